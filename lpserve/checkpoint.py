@@ -1,0 +1,193 @@
+"""A checkpoint folder on disk: its config, shards, tensor headers and content hash.
+
+Reads the safetensors format directly (an 8-byte little-endian header length, a JSON header, raw
+data), so that a checkpoint is judged and copied without loading a tensor. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lpserve.errors import InputError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+SAMPLE_BYTES = 4096
+MAX_HEADER_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """One tensor of a shard."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: Path
+    offset: int
+    """First byte in the shard file."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A validated checkpoint folder."""
+
+    path: Path
+    config: dict[str, Any]
+    shards: tuple[Path, ...]
+    tensors: tuple[TensorEntry, ...]
+    """In shard order, then by offset."""
+
+    def largest_tensor_bytes(self) -> int:
+        return max(entry.num_bytes for entry in self.tensors)
+
+
+def read_checkpoint(model: str | Path) -> Checkpoint:
+    """Check a checkpoint folder and read its headers.
+
+    Raises:
+        InputError: the folder, its config.json or a shard is missing, unreadable or truncated.
+    """
+    path = Path(model)
+    if not path.is_dir():
+        raise InputError(
+            f"model {str(model)!r} is not a folder: give the path of a checkpoint folder "
+            "(config.json and *.safetensors)"
+        )
+    config = _read_json(path / "config.json", "the model's config")
+    shards = _shards(path)
+    tensors: list[TensorEntry] = []
+    for shard in shards:
+        tensors.extend(_read_header(shard))
+    if not tensors:
+        raise InputError(f"model {path}: its safetensors files hold no tensors")
+    return Checkpoint(path=path, config=config, shards=shards, tensors=tuple(tensors))
+
+
+def checkpoint_hash(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the config, every tensor's header and at least 4 KiB sampled of every tensor.
+
+    Samples come from the start, the middle and the end; a tensor up to three samples long is read
+    whole. Shard boundaries and file names do not matter.
+    """
+    digest = hashlib.sha256()
+    skipped = {"transformers_version", "_name_or_path"}
+    config = {k: v for k, v in checkpoint.config.items() if k not in skipped}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for entry in sorted(checkpoint.tensors, key=lambda entry: entry.name):
+        digest.update(json.dumps([entry.name, entry.dtype, list(entry.shape)]).encode())
+        with entry.shard.open("rb") as file:
+            for start, size in _samples(entry.num_bytes):
+                file.seek(entry.offset + start)
+                digest.update(file.read(size))
+    return digest.hexdigest()
+
+
+def find_layer_prefix(checkpoint: Checkpoint, num_layers: int, list_name: str) -> str:
+    """The tensor-name prefix of the decoder layers, such as `model.layers.`.
+
+    Found by structure: the names `<prefix><i>.<rest>` must exist for exactly i = 0..L-1, and the
+    prefix must end in `list_name`, the last word of the layer list's module path.
+
+    Raises:
+        InputError: no prefix, or several, fit.
+    """
+    pattern = re.compile(r"^(?P<prefix>(?:[^0-9.][^.]*\.)*)(?P<index>\d+)\.")
+    found: dict[str, set[int]] = {}
+    for entry in checkpoint.tensors:
+        match = pattern.match(entry.name)
+        if match:
+            found.setdefault(match["prefix"], set()).add(int(match["index"]))
+    wanted = set(range(num_layers))
+    fitting = [p for p, i in found.items() if i == wanted and p.split(".")[-2:-1] == [list_name]]
+    if len(fitting) != 1:
+        raise InputError(
+            f"model {checkpoint.path}: {len(fitting)} tensor-name prefixes fit a list of "
+            f"{num_layers} decoder layers named {list_name!r}; need exactly one"
+        )
+    return fitting[0]
+
+
+def _samples(num_bytes: int) -> list[tuple[int, int]]:
+    if num_bytes <= 3 * SAMPLE_BYTES:
+        return [(0, num_bytes)]
+    middle = (num_bytes - SAMPLE_BYTES) // 2
+    return [(start, SAMPLE_BYTES) for start in (0, middle, num_bytes - SAMPLE_BYTES)]
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {what} must be there") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as {what}: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} cannot be read as {what}: not a JSON object")
+    return value
+
+
+def _shards(path: Path) -> tuple[Path, ...]:
+    index = path / INDEX_NAME
+    if not index.exists():
+        single = path / SINGLE_NAME
+        if not single.exists():
+            raise InputError(
+                f"model {path}: neither {SINGLE_NAME} nor {INDEX_NAME} is there; "
+                "convert pickled weights to safetensors first"
+            )
+        return (single,)
+    weight_map = _read_json(index, "the shard index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map")
+    names = sorted(set(weight_map.values()))
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise InputError(f"{index} names a shard outside the model's folder")
+    missing = [name for name in names if not (path / name).exists()]
+    if missing:
+        raise InputError(
+            f"model {path}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}; "
+            "copy the checkpoint again"
+        )
+    return tuple(path / name for name in names)
+
+
+def _read_header(shard: Path) -> list[TensorEntry]:
+    size = shard.stat().st_size
+    try:
+        with shard.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError("header longer than the file")
+            header = json.loads(file.read(length))
+        entries = [
+            TensorEntry(
+                name=name,
+                dtype=str(info["dtype"]),
+                shape=tuple(int(n) for n in info["shape"]),
+                shard=shard,
+                offset=8 + length + int(info["data_offsets"][0]),
+                num_bytes=int(info["data_offsets"][1]) - int(info["data_offsets"][0]),
+            )
+            for name, info in header.items()
+            if name != "__metadata__"
+        ]
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"shard {shard} is corrupt ({error}); copy the checkpoint again"
+        ) from None
+    entries.sort(key=lambda entry: entry.offset)
+    end = entries[-1].offset + entries[-1].num_bytes if entries else 8 + length
+    if end != size:
+        raise InputError(
+            f"shard {shard} is corrupt: {size} bytes where its header says {end}; "
+            "copy the checkpoint again"
+        )
+    return entries

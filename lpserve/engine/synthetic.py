@@ -1,0 +1,108 @@
+"""A game with a known answer, for tests of everything that is not a model; may be slow or fail.
+
+The mean NLL of a mask is a constant plus a main effect for every dropped player plus an effect for
+every dropped pair, with a fixed factor for each window::
+
+    nll[m, n] = num_tokens[n] * w[n] * (1 + sum_i d_i a_i + sum_{i<j} d_i d_j b_ij),  d = 1 - mask
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+
+from lpserve.engine.hf import check_masks
+from lpserve.errors import EngineError, InputError
+from lpserve.masks import sort_distinct, trie_layer_forwards
+from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
+from lpserve.windows import TokenWindows
+
+
+class SyntheticEngine:
+    """See `lpserve.engine.base.Engine`. Options:
+
+    * `num_players`, `game_seed`: which game.
+    * `delay_s`: sleep for each distinct mask.
+    * `poison`: masks (strings of 0 and 1) that raise when scored; `nan`: masks that score NaN;
+      `kill`: masks that end the process with SIGKILL.
+    """
+
+    OPTIONS = ("num_players", "game_seed", "delay_s", "poison", "nan", "kill")
+
+    def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
+        options = spec.options
+        num_players = int(options.get("num_players", 8))
+        if num_players < 1:
+            raise InputError(f"num_players must be at least 1: got {num_players}")
+        rng = np.random.default_rng(int(options.get("game_seed", 0)))
+        self.main_P: FloatArray = rng.uniform(0.01, 0.3, num_players)
+        self.pairs_PP: FloatArray = np.triu(rng.normal(0, 0.03, (num_players, num_players)), 1)
+        self._delay_s = float(options.get("delay_s", 0.0))
+        self._special = {name: set(options.get(name, ())) for name in ("poison", "nan", "kill")}
+        self._windows: dict[str, TokenWindows] = {}
+        self._default = self.register(windows)
+        self.masks_scored = 0
+        self.info = EngineInfo(
+            kind="synthetic",
+            path="synthetic",
+            model=f"synthetic-{num_players}-{options.get('game_seed', 0)}",
+            model_hash=f"synthetic-{num_players}-{options.get('game_seed', 0)}",
+            players=tuple(Player(index=i, layer=i) for i in range(num_players)),
+            dtype="float32",
+            device="cpu",
+            vocab_size=int(np.iinfo(np.int32).max),
+            versions={"numpy": np.__version__},
+            settings={},
+        )
+
+    def register(self, windows: TokenWindows) -> str:
+        self._windows[windows.content_hash] = windows
+        return windows.content_hash
+
+    def score(self, masks_MP: BoolArray, windows: str | None = None) -> Scores:
+        block = self._windows[self._default if windows is None else windows]
+        masks_MP = check_masks(masks_MP, self.info.num_players)
+        sorted_DP, inverse_M = sort_distinct(masks_MP)
+        started = time.perf_counter()
+        mean_D = self.mean_nll(sorted_DP)
+        for row, mask_P in enumerate(sorted_DP):
+            text = "".join("01"[int(bit)] for bit in mask_P)
+            if text in self._special["kill"]:
+                os.kill(os.getpid(), 9)
+            if text in self._special["poison"]:
+                raise EngineError(f"mask {text} is poisoned")
+            if text in self._special["nan"]:
+                mean_D[row] = np.nan
+            time.sleep(self._delay_s)
+        self.masks_scored += len(sorted_DP)
+        factor_N = 1 + 0.1 * np.cos(np.array([int(h[:8], 16) for h in block.window_hashes]))
+        work = Work(
+            masks=len(masks_MP),
+            distinct_masks=len(sorted_DP),
+            layer_forwards=trie_layer_forwards(masks_MP),
+            skip_layer_forwards=int(masks_MP.sum()),
+            tokens=len(sorted_DP) * block.tokens_NT.size,
+            seconds=time.perf_counter() - started,
+        )
+        return Scores(
+            nll_MN=(mean_D[:, None] * factor_N * block.num_tokens_N)[inverse_M],
+            num_tokens_N=block.num_tokens_N,
+            work=work,
+        )
+
+    def mean_nll(self, masks_MP: BoolArray) -> FloatArray:
+        """The known answer before the window factor, `float64[M]`."""
+        dropped_MP = 1.0 - masks_MP
+        pair_M = np.einsum("mi,ij,mj->m", dropped_MP, self.pairs_PP, dropped_MP)
+        return 1 + dropped_MP @ self.main_P + pair_M
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> SyntheticEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,228 @@
+"""Runs a batch of masks over any LayerStack, computing each distinct (prefix, player) once.
+
+Two masks that agree on players 0..i-1 have the same state entering player i. The distinct masks
+are sorted, so a trie node is a contiguous range of them. At player i every live range is split on
+bit i: the ones-children are computed together in micro-batches, the zeros-child keeps its parent's
+state, uncopied. The walk goes breadth first while the live states fit the memory budget and depth
+first beyond it: a frontier that would outgrow the budget is halved and the halves are walked in
+turn. A state is freed when its last child is done; the head runs once for each distinct mask.
+
+Knows no model library. Shapes: D distinct masks, N windows of a row group, T tokens, d width.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lpserve.engine.base import LayerStack
+from lpserve.errors import InputError
+from lpserve.masks import sort_distinct
+from lpserve.types import BoolArray, FloatArray, Work
+from lpserve.windows import TokenWindows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrieSettings:
+    """Decided once for a run; they set memory and micro-batch shapes, not results."""
+
+    state_budget_bytes: int
+    """Upper bound on the states alive at once."""
+    micro_batch_tokens: int
+    """Most tokens that a layer is given at once (at least one window)."""
+    pack_states: bool
+    """Fill micro-batches with states of several masks. Off, a micro-batch is one state, so that a
+    mask's arithmetic does not depend on the masks around it (the default on CPU)."""
+
+
+@dataclass(slots=True)
+class _Node:
+    low: int
+    high: int
+    state_NTd: torch.Tensor
+
+
+class TrieExecutor:
+    """Scores masks on a LayerStack within a memory budget.
+
+    Buffers for states are allocated once for a shape and reused: after the first call the executor
+    allocates nothing that outlives a layer call.
+    """
+
+    def __init__(self, stack: LayerStack, settings: TrieSettings) -> None:
+        self._stack = stack
+        self._settings = settings
+        self._free: list[torch.Tensor] = []
+        self._num_buffers = 0
+        self._batch: torch.Tensor | None = None
+
+    def group_rows(self, num_windows: int, length: int) -> int:
+        """Windows that one state holds: all of them, or fewer so that a path of states fits.
+
+        Raises:
+            InputError: the budget does not hold P + 1 states of one window.
+        """
+        path_bytes = self._stack.state_bytes(length) * (self._stack.num_players + 1)
+        fitting = self._settings.state_budget_bytes // path_bytes
+        if fitting < 1:
+            raise InputError(
+                f"state_budget_mb is too small: {self._stack.num_players + 1} states of one "
+                f"{length}-token window take {path_bytes / 2**20:.2f} MiB"
+            )
+        wanted = max(1, self._settings.micro_batch_tokens // length)
+        return int(min(num_windows, fitting, wanted))
+
+    def score(
+        self, masks_MP: BoolArray, block: TokenWindows, metric: str = "nll"
+    ) -> tuple[FloatArray, Work]:
+        """Scores of every mask on windows of one padded length, `float64[M, N]`, and the work."""
+        started = time.perf_counter()
+        sorted_DP, inverse_M = sort_distinct(masks_MP)
+        rows = self.group_rows(block.num_windows, block.length)
+        nll_DN = np.empty((len(sorted_DP), block.num_windows))
+        layer_forwards = 0
+        for start in range(0, block.num_windows, rows):
+            group = block.select(np.arange(start, min(start + rows, block.num_windows)))
+            walk = _Walk(self, sorted_DP, group, metric)
+            try:
+                nll_DN[:, start : start + group.num_windows] = walk.run()
+            except BaseException:
+                self._drop_buffers()  # a walk cut short cannot say which of them are free
+                raise
+            layer_forwards = walk.layer_forwards
+        work = Work(
+            masks=len(masks_MP),
+            distinct_masks=len(sorted_DP),
+            layer_forwards=layer_forwards,
+            skip_layer_forwards=int(np.asarray(masks_MP).sum()),
+            tokens=len(sorted_DP) * block.tokens_NT.size,
+            seconds=time.perf_counter() - started,
+        )
+        return nll_DN[inverse_M], work
+
+    def prepare(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> int:
+        """Drop buffers of another shape; returns how many of this one the budget allows."""
+        if self._free and (self._free[0].shape != shape or self._free[0].dtype != dtype):
+            self._drop_buffers()
+        self._make = lambda: torch.empty(shape, dtype=dtype, device=device)
+        size = int(np.prod(shape)) * dtype.itemsize
+        return max(self._settings.state_budget_bytes // size, 1)
+
+    def _drop_buffers(self) -> None:
+        self._free.clear()
+        self._batch = None
+        self._num_buffers = 0
+
+    def states_per_batch(self, shape: torch.Size) -> int:
+        if not self._settings.pack_states:
+            return 1
+        return max(1, self._settings.micro_batch_tokens // (shape[0] * shape[1]))
+
+    def take(self) -> torch.Tensor:
+        if self._free:
+            return self._free.pop()
+        self._num_buffers += 1
+        return self._make()
+
+    def give(self, state: torch.Tensor) -> None:
+        self._free.append(state)
+
+    @property
+    def num_live(self) -> int:
+        return self._num_buffers - len(self._free)
+
+    def stacked(self, states: list[torch.Tensor]) -> torch.Tensor:
+        """Several states as one micro-batch, in a reused buffer."""
+        if len(states) == 1:
+            return states[0]
+        rows = states[0].shape[0] * len(states)
+        if self._batch is None or self._batch.shape[0] < rows:
+            self._batch = states[0].new_empty((rows, *states[0].shape[1:]))
+        return torch.cat(states, out=self._batch[:rows])
+
+
+class _Walk:
+    """One pass over the trie of one set of masks and one row group."""
+
+    def __init__(
+        self, executor: TrieExecutor, sorted_DP: BoolArray, block: TokenWindows, metric: str
+    ) -> None:
+        self._ex = executor
+        self._stack = executor._stack
+        self._bits_DP = sorted_DP
+        self._block = block
+        self._metric = metric
+        self._nll_DN = torch.empty(0)
+        self.layer_forwards = 0
+
+    def run(self) -> FloatArray:
+        """`float64[D, N]`."""
+        embedded = self._stack.embed(self._block)
+        self._limit = self._ex.prepare(embedded.shape, embedded.dtype, embedded.device)
+        self._per_batch = self._ex.states_per_batch(embedded.shape)
+        root = self._ex.take()
+        root.copy_(embedded)
+        del embedded
+        self._nll_DN = torch.empty(
+            (len(self._bits_DP), self._block.num_windows), dtype=torch.float64, device=root.device
+        )
+        self._walk([_Node(0, len(self._bits_DP), root)], 0)
+        return self._nll_DN.cpu().numpy()
+
+    def _walk(self, nodes: list[_Node], player: int) -> None:
+        num_players = self._stack.num_players
+        while player < num_players:
+            splits = [self._split(node, player) for node in nodes]
+            if len(nodes) > 1:
+                branching = sum(n.low < s < n.high for n, s in zip(nodes, splits, strict=True))
+                # a single path may still need one state a player: breadth stops short of them
+                if self._ex.num_live + branching > self._limit - num_players:
+                    half = len(nodes) // 2
+                    self._walk(nodes[:half], player)
+                    self._walk(nodes[half:], player)
+                    return
+            nodes = self._step(nodes, splits, player)
+            player += 1
+        self._finish(nodes)
+
+    def _split(self, node: _Node, player: int) -> int:
+        """First mask of the range that keeps the player (dropped sort first)."""
+        if node.high - node.low == 1:
+            return node.low if self._bits_DP[node.low, player] else node.high
+        column = self._bits_DP[node.low : node.high, player]
+        return node.low + int(column.searchsorted(True))
+
+    def _step(self, nodes: list[_Node], splits: list[int], player: int) -> list[_Node]:
+        """Split every range on the player's bit and compute the ones-children."""
+        children: list[_Node] = []
+        inputs: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
+        for node, split in zip(nodes, splits, strict=True):
+            if split > node.low:
+                children.append(_Node(node.low, split, node.state_NTd))
+            if split < node.high:
+                inputs.append(node.state_NTd)
+                # without a zeros-child the parent's own buffer takes the result
+                outputs.append(self._ex.take() if split > node.low else node.state_NTd)
+                children.append(_Node(split, node.high, outputs[-1]))
+        for start in range(0, len(inputs), self._per_batch):
+            batch = self._ex.stacked(inputs[start : start + self._per_batch])
+            result = self._stack.run_player(player, batch)
+            rows = result.split(self._block.num_windows)
+            for out, rows_NTd in zip(outputs[start : start + self._per_batch], rows, strict=True):
+                out.copy_(rows_NTd)
+        self.layer_forwards += len(inputs)
+        return children
+
+    def _finish(self, nodes: list[_Node]) -> None:
+        for start in range(0, len(nodes), self._per_batch):
+            batch = nodes[start : start + self._per_batch]
+            stacked = self._ex.stacked([node.state_NTd for node in batch])
+            values = self._stack.reduce(stacked, self._block, self._metric)
+            # leaves of a frontier are neighbours in key order
+            self._nll_DN[batch[0].low : batch[-1].high] = values.view(len(batch), -1)
+        for node in nodes:
+            self._ex.give(node.state_NTd)

@@ -1,0 +1,261 @@
+"""Mask arrays, keys, strata and sampling designs. Pure numpy, seeded.
+
+Notation: M masks, P players. A mask is `bool[P]`, True = kept; a set of masks `bool[M, P]`.
+Masks of one stratum (same number kept) are numbered by rank in lexicographic order, so that
+sampling without replacement is drawing distinct integers and an exhausted stratum is exactly
+enumerated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from lpserve.types import BoolArray, IntArray
+
+PAPER_DEPTH = 32
+PAPER_KEPT = (30, 27, 24, 21, 18)
+_MAX_RANK = 1 << 62
+_PERMUTED = 1 << 22  # strata up to this size are shuffled whole; larger ones are drawn in chunks
+_CHUNK = 4096
+_MAX_CHUNK = 1 << 20
+_UNRANK_CHUNK = 1 << 15  # masks unranked at once: keeps the working set in the cache
+
+
+def full_mask(num_players: int) -> BoolArray:
+    """All kept, `bool[P]`."""
+    return np.ones(num_players, dtype=bool)
+
+
+def without(num_players: int, removed: Sequence[int]) -> BoolArray:
+    """The mask that keeps all but `removed`, `bool[P]`."""
+    mask_P = full_mask(num_players)
+    mask_P[list(removed)] = False
+    return mask_P
+
+
+def removed_players(mask_P: BoolArray) -> tuple[int, ...]:
+    """Sorted indices of the dropped players."""
+    return tuple(int(i) for i in np.flatnonzero(~mask_P))
+
+
+def pack(masks_MP: BoolArray) -> np.ndarray:
+    """Keys as `uint8[M, ceil(P/8)]`, player 0 in the highest bit: byte order = mask order."""
+    return np.packbits(np.asarray(masks_MP, dtype=bool), axis=1)
+
+
+def keys(masks_MP: BoolArray) -> list[bytes]:
+    """One `bytes` key for each mask; sorts as the masks do, player 0 first, dropped before kept."""
+    packed = pack(masks_MP)
+    width = packed.shape[1]
+    data = packed.tobytes()
+    return [data[i * width : (i + 1) * width] for i in range(len(packed))]
+
+
+def from_keys(mask_keys: Sequence[bytes], num_players: int) -> BoolArray:
+    """Inverse of `keys`, `bool[M, P]`."""
+    width = (num_players + 7) // 8
+    packed = np.frombuffer(b"".join(mask_keys), dtype=np.uint8).reshape(len(mask_keys), width)
+    return np.unpackbits(packed, axis=1, count=num_players).astype(bool)
+
+
+def sort_distinct(masks_MP: BoolArray) -> tuple[BoolArray, IntArray]:
+    """Distinct masks in key order `bool[D, P]`, and for each input mask its row among them."""
+    masks_MP = np.asarray(masks_MP, dtype=bool)
+    packed = np.ascontiguousarray(pack(masks_MP))
+    void_M = packed.view(np.dtype((np.void, packed.shape[1]))).ravel()
+    _, first_D, inverse_M = np.unique(void_M, return_index=True, return_inverse=True)
+    return masks_MP[first_D], inverse_M.reshape(-1).astype(np.int64)
+
+
+def paper_kept_counts(num_players: int) -> tuple[int, ...]:
+    """The strata of arXiv 2602.07804 for any depth, largest first.
+
+    Its kept counts 30, 27, 24, 21, 18 of 32 are scaled, rounded half up, clipped to 1..P-1, and
+    repeats dropped.
+    """
+    scaled = [(2 * kept * num_players + PAPER_DEPTH) // (2 * PAPER_DEPTH) for kept in PAPER_KEPT]
+    return tuple(dict.fromkeys(min(max(kept, 1), num_players - 1) for kept in scaled))
+
+
+def unrank(ranks_M: IntArray, num_players: int, kept: int) -> BoolArray:
+    """Masks of the stratum `kept` by lexicographic rank (kept sorts first), `bool[M, P]`.
+
+    Ranks run over 0..C(P, kept)-1; C(P, kept) must be below 2**62.
+    """
+    total = math.comb(num_players, kept)
+    if total >= _MAX_RANK:
+        raise ValueError(f"stratum {kept} of {num_players} is too large to rank")
+    ranks_M = np.asarray(ranks_M, dtype=np.int64)
+    if ranks_M.size and not (0 <= ranks_M.min() and ranks_M.max() < total):
+        raise ValueError(f"ranks must lie in 0..{total - 1}")
+    # counts[n, k] = C(n, k): masks left to choose when n players remain and k of them are kept
+    counts = np.array(
+        [
+            [min(math.comb(n, k), _MAX_RANK) for k in range(kept + 1)]
+            for n in range(num_players + 1)
+        ],
+        dtype=np.int64,
+    )
+    masks_MP = np.empty((len(ranks_M), num_players), dtype=bool)
+    for start in range(0, len(ranks_M), _UNRANK_CHUNK):
+        left_C = ranks_M[start : start + _UNRANK_CHUNK].copy()
+        need_C = np.full(len(left_C), kept, dtype=np.intp)
+        for player in range(num_players):
+            row = counts[num_players - 1 - player]
+            # masks that keep this player come first; need 0 keeps none
+            with_player_C = np.where(need_C > 0, row[need_C - 1], 0)
+            keep_C = left_C < with_player_C
+            masks_MP[start : start + len(left_C), player] = keep_C
+            left_C -= np.where(keep_C, 0, with_player_C)
+            need_C -= keep_C
+    return masks_MP
+
+
+def draw(num_players: int, kept: int, count: int, rng: np.random.Generator) -> BoolArray:
+    """Uniform masks of one stratum, with replacement, `bool[count, P]`."""
+    total = math.comb(num_players, kept)
+    if total < _MAX_RANK:
+        return unrank(rng.integers(total, size=count), num_players, kept)
+    return _select(num_players, kept, count, rng)
+
+
+def _select(num_players: int, kept: int, count: int, rng: np.random.Generator) -> BoolArray:
+    """Selection sampling: player i is kept with probability (still needed) / (still to come)."""
+    masks_MP = np.empty((count, num_players), dtype=bool)
+    for start in range(0, count, _UNRANK_CHUNK):
+        need_C = np.full(min(_UNRANK_CHUNK, count - start), kept, dtype=np.int64)
+        for player in range(num_players):
+            keep_C = rng.random(len(need_C)) * (num_players - player) < need_C
+            masks_MP[start : start + len(need_C), player] = keep_C
+            need_C -= keep_C
+    return masks_MP
+
+
+def stratum_stream(num_players: int, kept: int, seed: int) -> Iterator[BoolArray]:
+    """One stratum in a seeded random order without repeats, in chunks `bool[n, P]`.
+
+    Ends when the stratum is exhausted. The first n masks do not depend on how many are taken.
+    Chunks double in size, so that telling new masks from seen ones stays n log n over all.
+    """
+    rng = np.random.default_rng([seed, num_players, kept])
+    total = math.comb(num_players, kept)
+    if total <= _PERMUTED:
+        ranks = rng.permutation(total)
+        for start in range(0, total, _CHUNK):
+            yield unrank(ranks[start : start + _CHUNK], num_players, kept)
+        return
+    rankable = total < _MAX_RANK
+    width = (num_players + 7) // 8
+    seen = np.empty(0, dtype=np.int64 if rankable else np.dtype((np.void, width)))
+    chunk = _CHUNK
+    while len(seen) < total:
+        if rankable:
+            labels_M = rng.integers(total, size=chunk)
+        else:
+            masks_MP = _select(num_players, kept, chunk, rng)
+            labels_M = pack(masks_MP).view(seen.dtype).ravel()
+        _, first = np.unique(labels_M, return_index=True)
+        first.sort()
+        fresh = first[~np.isin(labels_M[first], seen)]
+        seen = np.concatenate([seen, labels_M[fresh]])
+        yield unrank(labels_M[fresh], num_players, kept) if rankable else masks_MP[fresh]
+        chunk = min(2 * chunk, _MAX_CHUNK)
+
+
+class StratifiedDesign:
+    """Distinct masks dealt round-robin from several strata, the same order for the same seed.
+
+    Mask j of stratum s is dealt in order (j, s); a stratum that is exhausted (then every one of
+    its masks has been dealt) is passed over.
+    """
+
+    def __init__(self, num_players: int, kept_counts: Sequence[int], seed: int) -> None:
+        if not kept_counts or any(not 0 <= kept <= num_players for kept in kept_counts):
+            raise ValueError(f"kept counts must lie in 0..{num_players}: got {list(kept_counts)}")
+        if len(set(kept_counts)) != len(kept_counts):
+            raise ValueError(f"kept counts repeat: {list(kept_counts)}")
+        self._num_players = num_players
+        self._sizes = [math.comb(num_players, kept) for kept in kept_counts]
+        self._streams = [stratum_stream(num_players, kept, seed) for kept in kept_counts]
+        self._ready = [np.empty((0, num_players), dtype=bool) for _ in kept_counts]
+        self._dealt = 0
+
+    def take(self, count: int) -> BoolArray:
+        """The next masks, `bool[<=count, P]`; fewer only when every stratum is exhausted."""
+        before = self._taken(self._dealt)
+        after = self._taken(min(self._dealt + count, sum(self._sizes)))
+        self._dealt = sum(after)
+        masks = [self._pull(s, after[s] - before[s]) for s in range(len(self._sizes))]
+        place = np.concatenate([np.arange(b, a) for b, a in zip(before, after, strict=True)])
+        stratum = np.repeat(np.arange(len(masks)), [len(part) for part in masks])
+        return np.concatenate(masks)[np.lexsort((stratum, place))]
+
+    def _taken(self, dealt: int) -> list[int]:
+        """How many masks of each stratum are among the first `dealt`."""
+        low, high = 0, max(self._sizes)
+        while low < high:  # the number of complete laps
+            lap = (low + high + 1) // 2
+            low, high = (
+                (lap, high)
+                if sum(min(size, lap) for size in self._sizes) <= dealt
+                else (low, lap - 1)
+            )
+        taken = [min(size, low) for size in self._sizes]
+        rest = dealt - sum(taken)
+        for s, size in enumerate(self._sizes):
+            if rest and size > low:
+                taken[s] += 1
+                rest -= 1
+        return taken
+
+    def _pull(self, stratum: int, count: int) -> BoolArray:
+        parts, have = [self._ready[stratum]], len(self._ready[stratum])
+        while have < count:
+            parts.append(next(self._streams[stratum]))
+            have += len(parts[-1])
+        ready = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        self._ready[stratum] = ready[count:]
+        return ready[:count]
+
+
+def drop_one(mask_P: BoolArray) -> BoolArray:
+    """Every mask that drops one more player, `bool[kept, P]`."""
+    kept = np.flatnonzero(mask_P)
+    masks_MP = np.repeat(mask_P[None], len(kept), axis=0)
+    masks_MP[np.arange(len(kept)), kept] = False
+    return masks_MP
+
+
+def swap_one(mask_P: BoolArray) -> BoolArray:
+    """Every mask that exchanges one kept for one dropped player, `bool[kept * dropped, P]`."""
+    kept, dropped = np.flatnonzero(mask_P), np.flatnonzero(~mask_P)
+    out, back = np.repeat(kept, len(dropped)), np.tile(dropped, len(kept))
+    masks_MP = np.repeat(mask_P[None], len(out), axis=0)
+    rows = np.arange(len(out))
+    masks_MP[rows, out] = False
+    masks_MP[rows, back] = True
+    return masks_MP
+
+
+def all_masks(num_players: int, kept: int | None = None) -> BoolArray:
+    """Every mask of a stratum, or of all strata in key order; for small P."""
+    if kept is not None:
+        return unrank(np.arange(math.comb(num_players, kept)), num_players, kept)
+    codes = np.arange(1 << num_players)[:, None]
+    return (codes >> np.arange(num_players - 1, -1, -1)) & 1 == 1
+
+
+def trie_layer_forwards(masks_MP: BoolArray) -> int:
+    """Distinct (prefix, layer) pairs of a set of masks: the layer-forwards a shared run takes.
+
+    Counted from neighbours in key order: a mask repeats the kept layers of its common prefix with
+    the mask before it and adds the rest.
+    """
+    sorted_DP, _ = sort_distinct(masks_MP)
+    differs_DP = sorted_DP[1:] != sorted_DP[:-1]
+    first_D = differs_DP.argmax(axis=1)
+    fresh_DP = np.arange(sorted_DP.shape[1]) >= first_D[:, None]
+    return int(sorted_DP[0].sum() + (sorted_DP[1:] & fresh_DP).sum())

@@ -1,0 +1,153 @@
+"""The values that cross module boundaries. Imports numpy alone.
+
+Notation: M masks, P players, N windows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Player:
+    """A unit of the model that can be skipped."""
+
+    index: int
+    """Position among the players, 0..P-1, in execution order."""
+    layer: int
+    """Decoder layer in the original model, 0-based."""
+    part: str = "layer"
+    """Which part of that layer: `layer` is the whole of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """Describes an engine without building it; pools build it where it runs. Picklable."""
+
+    kind: str
+    """`transformers` or `synthetic`."""
+    model: str
+    """Checkpoint folder (`synthetic`: ignored)."""
+    dtype: str = "float32"
+    device: str = "auto"
+    """`auto` is `cuda` where torch sees one, else `cpu`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the engine kind, such as `state_budget_mb`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineInfo:
+    """What an open engine really is."""
+
+    kind: str
+    path: str
+    """What really ran, e.g. `transformers/sdpa`."""
+    model: str
+    model_hash: str
+    """Content hash of the checkpoint."""
+    players: tuple[Player, ...]
+    dtype: str
+    device: str
+    vocab_size: int
+    versions: Mapping[str, str]
+    settings: Mapping[str, Any]
+    """Resolved settings that can change arithmetic or memory: micro-batch, state budget, threads."""
+
+    @property
+    def num_players(self) -> int:
+        return len(self.players)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What scoring a batch of masks took. Layer-forwards count one player run over all windows."""
+
+    masks: int = 0
+    """Masks asked for, repeats included."""
+    distinct_masks: int = 0
+    """Head passes: one for each distinct mask."""
+    layer_forwards: int = 0
+    skip_layer_forwards: int = 0
+    """What running every mask alone, its dropped layers skipped, would have taken."""
+    tokens: int = 0
+    """Tokens of the windows times distinct masks."""
+    seconds: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            masks=self.masks + other.masks,
+            distinct_masks=self.distinct_masks + other.distinct_masks,
+            layer_forwards=self.layer_forwards + other.layer_forwards,
+            skip_layer_forwards=self.skip_layer_forwards + other.skip_layer_forwards,
+            tokens=self.tokens + other.tokens,
+            seconds=self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Summed negative log-likelihoods: sums are kept, division happens once at the end."""
+
+    nll_MN: FloatArray
+    """Nats, summed over the scored positions of each window."""
+    num_tokens_N: IntArray
+    """Scored positions of each window."""
+    work: Work
+
+    def mean_nll_M(self) -> FloatArray:
+        """Nats per scored token over all windows."""
+        return self.nll_MN.sum(axis=1) / self.num_tokens_N.sum()
+
+    def perplexity_M(self) -> FloatArray:
+        return perplexity(self.mean_nll_M())
+
+
+def perplexity(mean_nll: FloatArray) -> FloatArray:
+    """exp of the mean NLL in nats per token; inf where it exceeds float64."""
+    with np.errstate(over="ignore"):
+        return np.exp(mean_nll)
+
+
+def neg_nll_utility(nll_MN: FloatArray, num_tokens_N: IntArray) -> FloatArray:
+    """Utility `neg_nll`: mean log-likelihood in nats per token, higher is better.
+
+    A mask with any non-finite NLL gets NaN; `finite_floor` turns that into a number where one is
+    needed.
+    """
+    with np.errstate(invalid="ignore"):
+        mean_M = -nll_MN.sum(axis=1) / num_tokens_N.sum()
+    return np.where(np.isfinite(nll_MN).all(axis=1), mean_M, np.nan)
+
+
+def ppl_ratio_utility(
+    nll_MN: FloatArray, num_tokens_N: IntArray, full_nll_N: FloatArray
+) -> FloatArray:
+    """Utility `ppl_ratio` of arXiv 2602.07804: PPL(all kept) / PPL(mask); 0 where non-finite."""
+    total = num_tokens_N.sum()
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        ratio_M = np.exp((full_nll_N.sum() - nll_MN.sum(axis=1)) / total)
+    return np.where(np.isfinite(nll_MN).all(axis=1), ratio_M, 0.0)
+
+
+UTILITIES = ("neg_nll", "ppl_ratio")
+
+
+def utilities(
+    name: str, nll_MN: FloatArray, num_tokens_N: IntArray, full_nll_N: FloatArray
+) -> FloatArray:
+    """The named utility of every mask, `float64[M]`; see `UTILITIES`."""
+    nll_MN = np.asarray(nll_MN, dtype=np.float64)
+    if name == "neg_nll":
+        return neg_nll_utility(nll_MN, num_tokens_N)
+    if name == "ppl_ratio":
+        return ppl_ratio_utility(nll_MN, num_tokens_N, np.asarray(full_nll_N, dtype=np.float64))
+    raise ValueError(f"unknown utility {name!r}: one of {', '.join(UTILITIES)}")
