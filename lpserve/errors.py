@@ -30,3 +30,7 @@ class EngineError(LpserveError, RuntimeError):
 
 class ExportError(LpserveError, RuntimeError):
     """An exported checkpoint does not score what it should."""
+
+
+class RunInterrupted(LpserveError):
+    """A run was stopped by a signal; everything scored is kept."""

@@ -5,6 +5,7 @@ Notation: M masks, P players, N windows, T tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,21 @@ class Player:
     """Decoder layer in the original model, 0-based."""
     part: str = "layer"
     """Which part of that layer: `layer` is the whole of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Game:
+    """What a score belongs to: model content, players and numerics. Windows are hashed apart."""
+
+    model_hash: str
+    players: tuple[Player, ...]
+    numerics: str
+    """dtype, and the engine path unless float32 (float32 scores of every engine agree)."""
+
+    @property
+    def content_hash(self) -> str:
+        parts = [self.model_hash, *(f"{p.layer}.{p.part}" for p in self.players), self.numerics]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +81,11 @@ class EngineInfo:
     @property
     def num_players(self) -> int:
         return len(self.players)
+
+    @property
+    def game(self) -> Game:
+        numerics = self.dtype if self.dtype == "float32" else f"{self.dtype}/{self.path}"
+        return Game(model_hash=self.model_hash, players=self.players, numerics=numerics)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -199,7 +199,7 @@ class TokenWindows:
             tuple(corpus for part in parts for corpus in part.corpora),
         )
         if len(set(merged.window_hashes)) != merged.num_windows:
-            raise InputError("two corpora share an identical window; use different texts")
+            raise InputError("the same window comes twice in a set; drop the repeats")
         return merged
 
 

@@ -5,8 +5,11 @@ Notation: M masks, P players, N windows, T tokens, B rows of a micro-batch (a mu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
+from lpserve.errors import InputError
 from lpserve.types import BoolArray, EngineInfo, Scores
 from lpserve.windows import TokenWindows
 
@@ -73,3 +76,14 @@ class LayerStack(Protocol):
         `metric` is `nll`: nats summed over each window's scored positions.
         """
         ...
+
+
+def check_masks(masks_MP: Any, num_players: int) -> BoolArray:
+    """Raise InputError unless masks are bool [M >= 1, P]."""
+    masks = np.asarray(masks_MP)
+    if masks.dtype != bool or masks.ndim != 2 or masks.shape[1] != num_players or not len(masks):
+        raise InputError(
+            f"masks must be bool [M >= 1, {num_players}], True = kept: "
+            f"got {masks.dtype} {list(masks.shape)}"
+        )
+    return masks

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from lpserve.checkpoint import Checkpoint, checkpoint_hash, read_checkpoint
+from lpserve.engine.base import check_masks
 from lpserve.engine.hf_stack import RecordedStack
 from lpserve.engine.trie import TrieExecutor, TrieSettings
 from lpserve.errors import EngineError, InputError
@@ -185,17 +186,6 @@ def check_windows(checkpoint: Checkpoint, windows: TokenWindows) -> None:
             f"token id {int(windows.tokens_NT.max())} is outside the model's vocabulary of {vocab}: "
             "the windows were made with another tokenizer"
         )
-
-
-def check_masks(masks_MP: Any, num_players: int) -> BoolArray:
-    """Raise InputError unless masks are bool [M >= 1, P]."""
-    masks = np.asarray(masks_MP)
-    if masks.dtype != bool or masks.ndim != 2 or masks.shape[1] != num_players or not len(masks):
-        raise InputError(
-            f"masks must be bool [M >= 1, {num_players}], True = kept: "
-            f"got {masks.dtype} {list(masks.shape)}"
-        )
-    return masks
 
 
 def _device(name: str) -> torch.device:

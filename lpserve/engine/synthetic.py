@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from lpserve.engine.hf import check_masks
+from lpserve.engine.base import check_masks
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct, trie_layer_forwards
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work

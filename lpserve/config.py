@@ -1,0 +1,202 @@
+"""A run's configuration: one flat set of keys, from a TOML or YAML file or from flags.
+
+Imports no torch, vllm or ray. Unknown keys are refused; every value is checked before a model is
+touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lpserve.errors import InputError
+
+ENGINES = ("transformers", "synthetic")
+POOLS = ("local",)
+DTYPES = ("float32", "bfloat16", "float16")
+SURROGATES = ("auto", "gp", "ridge", "paper")
+UTILITIES = ("neg_nll", "ppl_ratio")
+
+CHANGEABLE = ("budget", "pool", "engines", "grace_s", "progress_s", "stop_when_stable")
+"""Keys that may differ when a run is resumed in its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run depends on. Keys are the flags of `lpserve run`."""
+
+    model: str
+    """Checkpoint folder."""
+    calibration: dict[str, str]
+    """Corpus name -> text, folder of .txt, .jsonl or .npz."""
+    heldout: dict[str, str] = field(default_factory=dict)
+    """The same for held-out windows; empty: the last fifth of the calibration texts."""
+    num_windows: int = 10
+    """Calibration windows of each corpus."""
+    heldout_windows: int = 64
+    """Held-out windows of each corpus."""
+    length: int = 128
+    """Tokens of a window."""
+    bos: bool = False
+    """Begin every window with the tokenizer's BOS."""
+    text_field: str = "text"
+    """The jsonl field that holds the text."""
+    budget: int = 400
+    """Most masks scored on calibration windows."""
+    max_removed: int | None = None
+    """Plans for 1..max_removed players; default: 3/8 of the layers."""
+    sizes: tuple[int, int] | None = None
+    """Shapley sizes (before the player joins); default (P - max_removed, P - 1)."""
+    utility: str = "neg_nll"
+    surrogate: str = "auto"
+    round_size: int | None = None
+    """Masks of a mixed round, at least; default: the number of players."""
+    stop_when_stable: bool = False
+    """Stop before the budget when no unseen set promises to be better."""
+    engine: str = "transformers"
+    pool: str = "local"
+    engines: int = 1
+    dtype: str = "float32"
+    device: str = "auto"
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the engine kind, such as state_budget_mb and micro_batch_tokens."""
+    seed: int = 0
+    """Seed of the sampled masks."""
+    window_seed: int = 0
+    """Seed of the windows."""
+    store: str | None = None
+    """Score store; default: scores.sqlite in the run folder."""
+    out: str = "run"
+    """Run folder."""
+    grace_s: float = 30.0
+    """Seconds that an interrupted run waits for scores in flight."""
+    progress_s: float = 10.0
+    """Seconds between progress lines outside a terminal."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("engine", ENGINES), ("pool", POOLS), ("dtype", DTYPES),
+            ("surrogate", SURROGATES), ("utility", UTILITIES),
+        ):  # fmt: skip
+            _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")  # fmt: skip
+        for name, least in (
+            ("num_windows", 1), ("heldout_windows", 1), ("length", 2), ("budget", 1), ("engines", 1),
+            ("max_removed", 1), ("round_size", 1), ("seed", 0), ("window_seed", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            optional = value is None and name in ("max_removed", "round_size")
+            _require(optional or (whole and value >= least), name, value, f"a whole number, at least {least}")  # fmt: skip
+        for name in ("grace_s", "progress_s"):
+            value = getattr(self, name)
+            _require(isinstance(value, int | float) and value > 0, name, value, "seconds above 0")
+        for name in ("bos", "stop_when_stable"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")  # fmt: skip
+        for name in ("model", "out", "text_field"):
+            _require(isinstance(getattr(self, name), str) and getattr(self, name), name, getattr(self, name), "a text")  # fmt: skip
+        _require(bool(self.calibration), "calibration", "nothing", "a text to calibrate on")
+        _require(self.engines == 1, "engines", self.engines, "1 with the local pool")
+        _require(
+            self.surrogate != "paper" or self.utility == "ppl_ratio",
+            "surrogate", "paper", "used with utility ppl_ratio, which its sigmoid needs",
+        )  # fmt: skip
+
+    @property
+    def store_path(self) -> Path:
+        return Path(self.store) if self.store else Path(self.out) / "scores.sqlite"
+
+    def resolved(self, num_players: int) -> RunConfig:
+        """With every default that depends on the number of players filled in, and checked."""
+        most = num_players - 1
+        removed = self.max_removed or max(1, min(most, (3 * num_players) // 8))
+        _require(most >= 1, "model", f"{num_players} players", "a model of at least 2 players")
+        _require(removed <= most, "max_removed", removed, f"at most {most} for {num_players} players")
+        sizes = self.sizes or (num_players - removed, most)
+        _require(
+            0 <= sizes[0] <= sizes[1] <= most, "sizes", list(sizes), f"0 <= k_min <= k_max <= {most}"
+        )
+        return replace(
+            self, max_removed=removed, sizes=sizes, round_size=self.round_size or num_players
+        )
+
+
+def config_from(values: Mapping[str, Any], source: str) -> RunConfig:
+    """A config from plain values.
+
+    Raises:
+        InputError: an unknown or missing key, or a value out of range; names the key and `source`.
+    """
+    known = [f.name for f in fields(RunConfig)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}"
+            raise InputError(f"{source}: unknown key {key!r}{hint}")
+    for key in ("model", "calibration"):
+        if values.get(key) in (None, "", {}, []):
+            raise InputError(f"{source}: {key} is missing (--{key})")
+    merged = dict(values)
+    for key in ("calibration", "heldout"):
+        if key in merged:
+            merged[key] = corpora(merged[key], key)
+    if merged.get("sizes") is not None:
+        sizes = merged["sizes"]
+        whole = isinstance(sizes, list | tuple) and [type(k) for k in sizes] == [int, int]
+        _require(whole, "sizes", sizes, "two whole numbers, k_min and k_max")
+        merged["sizes"] = tuple(sizes)
+    return RunConfig(**merged)
+
+
+def corpora(value: Any, key: str) -> dict[str, str]:
+    """Corpora from a path, `name=path`, a list of these, or a mapping: name -> path."""
+    if isinstance(value, Mapping):
+        return {str(name): str(path) for name, path in value.items()}
+    named: dict[str, str] = {}
+    for item in [value] if isinstance(value, str) else value:
+        name, found, path = str(item).partition("=")
+        if not found:
+            name, path = Path(item).stem, str(item)
+        if name in named:
+            raise InputError(f"{key}: two corpora are named {name!r}; use name=path")
+        named[name] = path
+    return named
+
+
+def load_config_file(path: str | Path) -> dict[str, Any]:
+    """Keys and values of a TOML or YAML file, unchecked."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            values = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            values = yaml.safe_load(text)
+        else:
+            raise InputError(f"config {path}: the name must end in .toml, .yaml or .yml")
+    except FileNotFoundError:
+        raise InputError(f"config {path} does not exist") from None
+    except InputError:
+        raise
+    except Exception as error:  # each parser has its own kinds
+        raise InputError(f"config {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config {path} must hold keys and values")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def as_json(config: RunConfig) -> dict[str, Any]:
+    """Plain values that `config_from` reads back."""
+    values = asdict(config)
+    values["sizes"] = list(config.sizes) if config.sizes else None
+    return values
+
+
+def _require(holds: bool, key: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise InputError(f"{key} must be {rule}: got {value!r}")

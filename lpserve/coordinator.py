@@ -1,0 +1,433 @@
+"""The only loop: propose -> submit -> store -> refit -> decide. Wires everything, owns nothing.
+
+    planner --round n--> dispatcher --units--> pool --results--> store --> scoreboard
+       ^                                                                       |
+       +---------------- complete rounds, up to n - 2 -------------------------+
+
+Round n is proposed (the surrogate refitted) as soon as round n-2 is complete, while the engine
+works on round n-1. A round's masks are counted once the store has committed them.
+
+Stopping (SIGINT, SIGTERM): nothing more is submitted, what is in flight within the grace time is
+stored, and the same command resumes. A second signal ends the wait.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from lpserve.checkpoint import read_checkpoint
+from lpserve.config import RunConfig, as_json
+from lpserve.errors import InputError, LpserveError, RunInterrupted
+from lpserve.masks import from_keys, keys
+from lpserve.outcome import Outcome, ScoredRun, analyse, candidate_masks, make_plan
+from lpserve.pool import Dispatcher, GivenUp, LocalPool
+from lpserve.progress import Progress
+from lpserve.report import write_outputs
+from lpserve.rounds import History, RoundPlanner, RoundSettings
+from lpserve.runfolder import CONFIG_FORMAT, RunFolder
+from lpserve.scoreboard import Scoreboard
+from lpserve.store import Store
+from lpserve.types import BoolArray, EngineSpec, FloatArray, perplexity, utilities
+from lpserve.windows import TokenWindows, WindowRequest, cut_windows
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    folder: Path
+    outcome: Outcome
+
+
+def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
+    """Score masks within the budget, estimate values, choose and check a plan, write the folder.
+
+    The same config resumes an interrupted run and extends a finished one when the budget grew.
+
+    Raises:
+        InputError: something in the config, the model, the texts, the folder or the store cannot
+            be used; raised before a model loads, and nothing is left behind.
+        RunInterrupted: a signal stopped the run.
+        EngineError: no engine could start.
+    """
+    config = check_model(config)
+    request = WindowRequest(
+        calibration=config.calibration,
+        heldout=config.heldout,
+        num_windows=config.num_windows,
+        heldout_windows=config.heldout_windows,
+        length=config.length,
+        seed=config.window_seed,
+        bos=config.bos,
+        field=config.text_field,
+    )
+    calibration, heldout = cut_windows(request, config.model)
+    check_fit(config, calibration, heldout)
+    progress = progress or Progress(interval_s=config.progress_s)
+    with ExitStack() as stack:
+        folder = RunFolder(config.out)
+        started = False
+
+        def leave() -> None:
+            folder.close(discard=not started)
+
+        stack.callback(leave)
+        stored = folder.read_config()
+        if stored is not None:
+            folder.refuse_other(stored, as_json(config))
+            _refuse_other_windows(folder, stored, calibration, heldout)
+        store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
+        pool = LocalPool(_spec(config, stored), calibration)
+        stack.callback(pool.close)
+        if stored is not None and stored["model_hash"] != pool.info.model_hash:
+            raise InputError(
+                f"run folder {folder.path} belongs to another game: the model at {config.model} "
+                "has changed since; choose another --out"
+            )
+        started = True
+        job = _Job(config, folder, store, pool, calibration, heldout, progress)
+        job.write_config()
+        with progress, _signals(job), threadpool_limits(1, user_api="blas"):
+            job.score_rounds()
+            outcome = job.conclude()
+        job.pool.close(timeout_s=config.grace_s)
+        return RunResult(folder=folder.path, outcome=outcome)
+
+
+def check_model(config: RunConfig) -> RunConfig:
+    """The config with its depth-dependent defaults, after the checkpoint's headers are read."""
+    if config.engine == "synthetic":
+        num_players = int(config.engine_options.get("num_players", 8))
+    else:
+        from lpserve.engine.hf import check_decoder
+
+        checkpoint = read_checkpoint(config.model)
+        check_decoder(checkpoint)
+        num_players = num_layers(checkpoint.config)
+    config = config.resolved(num_players)
+    least = _round_settings(config, num_players).minimum_budget()
+    if config.budget < least:
+        raise InputError(
+            f"budget must be at least {least} for {num_players} players and max_removed "
+            f"{config.max_removed}: got {config.budget}"
+        )
+    return config
+
+
+def num_layers(config: dict[str, Any]) -> int:
+    """Decoder layers that a config.json speaks of; raises InputError."""
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, dict) else {}):
+        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+            if isinstance(values.get(name), int):
+                return values[name]
+    raise InputError("the model's config.json names no number of layers")
+
+
+def check_fit(config: RunConfig, calibration: TokenWindows, heldout: TokenWindows) -> None:
+    """Raise InputError when windows do not fit the model."""
+    if config.engine != "synthetic":
+        from lpserve.engine.hf import check_windows
+
+        checkpoint = read_checkpoint(config.model)
+        for windows in (calibration, heldout):
+            check_windows(checkpoint, windows)
+
+
+class _Job:
+    """One run at work."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        store: Store,
+        pool: LocalPool,
+        calibration: TokenWindows,
+        heldout: TokenWindows,
+        progress: Progress,
+    ) -> None:
+        self.config, self.folder, self.store, self.pool = config, folder, store, pool
+        self.calibration, self.heldout, self.progress = calibration, heldout, progress
+        self.dispatcher = Dispatcher(pool)
+        self.game = store.game_id(pool.info.game)
+        self.board = Scoreboard(store, self.game, calibration, pool, self.dispatcher)
+        self.settings = _round_settings(config, pool.info.num_players)
+        self.planner = RoundPlanner(self.settings, self.utility)
+        self.history = History()
+        self.signals = 0
+        self._full_nll_N: NDArray[np.float32] | None = None
+
+    def utility(self, nll_MN: NDArray[np.float32]) -> FloatArray:
+        """The run's utility of stored NLLs, NaN where a mask was given up or is not finite."""
+        assert self._full_nll_N is not None
+        value_M = utilities(
+            self.config.utility, nll_MN.astype(np.float64), self.calibration.num_tokens_N,
+            self._full_nll_N.astype(np.float64),
+        )  # fmt: skip
+        return np.where(np.isfinite(nll_MN).all(axis=1), value_M, np.nan)
+
+    # -- scoring -------------------------------------------------------------------------------
+
+    def score_rounds(self) -> None:
+        """Rounds until the budget is spent, nothing is left to ask, or a signal stops the run."""
+        pending: list[tuple[int, BoolArray]] = []
+        next_round, asked, exhausted = 0, 0, False
+        state = self.progress.state
+        state.total = self.config.budget
+        while True:
+            while not exhausted and next_round <= len(self.history.masks) + 1:
+                self._drain(0.0)
+                masks_MP = self.planner.propose(next_round, self.history)
+                masks_MP = masks_MP[: self.config.budget - asked]
+                exhausted = not len(masks_MP)
+                if exhausted:
+                    break
+                asked += len(masks_MP)
+                self.board.request(masks_MP)
+                pending.append((next_round, masks_MP))
+                self.folder.event("round", round=next_round, masks=len(masks_MP), asked=asked)
+                next_round += 1
+                self._complete(pending)
+                if asked == self.config.budget:
+                    exhausted = True
+            if exhausted and not pending:
+                break
+            self._drain(_POLL_S)
+            self._complete(pending)
+            self._check_signals()
+        state.total = state.done
+
+    def _complete(self, pending: list[tuple[int, BoolArray]]) -> None:
+        """Move rounds that are complete, in order, to the history."""
+        while pending and self.board.complete(pending[0][1]):
+            _, masks_MP = pending.pop(0)
+            nll_MN = self.board.nll(masks_MP)
+            if self._full_nll_N is None:
+                self._full_nll_N = nll_MN[0]
+                if not np.isfinite(nll_MN[0]).all():
+                    raise LpserveError(
+                        "the whole model's own score is not finite: check the model and the dtype"
+                    )
+            self.history.masks.append(masks_MP)
+            self.history.nll.append(nll_MN)
+            self._show_best(masks_MP, nll_MN)
+        self._show()
+
+    def _drain(self, timeout_s: float) -> None:
+        """Store every result that is there, waiting at most `timeout_s` for the first."""
+        result = self.dispatcher.next(timeout_s)
+        while result is not None:
+            self.accept(result)
+            result = self.dispatcher.next(0.0)
+
+    def accept(self, result: Any) -> None:
+        self.board.accept(result)
+        if isinstance(result, GivenUp):
+            mask = mask_text(keys(result.unit.masks_MP)[0], self.settings.num_players)
+            self.folder.event("quarantined", mask=mask, reason=result.reason)
+            self.progress.note(f"mask {mask} cannot be scored and is left out: {result.reason}")
+        else:
+            self.progress.state.work += result.scores.work
+
+    def _check_signals(self) -> None:
+        if not self.signals:
+            return
+        self.dispatcher.stop()
+        deadline = time.monotonic() + self.config.grace_s
+        self.progress.note(f"stopping: up to {self.config.grace_s:g} s for scores in flight")
+        while self.dispatcher.in_flight and time.monotonic() < deadline and self.signals < 2:
+            self._drain(_POLL_S)
+        self.folder.event("interrupted", scored=self.board.num_scored())
+        raise RunInterrupted(
+            f"interrupted; {self.board.num_scored()} masks are scored and kept in "
+            f"{self.store.path}: give the same command again to resume"
+        )
+
+    # -- progress ------------------------------------------------------------------------------
+
+    def _show(self) -> None:
+        state = self.progress.state
+        state.done = self.board.num_scored()
+        state.reused = self.board.reused
+        state.quarantined = len(self.board.quarantined)
+        heldout = getattr(self.planner.surrogate, "heldout", None)
+        if heldout is not None:
+            state.surrogate = self.planner.surrogate.name
+            state.heldout_r2, state.heldout_spearman = heldout.r2, heldout.spearman
+        self.progress.update()
+
+    def _show_best(self, masks_MP: BoolArray, nll_MN: NDArray[np.float32]) -> None:
+        removed_M = (~masks_MP).sum(axis=1)
+        total = self.calibration.num_tokens_N.sum()
+        ppl_M = perplexity(nll_MN.astype(np.float64).sum(axis=1) / total)
+        best = self.progress.state.best
+        for removed, ppl in zip(removed_M.tolist(), ppl_M.tolist(), strict=True):
+            if 1 <= removed <= self.settings.max_removed and ppl < best.get(removed, np.inf):
+                best[removed] = ppl
+
+    # -- conclusion ----------------------------------------------------------------------------
+
+    def conclude(self) -> Outcome:
+        """Values, plan, held-out check of the candidates; writes every file of the folder."""
+        self.progress.state.stage = "held-out"
+        scored = self._scored_run()
+        analysis = analyse(scored)
+        wanted = candidate_masks(make_plan(scored, analysis))
+        calibration, self.board = (
+            self.board,
+            Scoreboard(self.store, self.game, self.heldout, self.pool, self.dispatcher),
+        )
+        state = self.progress.state
+        state.total, state.done, state.reused = len(wanted), 0, 0
+        self.board.request(wanted)
+        while not self.board.complete(wanted):
+            self._drain(_POLL_S)
+            self._show()
+            self._check_signals()
+        self._show()
+        scored = replace(
+            scored, heldout_masks_MP=wanted, heldout_nll_MN=self.board.nll(wanted)
+        )
+        outcome = Outcome(
+            scored=scored,
+            analysis=analysis,
+            plan=make_plan(scored, analysis),
+            quarantined={mask_text(k, self.settings.num_players): reason for k, reason in
+                         {**calibration.quarantined, **self.board.quarantined}.items()},
+        )  # fmt: skip
+        write_outputs(self.folder, outcome, config_json=self.described)
+        self.folder.event("finished", masks_scored=outcome.plan.masks_scored)
+        return outcome
+
+    def _scored_run(self) -> ScoredRun:
+        masks_MP, nll_MN = self.history.upto(len(self.history.masks))
+        info, config = self.pool.info, self.config
+        return ScoredRun(
+            model=info.model,
+            model_hash=info.model_hash,
+            players=info.players,
+            utility=config.utility,
+            surrogate=config.surrogate,
+            sizes=self.settings.sizes,
+            max_removed=self.settings.max_removed,
+            seed=config.seed,
+            masks_MP=masks_MP,
+            nll_MN=nll_MN,
+            num_tokens_N=self.calibration.num_tokens_N,
+            sources=tuple(self.planner.sources[key] for key in keys(masks_MP)),
+            heldout_masks_MP=masks_MP[:0],
+            heldout_nll_MN=np.empty((0, self.heldout.num_windows), dtype=np.float32),
+            heldout_num_tokens_N=self.heldout.num_tokens_N,
+        )
+
+    def write_config(self) -> None:
+        """config.json and windows.npz: everything needed to repeat the run."""
+        import lpserve
+
+        info = self.pool.info
+        self.described = {
+            "format": CONFIG_FORMAT,
+            "config": as_json(self.config),
+            "model_hash": info.model_hash,
+            "game": info.game.content_hash,
+            "windows": {
+                "calibration": self.calibration.content_hash,
+                "heldout": self.heldout.content_hash,
+                "corpora": [list(c) for c in self.calibration.corpora],
+                "heldout_corpora": [list(c) for c in self.heldout.corpora],
+            },
+            "engine": {
+                "kind": info.kind, "path": info.path, "dtype": info.dtype, "device": info.device,
+                "settings": dict(info.settings),
+            },
+            "versions": {"lpserve": lpserve.__version__, **info.versions},
+        }  # fmt: skip
+        self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
+        path = self.folder.path / "windows.npz"
+        if not path.exists():
+            temporary = self.folder.path / ".windows.tmp.npz"
+            np.savez_compressed(
+                temporary,
+                tokens=self.calibration.tokens_NT, scored=self.calibration.scored_NT,
+                heldout_tokens=self.heldout.tokens_NT, heldout_scored=self.heldout.scored_NT,
+            )  # fmt: skip
+            temporary.replace(path)
+        self.folder.event("started", config=as_json(self.config), pid=os.getpid())
+
+
+def _round_settings(config: RunConfig, num_players: int) -> RoundSettings:
+    assert config.max_removed and config.sizes and config.round_size
+    return RoundSettings(
+        num_players=num_players,
+        max_removed=config.max_removed,
+        sizes=config.sizes,
+        seed=config.seed,
+        surrogate=config.surrogate,
+        round_size=config.round_size,
+        stop_when_stable=config.stop_when_stable,
+    )
+
+
+def _spec(config: RunConfig, stored: dict[str, Any] | None) -> EngineSpec:
+    """The engine, with the micro-batch and memory settings that the run began with."""
+    spec = EngineSpec(
+        kind=config.engine, model=config.model, dtype=config.dtype, device=config.device,
+        options=dict(config.engine_options),
+    )  # fmt: skip
+    settings = (stored or {}).get("engine", {}).get("settings") or {}
+    options = dict(spec.options)
+    if "state_budget_bytes" in settings:
+        options["state_budget_mb"] = settings["state_budget_bytes"] / 2**20
+    if settings.get("pack_states"):
+        options["micro_batch_tokens"] = settings["micro_batch_tokens"]
+    return replace(spec, options=options)
+
+
+def _refuse_other_windows(
+    folder: RunFolder, stored: dict[str, Any], calibration: TokenWindows, heldout: TokenWindows
+) -> None:
+    for name, windows in (("calibration", calibration), ("heldout", heldout)):
+        if stored["windows"][name] != windows.content_hash:
+            raise InputError(
+                f"run folder {folder.path} belongs to another run: the {name} text has changed "
+                "since; choose another --out"
+            )
+
+
+@contextmanager
+def _signals(job: _Job) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the job to stop; the handlers before are put back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        job.signals += 1
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def mask_text(key: bytes, num_players: int) -> str:
+    """A mask key as 0 and 1, player 0 first."""
+    return "".join("01"[int(bit)] for bit in from_keys([key], num_players)[0])

@@ -1,0 +1,48 @@
+"""A lock on a path that dies with its process (flock), and names its holder to whoever is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from lpserve.errors import StoreBusyError
+
+
+class PathLock:
+    """Exclusive lock on `path`, kept in the file `<path>.lock` beside it.
+
+    Raises:
+        StoreBusyError: another process holds it.
+    """
+
+    def __init__(self, path: Path, *, holder: str) -> None:
+        lock_path = path.with_name(f"{path.name}.lock")
+        self._file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.read(self._file, 4096).decode(errors="replace")
+            os.close(self._file)
+            raise StoreBusyError(
+                f"{path} is in use by {_holder(text)}; wait for it to end, or stop it"
+            ) from None
+        os.ftruncate(self._file, 0)
+        about = {"holder": holder, "pid": os.getpid(), "host": socket.gethostname()}
+        os.pwrite(self._file, json.dumps(about | {"since": time.ctime()}).encode(), 0)
+
+    def release(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def _holder(text: str) -> str:
+    try:
+        about = json.loads(text)
+        return f"{about['holder']} (pid {about['pid']} on {about['host']}, since {about['since']})"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,308 @@
+"""From scores to answers: surrogate, values and plan, as pure functions of what was scored.
+
+Decisions read NLLs as stored (float32). Held-out scores report and warn, they never choose.
+Notation: M masks, P players, N windows, r = number removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpserve.errors import InputError
+from lpserve.masks import full_mask, keys, without
+from lpserve.plan import (
+    Candidate,
+    Plan,
+    PlanEntry,
+    choose_candidates,
+    greedy_path,
+    ranking_mask,
+    removed_list,
+)
+from lpserve.shapley import (
+    Z90,
+    ShapleyValues,
+    is_enumerated,
+    kernel_values,
+    monte_carlo_values,
+    shapley_values,
+)
+from lpserve.surrogate import AutoSurrogate, HeldOut, KernelSurrogate, Surrogate, make_surrogate
+from lpserve.types import BoolArray, FloatArray, IntArray, Player, perplexity, utilities
+
+_MONTE_CARLO_COALITIONS = 80_000  # as many as the paper draws
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRun:
+    """Everything that a decision reads."""
+
+    model: str
+    model_hash: str
+    players: tuple[Player, ...]
+    utility: str
+    surrogate: str
+    sizes: tuple[int, int]
+    max_removed: int
+    seed: int
+    masks_MP: BoolArray
+    """Masks in the order in which they were asked for; the first keeps all."""
+    nll_MN: NDArray[np.float32]
+    """NaN rows: given up."""
+    num_tokens_N: IntArray
+    sources: tuple[str, ...]
+    """How each mask was found."""
+    heldout_masks_MP: BoolArray
+    heldout_nll_MN: NDArray[np.float32]
+    heldout_num_tokens_N: IntArray
+
+    @property
+    def num_players(self) -> int:
+        return len(self.players)
+
+    def scored_M(self) -> BoolArray:
+        """Masks with a score, finite or not (a mask that was given up has NaN alone)."""
+        return ~np.isnan(self.nll_MN).all(axis=1)
+
+    def utility_of(self, nll_MN: NDArray[np.float32]) -> FloatArray:
+        """NaN where a score is not finite: never a training point, never chosen."""
+        value_M = utilities(
+            self.utility, nll_MN.astype(np.float64), self.num_tokens_N,
+            self.nll_MN[0].astype(np.float64),
+        )  # fmt: skip
+        return np.where(np.isfinite(nll_MN).all(axis=1), value_M, np.nan)
+
+    def leave_one_out(self, nll_MN: NDArray[np.float32]) -> FloatArray | None:
+        """The utility with window n left out, `float64[M, N]`; None for a single window."""
+        num_windows = len(self.num_tokens_N)
+        if num_windows < 2:
+            return None
+        nll = nll_MN.astype(np.float64)
+        columns = []
+        for n in range(num_windows):
+            rest = np.arange(num_windows) != n
+            full_N = self.nll_MN[0].astype(np.float64)[rest]
+            columns.append(utilities(self.utility, nll[:, rest], self.num_tokens_N[rest], full_N))
+        return np.stack(columns, axis=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Analysis:
+    """Surrogate and values of a run."""
+
+    utilities_M: FloatArray
+    surrogate_name: str
+    heldout: HeldOut
+    predicted_M: FloatArray
+    """Each mask's utility as predicted from the other masks; NaN where unknown."""
+    values: ShapleyValues
+    lowest_probability_P: FloatArray
+    """Probability that a player is among the `max_removed` lowest values."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """The answers of a run."""
+
+    scored: ScoredRun
+    analysis: Analysis
+    plan: Plan
+    quarantined: dict[str, str] = field(default_factory=dict)
+    """Mask (0 and 1) -> why it could not be scored."""
+
+
+def analyse(scored: ScoredRun) -> Analysis:
+    """Fit the surrogate to all finite scores and estimate the values."""
+    utilities_M = scored.utility_of(scored.nll_MN)
+    rows = np.flatnonzero(np.isfinite(utilities_M))
+    if len(rows) < 3:
+        raise InputError(f"only {len(rows)} masks have finite scores: nothing can be estimated")
+    masks_MP, finite_M = scored.masks_MP[rows], utilities_M[rows]
+    surrogate = make_surrogate(scored.surrogate, scored.seed)
+    surrogate.fit(masks_MP, finite_M)
+    values = _values(scored, surrogate, rows, finite_M)
+    predicted_M = np.full(len(utilities_M), np.nan)
+    kernel = _kernel(surrogate)
+    if kernel is not None:
+        predicted_M[rows[kernel.rows]] = kernel.left_out_M
+    return Analysis(
+        utilities_M=utilities_M,
+        surrogate_name=surrogate.name,
+        heldout=surrogate.heldout,
+        predicted_M=predicted_M,
+        values=values,
+        lowest_probability_P=lowest_probability(values, scored.max_removed, scored.seed),
+    )
+
+
+def lowest_probability(values: ShapleyValues, num_removed: int, seed: int) -> FloatArray:
+    """Share of normal draws (values, total standard errors) in which a player is among the lowest."""
+    errors_P = np.nan_to_num(values.total_stderr_P)
+    draws = np.random.default_rng(seed).normal(
+        values.values_P, errors_P, (4000, len(values.values_P))
+    )
+    lowest = np.argsort(draws, axis=1, kind="stable")[:, :num_removed]
+    return np.bincount(lowest.ravel(), minlength=draws.shape[1]) / len(draws)
+
+
+def make_plan(
+    scored: ScoredRun,
+    analysis: Analysis,
+    *,
+    max_removed: int | None = None,
+    protected: Sequence[int] = (),
+) -> Plan:
+    """The best scored set for every r, with its rivals.
+
+    Raises:
+        InputError: `max_removed` or a protected player is out of range, or no scored set of some
+            size keeps the protected players.
+    """
+    most = scored.max_removed if max_removed is None else max_removed
+    if not 1 <= most <= scored.max_removed:
+        raise InputError(f"max_removed must be 1..{scored.max_removed}, what the run scored: got {most}")  # fmt: skip
+    for player in protected:
+        if not 0 <= player < scored.num_players:
+            raise InputError(f"protected player {player} is not one of 0..{scored.num_players - 1}")
+    greedy = greedy_path(scored.masks_MP, analysis.utilities_M, most)
+    order_P = analysis.values.values_P.copy()
+    order_P[list(protected)] = np.inf
+    sources = dict(zip(keys(scored.masks_MP), scored.sources, strict=True))
+    entries = []
+    for r in range(1, most + 1):
+        rows = choose_candidates(
+            scored.masks_MP, analysis.utilities_M, r,
+            greedy=greedy, ranking=ranking_mask(order_P, r), sources=sources, protected=protected,
+        )  # fmt: skip
+        if not rows:
+            raise InputError(
+                f"no scored set removes {r} players and keeps {list(protected)}: "
+                "protect fewer, lower --max-removed, or run with a larger budget"
+            )
+        warnings = []
+        if len(greedy) < r:
+            warnings.append("the budget ended before the greedy path reached this size")
+        entries.append(_entry(scored, analysis, r, rows, warnings))
+    full = full_mask(scored.num_players)
+    return Plan(
+        model=scored.model,
+        model_hash=scored.model_hash,
+        num_players=scored.num_players,
+        players=[{"index": p.index, "layer": p.layer, "part": p.part} for p in scored.players],
+        utility=scored.utility,
+        masks_scored=int(scored.scored_M().sum()),
+        heldout_masks=len(scored.heldout_masks_MP),
+        full_calibration_ppl=_ppl(scored.nll_MN[0], scored.num_tokens_N),
+        full_heldout_ppl=_heldout_ppl(scored, full),
+        plans=entries,
+        protected=sorted(protected),
+    )
+
+
+def candidate_masks(plan: Plan) -> BoolArray:
+    """All kept, and every candidate of a plan, each once: what held-out windows check."""
+    masks = [full_mask(plan.num_players)]
+    for entry in plan.plans:
+        masks += [without(plan.num_players, c.removed) for c in entry.candidates]
+    _, first = np.unique(np.array(masks), axis=0, return_index=True)
+    return np.array(masks)[np.sort(first)]
+
+
+def _values(
+    scored: ScoredRun, surrogate: Surrogate, rows: IntArray, finite_M: FloatArray
+) -> ShapleyValues:
+    masks_MP = scored.masks_MP[rows]
+    left_out = scored.leave_one_out(scored.nll_MN[rows])
+    kernel = _kernel(surrogate)
+    if is_enumerated(masks_MP, scored.sizes):
+        return shapley_values(masks_MP, finite_M, scored.sizes, leave_one_out_MN=left_out)
+    if kernel is not None:
+        return kernel_values(kernel, scored.sizes, left_out)
+    return monte_carlo_values(
+        surrogate.mean, scored.num_players, scored.sizes, _MONTE_CARLO_COALITIONS, scored.seed
+    )
+
+
+def _kernel(surrogate: Surrogate) -> KernelSurrogate | None:
+    kernel = surrogate.best if isinstance(surrogate, AutoSurrogate) else surrogate
+    return kernel if isinstance(kernel, KernelSurrogate) else None
+
+
+def _entry(
+    scored: ScoredRun,
+    analysis: Analysis,
+    num_removed: int,
+    rows: list[tuple[int, str]],
+    warnings: list[str],
+) -> PlanEntry:
+    chosen_N = _heldout_nll(scored, scored.masks_MP[rows[0][0]])
+    candidates = []
+    for row, source in rows:
+        mask_P = scored.masks_MP[row]
+        delta = error = None
+        other_N = _heldout_nll(scored, mask_P)
+        if chosen_N is not None and other_N is not None and row != rows[0][0]:
+            total = scored.heldout_num_tokens_N.sum()
+            gap_N = other_N - chosen_N
+            delta = float(gap_N.sum() / total)
+            error = float(gap_N.std(ddof=1) * np.sqrt(len(gap_N)) / total) if len(gap_N) > 1 else None
+        candidates.append(
+            Candidate(
+                removed=removed_list(mask_P),
+                source=source,
+                calibration_ppl=_ppl(scored.nll_MN[row], scored.num_tokens_N),
+                predicted_ppl=_predicted_ppl(scored, analysis.predicted_M[row]),
+                heldout_ppl=_heldout_ppl(scored, mask_P),
+                heldout_delta=delta,
+                heldout_delta_stderr=error,
+            )
+        )
+    for other in candidates[1:]:
+        if (
+            other.heldout_delta is not None
+            and other.heldout_delta_stderr is not None
+            and other.heldout_delta < -Z90 * other.heldout_delta_stderr
+        ):
+            warnings.append(
+                f"held-out text prefers {other.removed} by {-other.heldout_delta:.4f} +- "
+                f"{Z90 * other.heldout_delta_stderr:.4f} nats per token"
+            )
+    best = candidates[0]
+    return PlanEntry(
+        num_removed=num_removed,
+        removed=best.removed,
+        source=best.source,
+        calibration_ppl=best.calibration_ppl,
+        predicted_ppl=best.predicted_ppl,
+        heldout_ppl=best.heldout_ppl,
+        candidates=candidates,
+        warnings=warnings,
+    )
+
+
+def _ppl(nll_N: NDArray[np.float32], num_tokens_N: IntArray) -> float:
+    return float(perplexity(nll_N.astype(np.float64).sum() / num_tokens_N.sum()))
+
+
+def _predicted_ppl(scored: ScoredRun, predicted: float) -> float | None:
+    if not np.isfinite(predicted):
+        return None
+    if scored.utility == "neg_nll":
+        return float(perplexity(np.float64(-predicted)))
+    return _ppl(scored.nll_MN[0], scored.num_tokens_N) / predicted if predicted > 0 else None
+
+
+def _heldout_nll(scored: ScoredRun, mask_P: BoolArray) -> FloatArray | None:
+    found = np.flatnonzero((scored.heldout_masks_MP == mask_P).all(axis=1))
+    return scored.heldout_nll_MN[found[0]].astype(np.float64) if len(found) else None
+
+
+def _heldout_ppl(scored: ScoredRun, mask_P: BoolArray) -> float | None:
+    nll_N = _heldout_nll(scored, mask_P)
+    if nll_N is None or not np.isfinite(nll_N).all():
+        return None
+    return float(perplexity(nll_N.sum() / scored.heldout_num_tokens_N.sum()))

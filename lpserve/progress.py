@@ -1,0 +1,109 @@
+"""What a run shows while it works: a live line in a terminal, else one plain line per interval."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from lpserve.types import Work
+
+
+@dataclass(slots=True)
+class RunState:
+    """The figures of a progress line."""
+
+    stage: str = "scoring"
+    done: int = 0
+    """Masks scored or read back from the store."""
+    total: int = 0
+    reused: int = 0
+    """Masks of `done` that the store already held."""
+    work: Work = field(default_factory=Work)
+    best: dict[int, float] = field(default_factory=dict)
+    """Number removed -> best calibration perplexity so far."""
+    surrogate: str = ""
+    heldout_r2: float | None = None
+    heldout_spearman: float | None = None
+    quarantined: int = 0
+
+
+class Progress:
+    """Renders a RunState; use as a context manager."""
+
+    def __init__(self, *, interval_s: float, stream: TextIO | None = None) -> None:
+        self.state = RunState()
+        self._stream = stream or sys.stderr
+        self._interval_s = interval_s
+        self._started = time.monotonic()
+        self._last = 0.0
+        console = Console(file=self._stream)
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.update(force=True)
+        if self._live:
+            self._live.stop()
+
+    def update(self, *, force: bool = False) -> None:
+        """Show the state, at most every interval (a terminal: twice a second)."""
+        now = time.monotonic()
+        if not force and now - self._last < (0.5 if self._live else self._interval_s):
+            return
+        self._last = now
+        text = self.line(now - self._started)
+        if self._live:
+            self._live.update(Text(text), refresh=True)
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        if self._live:
+            self._live.console.print(Text(text))
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def line(self, elapsed_s: float) -> str:
+        """The progress line."""
+        state = self.state
+        scored = state.done - state.reused
+        speed = scored / elapsed_s if elapsed_s > 0 else 0.0
+        parts = [f"{state.stage}: {state.done}/{state.total} masks"]
+        if state.reused:
+            parts[0] += f" ({state.reused} from the store)"
+        parts.append(f"{speed:.1f} masks/s")
+        work = state.work
+        if work.skip_layer_forwards:
+            saved = work.skip_layer_forwards - work.layer_forwards
+            share = saved / work.skip_layer_forwards
+            parts.append(f"{saved} layer-forwards saved ({share:.0%})")
+        if state.best:
+            shown = sorted(state.best)
+            shown = [shown[0], shown[len(shown) // 2], shown[-1]] if len(shown) > 3 else shown
+            parts.append("best ppl " + " ".join(f"-{r}: {state.best[r]:.4g}" for r in shown))
+        if state.heldout_r2 is not None and state.heldout_spearman is not None:
+            parts.append(
+                f"{state.surrogate} held-out R2 {state.heldout_r2:.3f} "
+                f"rho {state.heldout_spearman:.3f}"
+            )
+        if state.quarantined:
+            parts.append(f"{state.quarantined} quarantined")
+        left = state.total - state.done
+        if left > 0:
+            parts.append(f"{left / speed:.0f} s left" if speed > 0 else "time left unknown")
+        else:
+            parts.append(f"{elapsed_s:.0f} s")
+        return " | ".join(parts)

@@ -1,0 +1,170 @@
+"""What a run leaves: plan.json, shapley.csv, scores.npz and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from lpserve.errors import InputError
+from lpserve.outcome import Outcome, ScoredRun
+from lpserve.runfolder import RunFolder
+from lpserve.shapley import Z90
+from lpserve.types import Player
+
+SVG_WIDTH, SVG_HEIGHT, SVG_PAD = 640, 260, 48
+
+
+def write_outputs(folder: RunFolder, outcome: Outcome, *, config_json: dict[str, Any]) -> None:
+    """Write every result file, each whole or not at all; plan.json last."""
+    write_scores(folder.path / "scores.npz", outcome.scored)
+    folder.write("shapley.csv", shapley_csv(outcome))
+    folder.write("report.html", render(outcome, config_json))
+    folder.write("plan.json", outcome.plan.to_json())
+
+
+def shapley_csv(outcome: Outcome) -> str:
+    """One row a player: value, standard errors, 90% interval, chance of being among the lowest."""
+    values = outcome.analysis.values
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["player", "layer", "part", "value", "stderr", "window_stderr", "total_stderr",
+         "low90", "high90", "p_lowest", "k_min", "k_max", "estimator"]
+    )  # fmt: skip
+    window_P = values.window_stderr_P
+    for player in outcome.scored.players:
+        i = player.index
+        value, total = float(values.values_P[i]), float(values.total_stderr_P[i])
+        writer.writerow(
+            [i, player.layer, player.part, repr(value), repr(float(values.stderr_P[i])),
+             "" if window_P is None else repr(float(window_P[i])), repr(total),
+             repr(value - Z90 * total), repr(value + Z90 * total),
+             float(outcome.analysis.lowest_probability_P[i]), *values.sizes, values.estimator]
+        )  # fmt: skip
+    return text.getvalue()
+
+
+def write_scores(path: Path, scored: ScoredRun) -> None:
+    """scores.npz: what `lpserve plan` decides from, without the store."""
+    about = {
+        "model": scored.model, "model_hash": scored.model_hash, "utility": scored.utility,
+        "surrogate": scored.surrogate, "sizes": list(scored.sizes), "seed": scored.seed,
+        "max_removed": scored.max_removed,
+        "players": [[p.index, p.layer, p.part] for p in scored.players],
+    }  # fmt: skip
+    temporary = path.with_name(f".{path.stem}.tmp.npz")
+    np.savez_compressed(
+        temporary,
+        about=np.array(json.dumps(about)),
+        masks=scored.masks_MP, nll=scored.nll_MN, num_tokens=scored.num_tokens_N,
+        sources=np.array(scored.sources),
+        heldout_masks=scored.heldout_masks_MP, heldout_nll=scored.heldout_nll_MN,
+        heldout_num_tokens=scored.heldout_num_tokens_N,
+    )  # fmt: skip
+    temporary.replace(path)
+
+
+def read_scores(run: str | Path) -> ScoredRun:
+    """The scores of a finished run; raises InputError when the folder holds none."""
+    path = Path(run) / "scores.npz"
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            about = json.loads(str(data["about"]))
+            return ScoredRun(
+                model=about["model"], model_hash=about["model_hash"], utility=about["utility"],
+                surrogate=about["surrogate"], sizes=tuple(about["sizes"]), seed=about["seed"],
+                max_removed=about["max_removed"],
+                players=tuple(Player(index=i, layer=n, part=p) for i, n, p in about["players"]),
+                masks_MP=data["masks"], nll_MN=data["nll"], num_tokens_N=data["num_tokens"],
+                sources=tuple(str(s) for s in data["sources"]),
+                heldout_masks_MP=data["heldout_masks"], heldout_nll_MN=data["heldout_nll"],
+                heldout_num_tokens_N=data["heldout_num_tokens"],
+            )  # fmt: skip
+    except FileNotFoundError:
+        raise InputError(f"{run} holds no finished run (no scores.npz): finish `lpserve run` first") from None  # fmt: skip
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{path} cannot be read ({error}); run `lpserve run` again") from None
+
+
+def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
+    """The HTML page; needs no network and no script."""
+    environment = Environment(
+        loader=PackageLoader("lpserve"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    values = outcome.analysis.values
+    return environment.get_template("report.html.j2").render(
+        plan=outcome.plan,
+        analysis=outcome.analysis,
+        values=values,
+        config=config_json,
+        curve=_curve(outcome),
+        bars=_bars(outcome),
+        quarantined=outcome.quarantined,
+        z90=Z90,
+        width=SVG_WIDTH,
+        height=SVG_HEIGHT,
+        pad=SVG_PAD,
+    )
+
+
+def _curve(outcome: Outcome) -> dict[str, Any]:
+    """Perplexity against layers removed, on a log scale: points and ticks in pixels."""
+    plan = outcome.plan
+    series = {
+        "calibration": [(0, plan.full_calibration_ppl)]
+        + [(e.num_removed, e.calibration_ppl) for e in plan.plans],
+        "held-out": [(0, plan.full_heldout_ppl)] + [(e.num_removed, e.heldout_ppl) for e in plan.plans],
+    }
+    drawn = [ppl for points in series.values() for _, ppl in points if ppl and np.isfinite(ppl)]
+    low, high = np.log(min(drawn)), np.log(max(drawn))
+    span = max(high - low, 1e-9)
+    most = plan.plans[-1].num_removed
+
+    def place(removed: float, ppl: float) -> tuple[float, float]:
+        x = SVG_PAD + removed / most * (SVG_WIDTH - 2 * SVG_PAD)
+        y = SVG_HEIGHT - SVG_PAD - (np.log(ppl) - low) / span * (SVG_HEIGHT - 2 * SVG_PAD)
+        return round(x, 1), round(float(y), 1)
+
+    ticks = np.exp(np.linspace(low, high, 5))
+    return {
+        "series": {
+            name: [(*place(r, ppl), r, ppl) for r, ppl in points if ppl and np.isfinite(ppl)]
+            for name, points in series.items()
+        },
+        "x_ticks": [(place(r, float(np.exp(low)))[0], r) for r in range(most + 1)],
+        "y_ticks": [(place(0, float(t))[1], f"{t:.3g}") for t in ticks],
+    }
+
+
+def _bars(outcome: Outcome) -> dict[str, Any]:
+    """Values with 90% intervals, in pixels."""
+    values = outcome.analysis.values
+    half_P = Z90 * np.nan_to_num(values.total_stderr_P)
+    low = min(0.0, float((values.values_P - half_P).min()))
+    high = max(0.0, float((values.values_P + half_P).max()))
+    span = max(high - low, 1e-12)
+    step = (SVG_WIDTH - 2 * SVG_PAD) / len(values.values_P)
+
+    def y(value: float) -> float:
+        return round(SVG_HEIGHT - SVG_PAD - (value - low) / span * (SVG_HEIGHT - 2 * SVG_PAD), 1)
+
+    bars = []
+    for i, value in enumerate(values.values_P):
+        top, bottom = y(max(float(value), 0.0)), y(min(float(value), 0.0))
+        bars.append(
+            {
+                "x": round(SVG_PAD + i * step + 0.15 * step, 1), "width": round(0.7 * step, 1),
+                "y": top, "height": round(max(bottom - top, 0.5), 1),
+                "middle": round(SVG_PAD + (i + 0.5) * step, 1),
+                "low": y(float(value - half_P[i])), "high": y(float(value + half_P[i])), "player": i,
+            }
+        )  # fmt: skip
+    ticks = [(y(float(t)), f"{t:.3g}") for t in np.linspace(low, high, 5)]
+    return {"bars": bars, "zero": y(0.0), "y_ticks": ticks}

@@ -1,0 +1,307 @@
+"""Shapley values and truncated semivalues of the layer game, with standard errors.
+
+For `sizes = (k_min, k_max)`, the size of a coalition *before* player i joins:
+
+    phi_i = mean over k = k_min..k_max of the mean over all S without i, |S| = k, of u(S+i) - u(S)
+
+`(0, P-1)` is the Shapley value (Shapley 1953); anything narrower is a truncated semivalue, what
+arXiv 2602.07804 estimates with its strata. Estimators: `exact_values` by enumeration,
+`kernel_values` in closed form from a kernel surrogate, `monte_carlo_values` from any surrogate,
+`paper_values` as published. Imports no torch.
+
+Notation: M masks, P players, J columns of utilities, Q sampled coalitions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.linalg import cho_solve
+from scipy.special import gammaln
+
+from lpserve.errors import InputError
+from lpserve.surrogate import AutoSurrogate, HeldOut, KernelSurrogate
+from lpserve.types import BoolArray, FloatArray
+
+Z90 = 1.645
+"""Half-width of a 90% normal interval in standard errors."""
+MAX_EXACT_PLAYERS = 24
+_TOGGLE_ROWS = 1 << 15  # surrogate rows evaluated at once: keeps the hidden layer in the cache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShapleyValues:
+    """Values of every player, with what is known about their errors."""
+
+    values_P: FloatArray
+    stderr_P: FloatArray
+    """Uncertainty about this game on these windows: masks not scored. Zero when enumerated."""
+    sizes: tuple[int, int]
+    """(k_min, k_max), sizes before the player joins, inclusive."""
+    estimator: str
+    window_stderr_P: FloatArray | None = None
+    """What other windows of the same source would change (jackknife); None without them."""
+    heldout: HeldOut | None = field(default=None)
+    """Held-out error of the surrogate, where one was used."""
+
+    @property
+    def total_stderr_P(self) -> FloatArray:
+        """Root of the sum of squares."""
+        if self.window_stderr_P is None:
+            return self.stderr_P
+        return np.hypot(self.stderr_P, self.window_stderr_P)
+
+    @property
+    def is_shapley(self) -> bool:
+        """Whether these are Shapley values, not a truncated semivalue."""
+        return self.sizes == (0, len(self.values_P) - 1)
+
+
+def shapley_values(
+    masks_MP: BoolArray,
+    utilities_M: FloatArray,
+    sizes: tuple[int, int] | None = None,
+    *,
+    noise_M: FloatArray | None = None,
+    leave_one_out_MN: FloatArray | None = None,
+) -> ShapleyValues:
+    """Values from scored masks: exact when every mask needed is there, else by kernel surrogate.
+
+    Deterministic. Of the two kernel surrogates (`gp`, `ridge`) the one with the smaller
+    leave-one-out error gives the values, in closed form; known scores are part of its posterior.
+
+    Args:
+        masks_MP: distinct masks, bool [M, P], True = kept.
+        utilities_M: float [M], finite, higher is better.
+        sizes: (k_min, k_max), sizes before the player joins; default (0, P-1).
+        noise_M: variance of each utility, if it is noisy.
+        leave_one_out_MN: the utilities with window n left out, for `window_stderr_P`.
+
+    Raises:
+        InputError: masks repeat, utilities are not finite, sizes are out of range, or there are
+            fewer than 3 masks and they do not enumerate the game.
+    """
+    masks_MP, utilities_M, sizes = check_game(masks_MP, utilities_M, sizes)
+    if is_enumerated(masks_MP, sizes):
+        columns = utilities_M[:, None]
+        if leave_one_out_MN is not None:
+            columns = np.concatenate([columns, leave_one_out_MN], axis=1)
+        values_PJ = exact_values(masks_MP, columns, sizes)
+        return ShapleyValues(
+            values_P=values_PJ[:, 0],
+            stderr_P=np.zeros(len(values_PJ)),
+            window_stderr_P=_jackknife(values_PJ[:, 1:]) if leave_one_out_MN is not None else None,
+            sizes=sizes,
+            estimator="exact",
+        )
+    if len(masks_MP) < 3:
+        raise InputError(f"{len(masks_MP)} masks are too few to estimate values: score more")
+    surrogate = AutoSurrogate()
+    surrogate.fit(masks_MP, utilities_M, noise_M)
+    return kernel_values(surrogate.best, sizes, leave_one_out_MN)
+
+
+def check_game(
+    masks_MP: BoolArray, utilities_M: FloatArray, sizes: tuple[int, int] | None
+) -> tuple[BoolArray, FloatArray, tuple[int, int]]:
+    """Validated masks, utilities and sizes; raises InputError."""
+    masks = np.asarray(masks_MP)
+    utilities = np.asarray(utilities_M, dtype=np.float64)
+    if masks.ndim != 2 or masks.dtype != bool or masks.shape[1] < 1:
+        raise InputError(f"masks must be bool [M, P]: got {masks.dtype} {list(masks.shape)}")
+    if utilities.shape != (len(masks),):
+        raise InputError(f"{len(masks)} masks need as many utilities: got {list(utilities.shape)}")
+    if not np.isfinite(utilities).all():
+        row = int(np.flatnonzero(~np.isfinite(utilities))[0])
+        raise InputError(f"utility {row} is not finite: leave such masks out")
+    if len(np.unique(masks, axis=0)) != len(masks):
+        raise InputError("masks repeat: give each mask once")
+    num_players = masks.shape[1]
+    low, high = sizes if sizes is not None else (0, num_players - 1)
+    if not 0 <= low <= high <= num_players - 1:
+        raise InputError(
+            f"sizes must be 0 <= k_min <= k_max <= {num_players - 1}: got ({low}, {high})"
+        )
+    return masks, utilities, (int(low), int(high))
+
+
+def is_enumerated(masks_MP: BoolArray, sizes: tuple[int, int]) -> bool:
+    """Whether distinct masks hold every mask with k_min..k_max+1 kept."""
+    num_players = masks_MP.shape[1]
+    kept_M = masks_MP.sum(axis=1)
+    have = int(((kept_M >= sizes[0]) & (kept_M <= sizes[1] + 1)).sum())
+    need = sum(math.comb(num_players, k) for k in range(sizes[0], sizes[1] + 2))
+    return num_players <= MAX_EXACT_PLAYERS and have == need
+
+
+def exact_values(
+    masks_MP: BoolArray, utilities_MJ: FloatArray, sizes: tuple[int, int]
+) -> FloatArray:
+    """The definition, by enumeration, for J utilities at once: `float64[P, J]`."""
+    num_players = masks_MP.shape[1]
+    code_M = masks_MP @ (1 << np.arange(num_players, dtype=np.int64))
+    row_of = np.full(1 << num_players, -1, dtype=np.int64)
+    row_of[code_M] = np.arange(len(code_M))
+    kept_M = masks_MP.sum(axis=1)
+    values_PJ = np.empty((num_players, utilities_MJ.shape[1]))
+    # every coalition of size k without i weighs 1 / (number of sizes * C(P-1, k))
+    weight_K = np.array(
+        [1.0 / ((sizes[1] - sizes[0] + 1) * math.comb(num_players - 1, k)) for k in range(num_players)]
+    )  # fmt: skip
+    in_range_M = (kept_M >= sizes[0]) & (kept_M <= sizes[1])
+    for player in range(num_players):
+        without = np.flatnonzero(in_range_M & ~masks_MP[:, player])
+        joined = row_of[code_M[without] | (1 << player)]
+        gain = utilities_MJ[joined] - utilities_MJ[without]
+        values_PJ[player] = weight_K[kept_M[without]] @ gain
+    return values_PJ
+
+
+def kernel_values(
+    surrogate: KernelSurrogate,
+    sizes: tuple[int, int],
+    leave_one_out_MN: FloatArray | None = None,
+) -> ShapleyValues:
+    """Posterior mean and standard deviation of the values under a Hamming-kernel surrogate.
+
+    Exact at any P, no sampling. The kernel between a coalition S+i or S and a training mask m
+    depends on the bits other than i only through their distance h, so with
+    delta(h) = kappa(h) - kappa(h+1) and s = +1 where m keeps i, else -1,
+
+        Cov(u(S+i) - u(S), u(m)) = s delta(h)
+
+    and the mean over |S| = k needs only the overlap of S with m, which is hypergeometric. The
+    prior variance of a value is 2 mean_{k,k'} E delta(|S xor S'|) by the same table.
+    """
+    kappa, masks_MP = surrogate.kappa, surrogate.masks_MP
+    num_players = masks_MP.shape[1]
+    table_KA = _mean_delta(kappa, num_players)
+    low, high = sizes
+    by_ones_A = table_KA[low : high + 1].mean(axis=0)
+    others_PM = (masks_MP.sum(axis=1)[None] - masks_MP.T).astype(np.int64)
+    cross_PM = np.where(masks_MP.T, 1.0, -1.0) * by_ones_A[others_PM]
+    weights_PM = cho_solve(surrogate.factor, cross_PM.T).T
+    prior = 2.0 * float(table_KA[low : high + 1, low : high + 1].mean())
+    variance_P = np.maximum(prior - (weights_PM * cross_PM).sum(axis=1), 0.0)
+    window_stderr_P = None
+    if leave_one_out_MN is not None:
+        columns = leave_one_out_MN[surrogate.rows]
+        window_stderr_P = _jackknife(weights_PM @ (columns - columns.mean(axis=0)))
+    return ShapleyValues(
+        values_P=surrogate.scale * (cross_PM @ surrogate.alpha_M),
+        stderr_P=surrogate.scale * max(1.0, surrogate.calibration) * np.sqrt(variance_P),
+        window_stderr_P=window_stderr_P,
+        sizes=sizes,
+        estimator=f"{surrogate.name} closed form",
+        heldout=surrogate.heldout,
+    )
+
+
+def monte_carlo_values(
+    mean: Callable[[BoolArray], FloatArray],
+    num_players: int,
+    sizes: tuple[int, int],
+    num_coalitions: int,
+    seed: int,
+) -> ShapleyValues:
+    """Values of any surrogate by stratified sampling; `stderr_P` is the sampling error.
+
+    For every k, `num_coalitions` / (number of sizes) sets of size k+1 or k are toggled at every
+    player: dropping a member of a (k+1)-set and adding to a k-set both estimate size k.
+    """
+    from lpserve.masks import draw
+
+    rng = np.random.default_rng(seed)
+    low, high = sizes
+    per_size = max(2, -(-num_coalitions // (high - low + 2)))
+    shape = (num_players, num_players + 1)
+    count, total, square = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    for kept in range(low, high + 2):
+        sets_QP = draw(num_players, kept, per_size, rng)
+        gain_QP = toggle_differences(mean, sets_QP)
+        for member, k in ((True, kept - 1), (False, kept)):
+            if low <= k <= high:
+                chosen = sets_QP == member
+                count[:, k] += chosen.sum(axis=0)
+                total[:, k] += np.where(chosen, gain_QP, 0.0).sum(axis=0)
+                square[:, k] += np.where(chosen, gain_QP**2, 0.0).sum(axis=0)
+    use = slice(low, high + 1)
+    if (count[:, use] < 2).any():
+        raise InputError(f"{num_coalitions} coalitions are too few for {high - low + 1} sizes")
+    mean_PK = total[:, use] / count[:, use]
+    spread_PK = np.maximum(square[:, use] / count[:, use] - mean_PK**2, 0.0)
+    error_PK = spread_PK / (count[:, use] - 1)
+    return ShapleyValues(
+        values_P=mean_PK.mean(axis=1),
+        stderr_P=np.sqrt(error_PK.sum(axis=1)) / (high - low + 1),
+        sizes=sizes,
+        estimator=f"Monte Carlo, {per_size * (high - low + 2)} coalitions",
+    )
+
+
+def paper_values(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray) -> ShapleyValues:
+    """arXiv 2602.07804, stage 2: phi_i = mean over q of f(m_q + i) - f(m_q - i).
+
+    The masks weigh sizes k-1 and k of each stratum k alike; it is not a Shapley value, and its
+    `sizes` say which coalition sizes it mixes. `stderr_P` is the sampling error.
+    """
+    gain_QP = toggle_differences(mean, masks_QP)
+    kept = masks_QP.sum(axis=1)
+    num_players = masks_QP.shape[1]
+    sizes = (max(int(kept.min()) - 1, 0), min(int(kept.max()), num_players - 1))
+    return ShapleyValues(
+        values_P=gain_QP.mean(axis=0),
+        stderr_P=gain_QP.std(axis=0, ddof=1) / math.sqrt(len(gain_QP)),
+        sizes=sizes,
+        estimator=f"paper, {len(masks_QP)} masks",
+    )
+
+
+def toggle_differences(
+    mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray
+) -> FloatArray:
+    """u(m + i) - u(m - i) for every mask and player, `float64[Q, P]`.
+
+    One of the two is the mask itself, so P + 1 evaluations answer for 2P.
+    """
+    num_masks, num_players = masks_QP.shape
+    gain_QP = np.empty((num_masks, num_players))
+    step = max(1, _TOGGLE_ROWS // (num_players + 1))
+    flips = np.concatenate([np.zeros((1, num_players), bool), np.eye(num_players, dtype=bool)])
+    for start in range(0, num_masks, step):
+        part = masks_QP[start : start + step]
+        rows = (part[:, None, :] ^ flips[None]).reshape(-1, num_players)
+        value = mean(rows).reshape(len(part), num_players + 1)
+        change = value[:, :1] - value[:, 1:]
+        gain_QP[start : start + step] = np.where(part, change, -change)
+    return gain_QP
+
+
+def _mean_delta(kappa: FloatArray, num_players: int) -> FloatArray:
+    """E delta(h) for a random set of size k against one of size a among P-1, `[P, P]` by (k, a)."""
+    others = num_players - 1
+    delta_H = kappa[:-1] - kappa[1:]
+    k, a, t = np.meshgrid(*[np.arange(num_players)] * 3, indexing="ij")
+    legal = (t <= k) & (t <= a) & (k + a - t <= others)
+    k_, a_, t_ = k[legal], a[legal], t[legal]
+    # hypergeometric: t of the k chosen fall among the a
+    log_p = _log_comb(a_, t_) + _log_comb(others - a_, k_ - t_) - _log_comb(others, k_)
+    table = np.zeros((num_players, num_players))
+    np.add.at(table, (k_, a_), np.exp(log_p) * delta_H[k_ + a_ - 2 * t_])
+    return table
+
+
+def _log_comb(n: np.ndarray | int, k: np.ndarray) -> np.ndarray:
+    return gammaln(np.asarray(n) + 1.0) - gammaln(k + 1.0) - gammaln(np.asarray(n) - k + 1.0)
+
+
+def _jackknife(values_PN: FloatArray) -> FloatArray:
+    """Jackknife standard error over windows left out one by one (Efron & Stein 1981)."""
+    num = values_PN.shape[1]
+    if num < 2:
+        return np.full(len(values_PN), np.nan)
+    centred = values_PN - values_PN.mean(axis=1, keepdims=True)
+    return np.sqrt((num - 1) / num * (centred**2).sum(axis=1))
