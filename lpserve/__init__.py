@@ -9,16 +9,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lpserve.config import RunConfig as RunConfig
+    from lpserve.coordinator import run as run
     from lpserve.engine import open_engine as open_engine
+    from lpserve.export import export_checkpoint as export_checkpoint
+    from lpserve.export import export_run as export_run
+    from lpserve.plan import Plan as Plan
+    from lpserve.plan import load_plan as load_plan
+    from lpserve.shapley import ShapleyValues as ShapleyValues
+    from lpserve.shapley import shapley_values as shapley_values
+    from lpserve.store import Store as Store
     from lpserve.types import EngineSpec as EngineSpec
+    from lpserve.types import Scores as Scores
     from lpserve.windows import TokenWindows as TokenWindows
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "EngineSpec": "lpserve.types",
+    "Plan": "lpserve.plan",
+    "RunConfig": "lpserve.config",
+    "Scores": "lpserve.types",
+    "ShapleyValues": "lpserve.shapley",
+    "Store": "lpserve.store",
     "TokenWindows": "lpserve.windows",
+    "export_checkpoint": "lpserve.export",
+    "export_run": "lpserve.export",
+    "load_plan": "lpserve.plan",
     "open_engine": "lpserve.engine",
+    "run": "lpserve.coordinator",
+    "shapley_values": "lpserve.shapley",
 }
 __all__ = sorted([*_HOMES, "__version__"])
 

@@ -180,9 +180,7 @@ def _read_header(shard: Path) -> list[TensorEntry]:
             if name != "__metadata__"
         ]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"shard {shard} is corrupt ({error}); copy the checkpoint again"
-        ) from None
+        raise InputError(f"shard {shard} is corrupt ({error}); copy the checkpoint again") from None
     entries.sort(key=lambda entry: entry.offset)
     end = entries[-1].offset + entries[-1].num_bytes if entries else 8 + length
     if end != size:

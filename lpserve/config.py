@@ -24,6 +24,26 @@ UTILITIES = ("neg_nll", "ppl_ratio")
 CHANGEABLE = ("budget", "pool", "engines", "grace_s", "progress_s", "stop_when_stable")
 """Keys that may differ when a run is resumed in its folder."""
 
+_CHOICES = {
+    "engine": ENGINES,
+    "pool": POOLS,
+    "dtype": DTYPES,
+    "surrogate": SURROGATES,
+    "utility": UTILITIES,
+}
+_LEAST = {
+    "num_windows": 1,
+    "heldout_windows": 1,
+    "length": 2,
+    "budget": 1,
+    "engines": 1,
+    "max_removed": 1,
+    "round_size": 1,
+    "seed": 0,
+    "window_seed": 0,
+}
+_OPTIONAL = ("max_removed", "round_size")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -78,32 +98,33 @@ class RunConfig:
     """Seconds between progress lines outside a terminal."""
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("engine", ENGINES), ("pool", POOLS), ("dtype", DTYPES),
-            ("surrogate", SURROGATES), ("utility", UTILITIES),
-        ):  # fmt: skip
-            _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")  # fmt: skip
-        for name, least in (
-            ("num_windows", 1), ("heldout_windows", 1), ("length", 2), ("budget", 1), ("engines", 1),
-            ("max_removed", 1), ("round_size", 1), ("seed", 0), ("window_seed", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
+        for key, choices in _CHOICES.items():
+            rule = f"one of {', '.join(choices)}"
+            _require(getattr(self, key) in choices, key, getattr(self, key), rule)
+        for key, least in _LEAST.items():
+            value = getattr(self, key)
             whole = isinstance(value, int) and not isinstance(value, bool)
-            optional = value is None and name in ("max_removed", "round_size")
-            _require(optional or (whole and value >= least), name, value, f"a whole number, at least {least}")  # fmt: skip
-        for name in ("grace_s", "progress_s"):
-            value = getattr(self, name)
-            _require(isinstance(value, int | float) and value > 0, name, value, "seconds above 0")
-        for name in ("bos", "stop_when_stable"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")  # fmt: skip
-        for name in ("model", "out", "text_field"):
-            _require(isinstance(getattr(self, name), str) and getattr(self, name), name, getattr(self, name), "a text")  # fmt: skip
+            optional = value is None and key in _OPTIONAL
+            rule = f"a whole number, at least {least}"
+            _require(optional or (whole and value >= least), key, value, rule)
+        for key in ("grace_s", "progress_s"):
+            value = getattr(self, key)
+            _require(isinstance(value, int | float) and value > 0, key, value, "seconds above 0")
+        for key in ("bos", "stop_when_stable"):
+            value = getattr(self, key)
+            _require(isinstance(value, bool), key, value, "true or false")
+        for key in ("model", "out", "text_field"):
+            value = getattr(self, key)
+            _require(isinstance(value, str) and value != "", key, value, "a text")
+        _require(isinstance(self.engine_options, dict), "engine_options", "no table", "a table")
         _require(bool(self.calibration), "calibration", "nothing", "a text to calibrate on")
         _require(self.engines == 1, "engines", self.engines, "1 with the local pool")
         _require(
             self.surrogate != "paper" or self.utility == "ppl_ratio",
-            "surrogate", "paper", "used with utility ppl_ratio, which its sigmoid needs",
-        )  # fmt: skip
+            "surrogate",
+            "paper",
+            "used with utility ppl_ratio, which its sigmoid needs",
+        )
 
     @property
     def store_path(self) -> Path:
@@ -114,10 +135,15 @@ class RunConfig:
         most = num_players - 1
         removed = self.max_removed or max(1, min(most, (3 * num_players) // 8))
         _require(most >= 1, "model", f"{num_players} players", "a model of at least 2 players")
-        _require(removed <= most, "max_removed", removed, f"at most {most} for {num_players} players")
+        _require(
+            removed <= most, "max_removed", removed, f"at most {most} for {num_players} players"
+        )
         sizes = self.sizes or (num_players - removed, most)
         _require(
-            0 <= sizes[0] <= sizes[1] <= most, "sizes", list(sizes), f"0 <= k_min <= k_max <= {most}"
+            0 <= sizes[0] <= sizes[1] <= most,
+            "sizes",
+            list(sizes),
+            f"0 <= k_min <= k_max <= {most}",
         )
         return replace(
             self, max_removed=removed, sizes=sizes, round_size=self.round_size or num_players

@@ -105,7 +105,6 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         with progress, _signals(job), threadpool_limits(1, user_api="blas"):
             job.score_rounds()
             outcome = job.conclude()
-        job.pool.close(timeout_s=config.grace_s)
         return RunResult(folder=folder.path, outcome=outcome)
 
 
@@ -301,9 +300,7 @@ class _Job:
             self._show()
             self._check_signals()
         self._show()
-        scored = replace(
-            scored, heldout_masks_MP=wanted, heldout_nll_MN=self.board.nll(wanted)
-        )
+        scored = replace(scored, heldout_masks_MP=wanted, heldout_nll_MN=self.board.nll(wanted))
         outcome = Outcome(
             scored=scored,
             analysis=analysis,
@@ -372,7 +369,9 @@ class _Job:
 
 
 def _round_settings(config: RunConfig, num_players: int) -> RoundSettings:
-    assert config.max_removed and config.sizes and config.round_size
+    assert config.max_removed
+    assert config.sizes
+    assert config.round_size
     return RoundSettings(
         num_players=num_players,
         max_removed=config.max_removed,

@@ -1,4 +1,4 @@
-"""A lock on a path that dies with its process (flock), and names its holder to whoever is refused."""
+"""A lock on a path that dies with its process (flock) and names its holder to whoever is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import time
 from pathlib import Path
 
-from lpserve.errors import StoreBusyError
+from lpserve.errors import InputError, StoreBusyError
 
 
 class PathLock:
@@ -17,11 +17,15 @@ class PathLock:
 
     Raises:
         StoreBusyError: another process holds it.
+        InputError: the lock file cannot be made.
     """
 
     def __init__(self, path: Path, *, holder: str) -> None:
         lock_path = path.with_name(f"{path.name}.lock")
-        self._file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self._file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise InputError(f"{path} cannot be locked: {lock_path}: {error.strerror}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -23,6 +23,7 @@ from lpserve.plan import (
     ranking_mask,
     removed_list,
 )
+from lpserve.scored import ScoredRun
 from lpserve.shapley import (
     Z90,
     ShapleyValues,
@@ -32,62 +33,9 @@ from lpserve.shapley import (
     shapley_values,
 )
 from lpserve.surrogate import AutoSurrogate, HeldOut, KernelSurrogate, Surrogate, make_surrogate
-from lpserve.types import BoolArray, FloatArray, IntArray, Player, perplexity, utilities
+from lpserve.types import BoolArray, FloatArray, IntArray, perplexity
 
 _MONTE_CARLO_COALITIONS = 80_000  # as many as the paper draws
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredRun:
-    """Everything that a decision reads."""
-
-    model: str
-    model_hash: str
-    players: tuple[Player, ...]
-    utility: str
-    surrogate: str
-    sizes: tuple[int, int]
-    max_removed: int
-    seed: int
-    masks_MP: BoolArray
-    """Masks in the order in which they were asked for; the first keeps all."""
-    nll_MN: NDArray[np.float32]
-    """NaN rows: given up."""
-    num_tokens_N: IntArray
-    sources: tuple[str, ...]
-    """How each mask was found."""
-    heldout_masks_MP: BoolArray
-    heldout_nll_MN: NDArray[np.float32]
-    heldout_num_tokens_N: IntArray
-
-    @property
-    def num_players(self) -> int:
-        return len(self.players)
-
-    def scored_M(self) -> BoolArray:
-        """Masks with a score, finite or not (a mask that was given up has NaN alone)."""
-        return ~np.isnan(self.nll_MN).all(axis=1)
-
-    def utility_of(self, nll_MN: NDArray[np.float32]) -> FloatArray:
-        """NaN where a score is not finite: never a training point, never chosen."""
-        value_M = utilities(
-            self.utility, nll_MN.astype(np.float64), self.num_tokens_N,
-            self.nll_MN[0].astype(np.float64),
-        )  # fmt: skip
-        return np.where(np.isfinite(nll_MN).all(axis=1), value_M, np.nan)
-
-    def leave_one_out(self, nll_MN: NDArray[np.float32]) -> FloatArray | None:
-        """The utility with window n left out, `float64[M, N]`; None for a single window."""
-        num_windows = len(self.num_tokens_N)
-        if num_windows < 2:
-            return None
-        nll = nll_MN.astype(np.float64)
-        columns = []
-        for n in range(num_windows):
-            rest = np.arange(num_windows) != n
-            full_N = self.nll_MN[0].astype(np.float64)[rest]
-            columns.append(utilities(self.utility, nll[:, rest], self.num_tokens_N[rest], full_N))
-        return np.stack(columns, axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

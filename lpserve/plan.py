@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 
 from lpserve.errors import InputError
-from lpserve.masks import all_masks, drop_one, keys, removed_players, sort_distinct, swap_one, without
+from lpserve.masks import (
+    all_masks,
+    drop_one,
+    keys,
+    pack,
+    removed_players,
+    sort_distinct,
+    swap_one,
+    without,
+)
 from lpserve.types import BoolArray, FloatArray
 
 PLAN_FORMAT = 1
@@ -76,13 +85,12 @@ def likely_best(
 
 
 def _top(masks_QP: BoolArray, value_Q: FloatArray, count: int) -> tuple[BoolArray, FloatArray]:
-    order = np.argsort(-value_Q, kind="stable")[:count]
+    """The highest values, ties to the smaller key."""
+    order = np.lexsort((*pack(masks_QP).T[::-1], -value_Q))[:count]
     return masks_QP[order], value_Q[order]
 
 
-def greedy_path(
-    masks_MP: BoolArray, utilities_M: FloatArray, max_removed: int
-) -> list[BoolArray]:
+def greedy_path(masks_MP: BoolArray, utilities_M: FloatArray, max_removed: int) -> list[BoolArray]:
     """Drop the player whose loss costs least, again and again, among scored masks (SLEB's rule).
 
     Stops where a step's masks were not all asked for: the path is then shorter than `max_removed`.
@@ -172,7 +180,9 @@ def load_plan(path: str | Path) -> Plan:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         if data["format"] != PLAN_FORMAT:
-            raise InputError(f"{path} has plan format {data['format']}; this lpserve reads {PLAN_FORMAT}")  # fmt: skip
+            raise InputError(
+                f"{path} has plan format {data['format']}; this lpserve reads {PLAN_FORMAT}"
+            )
         entries = [
             PlanEntry(**{**e, "candidates": [Candidate(**c) for c in e["candidates"]]})
             for e in data.pop("plans")

@@ -103,10 +103,11 @@ class LocalPool:
         except queue.Empty:
             return None
 
-    def close(self, timeout_s: float = 0.0) -> None:
-        """Stop after the unit in hand; waits for it at most `timeout_s`."""
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Stop after the unit in hand, waiting for it at most `timeout_s`; the thread dies with
+        the process."""
         self._todo.put(None)
-        self._thread.join(timeout=timeout_s or None)
+        self._thread.join(timeout_s)
         if not self._thread.is_alive():
             self._engine.close()
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lpserve.errors import InputError
-from lpserve.outcome import Outcome, ScoredRun
+from lpserve.outcome import Outcome
 from lpserve.runfolder import RunFolder
+from lpserve.scored import write_scores
 from lpserve.shapley import Z90
-from lpserve.types import Player
 
 SVG_WIDTH, SVG_HEIGHT, SVG_PAD = 640, 260, 48
 
@@ -50,48 +47,6 @@ def shapley_csv(outcome: Outcome) -> str:
     return text.getvalue()
 
 
-def write_scores(path: Path, scored: ScoredRun) -> None:
-    """scores.npz: what `lpserve plan` decides from, without the store."""
-    about = {
-        "model": scored.model, "model_hash": scored.model_hash, "utility": scored.utility,
-        "surrogate": scored.surrogate, "sizes": list(scored.sizes), "seed": scored.seed,
-        "max_removed": scored.max_removed,
-        "players": [[p.index, p.layer, p.part] for p in scored.players],
-    }  # fmt: skip
-    temporary = path.with_name(f".{path.stem}.tmp.npz")
-    np.savez_compressed(
-        temporary,
-        about=np.array(json.dumps(about)),
-        masks=scored.masks_MP, nll=scored.nll_MN, num_tokens=scored.num_tokens_N,
-        sources=np.array(scored.sources),
-        heldout_masks=scored.heldout_masks_MP, heldout_nll=scored.heldout_nll_MN,
-        heldout_num_tokens=scored.heldout_num_tokens_N,
-    )  # fmt: skip
-    temporary.replace(path)
-
-
-def read_scores(run: str | Path) -> ScoredRun:
-    """The scores of a finished run; raises InputError when the folder holds none."""
-    path = Path(run) / "scores.npz"
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            about = json.loads(str(data["about"]))
-            return ScoredRun(
-                model=about["model"], model_hash=about["model_hash"], utility=about["utility"],
-                surrogate=about["surrogate"], sizes=tuple(about["sizes"]), seed=about["seed"],
-                max_removed=about["max_removed"],
-                players=tuple(Player(index=i, layer=n, part=p) for i, n, p in about["players"]),
-                masks_MP=data["masks"], nll_MN=data["nll"], num_tokens_N=data["num_tokens"],
-                sources=tuple(str(s) for s in data["sources"]),
-                heldout_masks_MP=data["heldout_masks"], heldout_nll_MN=data["heldout_nll"],
-                heldout_num_tokens_N=data["heldout_num_tokens"],
-            )  # fmt: skip
-    except FileNotFoundError:
-        raise InputError(f"{run} holds no finished run (no scores.npz): finish `lpserve run` first") from None  # fmt: skip
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({error}); run `lpserve run` again") from None
-
-
 def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
     """The HTML page; needs no network and no script."""
     environment = Environment(
@@ -120,7 +75,8 @@ def _curve(outcome: Outcome) -> dict[str, Any]:
     series = {
         "calibration": [(0, plan.full_calibration_ppl)]
         + [(e.num_removed, e.calibration_ppl) for e in plan.plans],
-        "held-out": [(0, plan.full_heldout_ppl)] + [(e.num_removed, e.heldout_ppl) for e in plan.plans],
+        "held-out": [(0, plan.full_heldout_ppl)]
+        + [(e.num_removed, e.heldout_ppl) for e in plan.plans],
     }
     drawn = [ppl for points in series.values() for _, ppl in points if ppl and np.isfinite(ppl)]
     low, high = np.log(min(drawn)), np.log(max(drawn))
@@ -163,7 +119,8 @@ def _bars(outcome: Outcome) -> dict[str, Any]:
                 "x": round(SVG_PAD + i * step + 0.15 * step, 1), "width": round(0.7 * step, 1),
                 "y": top, "height": round(max(bottom - top, 0.5), 1),
                 "middle": round(SVG_PAD + (i + 0.5) * step, 1),
-                "low": y(float(value - half_P[i])), "high": y(float(value + half_P[i])), "player": i,
+                "low": y(float(value - half_P[i])), "high": y(float(value + half_P[i])),
+                "player": i,
             }
         )  # fmt: skip
     ticks = [(y(float(t)), f"{t:.3g}") for t in np.linspace(low, high, 5)]

@@ -69,14 +69,20 @@ class History:
 
 
 class RoundPlanner:
-    """Produces the rounds one after another. `utility` maps `float32[M, N]` NLLs to `float64[M]`."""
+    """Produces the rounds one after another.
+
+    `utility` maps `float32[M, N]` NLLs to `float64[M]`.
+    """
 
     def __init__(
         self, settings: RoundSettings, utility: Callable[[NDArray[np.float32]], FloatArray]
     ) -> None:
         self._settings = settings
         self._utility = utility
-        self._design = StratifiedDesign(settings.num_players, design_strata(settings), settings.seed)
+        self._designs = [
+            StratifiedDesign(settings.num_players, strata, settings.seed)
+            for strata in design_strata(settings)
+        ]
         self._seen: set[bytes] = set()
         self._num_proposed = 0
         self._quiet_rounds = 0
@@ -103,7 +109,9 @@ class RoundPlanner:
         if index % 2 == 0 and index // 2 < self._settings.max_removed:
             batch = []
             if index == 2:
-                batch += self._offer(_single_loss_sets(masks_MP, utilities_M, self._settings), "ranking")
+                batch += self._offer(
+                    _single_loss_sets(masks_MP, utilities_M, self._settings), "ranking"
+                )
             path = greedy_path(masks_MP, utilities_M, index // 2)
             if len(path) == index // 2:
                 batch += self._offer(drop_one(path[-1]), "greedy")
@@ -121,7 +129,9 @@ class RoundPlanner:
             room = size - max(1, size // _DESIGN_SHARE)
             share = max(1, room // _RANKING_SHARE)
             batch += self._offer(self._rankings(index), "ranking", most=share)
-            batch += self._offer(self._hopes(masks_MP, utilities_M), "search", most=room - len(batch))
+            batch += self._offer(
+                self._hopes(masks_MP, utilities_M), "search", most=room - len(batch)
+            )
         self._quiet_rounds = 0 if batch or walking else self._quiet_rounds + 1
         if settings.stop_when_stable and self._quiet_rounds >= 2:
             return np.empty((0, settings.num_players), dtype=bool)
@@ -148,7 +158,7 @@ class RoundPlanner:
             likely = likely[[key not in self._seen for key in keys(likely)]]
             if len(likely):
                 mean_Q, std_Q = self.surrogate.predict(likely)
-                best = utilities_M[top[0]] if len(top) else -np.inf
+                best = float(utilities_M[top[0]]) if len(top) else -np.inf
                 sets.append(likely)
                 gains.append(expected_improvement(mean_Q, std_Q, best))
         if not sets:
@@ -166,13 +176,14 @@ class RoundPlanner:
         return [ranking_mask(values_P, (r + index) % most + 1) for r in range(most)]
 
     def _take_design(self, count: int) -> list[BoolArray]:
-        """The next `count` design masks that no round has asked for."""
+        """The next `count` design masks that no round has asked for; fewer when none are left."""
         batch: list[BoolArray] = []
-        while len(batch) < count:
-            masks_MP = self._design.take(count - len(batch))
-            if not len(masks_MP):
-                break
-            batch += self._offer(masks_MP, "design")
+        for design in self._designs:
+            while len(batch) < count:
+                masks_MP = design.take(count - len(batch))
+                if not len(masks_MP):
+                    break
+                batch += self._offer(masks_MP, "design")
         return batch
 
     def _offer(
@@ -203,10 +214,17 @@ def expected_improvement(mean_Q: FloatArray, std_Q: FloatArray, best: float) -> 
     return std_Q * (z_Q * norm.cdf(z_Q) + norm.pdf(z_Q))
 
 
-def design_strata(settings: RoundSettings) -> list[int]:
-    """Kept counts that the values need, k_min..k_max+1, but for the full set."""
+def design_strata(settings: RoundSettings) -> list[list[int]]:
+    """Kept counts of the design, and those of the design that follows where it is exhausted.
+
+    The first are what the values need, k_min..k_max+1; the others what the plan needs besides:
+    a run must not end before every number removed had its masks. The full set is in neither.
+    """
     low, high = settings.sizes
-    return [k for k in range(high + 1, low - 1, -1) if k < settings.num_players]
+    players = settings.num_players
+    values = [k for k in range(high + 1, low - 1, -1) if k < players]
+    plan = range(players - 1, players - settings.max_removed - 1, -1)
+    return [strata for strata in (values, [k for k in plan if k not in values]) if strata]
 
 
 def current_values(surrogate: Surrogate, sizes: tuple[int, int]) -> FloatArray | None:
@@ -227,5 +245,3 @@ def _single_loss_sets(
         if len(removed) == 1 and np.isfinite(utility):
             loss_P[removed[0]] = -utility
     return [ranking_mask(loss_P, r) for r in range(1, settings.max_removed + 1)]
-
-

@@ -55,7 +55,7 @@ class RunFolder:
         return stored
 
     def refuse_other(self, stored: dict[str, Any], config: dict[str, Any]) -> None:
-        """Raise InputError where a config differs from the folder's in a key that may not change."""
+        """Raise InputError where a config differs from the folder's in a key that must not."""
         old = stored["config"]
         for key in sorted(set(old) | set(config)):
             if key not in CHANGEABLE and key != "out" and old.get(key) != config.get(key):

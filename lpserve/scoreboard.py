@@ -20,7 +20,12 @@ class Scoreboard:
     """Scores of one game on one set of windows."""
 
     def __init__(
-        self, store: Store, game: int, windows: TokenWindows, pool: EnginePool, dispatcher: Dispatcher
+        self,
+        store: Store,
+        game: int,
+        windows: TokenWindows,
+        pool: EnginePool,
+        dispatcher: Dispatcher,
     ) -> None:
         self._store = store
         self._game = game

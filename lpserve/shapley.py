@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import cho_solve
 from scipy.special import gammaln
 
 from lpserve.errors import InputError
+from lpserve.masks import draw
 from lpserve.surrogate import AutoSurrogate, HeldOut, KernelSurrogate
 from lpserve.types import BoolArray, FloatArray
 
@@ -44,7 +45,7 @@ class ShapleyValues:
     estimator: str
     window_stderr_P: FloatArray | None = None
     """What other windows of the same source would change (jackknife); None without them."""
-    heldout: HeldOut | None = field(default=None)
+    heldout: HeldOut | None = None
     """Held-out error of the surrogate, where one was used."""
 
     @property
@@ -81,10 +82,16 @@ def shapley_values(
         leave_one_out_MN: the utilities with window n left out, for `window_stderr_P`.
 
     Raises:
-        InputError: masks repeat, utilities are not finite, sizes are out of range, or there are
-            fewer than 3 masks and they do not enumerate the game.
+        InputError: masks repeat, utilities are not finite, an array has another shape, sizes are
+            out of range, or there are fewer than 3 masks and they do not enumerate the game.
     """
     masks_MP, utilities_M, sizes = check_game(masks_MP, utilities_M, sizes)
+    for name, array, ndim in (("noise", noise_M, 1), ("leave-one-out", leave_one_out_MN, 2)):
+        if array is not None and (np.ndim(array) != ndim or len(array) != len(masks_MP)):
+            raise InputError(
+                f"{name} values must have {ndim} dimensions and a row for each of {len(masks_MP)} "
+                f"masks: got {list(np.shape(array))}"
+            )
     if is_enumerated(masks_MP, sizes):
         columns = utilities_M[:, None]
         if leave_one_out_MN is not None:
@@ -148,9 +155,10 @@ def exact_values(
     kept_M = masks_MP.sum(axis=1)
     values_PJ = np.empty((num_players, utilities_MJ.shape[1]))
     # every coalition of size k without i weighs 1 / (number of sizes * C(P-1, k))
+    num_sizes = sizes[1] - sizes[0] + 1
     weight_K = np.array(
-        [1.0 / ((sizes[1] - sizes[0] + 1) * math.comb(num_players - 1, k)) for k in range(num_players)]
-    )  # fmt: skip
+        [1.0 / (num_sizes * math.comb(num_players - 1, k)) for k in range(num_players)]
+    )
     in_range_M = (kept_M >= sizes[0]) & (kept_M <= sizes[1])
     for player in range(num_players):
         without = np.flatnonzero(in_range_M & ~masks_MP[:, player])
@@ -212,8 +220,6 @@ def monte_carlo_values(
     For every k, `num_coalitions` / (number of sizes) sets of size k+1 or k are toggled at every
     player: dropping a member of a (k+1)-set and adding to a k-set both estimate size k.
     """
-    from lpserve.masks import draw
-
     rng = np.random.default_rng(seed)
     low, high = sizes
     per_size = max(2, -(-num_coalitions // (high - low + 2)))
@@ -260,9 +266,7 @@ def paper_values(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray) -
     )
 
 
-def toggle_differences(
-    mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray
-) -> FloatArray:
+def toggle_differences(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray) -> FloatArray:
     """u(m + i) - u(m - i) for every mask and player, `float64[Q, P]`.
 
     One of the two is the mask itself, so P + 1 evaluations answer for 2P.

@@ -3,7 +3,8 @@
 A score exists once it is committed (write-ahead log, full sync). NLLs are kept per window, so any
 subset or mixture of windows, and any utility derived from NLL, is read back without scoring again.
 A block is an immutable list of windows, fixed when it is first asked for. Writing a score twice
-keeps the first. One writer at a time; the lock dies with its process.
+keeps the first. One writer at a time; the lock dies with its process. Every score carries a
+checksum, and a file is read through before it is written to: a damaged one is refused untouched.
 
 Notation: M masks, N windows, P players.
 """
@@ -13,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,7 @@ from numpy.typing import NDArray
 from lpserve.errors import DiskFullError, InputError, LpserveError, StoreCorruptError
 from lpserve.locks import PathLock
 from lpserve.masks import keys
-from lpserve.types import BoolArray, FloatArray, Game, IntArray
+from lpserve.types import BoolArray, FloatArray, Game, IntArray, Player
 from lpserve.windows import TokenWindows
 
 APPLICATION_ID = 0x6C707376  # "lpsv"
@@ -35,7 +38,8 @@ _KEYS_PER_QUERY = 500
 _SCHEMA = """
 CREATE TABLE games (id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, description TEXT NOT NULL);
 CREATE TABLE windows (
-  id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, num_tokens INTEGER NOT NULL);
+  id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, num_tokens INTEGER NOT NULL,
+  UNIQUE (hash, num_tokens));
 CREATE TABLE blocks (id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE);
 CREATE TABLE block_windows (
   block INTEGER NOT NULL, position INTEGER NOT NULL, window INTEGER NOT NULL,
@@ -43,11 +47,35 @@ CREATE TABLE block_windows (
 CREATE INDEX block_windows_by_window ON block_windows (window);
 CREATE TABLE scores (
   game INTEGER NOT NULL, block INTEGER NOT NULL, metric TEXT NOT NULL, mask BLOB NOT NULL,
-  value BLOB NOT NULL, PRIMARY KEY (game, block, metric, mask)) WITHOUT ROWID;
+  value BLOB NOT NULL, crc INTEGER NOT NULL,
+  PRIMARY KEY (game, block, metric, mask)) WITHOUT ROWID;
 CREATE TABLE quarantine (
   game INTEGER NOT NULL, block INTEGER NOT NULL, metric TEXT NOT NULL, mask BLOB NOT NULL,
   reason TEXT NOT NULL, PRIMARY KEY (game, block, metric, mask)) WITHOUT ROWID;
 """
+_STATEMENTS = _SCHEMA.strip().removesuffix(";").split(";\n")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWindows:
+    """Windows known by hash alone."""
+
+    window_hashes: tuple[str, ...]
+    num_tokens_N: IntArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredScores:
+    """Scores of one game, block and metric, as `Store.read_all` finds them."""
+
+    game: str
+    """The game's hash."""
+    metric: str
+    windows: StoredWindows
+    mask_keys: list[bytes]
+    nll_MN: NDArray[np.float32]
+    first_MN: BoolArray
+    """False where an older block holds a score of the same mask and window."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +103,13 @@ class Store:
         self._lock = PathLock(self.path, holder=holder)
         try:
             with self._translated():
+                new = self._verify()
                 self._db = sqlite3.connect(self.path, isolation_level=None)
-                self._check()
+                try:
+                    self._prepare(new)
+                except BaseException:
+                    self._db.close()
+                    raise
         except BaseException:
             self._lock.release()
             raise
@@ -106,12 +139,13 @@ class Store:
             )
         return self._id("games", game.content_hash)
 
-    def games(self) -> dict[str, dict]:
-        """Description of every game held, by hash."""
+    def games(self) -> dict[str, Game]:
+        """Every game held, by hash."""
         with self._translated():
-            return {h: json.loads(d) for h, d in self._db.execute("SELECT hash, description FROM games")}  # fmt: skip
+            rows = self._db.execute("SELECT hash, description FROM games")
+            return {content_hash: _game(description) for content_hash, description in rows}
 
-    def blocks_for(self, windows: TokenWindows) -> list[Block]:
+    def blocks_for(self, windows: TokenWindows | StoredWindows) -> list[Block]:
         """Blocks that cover these windows, each once.
 
         Blocks already held whose windows are all wanted come first (largest first); the rest are
@@ -143,41 +177,64 @@ class Store:
         self, game: int, block: Block, masks_MP: BoolArray, nll_MN: FloatArray, metric: str = "nll"
     ) -> int:
         """Commit scores; returns how many were new. Non-finite values are stored as they are."""
-        values_MN = np.asarray(nll_MN).astype("<f4")
+        with np.errstate(over="ignore"):  # beyond float32 is inf
+            values_MN = np.asarray(nll_MN).astype("<f4")
         if values_MN.shape != (len(masks_MP), len(block.rows)):
             raise ValueError(f"scores {values_MN.shape} for {len(masks_MP)} masks of {block}")
+        values = [value_N.tobytes() for value_N in values_MN]
         rows = [
-            (game, block.id, metric, key, value_N.tobytes())
-            for key, value_N in zip(keys(masks_MP), values_MN, strict=True)
+            (game, block.id, metric, key, value, _checksum(game, block.id, metric, key, value))
+            for key, value in zip(keys(masks_MP), values, strict=True)
         ]
         with self._transaction():
             before = self._db.total_changes
-            self._db.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?)", rows)
+            self._db.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?)", rows)
             return self._db.total_changes - before
 
     def get(
-        self, game: int, windows: TokenWindows, masks_MP: BoolArray, metric: str = "nll"
+        self,
+        game: int,
+        windows: TokenWindows | StoredWindows,
+        masks_MP: BoolArray,
+        metric: str = "nll",
     ) -> tuple[NDArray[np.float32], BoolArray]:
         """What is known of these masks: NLL in nats `float32[M, N]` and `known bool[M, N]`.
 
         A window's score is found in whatever block holds it.
         """
         ids = self._window_ids(windows)
-        nll_MN = np.full((len(masks_MP), windows.num_windows), np.nan, dtype=np.float32)
-        known_MN = np.zeros(nll_MN.shape, dtype=bool)
-        row_of = {key: row for row, key in enumerate(keys(masks_MP))}
-        for block, size, pairs in self._blocks_holding(ids):
+        mask_keys = keys(masks_MP)
+        row_of = {key: row for row, key in enumerate(dict.fromkeys(mask_keys))}
+        nll_DN = np.full((len(row_of), len(ids)), np.nan, dtype=np.float32)
+        known_DN = np.zeros(nll_DN.shape, dtype=bool)
+        for block, size, positions, columns in self._blocks_holding(ids):
             for key, value in self._rows(game, block, metric, list(row_of)):
                 value_N = np.frombuffer(value, dtype="<f4")
                 if len(value_N) != size:
-                    raise StoreCorruptError(
-                        f"store {self.path} is corrupt: a score of {len(value_N)} windows in a "
-                        f"block of {size}; it is left as it is"
+                    raise self._refused(
+                        f"is corrupt (a score of {len(value_N)} windows in a block of {size})"
                     )
-                for position, column in pairs:
-                    nll_MN[row_of[key], column] = value_N[position]
-                    known_MN[row_of[key], column] = True
-        return nll_MN, known_MN
+                nll_DN[row_of[key], columns] = value_N[positions]
+                known_DN[row_of[key], columns] = True
+        rows_M = [row_of[key] for key in mask_keys]
+        return nll_DN[rows_M], known_DN[rows_M]
+
+    def read_all(self, masks: int = 512) -> Iterator[StoredScores]:
+        """Every score held, by game, block, metric and mask, at most `masks` masks at once."""
+        after = (0, 0, "", b"")
+        while True:
+            with self._translated():
+                page = self._db.execute(
+                    "SELECT game, block, metric, mask, value FROM scores "
+                    "WHERE (game, block, metric, mask) > (?, ?, ?, ?) "
+                    "ORDER BY game, block, metric, mask LIMIT ?",
+                    (*after, masks),
+                ).fetchall()
+            if not page:
+                return
+            after = page[-1][:4]
+            for (game, block, metric), rows in groupby(page, key=lambda row: row[:3]):
+                yield self._stored(game, block, metric, {row[3]: row[4] for row in rows})
 
     def count(self) -> int:
         """Scores held, over all games, blocks and metrics."""
@@ -207,32 +264,71 @@ class Store:
 
     # -- internals -----------------------------------------------------------------------------
 
-    def _check(self) -> None:
-        new = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
-        if not new:
-            problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if problem != "ok":
-                raise StoreCorruptError(
-                    f"store {self.path} is corrupt ({problem}); it is left as it is: restore a "
-                    "copy, or name another file"
-                )
-            if self._db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-                raise StoreCorruptError(
-                    f"{self.path} is not an lpserve store; it is left as it is: name another file"
-                )
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version != SCHEMA_VERSION:
-                raise StoreCorruptError(
-                    f"store {self.path} has format {version}; this lpserve reads {SCHEMA_VERSION}"
-                )
+    def _stored(
+        self, game: int, block: int, metric: str, values: dict[bytes, bytes]
+    ) -> StoredScores:
+        with self._translated():
+            name = self._db.execute("SELECT hash FROM games WHERE id = ?", (game,)).fetchone()[0]
+            ids, hashes, num_tokens = zip(
+                *self._db.execute(
+                    "SELECT id, hash, num_tokens FROM block_windows JOIN windows ON id = window "
+                    "WHERE block = ? ORDER BY position",
+                    (block,),
+                ),
+                strict=True,
+            )
+        nll_MN = np.frombuffer(b"".join(values.values()), dtype="<f4").reshape(-1, len(ids))
+        first_MN = np.ones(nll_MN.shape, dtype=bool)
+        row_of = {key: row for row, key in enumerate(values)}
+        for older, _, _, columns in self._blocks_holding(ids):
+            if older < block:
+                for key, _ in self._rows(game, older, metric, list(values)):
+                    first_MN[row_of[key], columns] = False
+        return StoredScores(
+            game=name, metric=metric, mask_keys=list(values), nll_MN=nll_MN, first_MN=first_MN,
+            windows=StoredWindows(hashes, np.array(num_tokens, dtype=np.int64)),
+        )  # fmt: skip
+
+    def _verify(self) -> bool:
+        """Read the file through; returns whether it is still to be made a store.
+
+        Over a read-only connection: any other would, on closing, write what a killed process left
+        in the write-ahead log into a file that was just refused.
+        """
+        if not self.path.exists():
+            return True
+        uri = f"{self.path.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True)) as db:
+            db.text_factory = lambda text: text.decode(errors="replace")
+            try:
+                new = not db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+                problem = _problem(db, new=new)
+            except (ValueError, KeyError, TypeError) as error:
+                new, problem = False, f"is corrupt (a row cannot be read: {error})"
+            except sqlite3.DatabaseError as error:
+                # SQLite's plain error: not a store's tables, or not a format it reads
+                if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:
+                    raise
+                new, problem = False, f"is corrupt ({error})"
+        if problem:
+            raise self._refused(problem)
+        return new
+
+    def _prepare(self, new: bool) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         if new:
             with self._transaction():
-                for statement in _SCHEMA.strip().split(";\n"):
+                for statement in _STATEMENTS:
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _refused(self, problem: str) -> StoreCorruptError:
+        return StoreCorruptError(
+            f"store {self.path} {' '.join(problem.split())}; it is left as it is: restore a copy, "
+            "or name another file"
+        )
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -247,10 +343,7 @@ class Store:
                     "and give the same command again"
                 ) from None
             if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT):
-                raise StoreCorruptError(
-                    f"store {self.path} is corrupt ({error}); it is left as it is: restore a copy, "
-                    "or name another file"
-                ) from None
+                raise self._refused(f"is corrupt ({error})") from None
             if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
                 raise InputError(f"store {self.path} cannot be written: {error}") from None
             raise LpserveError(f"store {self.path}: {error}") from error
@@ -272,7 +365,7 @@ class Store:
             row = self._db.execute(f"SELECT id FROM {table} WHERE hash = ?", (content_hash,))
             return int(row.fetchone()[0])
 
-    def _register_windows(self, windows: TokenWindows) -> dict[int, int]:
+    def _register_windows(self, windows: TokenWindows | StoredWindows) -> dict[int, int]:
         """Window id -> row."""
         with self._transaction():
             self._db.executemany(
@@ -282,10 +375,10 @@ class Store:
         ids = self._window_ids(windows)
         return {window: row for row, window in enumerate(ids) if window is not None}
 
-    def _window_ids(self, windows: TokenWindows) -> list[int | None]:
+    def _window_ids(self, windows: TokenWindows | StoredWindows) -> list[int | None]:
         with self._translated():
             found: dict[str, int] = {}
-            for start in range(0, windows.num_windows, _KEYS_PER_QUERY):
+            for start in range(0, len(windows.window_hashes), _KEYS_PER_QUERY):
                 part = windows.window_hashes[start : start + _KEYS_PER_QUERY]
                 marks = ",".join("?" * len(part))
                 found.update(
@@ -308,14 +401,16 @@ class Store:
 
     def _blocks_holding(
         self, ids: Sequence[int | None]
-    ) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-        """(block, its size, [(position in the block, wanted column)]) for blocks with wanted ids."""
+    ) -> Iterator[tuple[int, int, IntArray, IntArray]]:
+        """(block, its size, positions in it, their wanted columns) for blocks with wanted ids."""
         columns: dict[int, list[int]] = {}
         for column, window in enumerate(ids):
             if window is not None:
                 columns.setdefault(window, []).append(column)
         with self._translated():
-            sizes = dict(self._db.execute("SELECT block, COUNT(*) FROM block_windows GROUP BY block"))
+            sizes = dict(
+                self._db.execute("SELECT block, COUNT(*) FROM block_windows GROUP BY block")
+            )
             pairs: dict[int, list[tuple[int, int]]] = {}
             for window, wanted in columns.items():
                 for block, position in self._db.execute(
@@ -323,7 +418,8 @@ class Store:
                 ):
                     pairs.setdefault(block, []).extend((position, column) for column in wanted)
         for block in sorted(pairs, reverse=True):  # where blocks overlap, the oldest is read last
-            yield block, sizes[block], pairs[block]
+            positions, taken = np.array(pairs[block], dtype=np.int64).T
+            yield block, sizes[block], positions, taken
 
     def _rows(
         self, game: int, block: int, metric: str, mask_keys: list[bytes]
@@ -337,3 +433,38 @@ class Store:
                     f"AND mask IN ({marks})",
                     (game, block, metric, *part),
                 ).fetchall()
+
+
+def _checksum(game: int, block: int, metric: str, mask: bytes, value: bytes) -> int:
+    return zlib.crc32(value, zlib.crc32(mask, zlib.crc32(f"{game} {block} {metric}".encode())))
+
+
+def _problem(db: sqlite3.Connection, *, new: bool) -> str | None:
+    """Why a file cannot be used as a store; `new` where it has no tables yet."""
+    structure = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if structure != "ok":
+        return f"is corrupt ({structure})"
+    if new:
+        return None
+    if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        return "is not an lpserve store"
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        return f"has format {version}, and this lpserve reads {SCHEMA_VERSION}"
+    made = db.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL")
+    if [sql for (sql,) in made] != _STATEMENTS:
+        return "is corrupt (its tables are not those of a store)"
+    # SQLite checks its structure, not what the cells hold
+    for *score, crc in db.execute("SELECT game, block, metric, mask, value, crc FROM scores"):
+        if _checksum(*score) != crc:
+            return "is corrupt (a score does not match its checksum)"
+    for content_hash, description in db.execute("SELECT hash, description FROM games"):
+        if _game(description).content_hash != content_hash:
+            return "is corrupt (a game does not match its hash)"
+    return None
+
+
+def _game(description: str) -> Game:
+    about = json.loads(description)
+    players = [Player(index=i, layer=n, part=part) for i, (n, part) in enumerate(about["players"])]
+    return Game(model_hash=about["model"], players=tuple(players), numerics=about["numerics"])

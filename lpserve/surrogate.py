@@ -5,14 +5,16 @@ Hamming distance h, so one posterior, one leave-one-out formula and one closed f
 values (`shapley.kernel_values`) serve both. With P players and bits coded z = -1, +1,
 <z, z'> = P - 2h:
 
-    ridge  kappa(h) = a (P - 2h) + b (P - 2h)^2      Bayesian ridge regression on main effects and
-                                                     pairs: (P - 2h)^2 = P + 2 sum_{i<j} z_i z_j z'_i z'_j
-    gp     kappa(h) = a (P - 2h) + b rho^h           main effects and an RBF, rho = exp(-2 / l^2)
+    ridge  kappa(h) = a (P - 2h) + b (P - 2h)^2    Bayesian ridge regression on a constant, main
+                                                   effects and pairs, since
+                                                   (P - 2h)^2 = P + 2 sum_{i<j} z_i z_j z'_i z'_j
+    gp     kappa(h) = a (P - 2h) + b rho^h         main effects and an RBF, rho = exp(-2 / l^2)
 
 plus a nugget at h = 0. The game is deterministic, so the nugget is the part of a mask's own score
-that the smooth kernel cannot carry, not noise: scored masks are reproduced exactly, and unseen ones
-keep it as uncertainty. Hyperparameters are scikit-learn's, by marginal likelihood. `paper` is the network
-of arXiv 2602.07804 (section 4.2 and its published code): Linear(P, 2P)-CELU-Linear(2P, 1)-Sigmoid.
+that the smooth kernel cannot carry, not noise: scored masks are reproduced (but for a jitter of
+1e-10), and unseen ones keep it as uncertainty. Hyperparameters are scikit-learn's, by marginal
+likelihood. `paper` is the network of arXiv 2602.07804 (section 4.2 and its published code):
+Linear(P, 2P)-CELU-Linear(2P, 1)-Sigmoid.
 
 Notation: M training masks, Q queried masks, P players.
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
@@ -37,7 +39,6 @@ from sklearn.gaussian_process.kernels import (
     WhiteKernel,
 )
 
-from lpserve.masks import keys
 from lpserve.types import BoolArray, FloatArray
 
 KINDS = ("auto", "gp", "ridge", "paper")
@@ -64,7 +65,9 @@ class Surrogate(Protocol):
     """Contract of every surrogate. Fitting again replaces the fit; all are deterministic."""
 
     name: str
-    heldout: HeldOut
+
+    @property
+    def heldout(self) -> HeldOut: ...
 
     def fit(
         self, masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None = None
@@ -97,6 +100,7 @@ class KernelSurrogate:
 
     def __init__(self, kind: str) -> None:
         self.name = kind
+        self.heldout: HeldOut
         self._tuned: Kernel | None = None
         self._tuned_at = 0
 
@@ -110,11 +114,11 @@ class KernelSurrogate:
         self.masks_MP = masks_MP[rows]
         targets_M = np.asarray(utilities_M, dtype=np.float64)[rows]
         self.offset = float(targets_M.mean())
-        self.scale = float(targets_M.std()) or 1.0
+        self.scale = float(targets_M.std()) if np.ptp(targets_M) > 0 else 1.0
         scaled_M = (targets_M - self.offset) / self.scale
         noise_M = noise_M[rows] / self.scale**2
         if self._tuned is None or len(masks_MP) >= _RETUNE_GROWTH * self._tuned_at:
-            self._tuned = _tune(self.name, self._tuned, self.masks_MP, scaled_M, noise_M)
+            self._tuned = _tune(self.name, self.masks_MP, scaled_M, noise_M)
             self._tuned_at = len(masks_MP)
         self.kappa = _kappa(self.name, self._tuned, masks_MP.shape[1])
         gram = self.kappa[_hamming(self.masks_MP, self.masks_MP)]
@@ -182,6 +186,7 @@ class PaperSurrogate:
 
     def __init__(self, seed: int = 0) -> None:
         self.name = "paper"
+        self.heldout: HeldOut
         self._seed = seed
 
     def fit(
@@ -226,7 +231,8 @@ class PaperSurrogate:
                     optimizer.step()
                 schedule.step()
         first, last = network[0], network[2]
-        assert isinstance(first, torch.nn.Linear) and isinstance(last, torch.nn.Linear)
+        assert isinstance(first, torch.nn.Linear)
+        assert isinstance(last, torch.nn.Linear)
         self._first = first.weight.detach().numpy().T.copy(), first.bias.detach().numpy()
         self._last = last.weight.detach().numpy()[0].copy(), float(last.bias.detach())
 
@@ -245,17 +251,6 @@ class PaperSurrogate:
         return mean_Q, np.full(len(mean_Q), self.heldout.rmse)
 
 
-def filled_in(
-    predicted_Q: FloatArray, masks_QP: BoolArray, masks_MP: BoolArray, utilities_M: FloatArray
-) -> FloatArray:
-    """Predictions with the masks that were really scored replaced by their scores."""
-    known = dict(zip(keys(masks_MP), utilities_M, strict=True))
-    found = [known.get(key) for key in keys(masks_QP)]
-    return np.array(
-        [p if k is None else k for p, k in zip(predicted_Q, found, strict=True)], dtype=np.float64
-    )
-
-
 def _hamming(masks_QP: BoolArray, masks_MP: BoolArray) -> np.ndarray:
     """Hamming distances `intp[Q, M]`."""
     left, right = masks_QP.astype(np.float32) * 2 - 1, masks_MP.astype(np.float32) * 2 - 1
@@ -266,14 +261,12 @@ def _spaced(have: int, most: int) -> np.ndarray:
     return np.arange(have) if have <= most else np.linspace(0, have - 1, most).astype(np.int64)
 
 
-def _tune(
-    kind: str,
-    start: Kernel | None,
-    masks_MP: BoolArray,
-    scaled_M: FloatArray,
-    noise_M: FloatArray,
-) -> Kernel:
-    """Hyperparameters of maximal marginal likelihood, by scikit-learn (L-BFGS)."""
+def _tune(kind: str, masks_MP: BoolArray, scaled_M: FloatArray, noise_M: FloatArray) -> Kernel:
+    """Hyperparameters of maximal marginal likelihood, by scikit-learn (L-BFGS).
+
+    Always from the same start: few masks can drive an effect's variance to its lower bound, where
+    the gradient in log units vanishes, and a search that began there would never leave it.
+    """
     num_players = masks_MP.shape[1]
     white = WhiteKernel(1e-4, (1e-9, 1.0))
     dot = DotProduct(sigma_0=0.0, sigma_0_bounds="fixed")
@@ -284,13 +277,13 @@ def _tune(
         second = ConstantKernel(0.1 / num_players**2, (1e-12, 1e2)) * Exponentiation(dot, 2)
     kernel = first + second + white
     rows = _spaced(len(masks_MP), _TUNING_MASKS)
-    process = GaussianProcessRegressor(
-        start if start is not None else kernel, alpha=noise_M[rows] + 1e-10
-    )
+    alpha: Any = noise_M[rows] + 1e-10  # one for each mask: scikit-learn annotates none
+    process = GaussianProcessRegressor(kernel, alpha=alpha)
     with warnings.catch_warnings():  # a hyperparameter at its bound is an answer here
         warnings.simplefilter("ignore", ConvergenceWarning)
         process.fit(masks_MP[rows] * 2.0 - 1.0, scaled_M[rows])
-    return process.kernel_
+    tuned: Any = process.kernel_
+    return tuned
 
 
 def _kappa(kind: str, kernel: Kernel, num_players: int) -> FloatArray:
@@ -312,7 +305,8 @@ def _kappa(kind: str, kernel: Kernel, num_players: int) -> FloatArray:
 def _heldout(targets_M: FloatArray, predicted_M: FloatArray, method: str) -> HeldOut:
     residual = targets_M - predicted_M
     spread = float(((targets_M - targets_M.mean()) ** 2).sum())
-    ranks = np.corrcoef(rankdata(targets_M), rankdata(predicted_M)) if spread > 0 else None
+    ranked = np.ptp(targets_M) > 0 and np.ptp(predicted_M) > 0
+    ranks = np.corrcoef(rankdata(targets_M), rankdata(predicted_M)) if ranked else None
     return HeldOut(
         r2=1.0 - float((residual**2).sum()) / spread if spread > 0 else float("nan"),
         spearman=float(ranks[0, 1]) if ranks is not None else float("nan"),

@@ -76,7 +76,7 @@ class EngineInfo:
     vocab_size: int
     versions: Mapping[str, str]
     settings: Mapping[str, Any]
-    """Resolved settings that can change arithmetic or memory: micro-batch, state budget, threads."""
+    """Resolved settings that set arithmetic or memory: micro-batch, state budget, threads."""
 
     @property
     def num_players(self) -> int:

@@ -30,6 +30,7 @@ from lpserve.types import BoolArray, IntArray
 
 HELDOUT_SHARE = 0.2
 SHARED_RUN = 32  # a verbatim run of this many tokens (or half a window, if longer) is an overlap
+_HASH_BASE = 0x9E3779B97F4A7C15  # odd: has an inverse modulo 2**64
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,12 +144,14 @@ class TokenWindows:
     def from_npz(cls, path: str | Path, *, name: str = "tokens") -> TokenWindows:
         """All windows of an `.npz` with `tokens` [N, T] and, if given, `scored` bool [N, T]."""
         try:
-            with np.load(path, allow_pickle=False) as data:
-                arrays = {key: data[key] for key in data.files}
+            data = np.load(path, allow_pickle=False)
+            arrays = {key: data[key] for key in data.files}
+            data.close()
         except FileNotFoundError:
             raise InputError(f"corpus {name!r}: {path} does not exist") from None
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"corpus {name!r}: {path} is not an .npz file: {error}") from None
+        except Exception as error:  # numpy, zipfile and zlib each raise kinds of their own
+            line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"corpus {name!r}: {path} is not an .npz file: {line}") from None
         if "tokens" not in arrays:
             raise InputError(f"corpus {name!r}: {path} has no array named 'tokens'")
         return cls.from_tokens(arrays["tokens"], arrays.get("scored"), name=name)
@@ -230,7 +233,8 @@ class TokenStream:
         if num_windows < 1 or length < 2:
             raise InputError(f"corpus {self.name!r}: need num_windows >= 1 and length >= 2: "
                              f"got {num_windows} and {length}")  # fmt: skip
-        if bos and self.bos_id is None:
+        bos_id = self.bos_id if bos else None
+        if bos and bos_id is None:
             raise InputError(f"corpus {self.name!r}: bos is set, but the tokenizer has no BOS")
         take = length - 1 if bos else length
         have = len(self.ids) // take
@@ -256,8 +260,8 @@ class TokenStream:
                 f"{length} tokens; {num_windows} are asked for"
             )
         tokens_NT = all_NT[rows]
-        if bos:
-            tokens_NT = np.pad(tokens_NT, ((0, 0), (1, 0)), constant_values=self.bos_id)
+        if bos_id is not None:
+            tokens_NT = np.pad(tokens_NT, ((0, 0), (1, 0)), constant_values=bos_id)
         return TokenWindows.from_tokens(tokens_NT, name=self.name)
 
 
@@ -318,7 +322,7 @@ def cut_windows(request: WindowRequest, tokenizer: str | Path) -> tuple[TokenWin
         shared = any(np.array_equal(texts[name].ids, other.ids) for other in others.values())
         source = texts[name].split()[0] if shared else texts[name]
         calibration.append(cut(source, request.num_windows))
-    for name, source in others.items():
+    for source in others.values():
         shared = any(np.array_equal(source.ids, text.ids) for text in texts.values())
         heldout.append(cut(source.split()[1] if shared else source, request.heldout_windows))
     heldout += [TokenWindows.from_npz(path, name=name) for name, path in held_npz.items()]
@@ -337,8 +341,7 @@ def refuse_overlap(calibration: TokenWindows, heldout: TokenWindows) -> None:
             f"{row}; use different texts"
         )
     run = max(SHARED_RUN, min(calibration.length, heldout.length) // 2)
-    known = set(_token_runs(calibration, run))
-    if known and not known.isdisjoint(_token_runs(heldout, run)):
+    if np.isin(_run_hashes(heldout, run), _run_hashes(calibration, run)).any():
         raise InputError(
             f"calibration and held-out share a verbatim run of {run} tokens; use different texts"
         )
@@ -365,12 +368,15 @@ def _is_npz(path: str) -> bool:
     return path.endswith(".npz")
 
 
-def _token_runs(windows: TokenWindows, run: int) -> list[bytes]:
-    runs = []
-    for tokens_T, length in zip(windows.tokens_NT, windows.lengths_N, strict=True):
-        data = np.ascontiguousarray(tokens_T[:length]).tobytes()
-        runs += [data[4 * i : 4 * (i + run)] for i in range(length - run + 1)]
-    return runs
+def _run_hashes(windows: TokenWindows, run: int) -> NDArray[np.uint64]:
+    """A polynomial hash, modulo 2**64, of every run of `run` tokens in a window."""
+    starts = np.arange(max(windows.length - run + 1, 0))
+    powers_T = np.cumprod(np.full(windows.length, _HASH_BASE, dtype=np.uint64))
+    terms_NT = (windows.tokens_NT.astype(np.uint64) + np.uint64(1)) * powers_T
+    sums_NT = np.pad(np.cumsum(terms_NT, axis=1), ((0, 0), (1, 0)))
+    shift = np.full(len(starts), pow(_HASH_BASE, -1, 1 << 64), dtype=np.uint64)
+    hashes = (sums_NT[:, starts + run] - sums_NT[:, starts]) * np.cumprod(shift)
+    return hashes[starts <= windows.lengths_N[:, None] - run]
 
 
 def _read_text(path: Path, *, field: str, name: str) -> str:
@@ -388,7 +394,7 @@ def _read_text(path: Path, *, field: str, name: str) -> str:
     if path.suffix != ".jsonl":
         return text
     records = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold U+2028
         if not line.strip():
             continue
         try:

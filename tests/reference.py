@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,13 +66,13 @@ def save_model(config: PretrainedConfig, path: Path, seed: int, **save: object) 
     return path
 
 
-def decoder_list(model: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+def decoder_list(model: Any) -> tuple[Any, str]:
     """The module that owns the decoder layers, and the name of the list in it."""
     inner = model.base_model
     return (inner, "h") if hasattr(inner, "h") else (inner, "layers")
 
 
-def with_layers_deleted(model: torch.nn.Module, mask_P: np.ndarray) -> torch.nn.Module:
+def with_layers_deleted(model: Any, mask_P: np.ndarray) -> Any:
     """A deep copy whose dropped layers are deleted together with their per-layer config entries."""
     pruned = copy.deepcopy(model)
     owner, name = decoder_list(pruned)

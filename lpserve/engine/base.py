@@ -1,6 +1,7 @@
 """The two contracts of this package: what an engine does, and what the trie executor drives.
 
-Notation: M masks, P players, N windows, T tokens, B rows of a micro-batch (a multiple of N), d width.
+Notation: M masks, P players, N windows, T tokens, B rows of a micro-batch (a multiple
+of N), d width.
 """
 
 from __future__ import annotations

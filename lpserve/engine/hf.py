@@ -148,7 +148,8 @@ class TransformersEngine:
     @contextmanager
     def _numerics(self) -> Iterator[None]:
         """No gradients; float32 means float32 (no TF32); settings are put back afterwards."""
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        matmul: Any = torch.backends.cuda.matmul
+        cudnn: Any = torch.backends.cudnn
         before = matmul.allow_tf32, cudnn.allow_tf32
         try:
             matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -183,7 +184,8 @@ def check_windows(checkpoint: Checkpoint, windows: TokenWindows) -> None:
     vocab = config.get("vocab_size") or (text or {}).get("vocab_size")
     if isinstance(vocab, int) and int(windows.tokens_NT.max()) >= vocab:
         raise InputError(
-            f"token id {int(windows.tokens_NT.max())} is outside the model's vocabulary of {vocab}: "
+            f"token id {int(windows.tokens_NT.max())} is outside the model's vocabulary of "
+            f"{vocab}: "
             "the windows were made with another tokenizer"
         )
 
@@ -233,7 +235,7 @@ def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any
         kwargs["attn_implementation"] = spec.options["attn_implementation"]
     with _quiet_transformers():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(checkpoint.path),
                 dtype=DTYPES[spec.dtype],
                 local_files_only=True,
@@ -243,6 +245,7 @@ def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any
         except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
             line = str(error).strip().splitlines()[0]
             raise InputError(f"transformers cannot load {checkpoint.path}: {line}") from error
+    model, report = loaded
     absent = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
     if absent:
         raise InputError(

@@ -169,7 +169,9 @@ class RecordedStack:
         return tuple(tail)
 
     @contextmanager
-    def _layers_replaced(self, bodies: list[Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+    def _layers_replaced(
+        self, bodies: list[Callable[[torch.Tensor], torch.Tensor]]
+    ) -> Iterator[None]:
         """Run `bodies[i](hidden)` in place of layer i."""
 
         def make(index: int) -> Callable[..., Any]:

@@ -1,0 +1,7 @@
+"""`python -m lpserve`."""
+
+import sys
+
+from lpserve.cli import main
+
+sys.exit(main())

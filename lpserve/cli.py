@@ -1,0 +1,280 @@
+"""The command line: `lpserve run`, `plan`, `export` and `scores`. Thin: flags to the Python API.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lpserve.errors import InputError, LpserveError, RunInterrupted
+
+_RUN_HELP = """\
+Score layer masks of a model on a text and find out which layers can go.
+
+A mask says which layers run. The run scores up to --budget masks on the calibration windows
+(dropped layers are skipped, shared prefixes computed once), estimates every layer's Shapley value
+with its error, searches for the best set to remove for every r = 1..--max-removed, scores those
+sets for real and checks them on held-out windows. Everything lands in --out; killing the run loses
+nothing, and the same command resumes it. A larger --budget extends a finished run.
+
+  lpserve run --model Llama-2-7b --calibration c4.txt --heldout wiki.txt --max-removed 12 --out run
+  lpserve run --config run.toml --budget 2000
+  lpserve run --demo                      the bundled model and text, in under a minute
+
+then:
+
+  lpserve plan run --protect 0,1          another plan from the same scores
+  lpserve export run --remove 6 --out pruned
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except InputError as error:
+        print(f"lpserve: {error}", file=sys.stderr)
+        return 2
+    except RunInterrupted as error:
+        print(f"lpserve: {error}", file=sys.stderr)
+        return 130
+    except LpserveError as error:
+        print(f"lpserve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lpserve: interrupted before anything was scored", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lpserve", description="Which layers of this LLM can go?",
+        epilog="Start with `lpserve run --demo`, or read `lpserve run --help`.",
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="run | plan | export | scores")
+    _add_run(commands)
+    _add_plan(commands)
+    _add_export(commands)
+    _add_scores(commands)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser(
+        "run", help="score masks, estimate values, choose and check a plan",
+        description=_RUN_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    run.set_defaults(run=_run)
+    add = run.add_argument
+    add("--demo", action="store_true", help="the bundled 12-layer model and texts, export included")
+    add("--config", metavar="FILE", help="TOML or YAML with the same keys; flags win over it")
+    add("--model", metavar="DIR", help="checkpoint folder: config.json, *.safetensors, tokenizer")
+    text = {"action": "append", "metavar": "[NAME=]PATH"}
+    add("--calibration", **text, help="text, folder of .txt, .jsonl or .npz; may be repeated")
+    add("--heldout", **text, help="the same, for checking (last fifth of the calibration text)")
+    add("--num-windows", type=int, help="calibration windows of each corpus (10)")
+    add("--heldout-windows", type=int, help="held-out windows of each corpus (64)")
+    add("--length", type=int, help="tokens of a window, BOS included (128)")
+    add("--bos", action="store_true", default=None, help="begin every window with BOS")
+    add("--text-field", help="the field of a .jsonl that holds the text (text)")
+    add("--budget", type=int, help="most masks scored on calibration windows (400)")
+    add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
+    add("--sizes", metavar="K_MIN,K_MAX", type=_pair,
+        help="Shapley coalition sizes before a layer joins (P - max_removed, P - 1)")  # fmt: skip
+    add("--utility", help="neg_nll (default) or ppl_ratio, the paper's")
+    add("--surrogate", help="auto (default), gp, ridge, or paper (with ppl_ratio)")
+    add("--round-size", type=int, help="masks of a search round, at least (number of layers)")
+    add("--stop-when-stable", action="store_true", default=None,
+        help="stop before the budget when no unseen set promises to be better")  # fmt: skip
+    add("--engine", help="transformers (default)")
+    add("--pool", help="local (default)")
+    add("--engines", type=int, help="number of engines (1)")
+    add("--dtype", help="float32 (default), bfloat16, float16")
+    add("--device", help="auto (default), cpu, cuda, cuda:1")
+    add("--state-budget-mb", type=float, help="memory for hidden states (1/4 of what is free)")
+    add("--micro-batch-tokens", type=int, help="most tokens a layer is given at once")
+    add("--seed", type=int, help="seed of the sampled masks (0)")
+    add("--window-seed", type=int, help="seed of the windows (0)")
+    add("--store", metavar="FILE", help="score store to share between runs (OUT/scores.sqlite)")
+    add("--out", metavar="DIR", help="run folder (run)")
+    add("--grace-s", type=float, help="wait for scores in flight when stopped (30)")
+    add("--progress-s", type=float, help="seconds between plain progress lines (10)")
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan", help="another plan from a finished run's scores, without scoring",
+        description="Choose again from the sets that a run scored, under constraints. Prints the "
+        "plan; --out writes it as JSON. Nothing is scored.",
+    )  # fmt: skip
+    plan.set_defaults(run=_plan)
+    plan.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    plan.add_argument("--protect", metavar="I,J,...", type=_numbers, default=[],
+                      help="layers that must stay")  # fmt: skip
+    plan.add_argument("--max-removed", type=int, help="stop at this many removed layers")
+    plan.add_argument("--out", metavar="FILE", help="write the plan here, as plan.json is written")
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export", help="write the pruned checkpoint and check it in a fresh process",
+        description="Write the model without the layers that the plan removes for r. The result is "
+        "reloaded with transformers alone in a fresh process and must score what the run scored. "
+        "A mergekit recipe of the same pruning lies beside it.",
+    )  # fmt: skip
+    export.set_defaults(run=_export)
+    export.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    export.add_argument("--remove", type=int, required=True, metavar="R", help="how many layers")
+    export.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+    export.add_argument("--plan", metavar="FILE", help="a plan of `lpserve plan` (RUN/plan.json)")
+    export.add_argument("--model", metavar="DIR", help="the model, if it moved since the run")
+    export.add_argument("--device", default="auto", help="where to check (auto)")
+    export.add_argument(
+        "--no-verify", action="store_true", help="skip the check; marked unverified"
+    )
+
+
+def _add_scores(commands: Any) -> None:
+    scores = commands.add_parser(
+        "scores", help="copy a score store to or from Parquet or CSV",
+        description="One row for each game, mask and window, with its NLL in nats.",
+    )  # fmt: skip
+    scores.set_defaults(run=_scores)
+    scores.add_argument("store", metavar="STORE", help="a store file, or a run folder")
+    way = scores.add_mutually_exclusive_group(required=True)
+    way.add_argument("--out", metavar="FILE", help="write .parquet or .csv")
+    way.add_argument("--import", dest="source", metavar="FILE", help="read .parquet or .csv")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from lpserve.config import config_from, load_config_file
+
+    values: dict[str, Any] = {}
+    if arguments.demo:
+        from lpserve.demo import demo_values
+
+        values = demo_values()
+    source = "flags"
+    if arguments.config:
+        source = f"config {arguments.config}"
+        values |= load_config_file(arguments.config)
+    skipped = {"run", "demo", "config", "state_budget_mb", "micro_batch_tokens"}
+    flags = {k: v for k, v in vars(arguments).items() if k not in skipped and v is not None}
+    options = {
+        k: getattr(arguments, k)
+        for k in ("state_budget_mb", "micro_batch_tokens")
+        if getattr(arguments, k) is not None
+    }
+    if options:
+        flags["engine_options"] = {**values.get("engine_options", {}), **options}
+    config = config_from(values | flags, source)
+    from lpserve.coordinator import run
+
+    result = run(config)
+    _print_plan(result.outcome.plan)
+    print(f"plan, values, report: {result.folder / 'plan.json'}, shapley.csv, report.html")
+    if arguments.demo:
+        removed = result.outcome.plan.plans[-1].num_removed
+        return _demo_export(result.folder, removed)
+    print(f"export a pruned model: lpserve export {result.folder} --remove R --out DIR")
+    return 0
+
+
+def _demo_export(folder: Path, removed: int) -> int:
+    target = folder / f"pruned-{removed}"
+    if target.exists():
+        print(f"exported before: {target}")
+        return 0
+    return main(["export", str(folder), "--remove", str(removed), "--out", str(target)])
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from lpserve.outcome import analyse, make_plan
+    from lpserve.scored import read_scores
+
+    scored = read_scores(arguments.folder)
+    plan = make_plan(
+        scored, analyse(scored), max_removed=arguments.max_removed, protected=arguments.protect
+    )
+    _print_plan(plan)
+    if arguments.out:
+        Path(arguments.out).write_text(plan.to_json(), encoding="utf-8")
+        print(f"written: {arguments.out}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from lpserve.export import export_run
+
+    report = export_run(
+        arguments.folder, arguments.remove, arguments.out, plan_path=arguments.plan,
+        model=arguments.model, device=arguments.device, verify=not arguments.no_verify,
+    )  # fmt: skip
+    removed = ", ".join(map(str, report.removed))
+    if not report.verified:
+        print(f"exported without layers {removed} to {arguments.out}, NOT VERIFIED")
+        return 0
+    print(
+        f"exported without layers {removed} to {arguments.out}; reloaded in a fresh process: "
+        f"perplexity {report.ppl:.4f} on {report.num_windows} calibration windows, within "
+        f"{report.worst_relative_difference:.1e} of the run's scores"
+    )
+    return 0
+
+
+def _scores(arguments: argparse.Namespace) -> int:
+    from lpserve.score_tables import export_scores, import_scores
+    from lpserve.store import Store
+
+    path = Path(arguments.store)
+    path = path / "scores.sqlite" if path.is_dir() else path
+    if arguments.out and not path.exists():
+        raise InputError(f"store {path} does not exist")
+    with Store(path, holder="lpserve scores") as store:
+        if arguments.out:
+            print(f"{export_scores(store, arguments.out)} rows written to {arguments.out}")
+        else:
+            print(f"{import_scores(store, arguments.source)} new scores in {path}")
+    return 0
+
+
+def _print_plan(plan: Any) -> None:
+    heldout = f", held out {plan.full_heldout_ppl:.4g}" if plan.full_heldout_ppl else ""
+    print(
+        f"\n{plan.masks_scored} masks scored; all {plan.num_players} layers: perplexity "
+        f"{plan.full_calibration_ppl:.4g}{heldout}"
+    )
+    print(f"{'remove':>6}  {'calibration':>11}  {'held out':>9}  layers")
+    for entry in plan.plans:
+        heldout = f"{entry.heldout_ppl:.4g}" if entry.heldout_ppl is not None else "-"
+        layers = ", ".join(map(str, entry.removed))
+        print(f"{entry.num_removed:>6}  {entry.calibration_ppl:>11.4g}  {heldout:>9}  {layers}")
+        for warning in entry.warnings:
+            print(f"{'':>6}  note: {warning}")
+    print()
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"whole numbers separated by commas: got {text!r}"
+        ) from None
+
+
+def _pair(text: str) -> list[int]:
+    numbers = _numbers(text)
+    if len(numbers) != 2:
+        raise argparse.ArgumentTypeError(f"two whole numbers, K_MIN,K_MAX: got {text!r}")
+    return numbers
+
+
+if __name__ == "__main__":
+    sys.exit(main())

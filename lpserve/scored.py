@@ -1,0 +1,113 @@
+"""What a finished run scored, as one value and one file: everything that a decision reads.
+
+Notation: M masks, P players, N windows.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lpserve.errors import InputError
+from lpserve.types import BoolArray, FloatArray, IntArray, Player, utilities
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRun:
+    """Everything that a decision reads."""
+
+    model: str
+    model_hash: str
+    players: tuple[Player, ...]
+    utility: str
+    surrogate: str
+    sizes: tuple[int, int]
+    max_removed: int
+    seed: int
+    masks_MP: BoolArray
+    """Masks in the order in which they were asked for; the first keeps all."""
+    nll_MN: NDArray[np.float32]
+    """NaN rows: given up."""
+    num_tokens_N: IntArray
+    sources: tuple[str, ...]
+    """How each mask was found."""
+    heldout_masks_MP: BoolArray
+    heldout_nll_MN: NDArray[np.float32]
+    heldout_num_tokens_N: IntArray
+
+    @property
+    def num_players(self) -> int:
+        return len(self.players)
+
+    def scored_M(self) -> BoolArray:
+        """Masks with a score, finite or not (a mask that was given up has NaN alone)."""
+        return ~np.asarray(np.isnan(self.nll_MN).all(axis=1))
+
+    def utility_of(self, nll_MN: NDArray[np.float32]) -> FloatArray:
+        """NaN where a score is not finite: never a training point, never chosen."""
+        value_M = utilities(
+            self.utility, nll_MN.astype(np.float64), self.num_tokens_N,
+            self.nll_MN[0].astype(np.float64),
+        )  # fmt: skip
+        return np.where(np.isfinite(nll_MN).all(axis=1), value_M, np.nan)
+
+    def leave_one_out(self, nll_MN: NDArray[np.float32]) -> FloatArray | None:
+        """The utility with window n left out, `float64[M, N]`; None for a single window."""
+        num_windows = len(self.num_tokens_N)
+        if num_windows < 2:
+            return None
+        nll = nll_MN.astype(np.float64)
+        columns = []
+        for n in range(num_windows):
+            rest = np.arange(num_windows) != n
+            full_N = self.nll_MN[0].astype(np.float64)[rest]
+            columns.append(utilities(self.utility, nll[:, rest], self.num_tokens_N[rest], full_N))
+        return np.stack(columns, axis=1)
+
+
+def write_scores(path: Path, scored: ScoredRun) -> None:
+    """scores.npz: what `lpserve plan` decides from, without the store."""
+    about = {
+        "model": scored.model, "model_hash": scored.model_hash, "utility": scored.utility,
+        "surrogate": scored.surrogate, "sizes": list(scored.sizes), "seed": scored.seed,
+        "max_removed": scored.max_removed,
+        "players": [[p.index, p.layer, p.part] for p in scored.players],
+    }  # fmt: skip
+    temporary = path.with_name(f".{path.stem}.tmp.npz")
+    np.savez_compressed(
+        temporary,
+        about=np.array(json.dumps(about)),
+        masks=scored.masks_MP, nll=scored.nll_MN, num_tokens=scored.num_tokens_N,
+        sources=np.array(scored.sources),
+        heldout_masks=scored.heldout_masks_MP, heldout_nll=scored.heldout_nll_MN,
+        heldout_num_tokens=scored.heldout_num_tokens_N,
+    )  # fmt: skip
+    temporary.replace(path)
+
+
+def read_scores(run: str | Path) -> ScoredRun:
+    """The scores of a finished run; raises InputError when the folder holds none."""
+    path = Path(run) / "scores.npz"
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            about = json.loads(str(data["about"]))
+            return ScoredRun(
+                model=about["model"], model_hash=about["model_hash"], utility=about["utility"],
+                surrogate=about["surrogate"], sizes=tuple(about["sizes"]), seed=about["seed"],
+                max_removed=about["max_removed"],
+                players=tuple(Player(index=i, layer=n, part=p) for i, n, p in about["players"]),
+                masks_MP=data["masks"], nll_MN=data["nll"], num_tokens_N=data["num_tokens"],
+                sources=tuple(str(s) for s in data["sources"]),
+                heldout_masks_MP=data["heldout_masks"], heldout_nll_MN=data["heldout_nll"],
+                heldout_num_tokens_N=data["heldout_num_tokens"],
+            )  # fmt: skip
+    except FileNotFoundError:
+        raise InputError(
+            f"{run} holds no finished run (no scores.npz): finish `lpserve run` first"
+        ) from None
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{path} cannot be read ({error}); run `lpserve run` again") from None

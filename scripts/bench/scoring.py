@@ -1,0 +1,736 @@
+"""Masks per second: zeroing parameters, skipping layers one mask at a time, and lpserve.
+
+    PYTHONPATH=. python scripts/bench/scoring.py --out scoring.md
+
+A random-weight Llama is saved to a temporary folder. All methods score masks of the strata of
+arXiv 2602.07804 (kept counts 30, 27, 24, 21, 18 of 32, drawn with replacement, as its code does)
+on the same windows, in one process, with the same number of threads:
+
+    zero   parameters of the dropped layers set to zero, then a full forward pass of all layers, all
+           windows in one batch; put back from a copy made once and not timed
+    skip   transformers' own forward pass over a ModuleList of the kept layers, one mask at a time,
+           all windows in one batch
+    ours   lpserve.open_engine(...).score(all masks) on the same checkpoint
+
+zero and skip are timed on a random subset (`--baseline-masks`, the same number from every stratum,
+so that the mean number of kept layers is that of the list), half of it before and half after ours,
+alternating; their masks/s are an extrapolation. Ours scores every mask.
+
+`counts allow` is what the work saved would give if nothing else took time: with h the time of a
+head over that of a layer (plain torch), (layers a mask + h) M / (layer-forwards + h distinct).
+
+Exits 1 when the scores of the three differ by more than the tolerance.
+Takes most of an hour on one core; `--masks 500 --wide-masks 0 --baseline-masks 20 --no-flat` is a
+short try.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+
+import lpserve
+from lpserve import TokenWindows, open_engine
+from lpserve.engine.hf import TransformersEngine
+from lpserve.masks import StratifiedDesign, draw, paper_kept_counts, sort_distinct
+from lpserve.types import BoolArray, FloatArray, Scores
+
+MIB = 2**20
+FLAT_MASKS, FLAT_STEPS = 10_000, 5
+FLAT_SHARE = 0.01
+"""Growth of the resident memory, as a share of it, that still counts as flat."""
+WARM_UP_MASKS = 4
+PROFILE_REPEATS = 3
+ARITHMETIC = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("mm", "addmm", "bmm", "baddbmm", "_softmax", "_log_softmax", "nll_loss_forward"),
+        *("add", "add_", "sub", "mul", "mul_", "div", "div_", "neg", "silu", "pow", "exp"),
+        *("sqrt", "rsqrt", "mean", "sum", "cat"),
+    )
+)
+"""Self time of these, and of every fused attention, is arithmetic; views and allocations are not,
+nor is zeroing or copying parameters."""
+
+
+@dataclass(kw_only=True)
+class Timing:
+    """Seconds of one method over some masks."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+    """Of this thread: below `wall` where the machine was busy with something else."""
+    masks: int = 0
+
+    def add(self, other: Timing) -> None:
+        self.wall += other.wall
+        self.cpu += other.cpu
+        self.masks += other.masks
+
+    @property
+    def rate(self) -> float:
+        return self.masks / self.wall
+
+
+@dataclass(kw_only=True)
+class Inside:
+    """Seconds inside `LayerStack` calls of one run of ours."""
+
+    layers: float = 0.0
+    heads: float = 0.0
+    state_copy: float = 0.0
+    """One copy of one state, timed apart."""
+    sorting: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Memory:
+    """Bytes: resident on CPU, allocated on a GPU."""
+
+    start: int
+    """After loading and one warm-up call."""
+    peak: int
+    state_budget: int
+    head_chunk: int
+
+    @property
+    def allowed(self) -> float:
+        return 1.2 * (self.state_budget + self.head_chunk)
+
+
+@dataclass(kw_only=True)
+class RowSet:
+    """Everything measured for one number of windows and one list of masks."""
+
+    num_windows: int
+    length: int
+    num_masks: int
+    mean_kept: float
+    num_players: int
+    scores: Scores
+    zero: Timing
+    skip: Timing
+    ours: Timing
+    distinct_kept: int
+    head_over_layer: float
+    inside: Inside | None
+    memory: Memory
+    arithmetic: dict[str, tuple[float, float]]
+    """zero, skip -> share of the wall time without and with the profiler's own."""
+    difference: float
+    tolerance: float
+    spread: float
+    """Smallest over largest mean NLL of the list, less 1: what a score can differ by."""
+
+    def allowed(self, layers: float) -> float:
+        """What the counts allow ours over a method that runs this many layers a mask."""
+        work, h = self.scores.work, self.head_over_layer
+        return (layers + h) * self.num_masks / (work.layer_forwards + h * work.distinct_masks)
+
+
+class Baselines:
+    """Zeroing and skipping on transformers' own model."""
+
+    def __init__(self, folder: Path, windows: TokenWindows, args: argparse.Namespace) -> None:
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=getattr(torch, args.dtype), local_files_only=True
+        )
+        self.model.to(args.device).eval()
+        self.tokens = torch.from_numpy(windows.tokens_NT.astype(np.int64)).to(args.device)
+        self.layers: list[Any] = list(self.model.model.layers)
+        self._copies = [[p.detach().clone() for p in layer.parameters()] for layer in self.layers]
+
+    def zero(self, mask_P: BoolArray) -> torch.Tensor:
+        """float64[N] nats, all layers run, the dropped ones on zero parameters."""
+        dropped = np.flatnonzero(~mask_P)
+        for index in dropped:
+            for parameter in self.layers[index].parameters():
+                parameter.zero_()
+        nll_N = self.nll()
+        for index in dropped:
+            parameters = self.layers[index].parameters()
+            for parameter, copy in zip(parameters, self._copies[index], strict=True):
+                parameter.copy_(copy)
+        return nll_N
+
+    def skip(self, mask_P: BoolArray) -> torch.Tensor:
+        """float64[N] nats, only the kept layers run."""
+        kept = [layer for layer, keep in zip(self.layers, mask_P, strict=True) if keep]
+        decoder, config = self.model.model, self.model.config
+        everything, num_layers = decoder.layers, config.num_hidden_layers
+        decoder.layers, config.num_hidden_layers = torch.nn.ModuleList(kept), len(kept)
+        try:
+            return self.nll()
+        finally:
+            decoder.layers, config.num_hidden_layers = everything, num_layers
+
+    def nll(self) -> torch.Tensor:
+        """float64[N] nats of the model as it stands."""
+        return self.loss(self.model(input_ids=self.tokens, use_cache=False).logits)
+
+    def loss(self, logits_NTV: torch.Tensor) -> torch.Tensor:
+        targets = self.tokens[:, 1:]
+        nll = cross_entropy(
+            logits_NTV[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none"
+        )
+        return nll.view(targets.shape).double().sum(1)
+
+    def head_over_layer(self, repeats: int = 31) -> float:
+        """Time of norm, projection and loss over that of one layer, on all windows."""
+        model, decoder = self.model, self.model.model
+        hidden = decoder.embed_tokens(self.tokens)
+        positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)[None]
+        rotary = decoder.rotary_emb(hidden, position_ids=positions)
+        calls: dict[str, Callable[[], Any]] = {
+            "layer": lambda: self.layers[0](
+                hidden, attention_mask=None, position_embeddings=rotary, use_cache=False
+            ),
+            "head": lambda: self.loss(model.lm_head(decoder.norm(hidden))),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(repeats):  # alternating, so that a slow spell hits both
+            for name, call in calls.items():
+                seconds[name].append(timed(call, hidden.device, 1).wall)
+        return statistics.median(seconds["head"]) / statistics.median(seconds["layer"])
+
+
+class PeakMemory:
+    """Highest resident memory while in the block, read every 10 ms by a thread (GPU: torch's)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stop = threading.Event()
+        self.peak = 0
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, memory_now(self._device))
+        if self._device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self._device)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peak = max(self.peak, memory_now(self._device))
+
+
+def memory_now(device: torch.device) -> int:
+    """Bytes: resident on CPU, allocated on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def return_free_memory() -> None:
+    """Give what an earlier measurement freed back to the system, so that growth is seen again."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def timed(call: Callable[[], Any], device: torch.device, masks: int) -> Timing:
+    synchronise(device)
+    cpu, wall = time.thread_time(), time.perf_counter()
+    call()
+    synchronise(device)
+    return Timing(wall=time.perf_counter() - wall, cpu=time.thread_time() - cpu, masks=masks)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# -- inputs ------------------------------------------------------------------------------------
+
+
+def save_random_llama(args: argparse.Namespace, folder: Path) -> None:
+    """A random float32 Llama whose layers matter: weights five times transformers' default."""
+    config = transformers.LlamaConfig(
+        hidden_size=args.width,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        vocab_size=args.vocabulary,
+        max_position_embeddings=args.length,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(args.seed)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    model.to(getattr(torch, args.dtype)).save_pretrained(str(folder))
+
+
+def random_windows(args: argparse.Namespace, num_windows: int) -> TokenWindows:
+    rng = np.random.default_rng([args.seed, num_windows])
+    return TokenWindows.from_tokens(rng.integers(args.vocabulary, size=(num_windows, args.length)))
+
+
+def paper_masks(num_players: int, count: int, seed: int) -> BoolArray:
+    """M / strata masks of each stratum, with replacement, `bool[M, P]`."""
+    strata = paper_kept_counts(num_players)
+    rng = np.random.default_rng([seed, count])
+    per_stratum = -(-count // len(strata))
+    return np.concatenate([draw(num_players, kept, per_stratum, rng) for kept in strata])
+
+
+def baseline_chunks(masks_MP: BoolArray, wanted: int, seed: int) -> list[np.ndarray]:
+    """Rows of the list in chunks that hold one random mask of every stratum each."""
+    rng = np.random.default_rng([seed, 1])
+    kept_M = masks_MP.sum(axis=1)
+    strata = [rng.permutation(np.flatnonzero(kept_M == kept)) for kept in np.unique(kept_M)]
+    num_chunks = min(-(-wanted // len(strata)), *(len(rows) for rows in strata))
+    return [np.array([rows[i] for rows in strata]) for i in range(num_chunks)]
+
+
+# -- one row set -------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def measure(
+    folder: Path, windows: TokenWindows, num_masks: int, args: argparse.Namespace
+) -> RowSet:
+    device = torch.device(args.device)
+    masks_MP = paper_masks(args.layers, num_masks, args.seed)
+    chunks = baseline_chunks(masks_MP, args.baseline_masks, args.seed)
+    baselines = Baselines(folder, windows, args)
+    times, nll_RN = {"zero": Timing(), "skip": Timing()}, {"zero": {}, "skip": {}}
+    profile = arithmetic_shares(baselines, masks_MP[chunks[0]], device)  # also warms them up
+    half = len(chunks) // 2
+    run_baselines(baselines, masks_MP, chunks[:half], times, nll_RN, device)
+    scores, ours, inside, memory = run_ours(folder, windows, masks_MP, args)
+    run_baselines(baselines, masks_MP, chunks[half:], times, nll_RN, device)
+    return RowSet(
+        num_windows=windows.num_windows,
+        length=windows.length,
+        num_masks=len(masks_MP),
+        mean_kept=float(masks_MP.sum(axis=1).mean()),
+        num_players=args.layers,
+        scores=scores,
+        ours=ours,
+        distinct_kept=int(sort_distinct(masks_MP)[0].sum()),
+        head_over_layer=baselines.head_over_layer(),
+        inside=inside,
+        memory=memory,
+        arithmetic=profile,
+        difference=worst_difference(scores.nll_MN, nll_RN),
+        tolerance=args.tolerance,
+        spread=float(np.ptp(scores.mean_nll_M()) / scores.mean_nll_M().min()),
+        **times,
+    )
+
+
+def run_baselines(
+    baselines: Baselines,
+    masks_MP: BoolArray,
+    chunks: list[np.ndarray],
+    times: dict[str, Timing],
+    nll_RN: dict[str, dict[int, FloatArray]],
+    device: torch.device,
+) -> None:
+    """Time zero and skip on every chunk, adding to `times` and keeping the scores by row."""
+    for number, rows in enumerate(chunks):
+        for name in ("zero", "skip") if number % 2 else ("skip", "zero"):
+            method, results = getattr(baselines, name), []
+            times[name].add(
+                timed(
+                    lambda: results.extend(method(masks_MP[row]) for row in rows),  # noqa: B023
+                    device,
+                    len(rows),
+                )
+            )
+            for row, nll_N in zip(rows, results, strict=True):
+                nll_RN[name][int(row)] = nll_N.cpu().numpy()
+
+
+def worst_difference(nll_MN: FloatArray, nll_RN: dict[str, dict[int, FloatArray]]) -> float:
+    """Largest relative difference of a window's score between ours and either baseline."""
+    worst = [
+        (np.abs(nll_MN[row] - nll_N) / np.abs(nll_N)).max()
+        for by_row in nll_RN.values()
+        for row, nll_N in by_row.items()
+    ]
+    return float(np.max(worst))  # NaN, should there be one, is not within any tolerance
+
+
+def open_ours(folder: Path, windows: TokenWindows, args: argparse.Namespace) -> TransformersEngine:
+    """The engine, its memory touched once."""
+    return_free_memory()
+    engine = open_engine(
+        str(folder),
+        windows,
+        dtype=args.dtype,
+        device=args.device,
+        state_budget_mb=args.state_budget_mb,
+    )
+    assert isinstance(engine, TransformersEngine)  # its stack is timed below
+    engine.score(paper_masks(args.layers, WARM_UP_MASKS, args.seed + 1))
+    return engine
+
+
+def run_ours(
+    folder: Path, windows: TokenWindows, masks_MP: BoolArray, args: argparse.Namespace
+) -> tuple[Scores, Timing, Inside | None, Memory]:
+    device = torch.device(args.device)
+    results: list[Scores] = []
+    with open_ours(folder, windows, args) as engine:
+        settings = engine.info.settings
+        start = memory_now(device)
+        with timed_stack(engine, device) as inside, PeakMemory(device) as memory:
+            timing = timed(lambda: results.append(engine.score(masks_MP)), device, len(masks_MP))
+        if inside is not None:
+            inside.sorting = timed(lambda: sort_distinct(masks_MP), device, 1).wall
+            inside.state_copy = time_state_copy(engine, windows, args)
+    return (
+        results[0],
+        timing,
+        inside,
+        Memory(
+            start=start,
+            peak=memory.peak,
+            state_budget=settings["state_budget_bytes"],
+            head_chunk=settings["head_chunk_bytes"],
+        ),
+    )
+
+
+@contextmanager
+def timed_stack(engine: TransformersEngine, device: torch.device) -> Iterator[Inside | None]:
+    """Time every layer and head call; None on a GPU, where a call returns before it is done."""
+    if device.type == "cuda":
+        yield None
+        return
+    inside, stack = Inside(), engine._stack
+    plain = {"layers": stack.run_player, "heads": stack.reduce}
+
+    def wrapped(name: str) -> Callable[..., torch.Tensor]:
+        def call(*args: Any) -> torch.Tensor:
+            started = time.perf_counter()
+            result = plain[name](*args)
+            setattr(inside, name, getattr(inside, name) + time.perf_counter() - started)
+            return result
+
+        return call
+
+    stack.run_player, stack.reduce = wrapped("layers"), wrapped("heads")
+    try:
+        yield inside
+    finally:
+        del stack.run_player, stack.reduce
+
+
+def time_state_copy(
+    engine: TransformersEngine, windows: TokenWindows, args: argparse.Namespace
+) -> float:
+    """Seconds to copy one state into a buffer that is not in the cache."""
+    rows = engine._executor.group_rows(windows.num_windows, windows.length)
+    state = torch.ones((rows, windows.length, args.width), dtype=getattr(torch, args.dtype))
+    budget = engine.info.settings["state_budget_bytes"]
+    count = max(1, min(256, budget // (state.numel() * state.element_size())))
+    buffers = [torch.empty_like(state) for _ in range(count)]
+    for buffer in buffers:
+        buffer.zero_()  # first touch
+    laps = [timed(lambda: [b.copy_(state) for b in buffers], state.device, 1) for _ in range(5)]
+    return statistics.median(lap.wall for lap in laps) / count
+
+
+def arithmetic_shares(
+    baselines: Baselines, masks_CP: BoolArray, device: torch.device
+) -> dict[str, tuple[float, float]]:
+    """Share of the baselines' wall time spent in arithmetic, by torch.profiler.
+
+    The profiler slows what is between ops more than the ops, so its own wall time gives too small
+    a share; the wall time of the same masks without it is the fairer base. Both are given; each
+    time is the least of a few alternating repeats.
+    """
+    shares = {}
+    for name in ("zero", "skip"):
+        method = getattr(baselines, name)
+
+        def call() -> None:
+            for mask_P in masks_CP:
+                method(mask_P)  # noqa: B023
+
+        call()
+        runs = []
+        for _ in range(PROFILE_REPEATS):
+            runs.append((timed(call, device, 1).wall, *profiled(call, device)))
+        plain, arithmetic, wall = (min(column) for column in zip(*runs, strict=True))
+        shares[name] = arithmetic / plain, arithmetic / wall
+    return shares
+
+
+def profiled(call: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Seconds in arithmetic ops, and of wall time, under the profiler."""
+    activity = torch.profiler.ProfilerActivity
+    on_gpu = device.type == "cuda"
+    kinds = [activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]
+    with torch.profiler.profile(activities=kinds) as profile:
+        wall = timed(call, device, 1).wall
+    events = profile.key_averages()
+    micros = (
+        sum(event.self_device_time_total for event in events)
+        if on_gpu
+        else sum(
+            event.self_cpu_time_total
+            for event in events
+            if event.key in ARITHMETIC or event.key.startswith("aten::_scaled_dot_product_")
+        )
+    )
+    return micros / 1e6, wall
+
+
+# -- memory over many masks ----------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Flat:
+    """Memory, in bytes, after each part of a long run of distinct masks."""
+
+    num_masks: int
+    start: int
+    points: list[int] = field(default_factory=list)
+
+    @property
+    def growth(self) -> int:
+        return max(self.points) - self.points[0]
+
+
+@torch.inference_mode()
+def measure_flat(folder: Path, windows: TokenWindows, args: argparse.Namespace) -> Flat:
+    """Memory at every fifth of one score call."""
+    device = torch.device(args.device)
+    design = StratifiedDesign(args.layers, paper_kept_counts(args.layers), args.seed)
+    masks_MP = design.take(FLAT_MASKS)
+    with open_ours(folder, windows, args) as engine:
+        flat = Flat(num_masks=len(masks_MP), start=memory_now(device))
+        reduce, done = engine._stack.reduce, 0
+        part = len(masks_MP) * windows.num_windows / FLAT_STEPS
+
+        def counted(state_BTd: torch.Tensor, block: TokenWindows, metric: str) -> torch.Tensor:
+            nonlocal done
+            result = reduce(state_BTd, block, metric)
+            done += state_BTd.shape[0]
+            while done >= part * (len(flat.points) + 1):
+                flat.points.append(memory_now(device))
+            return result
+
+        engine._stack.reduce = counted
+        engine.score(masks_MP)
+    return flat
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
+def table(row_sets: list[RowSet]) -> list[str]:
+    lines = [
+        "| windows x tokens | masks M | method | masks/s | layer-forwards | ours is faster by "
+        "| counts allow | measured / allowed | CPU / wall |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for s in row_sets:
+        place = f"{s.num_windows} x {s.length} | {s.num_masks:,}"
+        baselines = ("zero", s.zero, s.num_players), ("skip", s.skip, s.mean_kept)
+        for name, timing, layers in baselines:
+            ratio, allowed = s.ours.rate / timing.rate, s.allowed(layers)
+            lines.append(
+                f"| {place} | {name}, extrapolated from {timing.masks} masks | {timing.rate:.2f} "
+                f"| {layers * s.num_masks:,.0f} | {ratio:.2f} x | {allowed:.2f} x "
+                f"| {ratio / allowed:.0%} | {timing.cpu / timing.wall:.2f} |"
+            )
+        work = s.scores.work
+        lines.append(
+            f"| {place} | ours, all masks | {s.ours.rate:.2f} | {work.layer_forwards:,} "
+            f"| 1 x | | | {s.ours.cpu / s.ours.wall:.2f} |"
+        )
+    return lines
+
+
+def notes(s: RowSet) -> list[str]:
+    """What stands behind the three rows of one row set."""
+    work, h = s.scores.work, s.head_over_layer
+    deduplicated = s.distinct_kept + h * work.distinct_masks
+    by_repeats = (s.mean_kept + h) * s.num_masks / deduplicated
+    by_sharing = deduplicated / (work.layer_forwards + h * work.distinct_masks)
+    lines = [
+        f"**{s.num_windows} x {s.length} tokens, {s.num_masks:,} masks**",
+        "",
+        f"- {work.distinct_masks:,} distinct masks, M / distinct "
+        f"{s.num_masks / work.distinct_masks:.3f}; mean kept {s.mean_kept:.2f} of {s.num_players}; "
+        f"h = head / layer = {h:.3f}",
+        f"- of the {s.allowed(s.mean_kept):.2f} x that the counts allow over skip, running each "
+        f"distinct mask once is {by_repeats:.2f} x and sharing prefixes a further "
+        f"{by_sharing:.2f} x",
+        f"- worst relative difference of a window's score {s.difference:.1e}, tolerance "
+        f"{s.tolerance:.0e}: {verdict(s.difference <= s.tolerance)} (scores of different masks "
+        f"spread over {s.spread:.1%})",
+    ]
+    for name, (share, lower) in s.arithmetic.items():
+        lines.append(
+            f"- {name}: {share:.1%} of its time is arithmetic in layers and head (the profiler's "
+            f"own time counted in: {lower:.1%}), at least 90%: {verdict(share >= 0.9)}"
+        )
+    return [*lines, *overhead_lines(s), memory_line(s.memory), ""]
+
+
+def overhead_lines(s: RowSet) -> list[str]:
+    if s.inside is None:
+        return ["- time of ours outside layers and heads: not measured on a GPU"]
+    wall, inside, work = s.ours.wall, s.inside, s.scores.work
+    outside = wall - inside.layers - inside.heads
+    copies = inside.state_copy * work.layer_forwards
+    layer_ms = inside.layers / work.layer_forwards * 1e3
+    head_ms = inside.heads / work.distinct_masks * 1e3
+    return [
+        f"- ours: layers {inside.layers / wall:.1%} ({layer_ms:.2f} ms each), heads "
+        f"{inside.heads / wall:.1%} ({head_ms:.2f} ms each), outside both {outside / wall:.1%}, "
+        f"below 10%: {verdict(outside < 0.1 * wall)}",
+        f"- outside both: copies of states about {copies / wall:.2%} "
+        f"({inside.state_copy * 1e6:.0f} us a layer-forward, timed apart), sorting masks "
+        f"{inside.sorting / wall:.2%}, embedding, trie nodes and buffers "
+        f"{(outside - copies - inside.sorting) / wall:.2%}",
+    ]
+
+
+def memory_line(memory: Memory) -> str:
+    grown = memory.peak - memory.start
+    return (
+        f"- memory: {memory.start / MIB:.1f} MiB after loading and a warm-up call, peak "
+        f"{memory.peak / MIB:.1f} MiB, grown by {grown / MIB:.1f} MiB; 1.2 x (state budget "
+        f"{memory.state_budget / MIB:.0f} + head chunk {memory.head_chunk / MIB:.0f}) is "
+        f"{memory.allowed / MIB:.1f} MiB: {verdict(grown <= memory.allowed)}"
+    )
+
+
+def flat_lines(flat: Flat) -> list[str]:
+    step = flat.num_masks // len(flat.points)
+    points = ", ".join(
+        f"{step * (i + 1):,}: {point / MIB:.1f}" for i, point in enumerate(flat.points)
+    )
+    return [
+        f"**Memory over {flat.num_masks:,} distinct masks**, MiB: 0: {flat.start / MIB:.1f}, "
+        f"{points}; growth after the first {step:,} is {flat.growth / MIB:.2f} MiB, flat (at most "
+        f"{FLAT_SHARE:.0%}): {verdict(flat.growth <= FLAT_SHARE * flat.points[0])}",
+        "",
+    ]
+
+
+def verdict(holds: bool) -> str:
+    return "yes" if holds else "**NO**"
+
+
+def machine_lines(threads: int, device: str = "cpu") -> list[str]:
+    """Machine, versions and command line."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    if device.startswith("cuda"):
+        processor += f", {torch.cuda.get_device_name(device)}"
+    return [
+        f"- machine: {processor}, {os.cpu_count()} cores, "
+        f"{psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.platform()}",
+        f"- versions: lpserve {lpserve.__version__}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"numpy {np.__version__}",
+        f"- threads: {threads}; load of the machine before (1 minute): {os.getloadavg()[0]:.2f}",
+        f"- command: `{Path(sys.executable).name} {' '.join(sys.argv)}`",
+        "",
+    ]
+
+
+def publish(lines: list[str], out: Path | None) -> None:
+    """Print the lines, and write them to a file if one is named."""
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Masks per second of zeroing, skipping and lpserve.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--layers", type=int, default=32, help="decoder layers = players")
+    add("--width", type=int, default=128, help="hidden size")
+    add("--ffn", type=int, default=344, help="intermediate size")
+    add("--heads", type=int, default=4, help="attention heads")
+    add("--vocabulary", type=int, default=512, help="tokens in the vocabulary")
+    add("--length", type=int, default=128, help="tokens a window")
+    add("--windows", type=int, default=4, help="windows")
+    add("--masks", default="2000,8000", help="numbers of masks, one row set each")
+    add("--wide-windows", type=int, default=10, help="windows of the extra row set")
+    add("--wide-masks", type=int, default=2000, help="masks of the extra row set; 0: leave it out")
+    add("--baseline-masks", type=int, default=60, help="masks that zero and skip are timed on")
+    add("--threads", type=int, default=1, help="CPU threads")
+    add("--device", default="cpu", help="cpu or cuda[:n]")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of weights")
+    add("--state-budget-mb", type=float, default=64, help="MiB of hidden states that ours may keep")
+    add("--tolerance", type=float, help="relative, of scores; 1e-5, or 2e-2 below float32")
+    add("--seed", type=int, default=0, help="of weights, windows and masks")
+    add("--no-flat", action="store_true", help=f"leave out the {FLAT_MASKS:,}-mask memory check")
+    add("--out", type=Path, help="markdown file to write the table to")
+    args = parser.parse_args()
+    if args.tolerance is None:
+        args.tolerance = 1e-5 if args.dtype == "float32" else 2e-2
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.disable_progress_bar()
+    head = ["# Masks per second", "", *machine_lines(args.threads, args.device)]
+    wanted = [(args.windows, int(masks)) for masks in args.masks.split(",") if int(masks)]
+    if args.wide_masks:
+        wanted.append((args.wide_windows, args.wide_masks))
+    row_sets, flat = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_random_llama(args, folder)
+        for num_windows, num_masks in wanted:
+            print(f"{num_windows} windows, {num_masks:,} masks ...", file=sys.stderr, flush=True)
+            row_sets.append(measure(folder, random_windows(args, num_windows), num_masks, args))
+        if not args.no_flat:
+            print(f"memory over {FLAT_MASKS:,} masks ...", file=sys.stderr, flush=True)
+            flat = flat_lines(measure_flat(folder, random_windows(args, args.windows), args))
+    model = (
+        f"Llama of random weights: {args.layers} layers, width {args.width}, FFN {args.ffn}, "
+        f"{args.heads} heads, vocabulary {args.vocabulary}, {args.dtype}; kept counts "
+        f"{', '.join(map(str, paper_kept_counts(args.layers)))}, equal shares, with replacement."
+    )
+    details = [line for row_set in row_sets for line in notes(row_set)]
+    publish([*head, model, "", *table(row_sets), "", *details, *flat], args.out)
+    return 0 if all(s.difference <= s.tolerance for s in row_sets) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,251 @@
+"""The whole job over the synthetic engine: a known game, real store, real files, real signals.
+
+Not covered here: real models (test_cli, test_kills).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lpserve
+from lpserve.config import config_from
+from lpserve.coordinator import run
+from lpserve.engine.synthetic import SyntheticEngine
+from lpserve.errors import EngineError, InputError, RunInterrupted
+from lpserve.masks import all_masks, keys, without
+from lpserve.scored import read_scores
+from lpserve.shapley import exact_values
+from lpserve.types import EngineSpec
+
+P = 8
+
+
+@pytest.fixture
+def texts(tmp_path, rng):
+    """Calibration and held-out windows as .npz."""
+    paths = {}
+    for name, num in (("calibration", 4), ("heldout", 6)):
+        paths[name] = str(tmp_path / f"{name}.npz")
+        np.savez(paths[name], tokens=rng.integers(0, 50_000, (num, 40)))
+    return paths
+
+
+def make_config(tmp_path: Path, texts: dict[str, str], **changes):
+    values = {
+        "model": "synthetic",
+        "engine": "synthetic",
+        "engine_options": {"num_players": P, "game_seed": 3},
+        "calibration": texts["calibration"],
+        "heldout": texts["heldout"],
+        "budget": 90,
+        "max_removed": 4,
+        "out": str(tmp_path / "run"),
+        "progress_s": 100.0,
+    }
+    return config_from(values | changes, "test")
+
+
+def known_game(texts) -> SyntheticEngine:
+    windows = lpserve.TokenWindows.from_npz(texts["calibration"])
+    options = {"num_players": P, "game_seed": 3}
+    return SyntheticEngine(EngineSpec(kind="synthetic", model="", options=options), windows)
+
+
+def stored_scores(path: Path) -> dict[tuple[bytes, str], float]:
+    """(mask, window hash) -> NLL, read with plain SQLite."""
+    with sqlite3.connect(path) as db:
+        members: dict[int, list[str]] = {}
+        query = "SELECT block, hash FROM block_windows JOIN windows ON window = id ORDER BY block, position"  # noqa: E501
+        for block, window in db.execute(query):
+            members.setdefault(block, []).append(window)
+        found = {}
+        for block, mask, value in db.execute("SELECT block, mask, value FROM scores"):
+            for window, nll in zip(members[block], np.frombuffer(value, "<f4"), strict=True):
+                found[bytes(mask), window] = float(nll)
+    return found
+
+
+def test_a_run_finds_the_best_sets_and_writes_everything(tmp_path, texts):
+    result = run(make_config(tmp_path, texts))
+    folder, plan = result.folder, result.outcome.plan
+    for name in ("config.json", "scores.sqlite", "shapley.csv", "plan.json", "report.html",
+                 "events.jsonl", "windows.npz", "scores.npz"):  # fmt: skip
+        assert (folder / name).stat().st_size > 0, name
+    assert plan.masks_scored == 90
+    game = known_game(texts)
+    for entry in plan.plans:
+        masks = all_masks(P, P - entry.num_removed)
+        best = masks[game.mean_nll(masks).argmin()]
+        assert entry.removed == [int(i) for i in np.flatnonzero(~best)]
+        expected = game.score(best[None]).perplexity_M()[0]
+        assert entry.calibration_ppl == pytest.approx(expected, rel=1e-6)  # float32 storage
+        assert entry.heldout_ppl is not None
+    stored = json.loads((folder / "plan.json").read_text())
+    assert stored["format"] == 1
+    assert [e["num_removed"] for e in stored["plans"]] == [1, 2, 3, 4]
+    assert stored["players"][2] == {"index": 2, "layer": 2, "part": "layer"}
+    assert lpserve.load_plan(folder / "plan.json") == plan
+    assert "<svg" in (folder / "report.html").read_text()
+
+
+def test_values_are_those_of_the_known_game(tmp_path, texts):
+    result = run(make_config(tmp_path, texts, budget=256, sizes=[0, P - 1]))
+    masks = all_masks(P)
+    scores = known_game(texts).score(masks)
+    exact = exact_values(masks, -scores.mean_nll_M()[:, None], (0, P - 1))[:, 0]
+    with (result.folder / "shapley.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    values = np.array([float(row["value"]) for row in rows])
+    errors = np.array([float(row["total_stderr"]) for row in rows])
+    # scores are stored as float32: 1e-7 of NLLs near 1, over small differences
+    assert np.abs(values - exact).max() < max(1e-6, 4 * float(errors.max()))
+    assert {row["k_min"] for row in rows} == {"0"}
+
+
+def test_a_finished_run_again_scores_nothing_and_gives_the_same_plan(tmp_path, texts):
+    config = make_config(tmp_path, texts)
+    first = run(config)
+    before = stored_scores(first.folder / "scores.sqlite")
+    text = (first.folder / "plan.json").read_text()
+    poisoned = dict(config.engine_options)  # an engine that would fail if it were asked
+    again = run(config)
+    assert stored_scores(again.folder / "scores.sqlite") == before
+    assert (again.folder / "plan.json").read_text() == text
+    assert poisoned == config.engine_options
+
+
+def test_a_larger_budget_extends_the_same_sequence(tmp_path, texts):
+    small = read_scores(run(make_config(tmp_path, texts, budget=60)).folder)
+    large = read_scores(run(make_config(tmp_path, texts, budget=90)).folder)
+    alone = read_scores(run(make_config(tmp_path, texts, out=str(tmp_path / "alone"))).folder)
+    assert (large.masks_MP[:60] == small.masks_MP).all()
+    assert (large.masks_MP == alone.masks_MP).all()
+
+
+def test_a_shared_store_saves_the_scoring_and_changes_no_proposal(tmp_path, texts):
+    store = str(tmp_path / "shared.sqlite")
+    first = run(make_config(tmp_path, texts, store=store, out=str(tmp_path / "a")))
+    before = stored_scores(Path(store))
+    second = run(make_config(tmp_path, texts, store=store, out=str(tmp_path / "b")))
+    assert stored_scores(Path(store)) == before
+    assert first.outcome.plan == second.outcome.plan
+    events = [json.loads(line) for line in (tmp_path / "b" / "events.jsonl").read_text().split("\n") if line]  # fmt: skip # noqa: E501
+    assert events[-1]["event"] == "finished"
+
+
+def test_a_poisoned_mask_is_left_out_and_the_rest_is_scored(tmp_path, texts):
+    poison = "".join("01"[int(b)] for b in without(P, [2]))
+    options = {"num_players": P, "game_seed": 3, "poison": [poison]}
+    result = run(make_config(tmp_path, texts, engine_options=options))
+    assert set(result.outcome.quarantined) == {poison}
+    assert "poisoned" in result.outcome.quarantined[poison]
+    assert result.outcome.plan.masks_scored == 89
+    assert all(entry.removed != [2] for entry in result.outcome.plan.plans)
+    assert poison in (result.folder / "report.html").read_text()
+    again = run(make_config(tmp_path, texts, engine_options=options))
+    assert again.outcome.plan == result.outcome.plan
+
+
+def test_non_finite_scores_are_stored_and_never_chosen(tmp_path, texts):
+    bad = ["".join("01"[int(b)] for b in without(P, [i])) for i in (1, 4)]
+    options = {"num_players": P, "game_seed": 3, "nan": bad}
+    result = run(make_config(tmp_path, texts, engine_options=options))
+    stored = stored_scores(result.folder / "scores.sqlite")
+    nan_masks = {mask for (mask, _), nll in stored.items() if np.isnan(nll)}
+    assert nan_masks == set(keys(np.array([without(P, [1]), without(P, [4])])))
+    assert all(e.removed not in ([1], [4]) for e in result.outcome.plan.plans)
+    assert np.isfinite(result.outcome.analysis.values.values_P).all()
+
+
+def test_an_engine_that_cannot_start_says_why_and_leaves_nothing(tmp_path, texts):
+    with pytest.raises(InputError, match="has no option 'colour'"):
+        run(make_config(tmp_path, texts, engine_options={"num_players": P, "colour": 1}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_own_score_is_not_finite_stops_the_run(tmp_path, texts):
+    options = {"num_players": P, "nan": ["1" * P]}
+    with pytest.raises(Exception, match="whole model's own score is not finite"):
+        run(make_config(tmp_path, texts, engine_options=options))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_and_the_same_command_resumes_it(tmp_path, texts, number):
+    options = {"num_players": P, "game_seed": 3, "delay_s": 0.02}
+    config = make_config(tmp_path, texts, engine_options=options)
+    store = tmp_path / "run" / "scores.sqlite"
+
+    def interrupt() -> None:
+        while not store.exists() or not stored_count(store):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(RunInterrupted, match="same command again to resume"):
+        run(config)
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    kept = stored_scores(store)
+    assert 0 < len(kept) < 90 * 4
+    resumed = run(config)
+    alone = run(make_config(tmp_path, texts, out=str(tmp_path / "alone"), engine_options=options))
+    after = stored_scores(store)
+    assert kept.items() <= after.items()
+    assert after == stored_scores(alone.folder / "scores.sqlite")
+    assert resumed.outcome.plan == alone.outcome.plan
+
+
+def stored_count(path: Path) -> int:
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+            return db.execute("SELECT COUNT(*) FROM scores").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_other_windows_or_settings_are_refused_in_a_used_folder(tmp_path, texts):
+    run(make_config(tmp_path, texts))
+    before = (tmp_path / "run" / "plan.json").read_bytes()
+    with pytest.raises(InputError, match="max_removed was 4, is 3"):
+        run(make_config(tmp_path, texts, max_removed=3))
+    np.savez(texts["calibration"], tokens=np.arange(160).reshape(4, 40))
+    with pytest.raises(InputError, match="calibration text has changed"):
+        run(make_config(tmp_path, texts))
+    assert (tmp_path / "run" / "plan.json").read_bytes() == before
+
+
+def test_a_torn_event_line_is_cut_off(tmp_path, texts):
+    config = make_config(tmp_path, texts)
+    run(config)
+    events = tmp_path / "run" / "events.jsonl"
+    with events.open("ab") as file:
+        file.write(b'{"time": 1, "eve')
+    run(config)
+    assert all(json.loads(line) for line in events.read_text().splitlines())
+
+
+def test_the_paper_surrogate_serves_a_whole_run(tmp_path, texts):
+    result = run(make_config(tmp_path, texts, surrogate="paper", utility="ppl_ratio", budget=60))
+    assert result.outcome.analysis.surrogate_name == "paper"
+    assert "Monte Carlo" in result.outcome.analysis.values.estimator
+    assert result.outcome.plan.utility == "ppl_ratio"
+
+
+def test_stop_when_stable_ends_before_the_budget(tmp_path, texts):
+    result = run(make_config(tmp_path, texts, budget=250, stop_when_stable=True))
+    assert result.outcome.plan.masks_scored < 163  # all masks of the strata that a run may ask for
+
+
+def test_engine_errors_are_runtime_errors_too():
+    assert issubclass(EngineError, RuntimeError)
