@@ -104,9 +104,10 @@ class RunConfig:
         for key, least in _LEAST.items():
             value = getattr(self, key)
             whole = isinstance(value, int) and not isinstance(value, bool)
-            optional = value is None and key in _OPTIONAL
+            if value is None and key in _OPTIONAL:
+                continue
             rule = f"a whole number, at least {least}"
-            _require(optional or (whole and value >= least), key, value, rule)
+            _require(whole and value >= least, key, value, rule)
         for key in ("grace_s", "progress_s"):
             value = getattr(self, key)
             _require(isinstance(value, int | float) and value > 0, key, value, "seconds above 0")

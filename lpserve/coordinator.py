@@ -44,6 +44,7 @@ from lpserve.types import BoolArray, EngineSpec, FloatArray, perplexity, utiliti
 from lpserve.windows import TokenWindows, WindowRequest, cut_windows
 
 _POLL_S = 0.2
+SEARCH_UTILITY = "ppl_ratio"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,16 +168,21 @@ class _Job:
         self.game = store.game_id(pool.info.game)
         self.board = Scoreboard(store, self.game, calibration, pool, self.dispatcher)
         self.settings = _round_settings(config, pool.info.num_players)
-        self.planner = RoundPlanner(self.settings, self.utility)
+        self.planner = RoundPlanner(
+            self.settings,
+            lambda nll_MN: self.utility(config.utility, nll_MN),
+            None if config.utility == SEARCH_UTILITY
+            else lambda nll_MN: self.utility(SEARCH_UTILITY, nll_MN),
+        )  # fmt: skip
         self.history = History()
         self.signals = 0
         self._full_nll_N: NDArray[np.float32] | None = None
 
-    def utility(self, nll_MN: NDArray[np.float32]) -> FloatArray:
-        """The run's utility of stored NLLs, NaN where a mask was given up or is not finite."""
+    def utility(self, name: str, nll_MN: NDArray[np.float32]) -> FloatArray:
+        """A utility of stored NLLs, NaN where a mask was given up or is not finite."""
         assert self._full_nll_N is not None
         value_M = utilities(
-            self.config.utility, nll_MN.astype(np.float64), self.calibration.num_tokens_N,
+            name, nll_MN.astype(np.float64), self.calibration.num_tokens_N,
             self._full_nll_N.astype(np.float64),
         )  # fmt: skip
         return np.where(np.isfinite(nll_MN).all(axis=1), value_M, np.nan)

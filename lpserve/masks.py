@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,7 +22,7 @@ _MAX_RANK = 1 << 62
 _PERMUTED = 1 << 22  # strata up to this size are shuffled whole; larger ones are drawn in chunks
 _CHUNK = 4096
 _MAX_CHUNK = 1 << 20
-_UNRANK_CHUNK = 1 << 15  # masks unranked at once: keeps the working set in the cache
+_UNRANK_CHUNK = 1 << 14  # masks unranked at once: keeps the working set in the cache
 
 
 def full_mask(num_players: int) -> BoolArray:
@@ -89,29 +90,36 @@ def unrank(ranks_M: IntArray, num_players: int, kept: int) -> BoolArray:
     if total >= _MAX_RANK:
         raise ValueError(f"stratum {kept} of {num_players} is too large to rank")
     ranks_M = np.asarray(ranks_M, dtype=np.int64)
-    if ranks_M.size and not (0 <= ranks_M.min() and ranks_M.max() < total):
+    if ranks_M.size and (ranks_M.min() < 0 or ranks_M.max() >= total):
         raise ValueError(f"ranks must lie in 0..{total - 1}")
-    # counts[n, k] = C(n, k): masks left to choose when n players remain and k of them are kept
-    counts = np.array(
-        [
-            [min(math.comb(n, k), _MAX_RANK) for k in range(kept + 1)]
-            for n in range(num_players + 1)
-        ],
-        dtype=np.int64,
-    )
+    table = _with_next_kept(num_players, kept)
     masks_MP = np.empty((len(ranks_M), num_players), dtype=bool)
     for start in range(0, len(ranks_M), _UNRANK_CHUNK):
         left_C = ranks_M[start : start + _UNRANK_CHUNK].copy()
+        rows = slice(start, start + len(left_C))
         need_C = np.full(len(left_C), kept, dtype=np.intp)
+        with_player_C, keep_C = np.empty_like(left_C), np.empty(len(left_C), dtype=bool)
         for player in range(num_players):
-            row = counts[num_players - 1 - player]
-            # masks that keep this player come first; need 0 keeps none
-            with_player_C = np.where(need_C > 0, row[need_C - 1], 0)
-            keep_C = left_C < with_player_C
-            masks_MP[start : start + len(left_C), player] = keep_C
-            left_C -= np.where(keep_C, 0, with_player_C)
+            # masks that keep this player come first; "clip" spares numpy a buffer
+            np.take(table[num_players - 1 - player], need_C, out=with_player_C, mode="clip")
+            np.less(left_C, with_player_C, out=keep_C)
+            masks_MP[rows, player] = keep_C
             need_C -= keep_C
+            with_player_C *= np.logical_not(keep_C, out=keep_C)
+            left_C -= with_player_C
     return masks_MP
+
+
+@lru_cache(maxsize=64)
+def _with_next_kept(num_players: int, kept: int) -> IntArray:
+    """`int64[P, kept+1]`: entry [n, k] is the number of masks that keep k players, the next one
+    among them, when n players follow it: C(n, k-1), 0 at k = 0."""
+    table = np.array(
+        [[0] + [min(math.comb(n, k), _MAX_RANK) for k in range(kept)] for n in range(num_players)],
+        dtype=np.int64,
+    ).reshape(num_players, kept + 1)
+    table.flags.writeable = False
+    return table
 
 
 def draw(num_players: int, kept: int, count: int, rng: np.random.Generator) -> BoolArray:
@@ -154,15 +162,27 @@ def stratum_stream(num_players: int, kept: int, seed: int) -> Iterator[BoolArray
     while len(seen) < total:
         if rankable:
             labels_M = rng.integers(total, size=chunk)
+            fresh, seen = _unseen(labels_M, seen)
+            yield unrank(labels_M[fresh], num_players, kept)
         else:
             masks_MP = _select(num_players, kept, chunk, rng)
-            labels_M = pack(masks_MP).view(seen.dtype).ravel()
-        _, first = np.unique(labels_M, return_index=True)
-        first.sort()
-        fresh = first[~np.isin(labels_M[first], seen)]
-        seen = np.concatenate([seen, labels_M[fresh]])
-        yield unrank(labels_M[fresh], num_players, kept) if rankable else masks_MP[fresh]
+            fresh, seen = _unseen(pack(masks_MP).view(seen.dtype).ravel(), seen)
+            yield masks_MP[fresh]
         chunk = min(2 * chunk, _MAX_CHUNK)
+
+
+def _unseen(labels_M: np.ndarray, seen: np.ndarray) -> tuple[IntArray, np.ndarray]:
+    """Where labels that the sorted `seen` lacks come first, ascending, and `seen` with them."""
+    order = np.argsort(labels_M, kind="stable")
+    sorted_M = labels_M[order]
+    new_M = np.ones(len(sorted_M), dtype=bool)
+    new_M[1:] = sorted_M[1:] != sorted_M[:-1]
+    if len(seen):  # sorted queries make for a search that stays in the cache
+        place = np.minimum(np.searchsorted(seen, sorted_M), len(seen) - 1)
+        new_M &= seen[place] != sorted_M
+    # a stable sort of two sorted runs merges them
+    seen = np.sort(np.concatenate([seen, sorted_M[new_M]]), kind="stable")
+    return np.sort(order[new_M]), seen
 
 
 class StratifiedDesign:

@@ -33,7 +33,7 @@ from lpserve.types import BoolArray, FloatArray
 _DESIGN_SHARE = 3  # at least one in three masks of a mixed round is a design mask
 _RANKING_SHARE = 4  # at most one in four of the others is a ranking's set
 _ROUND_GROWTH = 0.05  # a mixed round asks for at least this share of all masks before it
-_WORTH = 1e-4  # expected improvement (nats, or share of perplexity) that is worth a score
+_WORTH = 1e-4  # expected improvement (share of perplexity, or nats) that is worth a score
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,14 +71,21 @@ class History:
 class RoundPlanner:
     """Produces the rounds one after another.
 
-    `utility` maps `float32[M, N]` NLLs to `float64[M]`.
+    `utility` and `search_utility` map `float32[M, N]` NLLs to `float64[M]`. Values and rankings are
+    about the run's utility; sets are searched on `search_utility` (default: the same). The
+    perplexity ratio suits the search best: it flattens collapsed masks, whose large losses would
+    otherwise rule the fit.
     """
 
     def __init__(
-        self, settings: RoundSettings, utility: Callable[[NDArray[np.float32]], FloatArray]
+        self,
+        settings: RoundSettings,
+        utility: Callable[[NDArray[np.float32]], FloatArray],
+        search_utility: Callable[[NDArray[np.float32]], FloatArray] | None = None,
     ) -> None:
         self._settings = settings
         self._utility = utility
+        self._search_utility = search_utility or utility
         self._designs = [
             StratifiedDesign(settings.num_players, strata, settings.seed)
             for strata in design_strata(settings)
@@ -87,6 +94,12 @@ class RoundPlanner:
         self._num_proposed = 0
         self._quiet_rounds = 0
         self.surrogate: Surrogate = make_surrogate(settings.surrogate, settings.seed)
+        self._searcher = self.surrogate
+        if search_utility is not None:
+            self._searcher = make_surrogate(settings.surrogate, settings.seed)
+        self._searcher = self.surrogate
+        if search_utility is not None:
+            self._searcher = make_surrogate(settings.surrogate, settings.seed)
         self.sources: dict[bytes, str] = {}
         """How each proposed mask was found, by key."""
 
@@ -115,10 +128,12 @@ class RoundPlanner:
             path = greedy_path(masks_MP, utilities_M, index // 2)
             if len(path) == index // 2:
                 batch += self._offer(drop_one(path[-1]), "greedy")
-            return self._finish(batch) if batch else self._mixed(index, masks_MP, utilities_M)
-        return self._mixed(index, masks_MP, utilities_M)
+            if batch:
+                return self._finish(batch)
+        return self._mixed(index, masks_MP, nll_MN)
 
-    def _mixed(self, index: int, masks_MP: BoolArray, utilities_M: FloatArray) -> BoolArray:
+    def _mixed(self, index: int, masks_MP: BoolArray, nll_MN: NDArray[np.float32]) -> BoolArray:
+        utilities_M, search_M = self._utility(nll_MN), self._search_utility(nll_MN)
         settings = self._settings
         size = max(settings.round_size, int(_ROUND_GROWTH * self._num_proposed))
         walking = index < 2 * settings.max_removed
@@ -126,19 +141,19 @@ class RoundPlanner:
         finite = np.isfinite(utilities_M)
         if finite.sum() >= 3:
             self.surrogate.fit(masks_MP[finite], utilities_M[finite])
+            if self._searcher is not self.surrogate:
+                self._searcher.fit(masks_MP[finite], search_M[finite])
             room = size - max(1, size // _DESIGN_SHARE)
             share = max(1, room // _RANKING_SHARE)
             batch += self._offer(self._rankings(index), "ranking", most=share)
-            batch += self._offer(
-                self._hopes(masks_MP, utilities_M), "search", most=room - len(batch)
-            )
+            batch += self._offer(self._hopes(masks_MP, search_M), "search", most=room - len(batch))
         self._quiet_rounds = 0 if batch or walking else self._quiet_rounds + 1
         if settings.stop_when_stable and self._quiet_rounds >= 2:
             return np.empty((0, settings.num_players), dtype=bool)
         batch += self._take_design(size - len(batch))
         return self._finish(batch)
 
-    def _hopes(self, masks_MP: BoolArray, utilities_M: FloatArray) -> BoolArray:
+    def _hopes(self, masks_MP: BoolArray, search_M: FloatArray) -> BoolArray:
         """Unseen sets by expected improvement on the best scored set of their size, `bool[Q, P]`.
 
         All r compete; improvements below `_WORTH` are not worth a score.
@@ -148,17 +163,17 @@ class RoundPlanner:
         values_P = current_values(self.surrogate, settings.sizes)
         sets, gains = [], []
         for r in range(1, settings.max_removed + 1):
-            rows = np.flatnonzero((removed_M == r) & np.isfinite(utilities_M))
+            rows = np.flatnonzero((removed_M == r) & np.isfinite(search_M))
             starts = [without(settings.num_players, range(r))]
             if values_P is not None:
                 starts.append(ranking_mask(values_P, r))
-            top = rows[np.argsort(-utilities_M[rows], kind="stable")[:4]]
+            top = rows[np.argsort(-search_M[rows], kind="stable")[:4]]
             starts += list(masks_MP[top])
-            likely = likely_best(self.surrogate.mean, settings.num_players, r, np.array(starts))
+            likely = likely_best(self._searcher.mean, settings.num_players, r, np.array(starts))
             likely = likely[[key not in self._seen for key in keys(likely)]]
             if len(likely):
-                mean_Q, std_Q = self.surrogate.predict(likely)
-                best = float(utilities_M[top[0]]) if len(top) else -np.inf
+                mean_Q, std_Q = self._searcher.predict(likely)
+                best = float(search_M[top[0]]) if len(top) else -np.inf
                 sets.append(likely)
                 gains.append(expected_improvement(mean_Q, std_Q, best))
         if not sets:

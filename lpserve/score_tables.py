@@ -5,9 +5,8 @@ One row for each (game, mask, window), complete in itself, so that any table too
     game    model   numerics  players            mask  window  num_tokens  metric  nll
     9f3a..  1c07..  float32   [[0, "layer"], ..  1011  77b0..  511         nll     1843.2206
 
-`mask` is player 0 first, 1 = kept; `nll` is the stored float32, NaN and inf included. Both
-directions stream: neither a store nor a table is ever in memory whole. Where blocks overlap, the
-score the store would answer with is written. Quarantine is not part of a table.
+`mask` is player 0 first, 1 = kept; `nll` is the stored float32, NaN and inf included. Both ways
+stream. Where blocks overlap, the score the store answers with is written; quarantine is left out.
 
 Knows pyarrow and the store, no run and no engine.
 """
@@ -35,9 +34,7 @@ SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("game", "model", "numerics", "players", "mask", "window")]
     + [("num_tokens", pa.int64()), ("metric", pa.string()), ("nll", pa.float32())]
 )
-_READ_ROWS = 1 << 13
 _PUT_ROWS = 1 << 16  # rows gathered before they are committed
-_WINDOW = re.compile(r"[0-9a-f]{64}")
 _Group = tuple[Game, str, tuple[tuple[str, int], ...]]  # game, metric, (window, tokens) in order
 
 
@@ -59,6 +56,7 @@ def export_scores(store: Store, path: str | Path) -> int:
                     batch = _table_rows(games[scores.game], scores)
                     writer.write_batch(batch)
                     rows += batch.num_rows
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -118,20 +116,17 @@ def _table_rows(game: Game, scores: StoredScores) -> pa.RecordBatch:
     masks_MP = from_keys(scores.mask_keys, len(game.players))
     mask_texts = ["".join("01"[kept] for kept in mask_P) for mask_P in masks_MP.tolist()]
     row, column = np.nonzero(scores.first_MN)
-    same = {
-        "game": game.content_hash,
-        "model": game.model_hash,
-        "numerics": game.numerics,
-        "players": json.dumps([[p.layer, p.part] for p in game.players]),
-        "metric": scores.metric,
-    }
-    columns = {name: pa.repeat(value, len(row)) for name, value in same.items()} | {
-        "mask": pa.array(mask_texts).take(pa.array(row)),
-        "window": pa.array(scores.windows.window_hashes).take(pa.array(column)),
-        "num_tokens": pa.array(scores.windows.num_tokens_N[column]),
-        "nll": pa.array(scores.nll_MN[row, column]),
-    }
-    return pa.record_batch([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+    about = (game.content_hash, game.model_hash, game.numerics,
+             json.dumps([[p.layer, p.part] for p in game.players]))  # fmt: skip
+    columns = [
+        *(pa.repeat(text, len(row)) for text in about),
+        pa.array(mask_texts).take(pa.array(row)),
+        pa.array(scores.windows.window_hashes).take(pa.array(column)),
+        pa.array(scores.windows.num_tokens_N[column]),
+        pa.repeat(scores.metric, len(row)),
+        pa.array(scores.nll_MN[row, column]),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
 
 
 def _rows(path: Path) -> Iterator[tuple[Game, str, str, str, int, float]]:
@@ -142,30 +137,27 @@ def _rows(path: Path) -> Iterator[tuple[Game, str, str, str, int, float]]:
     for batch in _batches(path):
         for row in zip(*(column.to_pylist() for column in batch), strict=True):
             number += 1
-            *about, mask, window, num_tokens, metric, nll = row
-            key = tuple(about)
+            key, (mask, window, num_tokens, metric, nll) = row[:4], row[4:]
             if key not in games:
-                games[key] = _game(*about, where=f"{path}, row {number}")
+                games[key] = _game(*key, where=f"{path}, row {number}")
             game = games[key]
             if len(mask) != len(game.players) or mask.strip("01"):
                 raise InputError(f"{path}, row {number}: mask {mask[:200]!r} is not a 0 or 1 for "
                                  f"each of {len(game.players)} players")  # fmt: skip
-            if tokens_of.get(window) != num_tokens:
-                if window in tokens_of or num_tokens < 1 or not _WINDOW.fullmatch(window):
-                    raise InputError(f"{path}, row {number}: not a window, or not as in an earlier "
-                                     f"row: {window[:200]!r} of {num_tokens} tokens")  # fmt: skip
-                tokens_of[window] = num_tokens
+            window_fits = re.fullmatch("[0-9a-f]{64}", window) and num_tokens > 0
+            if not window_fits or tokens_of.setdefault(window, num_tokens) != num_tokens:
+                raise InputError(f"{path}, row {number}: not a window, or not as in an earlier "
+                                 f"row: {window[:200]!r} of {num_tokens} tokens")  # fmt: skip
             yield game, metric, mask, window, num_tokens, nll
 
 
 def _game(game: str, model: str, numerics: str, players: str, *, where: str) -> Game:
     try:
-        parts = [
-            Player(index=i, layer=n, part=part) for i, (n, part) in enumerate(json.loads(players))
-        ]
+        listed = enumerate(json.loads(players))
+        parts = tuple(Player(index=i, layer=layer, part=part) for i, (layer, part) in listed)
     except (ValueError, TypeError):
         raise InputError(f"{where}: players are not [[layer, part], ..]") from None
-    found = Game(model_hash=model, players=tuple(parts), numerics=numerics)
+    found = Game(model_hash=model, players=parts, numerics=numerics)
     if found.content_hash != game:
         raise InputError(f"{where}: game is not the hash of its model, players and numerics")
     return found
@@ -195,7 +187,7 @@ def _open_csv(path: Path) -> tuple[list[str], Iterator[pa.RecordBatch]]:
 
 def _open_parquet(path: Path) -> tuple[list[str], Iterator[pa.RecordBatch]]:
     file = parquet.ParquetFile(path)
-    return file.schema_arrow.names, file.iter_batches(_READ_ROWS, columns=SCHEMA.names)
+    return file.schema_arrow.names, file.iter_batches(1 << 13, columns=SCHEMA.names)
 
 
 def _checked(path: str | Path) -> Path:

@@ -100,6 +100,8 @@ class Store:
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise InputError(f"store {self.path}: folder {self.path.parent} does not exist")
+        if self.path.is_dir():
+            raise InputError(f"store {self.path} is a folder; name a file")
         self._lock = PathLock(self.path, holder=holder)
         try:
             with self._translated():
@@ -336,8 +338,10 @@ class Store:
         try:
             yield
         except sqlite3.DatabaseError as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code == sqlite3.SQLITE_FULL:
+            extended = getattr(error, "sqlite_errorcode", 0)
+            code = extended & 0xFF
+            # no room for the shared memory file beside it is reported as its own kind of I/O error
+            if code == sqlite3.SQLITE_FULL or extended == sqlite3.SQLITE_IOERR_SHMSIZE:
                 raise DiskFullError(
                     f"no space to write store {self.path}; what was committed is kept: free space "
                     "and give the same command again"

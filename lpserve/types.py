@@ -132,8 +132,8 @@ class Scores:
         return perplexity(self.mean_nll_M())
 
 
-def perplexity(mean_nll: FloatArray) -> FloatArray:
-    """exp of the mean NLL in nats per token; inf where it exceeds float64."""
+def perplexity(mean_nll: Any) -> Any:
+    """exp of the mean NLL in nats per token, an array or one number; inf beyond float64."""
     with np.errstate(over="ignore"):
         return np.exp(mean_nll)
 

@@ -144,9 +144,8 @@ class TokenWindows:
     def from_npz(cls, path: str | Path, *, name: str = "tokens") -> TokenWindows:
         """All windows of an `.npz` with `tokens` [N, T] and, if given, `scored` bool [N, T]."""
         try:
-            data = np.load(path, allow_pickle=False)
-            arrays = {key: data[key] for key in data.files}
-            data.close()
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
+                arrays = {key: data[key] for key in data.files}
         except FileNotFoundError:
             raise InputError(f"corpus {name!r}: {path} does not exist") from None
         except Exception as error:  # numpy, zipfile and zlib each raise kinds of their own

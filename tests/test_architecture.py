@@ -1,4 +1,4 @@
-"""Conventions held by test: imports follow the flow, files stay small, the README's tree is true."""
+"""Conventions held by test: imports follow the flow, files are small, the README's tree is true."""
 
 from __future__ import annotations
 

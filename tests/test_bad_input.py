@@ -103,7 +103,9 @@ def test_a_broken_config_file_is_refused(tmp_path, capsys):
     path = tmp_path / "a.toml"
     path.write_text("budget = = 5")
     assert "cannot be read" in refused(capsys, tmp_path, "run", "--config", str(path))
-    assert "does not exist" in refused(capsys, tmp_path, "run", "--config", str(tmp_path / "b.toml"))
+    assert "does not exist" in refused(
+        capsys, tmp_path, "run", "--config", str(tmp_path / "b.toml")
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,13 +209,13 @@ def test_a_corrupt_store_is_kept_and_refused(tmp_path, capsys, rng):
 def test_a_full_disk_stops_the_run_and_the_same_command_resumes(tmp_path, texts, monkeypatch):
     """A real SQLITE_FULL, by a page limit set on the run's own connection."""
     np.savez(texts["calibration"], tokens=np.arange(60 * 40).reshape(60, 40))
-    config = make_config(tmp_path, texts)
+    config = make_config(tmp_path, texts, budget=150)
     plain = Store._prepare
 
     def limited(self: Store, new: bool) -> None:
         plain(self, new)
         pages = self._db.execute("PRAGMA page_count").fetchone()[0]
-        self._db.execute(f"PRAGMA max_page_count = {pages + 4}")
+        self._db.execute(f"PRAGMA max_page_count = {pages + 9}")
 
     monkeypatch.setattr(Store, "_prepare", limited)
     with pytest.raises(DiskFullError, match="free space and give the same command again"):
@@ -224,7 +226,7 @@ def test_a_full_disk_stops_the_run_and_the_same_command_resumes(tmp_path, texts,
     after = run(config)
     scores = stored_scores(after.folder / "scores.sqlite")
     assert kept.items() <= scores.items()
-    alone = run(make_config(tmp_path, texts, out=str(tmp_path / "alone")))
+    alone = run(make_config(tmp_path, texts, budget=150, out=str(tmp_path / "alone")))
     assert scores == stored_scores(alone.folder / "scores.sqlite")
     assert after.outcome.plan == alone.outcome.plan
 
@@ -278,7 +280,9 @@ def test_exports_of_the_wrong_thing_are_refused(tmp_path, capsys, texts):
     assert "the plan is for another model" in refused(capsys, tmp_path, *export, "2")
     broken = tmp_path / "plan.json"
     broken.write_text('{"format": 1}')
-    assert "is not an lpserve plan" in refused(capsys, tmp_path, *export, "2", "--plan", str(broken))
+    assert "is not an lpserve plan" in refused(
+        capsys, tmp_path, *export, "2", "--plan", str(broken)
+    )
 
 
 def test_an_export_target_that_is_not_empty_is_refused(tmp_path):

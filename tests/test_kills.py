@@ -70,7 +70,10 @@ def check_kills(tmp_path: Path, rng, num_kills: int, capsys) -> list[int]:
     with capsys.disabled():
         print(f"\nscores committed at each kill: {counts}")  # noqa: T201
     assert counts == sorted(counts)  # nothing that was committed is ever gone
-    got, expected = stored_scores(killed / "scores.sqlite"), stored_scores(undisturbed / "scores.sqlite")
+    got, expected = (
+        stored_scores(killed / "scores.sqlite"),
+        stored_scores(undisturbed / "scores.sqlite"),
+    )
     assert got.keys() == expected.keys()
     assert max(abs(got[k] - expected[k]) / expected[k] for k in expected) < 1e-5
     assert chosen_sets(killed) == chosen_sets(undisturbed)

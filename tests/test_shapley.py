@@ -15,6 +15,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from lpserve.errors import InputError
 from lpserve.masks import all_masks
@@ -32,8 +33,15 @@ from lpserve.shapley import (
 from lpserve.surrogate import KernelSurrogate, PaperSurrogate
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in a run: on matrices this small, threads only wait for each other."""
+    with threadpool_limits(1):
+        yield
+
+
 def pair_game(num_players: int, rng: np.random.Generator, triples: float = 0.0):
-    """Mask -> utility: a cost for each dropped player, an effect for each dropped pair, a triple."""
+    """Mask -> utility: a cost for each dropped player, an effect for each pair and triple."""
     main = rng.uniform(0.01, 0.3, num_players)
     pairs = np.triu(rng.normal(0, 0.05, (num_players, num_players)), 1)
     third = rng.normal(0, triples, (num_players,) * 3) / 6
@@ -91,6 +99,21 @@ def as_dict(masks: np.ndarray, utilities: np.ndarray) -> dict[frozenset, float]:
 
 def hamming(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return (left[:, None, :] != right[None, :, :]).sum(axis=2)
+
+
+def weight_matrix(every: np.ndarray, sizes: tuple[int, int]) -> np.ndarray:
+    """float64[P, 2^P]: the values as a linear map of the utilities of all masks."""
+    num_players = every.shape[1]
+    row_of = {frozenset(np.flatnonzero(mask).tolist()): row for row, mask in enumerate(every)}
+    weights = np.zeros((num_players, len(every)))
+    for player in range(num_players):
+        others = [p for p in range(num_players) if p != player]
+        for size in range(sizes[0], sizes[1] + 1):
+            share = 1 / ((sizes[1] - sizes[0] + 1) * math.comb(num_players - 1, size))
+            for coalition in map(frozenset, combinations(others, size)):
+                weights[player, row_of[coalition | {player}]] += share
+                weights[player, row_of[coalition]] -= share
+    return weights
 
 
 SIZES = [(1, (0, 0)), (2, (0, 1)), (5, (0, 4)), (7, (0, 6)), (7, (2, 4)), (6, (5, 5)), (6, (0, 0))]
@@ -216,13 +239,7 @@ def test_stderr_equals_the_posterior_deviation_by_brute_force(
     gram = prior[np.ix_(rows, rows)]
     gram = gram + np.diag(noise / surrogate.scale**2 + 1e-10 * kappa[0])
     posterior = prior - cross @ np.linalg.solve(gram, cross.T)
-    weights = (
-        np.array(
-            [naive_values(as_dict(every, unit), num_players, sizes) for unit in np.eye(len(every))]
-        ).T
-        if num_players < 6
-        else exact_values(every, np.eye(len(every)), sizes)
-    )
+    weights = weight_matrix(every, sizes)
     variance = np.einsum("pm,mk,pk->p", weights, posterior, weights)
     largest = np.einsum("pm,mk,pk->p", weights, prior, weights).max()
     factor = surrogate.scale * max(1.0, surrogate.calibration)
@@ -258,6 +275,7 @@ def test_window_stderr_equals_leaving_every_window_out(kind, rng):
         left_out.append(naive_values(as_dict(every, predicted), num_players, sizes))
     expected = jackknife(np.array(left_out))
     values = kernel_values(surrogate, sizes, columns)
+    assert values.window_stderr_P is not None
     np.testing.assert_allclose(values.window_stderr_P, expected, rtol=1e-6)
     np.testing.assert_allclose(
         values.total_stderr_P, np.sqrt(values.stderr_P**2 + expected**2), rtol=1e-6
@@ -356,10 +374,10 @@ def test_the_papers_values_equal_its_loop_over_masks(rng):
     assert values.sizes == (max(kept_counts.min() - 1, 0), min(kept_counts.max(), 6))
 
 
-def test_the_papers_network_gives_sampled_values(rng):
+def test_the_papers_network_gives_sampled_values(rng, monkeypatch):
+    monkeypatch.setattr(PaperSurrogate, "EPOCHS", 20)
     masks = some_masks(5, 25, rng)
     surrogate = PaperSurrogate(seed=3)
-    surrogate.EPOCHS = 20
     surrogate.fit(masks, np.exp(pair_game(5, rng)(masks)))
     every = all_masks(5)
     expected = naive_values(as_dict(every, surrogate.mean(every)), 5, (1, 4))
@@ -374,39 +392,43 @@ def root_mean_square(values: ShapleyValues, exact: np.ndarray) -> float:
 def test_error_shrinks_with_more_masks_and_intervals_cover(rng):
     """Against enumeration, over ten fresh games of 8 players with weak effects beyond pairs.
 
-    80 intervals for each number of masks. In simulations of the whole test the rate at 90% lay
-    between .74 and .95 at 24 and at 48 masks; errors of a factor two in the standard error put it
-    below .62. The mean error fell by a factor of five and more from 24 to 96 masks.
+    The bounds come from 60 runs of this test: the 90% intervals from 24 and 48 masks covered .76
+    to .92 (.86 on average; with the errors halved .57), the mean error fell by 3.2 to 6.6 from 24
+    to 48 masks and by 7 to 15 from 48 to 96, and the median claimed error was .9 to 1.5 times the
+    real one.
     """
     every = all_masks(8)
-    covered: dict[int, list[float]] = {}
-    error: dict[int, list[float]] = {}
+    covered: list[float] = []
     claimed: list[float] = []
+    error: dict[int, list[float]] = {24: [], 48: [], 96: []}
     for _ in range(10):
         utility = pair_game(8, rng, triples=0.03)
         exact = exact_values(every, utility(every)[:, None], (0, 7))[:, 0]
         masks = some_masks(8, 96, rng)
-        for count in (24, 48, 96):
+        for count, errors in error.items():
             values = shapley_values(masks[:count], utility(masks[:count]))
-            inside = np.abs(values.values_P - exact) <= Z90 * values.stderr_P
-            covered.setdefault(count, []).append(float(inside.mean()))
-            error.setdefault(count, []).append(root_mean_square(values, exact))
+            errors.append(root_mean_square(values, exact))
             if count < 96:
-                claimed.append(float(np.sqrt(np.mean(values.stderr_P**2))) / error[count][-1])
-    mean_error = [np.mean(error[count]) for count in (24, 48, 96)]
-    assert mean_error[0] > 1.2 * mean_error[1] > 1.44 * mean_error[2]
-    assert np.mean(covered[24] + covered[48]) > 0.65
-    assert np.median(claimed) < 4  # and they are not covered by being absurdly wide
+                inside = np.abs(values.values_P - exact) <= Z90 * values.stderr_P
+                covered.append(float(inside.mean()))
+                claimed.append(float(np.sqrt(np.mean(values.stderr_P**2))) / errors[-1])
+    assert np.mean(error[24]) > 2 * np.mean(error[48])
+    assert np.mean(error[48]) > 3 * np.mean(error[96])
+    assert np.mean(covered) > 0.68
+    assert np.median(claimed) < 2.5  # they do not cover by being absurdly wide
 
 
 def test_values_of_a_game_of_pairs_are_found_from_a_quarter_of_its_masks(rng):
-    """64 masks determine 1 + 8 + 28 effects; what is left is the nugget's lower bound, 1e-9."""
+    """64 masks determine 1 + 8 + 28 effects; what is left is the nugget's lower bound, 1e-9.
+
+    40 such games gave relative errors of at most 1e-8.
+    """
     utility = pair_game(8, rng)
     every = all_masks(8)
     exact = exact_values(every, utility(every)[:, None], (0, 7))[:, 0]
     masks = some_masks(8, 64, rng)
     values = shapley_values(masks, utility(masks))
-    assert root_mean_square(values, exact) < 1e-3 * np.abs(exact).mean()
+    assert root_mean_square(values, exact) < 1e-5 * np.abs(exact).mean()
 
 
 def test_values_are_deterministic(rng):
@@ -419,12 +441,18 @@ def test_values_are_deterministic(rng):
     assert one.heldout == other.heldout
 
 
-def test_known_noise_widens_the_errors(rng):
-    masks = some_masks(7, 50, rng)
-    utilities = pair_game(7, rng)(masks) + rng.normal(0, 0.1, 50)
-    quiet = shapley_values(masks, utilities, noise_M=np.full(50, 1e-8))
-    noisy = shapley_values(masks, utilities, noise_M=np.full(50, 1.0))
-    assert noisy.stderr_P.mean() > quiet.stderr_P.mean()
+def test_values_are_those_of_the_kernel_with_the_smaller_heldout_error(rng):
+    masks = some_masks(7, 40, rng)
+    utilities = pair_game(7, rng, triples=0.1)(masks)
+    noise, columns = rng.uniform(0, 0.01, 40), rng.normal(size=(40, 3))
+    each = [KernelSurrogate(kind) for kind in ("gp", "ridge")]
+    for surrogate in each:
+        surrogate.fit(masks, utilities, noise)
+    expected = kernel_values(min(each, key=lambda s: s.heldout.rmse), (1, 4), columns)
+    got = shapley_values(masks, utilities, (1, 4), noise_M=noise, leave_one_out_MN=columns)
+    for name in ("values_P", "stderr_P", "window_stderr_P"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    assert (got.estimator, got.heldout) == (expected.estimator, expected.heldout)
 
 
 def test_values_import_no_torch():

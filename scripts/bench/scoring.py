@@ -39,6 +39,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ FLAT_MASKS, FLAT_STEPS = 10_000, 5
 FLAT_SHARE = 0.01
 """Growth of the resident memory, as a share of it, that still counts as flat."""
 WARM_UP_MASKS = 4
-PROFILE_REPEATS = 3
+PROFILE_REPEATS = 5
 ARITHMETIC = frozenset(
     f"aten::{name}"
     for name in (
@@ -80,8 +81,11 @@ class Timing:
     cpu: float = 0.0
     """Of this thread: below `wall` where the machine was busy with something else."""
     masks: int = 0
+    rates: list[float] = field(default_factory=list)
+    """Masks/s of every chunk."""
 
     def add(self, other: Timing) -> None:
+        self.rates.append(other.rate)
         self.wall += other.wall
         self.cpu += other.cpu
         self.masks += other.masks
@@ -356,16 +360,18 @@ def run_baselines(
     """Time zero and skip on every chunk, adding to `times` and keeping the scores by row."""
     for number, rows in enumerate(chunks):
         for name in ("zero", "skip") if number % 2 else ("skip", "zero"):
-            method, results = getattr(baselines, name), []
-            times[name].add(
-                timed(
-                    lambda: results.extend(method(masks_MP[row]) for row in rows),  # noqa: B023
-                    device,
-                    len(rows),
-                )
-            )
-            for row, nll_N in zip(rows, results, strict=True):
-                nll_RN[name][int(row)] = nll_N.cpu().numpy()
+            method, results = getattr(baselines, name), {}
+
+            def call(
+                method: Callable[[BoolArray], torch.Tensor] = method,
+                rows: np.ndarray = rows,
+                results: dict[int, torch.Tensor] = results,
+            ) -> None:
+                for row in rows:
+                    results[int(row)] = method(masks_MP[row])
+
+            times[name].add(timed(call, device, len(rows)))
+            nll_RN[name].update({row: nll.cpu().numpy() for row, nll in results.items()})
 
 
 def worst_difference(nll_MN: FloatArray, nll_RN: dict[str, dict[int, FloatArray]]) -> float:
@@ -465,27 +471,26 @@ def arithmetic_shares(
     """Share of the baselines' wall time spent in arithmetic, by torch.profiler.
 
     The profiler slows what is between ops more than the ops, so its own wall time gives too small
-    a share; the wall time of the same masks without it is the fairer base. Both are given; each
-    time is the least of a few alternating repeats.
+    a share; the wall time of the same masks without it is the fairer base. Both are given. Each
+    time is the least of a few repeats of one mask, with and without the profiler in turn.
     """
     shares = {}
     for name in ("zero", "skip"):
         method = getattr(baselines, name)
-
-        def call() -> None:
-            for mask_P in masks_CP:
-                method(mask_P)  # noqa: B023
-
-        call()
-        runs = []
-        for _ in range(PROFILE_REPEATS):
-            runs.append((timed(call, device, 1).wall, *profiled(call, device)))
-        plain, arithmetic, wall = (min(column) for column in zip(*runs, strict=True))
+        method(masks_CP[0])
+        plain = arithmetic = wall = 0.0
+        for mask_P in masks_CP:
+            call = partial(method, mask_P)
+            laps = []
+            for _ in range(PROFILE_REPEATS):
+                laps.append((timed(call, device, 1).wall, *profiled(call, device)))
+            best = [min(column) for column in zip(*laps, strict=True)]
+            plain, arithmetic, wall = plain + best[0], arithmetic + best[1], wall + best[2]
         shares[name] = arithmetic / plain, arithmetic / wall
     return shares
 
 
-def profiled(call: Callable[[], None], device: torch.device) -> tuple[float, float]:
+def profiled(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Seconds in arithmetic ops, and of wall time, under the profiler."""
     activity = torch.profiler.ProfilerActivity
     on_gpu = device.type == "cuda"
@@ -592,8 +597,10 @@ def notes(s: RowSet) -> list[str]:
         f"spread over {s.spread:.1%})",
     ]
     for name, (share, lower) in s.arithmetic.items():
+        rates = getattr(s, name).rates
         lines.append(
-            f"- {name}: {share:.1%} of its time is arithmetic in layers and head (the profiler's "
+            f"- {name}: chunks of {s.zero.masks // len(rates)} masks ran at {min(rates):.2f} to "
+            f"{max(rates):.2f} masks/s; {share:.1%} of its time is arithmetic in layers and head (the profiler's "
             f"own time counted in: {lower:.1%}), at least 90%: {verdict(share >= 0.9)}"
         )
     return [*lines, *overhead_lines(s), memory_line(s.memory), ""]
@@ -708,6 +715,7 @@ def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler's start and stop lines
     head = ["# Masks per second", "", *machine_lines(args.threads, args.device)]
     wanted = [(args.windows, int(masks)) for masks in args.masks.split(",") if int(masks)]
     if args.wide_masks:
