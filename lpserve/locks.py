@@ -1,4 +1,4 @@
-"""A lock on a path that dies with its process (flock) and names its holder to whoever is refused."""
+"""A lock on a path that dies with its process (flock) and names its holder to those it refuses."""
 
 from __future__ import annotations
 

@@ -274,6 +274,8 @@ def trie_layer_forwards(masks_MP: BoolArray) -> int:
     Counted from neighbours in key order: a mask repeats the kept layers of its common prefix with
     the mask before it and adds the rest.
     """
+    if not len(masks_MP):
+        return 0
     sorted_DP, _ = sort_distinct(masks_MP)
     differs_DP = sorted_DP[1:] != sorted_DP[:-1]
     first_D = differs_DP.argmax(axis=1)

@@ -88,7 +88,7 @@ def analyse(scored: ScoredRun) -> Analysis:
 
 
 def lowest_probability(values: ShapleyValues, num_removed: int, seed: int) -> FloatArray:
-    """Share of normal draws (values, total standard errors) in which a player is among the lowest."""
+    """Share of normal draws of all values in which a player is among the lowest."""
     errors_P = np.nan_to_num(values.total_stderr_P)
     draws = np.random.default_rng(seed).normal(
         values.values_P, errors_P, (4000, len(values.values_P))
@@ -112,7 +112,9 @@ def make_plan(
     """
     most = scored.max_removed if max_removed is None else max_removed
     if not 1 <= most <= scored.max_removed:
-        raise InputError(f"max_removed must be 1..{scored.max_removed}, what the run scored: got {most}")  # fmt: skip
+        raise InputError(
+            f"max_removed must be 1..{scored.max_removed}, what the run scored: got {most}"
+        )
     for player in protected:
         if not 0 <= player < scored.num_players:
             raise InputError(f"protected player {player} is not one of 0..{scored.num_players - 1}")
@@ -197,7 +199,9 @@ def _entry(
             total = scored.heldout_num_tokens_N.sum()
             gap_N = other_N - chosen_N
             delta = float(gap_N.sum() / total)
-            error = float(gap_N.std(ddof=1) * np.sqrt(len(gap_N)) / total) if len(gap_N) > 1 else None
+            error = (
+                float(gap_N.std(ddof=1) * np.sqrt(len(gap_N)) / total) if len(gap_N) > 1 else None
+            )
         candidates.append(
             Candidate(
                 removed=removed_list(mask_P),

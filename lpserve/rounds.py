@@ -33,6 +33,7 @@ from lpserve.types import BoolArray, FloatArray
 _DESIGN_SHARE = 3  # at least one in three masks of a mixed round is a design mask
 _RANKING_SHARE = 4  # at most one in four of the others is a ranking's set
 _ROUND_GROWTH = 0.05  # a mixed round asks for at least this share of all masks before it
+_PAPER_REFIT_GROWTH = 1.5
 _WORTH = 1e-4  # expected improvement (share of perplexity, or nats) that is worth a score
 
 
@@ -93,10 +94,8 @@ class RoundPlanner:
         self._seen: set[bytes] = set()
         self._num_proposed = 0
         self._quiet_rounds = 0
+        self._fitted_masks = 0
         self.surrogate: Surrogate = make_surrogate(settings.surrogate, settings.seed)
-        self._searcher = self.surrogate
-        if search_utility is not None:
-            self._searcher = make_surrogate(settings.surrogate, settings.seed)
         self._searcher = self.surrogate
         if search_utility is not None:
             self._searcher = make_surrogate(settings.surrogate, settings.seed)
@@ -138,11 +137,12 @@ class RoundPlanner:
         size = max(settings.round_size, int(_ROUND_GROWTH * self._num_proposed))
         walking = index < 2 * settings.max_removed
         batch: list[BoolArray] = []
-        finite = np.isfinite(utilities_M)
+        finite = np.isfinite(utilities_M) & np.isfinite(search_M)
         if finite.sum() >= 3:
-            self.surrogate.fit(masks_MP[finite], utilities_M[finite])
-            if self._searcher is not self.surrogate:
-                self._searcher.fit(masks_MP[finite], search_M[finite])
+            if self._due(int(finite.sum())):
+                self.surrogate.fit(masks_MP[finite], utilities_M[finite])
+                if self._searcher is not self.surrogate:
+                    self._searcher.fit(masks_MP[finite], search_M[finite])
             room = size - max(1, size // _DESIGN_SHARE)
             share = max(1, room // _RANKING_SHARE)
             batch += self._offer(self._rankings(index), "ranking", most=share)
@@ -152,6 +152,14 @@ class RoundPlanner:
             return np.empty((0, settings.num_players), dtype=bool)
         batch += self._take_design(size - len(batch))
         return self._finish(batch)
+
+    def _due(self, num_masks: int) -> bool:
+        """Whether to refit: always, but for the paper's network, whose training takes seconds."""
+        growth = _PAPER_REFIT_GROWTH if self._settings.surrogate == "paper" else 1.0
+        if num_masks < growth * self._fitted_masks:
+            return False
+        self._fitted_masks = num_masks
+        return True
 
     def _hopes(self, masks_MP: BoolArray, search_M: FloatArray) -> BoolArray:
         """Unseen sets by expected improvement on the best scored set of their size, `bool[Q, P]`.

@@ -15,8 +15,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each module may import those named before it in the flow. Sets on one line stand side by side.
 FLOW = [
     {"errors"},
-    {"types", "locks", "progress", "config"},
-    {"checkpoint", "windows", "masks", "runfolder"},
+    {"types", "locks", "config"},
+    {"checkpoint", "windows", "masks", "runfolder", "progress"},
     {"engine.base"},
     {"engine.trie", "engine.hf_stack", "engine.synthetic", "engine.reload"},
     {"engine.hf"},

@@ -19,21 +19,21 @@ import pytest
 from lpserve.demo import FOLDER
 from tests.test_coordinator import stored_count, stored_scores
 
-BUDGET = 240
+FEW, MANY = 90, 240  # masks of the short and the long test
 
 
-def command(out: Path) -> list[str]:
+def command(out: Path, budget: int) -> list[str]:
     return [
         sys.executable, "-m", "lpserve", "run",
         "--model", str(FOLDER / "model"),
         "--calibration", str(FOLDER / "calibration.txt"),
         "--heldout", str(FOLDER / "heldout.txt"),
         "--num-windows", "8", "--heldout-windows", "8", "--length", "128",
-        "--budget", str(BUDGET), "--max-removed", "6", "--out", str(out),
+        "--budget", str(budget), "--max-removed", "6", "--out", str(out),
     ]  # fmt: skip
 
 
-def kill_after_a_commit(out: Path, wait_s: float) -> int:
+def kill_after_a_commit(out: Path, budget: int, wait_s: float) -> int:
     """Run until this life has committed something and `wait_s` more have passed, then SIGKILL.
 
     Returns the scores committed by then, as a reader of the file sees them.
@@ -41,7 +41,7 @@ def kill_after_a_commit(out: Path, wait_s: float) -> int:
     store = out / "scores.sqlite"
     before = stored_count(store) if store.exists() else 0
     with subprocess.Popen(
-        command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(out, budget), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
@@ -59,13 +59,13 @@ def chosen_sets(out: Path) -> list[list[int]]:
     return [entry["removed"] for entry in plan["plans"]]
 
 
-def check_kills(tmp_path: Path, rng, num_kills: int, capsys) -> list[int]:
+def check_kills(tmp_path: Path, rng, num_kills: int, budget: int, capsys) -> list[int]:
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     counts = []
     for _ in range(num_kills):
-        counts.append(kill_after_a_commit(killed, float(rng.uniform(0.0, 0.6))))
+        counts.append(kill_after_a_commit(killed, budget, float(rng.uniform(0.0, 0.6))))
     for out in (killed, undisturbed):
-        done = subprocess.run(command(out), capture_output=True, text=True, check=False)
+        done = subprocess.run(command(out, budget), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     with capsys.disabled():
         print(f"\nscores committed at each kill: {counts}")  # noqa: T201
@@ -83,12 +83,12 @@ def check_kills(tmp_path: Path, rng, num_kills: int, capsys) -> list[int]:
 
 
 def test_a_run_survives_kills(tmp_path, rng, capsys):
-    counts = check_kills(tmp_path, rng, 3, capsys)
+    counts = check_kills(tmp_path, rng, 3, FEW, capsys)
     assert len(set(counts)) == 3
 
 
 @pytest.mark.slow
 def test_a_run_survives_twenty_kills(tmp_path, rng, capsys):
-    counts = check_kills(tmp_path, rng, 20, capsys)
-    inside = [count for count in set(counts) if 0 < count < BUDGET]
+    counts = check_kills(tmp_path, rng, 20, MANY, capsys)
+    inside = [count for count in set(counts) if 0 < count < MANY]
     assert len(inside) >= 15

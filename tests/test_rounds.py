@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -28,6 +28,7 @@ from lpserve.types import BoolArray, FloatArray
 
 TOKENS = np.array([90.0, 100.0, 110.0])
 Game = Callable[[BoolArray], FloatArray]
+Utility = Callable[[np.ndarray], FloatArray]
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +56,14 @@ def nll_of(game: Game, masks: BoolArray) -> np.ndarray:
 
 
 def neg_nll(nll: np.ndarray) -> FloatArray:
-    finite = np.isfinite(nll).all(axis=1)
+    finite = np.asarray(np.isfinite(nll).all(axis=1))
     total = np.where(finite[:, None], nll, 0).astype(np.float64).sum(axis=1)
     return np.where(finite, -total / TOKENS.sum(), np.nan)
+
+
+def ppl_ratio(nll: np.ndarray) -> FloatArray:
+    """Up to a factor near 1: the games' NLL is about 3 with all players kept."""
+    return np.exp(neg_nll(nll) + 3)
 
 
 def settings_of(num_players: int, max_removed: int, **changes: object) -> RoundSettings:
@@ -81,9 +87,10 @@ class Played:
         settings: RoundSettings,
         game: Game,
         budget: int,
-        utility: Callable[[np.ndarray], FloatArray] = neg_nll,
+        utility: Utility = neg_nll,
+        search: Utility | None = ppl_ratio,
     ) -> None:
-        self.planner = RoundPlanner(settings, utility)
+        self.planner = RoundPlanner(settings, utility, search)
         self.rounds: list[BoolArray] = []
         self.nll: list[np.ndarray] = []
         self.ended = False
@@ -121,3 +128,287 @@ def optimum(game: Game, num_players: int, num_removed: int) -> tuple[int, ...]:
     row = best_row(masks, neg_nll(nll_of(game, masks)))
     assert row is not None
     return sets[row]
+
+
+CASES = [
+    settings_of(2, 1),
+    settings_of(4, 3, sizes=(0, 3)),
+    settings_of(7, 3),
+    settings_of(8, 6, round_size=3, surrogate="gp"),
+    settings_of(8, 7, sizes=(7, 7), surrogate="ridge"),
+    settings_of(9, 3, sizes=(0, 2), seed=5, surrogate="ridge"),
+    settings_of(12, 4, round_size=20),
+    settings_of(16, 2, round_size=1, sizes=(4, 9), surrogate="ridge"),
+    settings_of(30, 11, round_size=8, surrogate="ridge"),
+]
+NAMES = [f"{s.num_players}-{s.max_removed}-{s.sizes}-{s.round_size}" for s in CASES]
+
+
+def enough(settings: RoundSettings) -> int:
+    """Masks for a few rounds of every kind."""
+    return settings.minimum_budget() + 24
+
+
+every_case = pytest.mark.parametrize("settings", CASES, ids=NAMES)
+
+
+@every_case
+def test_no_mask_is_asked_for_twice(settings, rng):
+    played = Played(settings, pair_game(settings.num_players, rng), 100)
+    assert len(set(keys(played.masks))) == len(played.masks)
+    assert len(played.masks) == 100 or played.ended
+    assert played.masks[0].all()
+    np.testing.assert_array_equal(played.rounds[0][1:], drop_one(played.masks[0]))
+    assert set(keys(played.masks)) <= played.planner.sources.keys()
+    assert set(played.planner.sources.values()) <= {
+        "full", "greedy", "ranking", "search", "design",
+    }  # fmt: skip
+
+
+@every_case
+def test_the_least_budget_scores_a_set_of_every_size(settings, rng):
+    played = Played(settings, pair_game(settings.num_players, rng), settings.minimum_budget())
+    removed = set((~played.masks).sum(axis=1).tolist())
+    assert set(range(1, settings.max_removed + 1)) <= removed
+
+
+@every_case
+def test_a_larger_budget_only_adds_masks(settings, rng):
+    game = pair_game(settings.num_players, rng)
+    most = enough(settings)
+    large = Played(settings, game, most).masks
+    for budget in (1, int(rng.integers(2, most)), most - 1):
+        small = Played(settings, game, budget).masks
+        np.testing.assert_array_equal(small, large[:budget])
+
+
+@every_case
+def test_the_same_seed_asks_the_same_and_another_seed_another_design(settings, rng):
+    game = pair_game(settings.num_players, rng)
+    one, same = (Played(settings, game, enough(settings)) for _ in range(2))
+    np.testing.assert_array_equal(one.masks, same.masks)
+    assert one.planner.sources == same.planner.sources
+    if settings.num_players < 7:  # so small that every mask is asked for
+        return
+    other = Played(replace(settings, seed=settings.seed + 1), game, settings.minimum_budget())
+    np.testing.assert_array_equal(one.rounds[0], other.rounds[0])
+    assert set(keys(one.rounds[1])) != set(keys(other.rounds[1]))
+
+
+@every_case
+def test_a_round_reads_nothing_beyond_the_round_before_the_last(settings, rng):
+    """The last round is absent, complete, or complete with nonsense: the proposal is the same."""
+    game = pair_game(settings.num_players, rng)
+    played = Played(settings, game, enough(settings))
+    complete, poisoned = (RoundPlanner(settings, neg_nll, ppl_ratio) for _ in range(2))
+    for index, masks in enumerate(played.rounds[:-1]):  # the last one is cut by the budget
+        before = max(index - 1, 0)
+        history = History(masks=played.rounds[:index], nll=played.nll[:index])
+        np.testing.assert_array_equal(complete.propose(index, history), masks)
+        nonsense = [
+            rng.normal(500, 100, nll.shape).astype(np.float32) for nll in played.nll[before:]
+        ]
+        history = History(masks=played.rounds, nll=played.nll[:before] + nonsense)
+        np.testing.assert_array_equal(poisoned.propose(index, history), masks)
+
+
+def test_scores_of_complete_rounds_are_read(rng):
+    """The counterpart: other scores lead elsewhere."""
+    settings = settings_of(10, 4)
+    one, other = (Played(settings, pair_game(10, rng), 80) for _ in range(2))
+    np.testing.assert_array_equal(one.rounds[1], other.rounds[1])
+    assert set(keys(one.masks)) != set(keys(other.masks))
+
+
+def test_a_small_game_is_asked_for_to_the_last_mask(rng):
+    settings = settings_of(4, 3, sizes=(0, 3))
+    played = Played(settings, pair_game(4, rng), 1000)
+    assert played.ended
+    assert sorted(keys(played.masks)) == keys(all_masks(4))
+    history = History(masks=played.rounds, nll=played.nll)
+    for index in range(len(played.rounds) + 1, len(played.rounds) + 4):
+        assert played.planner.propose(index, history).shape == (0, 4)
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (5, 6), (0, 1), (3, 3)])
+def test_a_run_ends_only_when_plan_and_values_have_all_their_masks(sizes, rng):
+    """Sizes that the values do not need are asked for once those they need are used up."""
+    settings = settings_of(7, 3, sizes=sizes, surrogate="ridge")
+    played = Played(settings, pair_game(7, rng), 1000)
+    assert played.ended
+    kept = all_masks(7).sum(axis=1)
+    needed = (kept >= 4) | ((kept >= sizes[0]) & (kept <= sizes[1] + 1))
+    assert set(keys(played.masks)) == set(keys(all_masks(7)[needed]))
+
+
+def test_strata_are_those_of_the_values_then_those_of_the_plan():
+    assert design_strata(settings_of(8, 3)) == [[7, 6, 5]]
+    assert design_strata(settings_of(8, 3, sizes=(7, 7))) == [[7], [6, 5]]
+    assert design_strata(settings_of(8, 2, sizes=(0, 1))) == [[2, 1, 0], [7, 6]]
+    assert design_strata(settings_of(8, 2, sizes=(0, 7))) == [[7, 6, 5, 4, 3, 2, 1, 0]]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("settings", [CASES[1], CASES[2], CASES[4], CASES[6]], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_masks_without_a_finite_score_never_stop_a_run(settings, share, bad, rng):
+    """All kept scores; any other mask fails with probability `share`."""
+    healthy = pair_game(settings.num_players, rng)
+    chance = np.random.default_rng(int(rng.integers(1 << 30)))
+    seen: dict[bytes, bool] = {}
+
+    def game(masks: BoolArray) -> FloatArray:
+        fails = [seen.setdefault(key, bool(chance.random() < share)) for key in keys(masks)]
+        return np.where(np.array(fails) & ~masks.all(axis=1), bad, healthy(masks))
+
+    played = Played(settings, game, enough(settings))
+    assert len(set(keys(played.masks))) == len(played.masks)
+    assert len(played.masks) == enough(settings) or played.ended
+    removed = set((~played.masks).sum(axis=1).tolist())
+    assert set(range(1, settings.max_removed + 1)) <= removed
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_games_without_any_structure_are_played(constant, rng):
+    def game(masks: BoolArray) -> FloatArray:
+        return np.full(len(masks), 2.0) if constant else rng.uniform(2, 3, len(masks))
+
+    played = Played(settings_of(8, 3), game, 93)
+    assert len(played.masks) == 93
+    assert len(set(keys(played.masks))) == 93
+
+
+def test_a_run_that_may_stop_does_so_when_no_set_promises_to_be_better(rng):
+    game = pair_game(9, rng, pairs=0.0)
+    settings = settings_of(9, 4)
+    stopped = Played(replace(settings, stop_when_stable=True), game, 255)
+    assert stopped.ended
+    assert len(stopped.masks) < 150
+    whole = Played(settings, game, len(stopped.masks) + 20)
+    assert len(whole.masks) == len(stopped.masks) + 20
+    np.testing.assert_array_equal(whole.masks[: len(stopped.masks)], stopped.masks)
+    # the walk is over, and the last round but the empty one was the first quiet one
+    assert len(stopped.rounds) > 2 * 4
+    assert {stopped.planner.sources[key] for key in keys(stopped.rounds[-1])} == {"design"}
+    for r in range(1, 5):
+        assert stopped.best(r) == optimum(game, 9, r)
+
+
+def test_an_additive_game_is_solved_by_the_least_budget(rng):
+    game = pair_game(12, rng, pairs=0.0)
+    settings = settings_of(12, 5)
+    played = Played(settings, game, settings.minimum_budget())
+    for r in range(1, 6):
+        assert played.best(r) == optimum(game, 12, r)
+
+
+def test_games_of_pairs_are_solved_by_two_fifths_of_their_sets(rng):
+    """150 of 385 sets. In simulations 80 of 80 optima were found by 80; one miss is let pass."""
+    found = []
+    for search in (ppl_ratio, None, ppl_ratio):
+        game = pair_game(10, rng)
+        played = Played(settings_of(10, 4), game, 150, neg_nll, search)
+        found += [played.best(r) == optimum(game, 10, r) for r in range(1, 5)]
+    assert sum(found) >= len(found) - 1
+
+
+def test_the_search_finds_what_greed_and_rankings_cannot(rng):
+    """Two players that are dear alone and whose loss together helps: 60 of 60 such pairs found.
+
+    A third of the pairs is in the design by chance. Scores are searched as they are: a perplexity
+    ratio is no sum of pairs, and needs more masks here.
+    """
+    planted = 0
+    for _ in range(3):
+        first, second = (int(p) for p in rng.choice(10, 2, replace=False))
+        base = pair_game(10, rng, pairs=0.01)
+
+        def game(
+            masks: BoolArray, base: Game = base, first: int = first, second: int = second
+        ) -> FloatArray:
+            lost = ~masks[:, first] * 0.8 + ~masks[:, second] * 0.8
+            both = ~masks[:, first] & ~masks[:, second]
+            return base(masks) + np.where(both, -0.6, lost)
+
+        best = optimum(game, 10, 2)
+        assert set(best) == {first, second}
+        played = Played(settings_of(10, 4), game, 140, neg_nll, None)
+        greedy = greedy_path(played.masks, played.utilities, 2)
+        assert removed_players(greedy[1]) != best
+        planted += played.best(2) == best
+    assert planted >= 2
+
+
+def test_the_greedy_path_is_walked_to_its_end(rng):
+    game = pair_game(11, rng, pairs=0.2)
+    played = Played(settings_of(11, 4), game, 130)
+    removed: tuple[int, ...] = ()
+    for step, mask in enumerate(greedy_path(played.masks, played.utilities, 4)):
+        options = [tuple(sorted((*removed, p))) for p in range(11) if p not in removed]
+        scores = [neg_nll(nll_of(game, without(11, o)[None]))[0] for o in options]
+        removed = options[int(np.argmax(scores))]
+        assert removed_players(mask) == removed
+        # step s + 1 is asked for in round 2 s at the latest
+        asked = set(keys(np.concatenate(played.rounds[: 2 * step + 1])))
+        assert set(keys(np.array([without(11, o) for o in options]))) <= asked
+    assert len(removed) == 4
+
+
+def test_mixed_rounds_keep_a_third_for_the_design_and_grow_with_the_run(rng):
+    settings = settings_of(14, 3, round_size=10, surrogate="ridge")
+    played = Played(settings, pair_game(14, rng), 300)
+    sources = [[played.planner.sources[key] for key in keys(masks)] for masks in played.rounds]
+    before = np.cumsum([len(masks) for masks in played.rounds])
+    assert set(sources[1]) == {"design"}
+    for index in range(3, len(played.rounds) - 1):
+        if index % 2 == 0 and index < 2 * settings.max_removed:
+            continue
+        size = max(10, int(0.05 * before[index - 1]))
+        assert len(sources[index]) == size
+        assert sources[index].count("design") >= size // 3
+        assert sources[index].count("ranking") <= (size - size // 3) // 4
+    assert len(played.rounds[-2]) > 10
+
+
+def test_the_design_covers_the_sizes_of_the_values_evenly(rng):
+    settings = settings_of(12, 3, sizes=(2, 9))
+    played = Played(settings, pair_game(12, rng), 200)
+    design = [
+        int(mask.sum()) for mask, key in zip(played.masks, keys(played.masks), strict=True)
+        if played.planner.sources[key] == "design"
+    ]  # fmt: skip
+    counts = [design.count(kept) for kept in range(2, 11)]
+    assert sum(counts) == len(design)
+    assert min(counts) > 0
+    # dealt in turn; a set that was found otherwise is passed over
+    assert max(counts) - min(counts) <= 1 + (len(played.masks) - len(design))
+
+
+def test_the_papers_surrogate_plays_without_rankings(rng, monkeypatch):
+    monkeypatch.setattr(PaperSurrogate, "EPOCHS", 2)
+
+    settings = settings_of(7, 2, surrogate="paper")
+    played = Played(settings, pair_game(7, rng), 29, ppl_ratio, None)
+    assert sorted((~played.masks).sum(axis=1).tolist()) == [0] + [1] * 7 + [2] * 21
+    late = [played.planner.sources[key] for masks in played.rounds[3:] for key in keys(masks)]
+    assert "ranking" not in late
+
+
+def test_expected_improvement_equals_the_integral(rng):
+    mean, std = rng.normal(size=20), rng.uniform(0.05, 2, 20)
+    best = float(rng.normal())
+    got = expected_improvement(mean, std, best)
+    for m, s, value in zip(mean, std, got, strict=True):
+        u = np.linspace(m - 9 * s, m + 9 * s, 40_001)
+        density = np.exp(-((u - m) ** 2) / (2 * s**2)) / (s * np.sqrt(2 * np.pi))
+        # the trapezoid rule's error: the kink at `best` in steps of 5e-4 standard deviations
+        integral = np.trapezoid(np.maximum(u - best, 0) * density, u)
+        np.testing.assert_allclose(value, integral, atol=1e-6)
+
+
+def test_expected_improvement_of_the_certain_and_the_unscored():
+    mean = np.array([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(
+        expected_improvement(mean, np.zeros(3), 2.0), [0.0, 0.0, 1.0], atol=1e-11
+    )
+    assert (expected_improvement(mean, np.ones(3), -np.inf) == np.inf).all()

@@ -19,7 +19,7 @@ from lpserve.errors import InputError
 from lpserve.masks import full_mask
 from lpserve.score_tables import SCHEMA, export_scores, import_scores
 from lpserve.store import Store
-from lpserve.types import Game
+from lpserve.types import Game, Player
 from lpserve.windows import TokenWindows
 from tests.test_store import make_game, put_all, random_masks, random_nll, random_windows, same_bits
 
@@ -103,8 +103,9 @@ def test_importing_gives_the_same_store_and_again_adds_nothing(suffix, tmp_path,
         windows = fill(store, rng)
         expected, count = contents(store, windows), store.count()
         export_scores(store, path)
+        blocks = num_blocks(store)
         assert import_scores(store, path) == 0
-        assert store.count() == count
+        assert (store.count(), num_blocks(store)) == (count, blocks)
     with Store(tmp_path / "b") as store:
         added = import_scores(store, path)
         assert added == store.count() > 0
@@ -118,6 +119,10 @@ def test_importing_gives_the_same_store_and_again_adds_nothing(suffix, tmp_path,
         tuple(sorted(row.items())) for row in map(as_text, read_rows(tmp_path / f"again.{suffix}"))
     }
     assert again == {tuple(sorted(row.items())) for row in map(as_text, read_rows(path))}
+
+
+def num_blocks(store: Store) -> int:
+    return store._db.execute("SELECT COUNT(*) FROM blocks").fetchone()[0]
 
 
 def as_text(row: dict[str, Any]) -> dict[str, str]:
@@ -177,7 +182,7 @@ def test_what_the_store_holds_already_stays_and_only_the_rest_is_added(tmp_path,
 
 
 def test_tables_of_other_tools_are_read(tmp_path, rng):
-    """Other column order and types, columns of one's own, repeated rows."""
+    """Other column order and types, columns of one's own, repeated rows: the first one counts."""
     windows, masks, nll = random_windows(rng, 6), random_masks(rng, 20), random_nll(rng, 20, 6)
     path, other = tmp_path / "scores.parquet", tmp_path / "other.parquet"
     with Store(tmp_path / "a") as store:
@@ -190,7 +195,10 @@ def test_tables_of_other_tools_are_read(tmp_path, rng):
     columns["mask"] = columns["mask"].cast(pa.large_string())
     columns["players"] = columns["players"].dictionary_encode()
     columns["note"] = pa.array(["mine", None] * (table.num_rows // 2))
-    pq.write_table(pa.table(columns).take(np.repeat(np.arange(table.num_rows), 2)), other)
+    twice = pa.table(columns).take(np.repeat(np.arange(table.num_rows), 2))
+    changed = twice["nll"].to_numpy() + np.tile([0, 1], table.num_rows)
+    twice = twice.set_column(twice.column_names.index("nll"), "nll", pa.array(changed))
+    pq.write_table(twice, other)
     lines = path.with_suffix(".csv")
     rows = read_rows(path)
     with lines.open("w", newline="") as file:
@@ -254,8 +262,9 @@ def without_columns(*names: str) -> Callable[[list[dict]], None]:
     ],
 )
 def test_a_table_that_is_not_of_scores_is_refused_and_adds_nothing(
-    change, words, suffix, tmp_path, rng
+    change, words, suffix, tmp_path, rng, monkeypatch
 ):
+    monkeypatch.setattr("lpserve.score_tables._PUT_ROWS", 1)  # as in a long table
     rows = exported_rows(tmp_path, rng)
     change(rows)
     path = tmp_path / f"bad.{suffix}"
@@ -369,8 +378,6 @@ def test_an_export_without_space_leaves_the_earlier_file_and_nothing_else(suffix
 
 
 def test_players_of_parts_and_a_single_player_go_there_and_back(tmp_path):
-    from lpserve.types import Player
-
     parts = tuple(
         Player(index=i, layer=i // 2, part=p)
         for i, p in enumerate(["attention", 'the "mlp", 2'] * 2)

@@ -60,7 +60,7 @@ FLAT_MASKS, FLAT_STEPS = 10_000, 5
 FLAT_SHARE = 0.01
 """Growth of the resident memory, as a share of it, that still counts as flat."""
 WARM_UP_MASKS = 4
-PROFILE_REPEATS = 5
+PROFILE_REPEATS = 8
 ARITHMETIC = frozenset(
     f"aten::{name}"
     for name in (
@@ -600,8 +600,8 @@ def notes(s: RowSet) -> list[str]:
         rates = getattr(s, name).rates
         lines.append(
             f"- {name}: chunks of {s.zero.masks // len(rates)} masks ran at {min(rates):.2f} to "
-            f"{max(rates):.2f} masks/s; {share:.1%} of its time is arithmetic in layers and head (the profiler's "
-            f"own time counted in: {lower:.1%}), at least 90%: {verdict(share >= 0.9)}"
+            f"{max(rates):.2f} masks/s; {share:.1%} of its time is arithmetic in layers and head "
+            f"(with the profiler's own time: {lower:.1%}), at least 90%: {verdict(share >= 0.9)}"
         )
     return [*lines, *overhead_lines(s), memory_line(s.memory), ""]
 
