@@ -40,7 +40,10 @@ _HOMES = {
     "run": "lpserve.coordinator",
     "shapley_values": "lpserve.shapley",
 }
-__all__ = sorted([*_HOMES, "__version__"])
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "__version__",
+    *_HOMES,
+]
 
 
 def __getattr__(name: str) -> Any:

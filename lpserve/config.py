@@ -102,12 +102,11 @@ class RunConfig:
             rule = f"one of {', '.join(choices)}"
             _require(getattr(self, key) in choices, key, getattr(self, key), rule)
         for key, least in _LEAST.items():
-            value = getattr(self, key)
-            whole = isinstance(value, int) and not isinstance(value, bool)
+            value: Any = getattr(self, key)
             if value is None and key in _OPTIONAL:
                 continue
-            rule = f"a whole number, at least {least}"
-            _require(whole and value >= least, key, value, rule)
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            _require(fits, key, value, f"a whole number, at least {least}")
         for key in ("grace_s", "progress_s"):
             value = getattr(self, key)
             _require(isinstance(value, int | float) and value > 0, key, value, "seconds above 0")

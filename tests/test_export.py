@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,16 +95,20 @@ def test_layers_that_scale_by_position_are_refused(model_dir):
         prune_config(checkpoint, [0])
 
 
-def test_leading_layers_and_index_lists_follow_the_kept_layers(tmp_path):
+def moe_model(path: Path, **changes: Any) -> Path:
     import transformers as tf
 
-    config = tf.Qwen3MoeConfig(
-        hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=6,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=97, num_experts=4,
-        num_experts_per_tok=2, mlp_only_layers=[0, 4], decoder_sparse_step=1,
-        max_position_embeddings=64, initializer_range=0.15,
-    )  # fmt: skip
-    path = save_model(config, tmp_path / "moe", 0)
+    values: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
+        "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+        "vocab_size": 97, "num_experts": 4, "num_experts_per_tok": 2,
+        "max_position_embeddings": 64, "initializer_range": 0.15,
+    }  # fmt: skip
+    return save_model(tf.Qwen3MoeConfig(**values, **changes), path, 0)
+
+
+def test_leading_layers_and_index_lists_follow_the_kept_layers(tmp_path):
+    path = moe_model(tmp_path / "moe", mlp_only_layers=[0, 4], decoder_sparse_step=1)
     pruned = prune_config(read_checkpoint(path), [0, 2])
     assert pruned.config["mlp_only_layers"] == [2]
     report = export_checkpoint(path, [0, 2], tmp_path / "out")
@@ -111,14 +116,7 @@ def test_leading_layers_and_index_lists_follow_the_kept_layers(tmp_path):
 
 
 def test_a_structure_that_the_config_cannot_express_is_refused(tmp_path):
-    import transformers as tf
-
-    config = tf.Qwen3MoeConfig(
-        hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=6,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=97, num_experts=4,
-        num_experts_per_tok=2, decoder_sparse_step=2, max_position_embeddings=64,
-    )  # fmt: skip
-    path = save_model(config, tmp_path / "moe", 0)
+    path = moe_model(tmp_path / "moe", decoder_sparse_step=2)
     with pytest.raises(InputError, match="cannot stand at position"):
         prune_config(read_checkpoint(path), [0])
 
@@ -135,7 +133,8 @@ def test_mergekit_slices_hold_the_kept_layers(model_dir, tmp_path):
 
 def test_tensors_pass_through_bit_by_bit_in_any_dtype(tmp_path, rng):
     path = save_model(small_config("llama"), tmp_path / "model", 0, max_shard_size="90KB")
-    model = AutoModelForCausalLM.from_pretrained(path).to(torch.bfloat16)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path)
+    model = loaded.to(torch.bfloat16)
     model.save_pretrained(tmp_path / "half", max_shard_size="90KB")
     export_checkpoint(tmp_path / "half", [1], tmp_path / "out", dtype="bfloat16")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
