@@ -27,7 +27,8 @@ from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from scoring import machine_lines, paper_masks, publish  # noqa: E402
+from probes import machine_lines, publish  # noqa: E402
+from scoring import paper_masks  # noqa: E402
 
 from lpserve.masks import StratifiedDesign, draw, paper_kept_counts  # noqa: E402
 from lpserve.shapley import (  # noqa: E402
