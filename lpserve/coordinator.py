@@ -194,7 +194,7 @@ class _Job:
         pending: list[tuple[int, BoolArray]] = []
         next_round, asked, exhausted = 0, 0, False
         state = self.progress.state
-        state.total = self.config.budget
+        self.progress.begin("scoring", self.config.budget)
         while True:
             while not exhausted and next_round <= len(self.history.masks) + 1:
                 self._drain(0.0)
@@ -290,7 +290,6 @@ class _Job:
 
     def conclude(self) -> Outcome:
         """Values, plan, held-out check of the candidates; writes every file of the folder."""
-        self.progress.state.stage = "held-out"
         scored = self._scored_run()
         analysis = analyse(scored)
         wanted = candidate_masks(make_plan(scored, analysis))
@@ -298,8 +297,7 @@ class _Job:
             self.board,
             Scoreboard(self.store, self.game, self.heldout, self.pool, self.dispatcher),
         )
-        state = self.progress.state
-        state.total, state.done, state.reused = len(wanted), 0, 0
+        self.progress.begin("held-out", len(wanted))
         self.board.request(wanted)
         while not self.board.complete(wanted):
             self._drain(_POLL_S)

@@ -55,6 +55,12 @@ class Progress:
         if self._live:
             self._live.stop()
 
+    def begin(self, stage: str, total: int) -> None:
+        """Start a stage of `total` masks; its speed and time left are its own."""
+        self.state.stage, self.state.total = stage, total
+        self.state.done = self.state.reused = 0
+        self._started = time.monotonic()
+
     def update(self, *, force: bool = False) -> None:
         """Show the state, at most every interval (a terminal: twice a second)."""
         now = time.monotonic()

@@ -1,0 +1,41 @@
+"""The progress line: what it says, and how often."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from lpserve.progress import Progress
+from lpserve.types import Work
+
+
+def test_the_line_holds_every_figure():
+    progress = Progress(interval_s=1.0, stream=io.StringIO())
+    progress.begin("scoring", 100)
+    state = progress.state
+    state.done, state.reused, state.quarantined = 60, 20, 1
+    state.work = Work(layer_forwards=300, skip_layer_forwards=400)
+    state.best = {1: 10.0, 2: 11.0, 3: 12.0, 4: 13.5}
+    state.surrogate, state.heldout_r2, state.heldout_spearman = "gp", 0.98765, 0.9
+    assert progress.line(10.0) == (
+        "scoring: 60/100 masks (20 from the store) | 4.0 masks/s | 100 layer-forwards saved (25%)"
+        " | best ppl -1: 10 -3: 12 -4: 13.5 | gp held-out R2 0.988 rho 0.900 | 1 quarantined"
+        " | 10 s left"
+    )
+
+
+def test_nothing_scored_yet_says_so():
+    progress = Progress(interval_s=1.0, stream=io.StringIO())
+    progress.begin("scoring", 100)
+    assert progress.line(0.5) == "scoring: 0/100 masks | 0.0 masks/s | time left unknown"
+
+
+@pytest.mark.parametrize(("interval_s", "lines"), [(1000.0, 1), (1e-9, 5)])
+def test_outside_a_terminal_one_plain_line_comes_per_interval(interval_s, lines):
+    stream = io.StringIO()
+    progress = Progress(interval_s=interval_s, stream=stream)
+    for _ in range(5):
+        progress.update()
+    assert len(stream.getvalue().splitlines()) == lines
+    assert "\x1b" not in stream.getvalue()
