@@ -312,31 +312,21 @@ def test_games_of_pairs_are_solved_by_two_fifths_of_their_sets(rng):
     assert sum(found) >= len(found) - 1
 
 
-def test_the_search_finds_what_greed_and_rankings_cannot(rng):
-    """Two players that are dear alone and whose loss together helps: 60 of 60 such pairs found.
-
-    A third of the pairs is in the design by chance. Scores are searched as they are: a perplexity
-    ratio is no sum of pairs, and needs more masks here.
-    """
-    planted = 0
+def test_the_search_solves_games_of_strong_pairs_from_six_percent_of_their_sets(rng):
+    """220 of 3472 sets, 105 effects. 80 of 80 optima were found in simulations, and 46 of 80 by
+    greed, rankings and the design alone; one miss of 15 is let pass."""
+    found, by_search = [], 0
     for _ in range(3):
-        first, second = (int(p) for p in rng.choice(10, 2, replace=False))
-        base = pair_game(10, rng, pairs=0.01)
-
-        def game(
-            masks: BoolArray, base: Game = base, first: int = first, second: int = second
-        ) -> FloatArray:
-            lost = ~masks[:, first] * 0.8 + ~masks[:, second] * 0.8
-            both = ~masks[:, first] & ~masks[:, second]
-            return base(masks) + np.where(both, -0.6, lost)
-
-        best = optimum(game, 10, 2)
-        assert set(best) == {first, second}
-        played = Played(settings_of(10, 4), game, 140, neg_nll, None)
-        greedy = greedy_path(played.masks, played.utilities, 2)
-        assert removed_players(greedy[1]) != best
-        planted += played.best(2) == best
-    assert planted >= 2
+        game = pair_game(14, rng, pairs=0.15)
+        settings = settings_of(14, 5, surrogate="ridge", round_size=20)
+        played = Played(settings, game, 220, neg_nll, None)
+        for r in range(1, 6):
+            best = optimum(game, 14, r)
+            found.append(played.best(r) == best)
+            key = keys(without(14, best)[None])[0]
+            by_search += played.planner.sources.get(key) == "search"
+    assert sum(found) >= len(found) - 1
+    assert by_search > 0
 
 
 def test_the_greedy_path_is_walked_to_its_end(rng):

@@ -111,16 +111,18 @@ def test_ridge_equals_bayesian_regression_on_mains_and_pairs(num_players, noisy,
     np.testing.assert_allclose(std, factor * np.sqrt(posterior), rtol=1e-6)
 
 
-def test_gp_table_is_mains_and_an_rbf_of_the_coded_bits(rng):
+@pytest.mark.parametrize("kind", KERNELS)
+def test_the_table_holds_the_tuned_kernel_of_the_coded_bits(kind, rng):
     masks = some_masks(8, 80, rng)
-    surrogate = KernelSurrogate("gp")
-    surrogate.fit(masks, np.exp(4 * pair_game(8, rng)(masks)))
+    surrogate = KernelSurrogate(kind)
+    surrogate.fit(masks, rough_game(masks, rng))
     tuned = surrogate._tuned
     assert tuned is not None
     # scikit-learn's own evaluation of the tuned kernel, nugget included
     expected = np.asarray(tuned(masks * 2.0 - 1.0))
     got = surrogate.kappa[hamming(masks, masks)]
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-9 * surrogate.kappa[0])
+    assert tuned.get_params()["k2__noise_level"] > 1e-6 * surrogate.kappa[0]
 
 
 @pytest.mark.parametrize("kind", KERNELS)
