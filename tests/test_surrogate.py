@@ -121,8 +121,8 @@ def test_the_table_holds_the_tuned_kernel_of_the_coded_bits(kind, rng):
     # scikit-learn's own evaluation of the tuned kernel, nugget included
     expected = np.asarray(tuned(masks * 2.0 - 1.0))
     got = surrogate.kappa[hamming(masks, masks)]
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-9 * surrogate.kappa[0])
-    assert tuned.get_params()["k2__noise_level"] > 1e-6 * surrogate.kappa[0]
+    # rounding alone, and far below the smallest nugget: a table without it is another one
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-11 * surrogate.kappa[0])
 
 
 @pytest.mark.parametrize("kind", KERNELS)
