@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 import transformers
@@ -23,18 +22,18 @@ from transformers.utils import logging as hf_logging
 from lpserve.checkpoint import Checkpoint, checkpoint_hash, read_checkpoint
 from lpserve.engine.base import check_masks
 from lpserve.engine.hf_stack import RecordedStack
-from lpserve.engine.trie import TrieExecutor, TrieSettings
+from lpserve.engine.scorer import (
+    HEAD_CHUNK_BYTES,
+    PADDED_LENGTH_STEP,
+    StackScorer,
+    full_precision,
+    trie_settings,
+)
 from lpserve.errors import EngineError, InputError
-from lpserve.types import BoolArray, EngineInfo, EngineSpec, Player, Scores, Work
+from lpserve.types import BoolArray, EngineInfo, EngineSpec, Player, Scores
 from lpserve.windows import TokenWindows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CPU_MICRO_BATCH_TOKENS = 4096
-CUDA_MICRO_BATCH_TOKENS = 32768
-CPU_HEAD_CHUNK_BYTES = 8 << 20
-CUDA_HEAD_CHUNK_BYTES = 256 << 20
-MAX_STATE_BUDGET_BYTES = {"cpu": 1 << 30, "cuda": 32 << 30}
-PADDED_LENGTH_STEP = 32
 
 
 class TransformersEngine:
@@ -59,23 +58,21 @@ class TransformersEngine:
         device = _device(spec.device)
         self._checkpoint = checkpoint
         self._model = _load(checkpoint, spec, device)
-        settings = _settings(spec, device)
-        head_chunk = CPU_HEAD_CHUNK_BYTES if device.type == "cpu" else CUDA_HEAD_CHUNK_BYTES
-        self._windows: dict[str, list[tuple[np.ndarray, TokenWindows]]] = {}
-        self._sizes: dict[str, np.ndarray] = {}
-        with self._numerics():
-            self._stack = RecordedStack(self._model, head_chunk_bytes=head_chunk)
-            self._executor = TrieExecutor(self._stack, settings)
-            self._default = self.register(windows)
+        settings = trie_settings(spec.options, device.type, _free_bytes(device))
+        head_chunk = HEAD_CHUNK_BYTES[device.type]
+        with full_precision():
+            stack = RecordedStack(self._model, head_chunk_bytes=head_chunk)
+        self._scorer = StackScorer(stack, settings, padded_step=_padded_step(self._model))
+        self._default = self.register(windows)
         self.info = EngineInfo(
             kind="transformers",
             path=f"transformers/{self._model.config._attn_implementation}",
             model=str(Path(spec.model).resolve()),
             model_hash=checkpoint_hash(checkpoint),
-            players=tuple(Player(index=i, layer=i) for i in range(self._stack.num_players)),
+            players=tuple(Player(index=i, layer=i) for i in range(stack.num_players)),
             dtype=spec.dtype,
             device=str(device),
-            vocab_size=self._stack.vocab_size,
+            vocab_size=stack.vocab_size,
             versions={"torch": torch.__version__, "transformers": transformers.__version__},
             settings={
                 "state_budget_bytes": settings.state_budget_bytes,
@@ -88,41 +85,17 @@ class TransformersEngine:
 
     def register(self, windows: TokenWindows) -> str:
         check_windows(self._checkpoint, windows)
-        if windows.content_hash not in self._windows:
-            groups = self._groups(windows)
-            with self._numerics():
-                for _, group in groups:
-                    self._stack.prepare(group)
-                    self._executor.group_rows(group.num_windows, group.length)
-            self._windows[windows.content_hash] = groups
-            self._sizes[windows.content_hash] = windows.num_tokens_N
-        return windows.content_hash
+        return self._scorer.register(windows)
 
     def score(self, masks_MP: BoolArray, windows: str | None = None) -> Scores:
         key = self._default if windows is None else windows
-        if key not in self._windows:
-            raise InputError(f"windows {key!r} are not registered with this engine")
-        masks_MP = check_masks(masks_MP, self._stack.num_players)
-        sizes_N = self._sizes[key]
-        nll_MN = np.empty((len(masks_MP), len(sizes_N)))
-        works = []
-        with self._numerics():
-            for rows, group in self._windows[key]:
-                nll_MN[:, rows], work = self._executor.score(masks_MP, group)
-                works.append(work)
-        total = Work(
-            masks=len(masks_MP),
-            distinct_masks=works[0].distinct_masks,
-            layer_forwards=works[0].layer_forwards,
-            skip_layer_forwards=works[0].skip_layer_forwards,
-            tokens=sum(work.tokens for work in works),
-            seconds=sum(work.seconds for work in works),
-        )
-        return Scores(nll_MN=nll_MN, num_tokens_N=sizes_N, work=total)
+        masks_MP = check_masks(masks_MP, self.info.num_players)
+        nll_MN, work = self._scorer.score(masks_MP, key)
+        return Scores(nll_MN=nll_MN, num_tokens_N=self._scorer.num_tokens(key), work=work)
 
     def close(self) -> None:
         if hasattr(self, "_model"):
-            del self._model, self._stack, self._executor
+            del self._model, self._scorer
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -132,31 +105,6 @@ class TransformersEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _groups(self, windows: TokenWindows) -> list[tuple[np.ndarray, TokenWindows]]:
-        """Windows of one padded length each: rows, and the windows cut to that length."""
-        # rotary tables that depend on the sequence length leave no room for padding
-        rope = self._model.config.get_text_config().to_dict().get("rope_parameters") or {}
-        step = 1 if "dynamic" in str(rope) or "longrope" in str(rope) else PADDED_LENGTH_STEP
-        padded_N = np.minimum(-(-windows.lengths_N // step) * step, windows.length)
-        groups = []
-        for length in np.unique(padded_N):
-            rows = np.flatnonzero(padded_N == length)
-            groups.append((rows, windows.select(rows, int(length))))
-        return groups
-
-    @contextmanager
-    def _numerics(self) -> Iterator[None]:
-        """No gradients; float32 means float32 (no TF32); settings are put back afterwards."""
-        matmul: Any = torch.backends.cuda.matmul
-        cudnn: Any = torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        try:
-            matmul.allow_tf32 = cudnn.allow_tf32 = False
-            with torch.inference_mode():
-                yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def check_decoder(checkpoint: Checkpoint) -> None:
@@ -204,29 +152,16 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _settings(spec: EngineSpec, device: torch.device) -> TrieSettings:
-    options = spec.options
-    for name in ("state_budget_mb", "micro_batch_tokens"):
-        value = options.get(name)
-        if value is not None and not (isinstance(value, int | float) and value > 0):
-            raise InputError(f"{name} must be a number above 0: got {value!r}")
-    budget_mb = options.get("state_budget_mb")
-    if budget_mb is not None:
-        budget = int(float(budget_mb) * 2**20)
-    else:
-        free = (
-            psutil.virtual_memory().available
-            if device.type == "cpu"
-            else torch.cuda.mem_get_info(device)[0]
-        )
-        budget = min(free // 4, MAX_STATE_BUDGET_BYTES[device.type])
-    tokens = options.get("micro_batch_tokens")
-    default = CPU_MICRO_BATCH_TOKENS if device.type == "cpu" else CUDA_MICRO_BATCH_TOKENS
-    return TrieSettings(
-        state_budget_bytes=budget,
-        micro_batch_tokens=int(tokens) if tokens is not None else default,
-        pack_states=tokens is not None or device.type != "cpu",
-    )
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _padded_step(model: Any) -> int:
+    """Rotary tables that depend on the sequence length leave no room for padding."""
+    rope = str(model.config.get_text_config().to_dict().get("rope_parameters") or {})
+    return 1 if "dynamic" in rope or "longrope" in rope else PADDED_LENGTH_STEP
 
 
 def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any:

@@ -24,6 +24,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
+from lpserve.engine.head import TargetCache, on_device, plain_nll, summed_nll
 from lpserve.errors import EngineError
 from lpserve.windows import TokenWindows
 
@@ -48,7 +49,7 @@ class RecordedStack:
         self.layers, self.list_name = _find_layers(model, self.num_players, self._probe_ids(8))
         self._calls: dict[int, list[_LayerCall]] = {}
         self._tail: tuple[nn.Module, ...] = ()
-        self._targets: dict[str, _Targets] = {}
+        self._targets = TargetCache(self.device)
         self._inputs_survive = True
         self._returns_tuple = False
 
@@ -63,7 +64,7 @@ class RecordedStack:
         """
         if windows.length in self._calls:
             return
-        tokens_NT = _on_device(windows.tokens_NT[:2], self.device)
+        tokens_NT = on_device(windows.tokens_NT[:2], self.device)
         self._record(tokens_NT[:1])
         self._check_replay(windows.select(np.arange(min(2, windows.num_windows))))
 
@@ -75,7 +76,7 @@ class RecordedStack:
             return hidden
 
         with self._layers_replaced([first] + [_same] * (self.num_players - 1)):
-            self.base(input_ids=_on_device(block.tokens_NT, self.device), use_cache=False)
+            self.base(input_ids=on_device(block.tokens_NT, self.device), use_cache=False)
         return captured[0]
 
     def run_player(self, player: int, state_BTd: torch.Tensor) -> torch.Tensor:
@@ -86,25 +87,15 @@ class RecordedStack:
     def reduce(self, state_BTd: torch.Tensor, block: TokenWindows, metric: str) -> torch.Tensor:
         if metric != "nll":
             raise ValueError(f"metric {metric!r} is not known to this stack")
-        targets = self._targets_of(block)
         num_stacked = state_BTd.shape[0] // block.num_windows
-        states = state_BTd.view(num_stacked, -1, state_BTd.shape[-1])
-        sums_B = torch.zeros(state_BTd.shape[0], dtype=torch.float64, device=state_BTd.device)
         logit_bytes = 8 if self.dtype == torch.float32 else 10  # logits, float32, log-softmax
         chunk = max(1, self._head_chunk_bytes // (logit_bytes * self.vocab_size * num_stacked))
-        for start in range(0, len(targets.flat_n), chunk):
-            part = slice(start, start + chunk)
-            # one row for each scored target: the state just before it
-            rows = states[:, targets.flat_n[part]].reshape(1, -1, state_BTd.shape[-1])
-            nll_n = self._token_nll(rows, targets.ids_n[part].repeat(num_stacked))
-            windows = torch.cat(
-                [targets.window_n[part] + k * block.num_windows for k in range(num_stacked)]
-            )
-            sums_B.index_add_(0, windows, nll_n.double())
-        return sums_B
+        targets = self._targets.of(block)
+        return summed_nll(state_BTd, block.num_windows, targets, chunk, self._token_nll)
 
-    def _token_nll(self, rows_1nd: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
+    def _token_nll(self, rows_nd: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
         """float32[n] nats."""
+        rows_1nd = rows_nd[None]
         for module in self._tail:
             rows_1nd = module(rows_1nd)
         logits_nV = self._head(rows_1nd).squeeze(0).float()
@@ -116,14 +107,6 @@ class RecordedStack:
         dummy = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         with _forward_replaced(self.base, lambda *args, **kwargs: output):
             return self.model(input_ids=dummy, use_cache=False).logits
-
-    def _targets_of(self, block: TokenWindows) -> _Targets:
-        key = block.content_hash
-        if key not in self._targets:
-            if len(self._targets) > 64:
-                self._targets.clear()
-            self._targets[key] = _Targets(block, self.device)
-        return self._targets[key]
 
     # -- recording ---------------------------------------------------------------------------
 
@@ -194,9 +177,9 @@ class RecordedStack:
 
     def _check_replay(self, pair: TokenWindows) -> None:
         """All layers replayed at batch 2 must give the model's own NLL, and never look ahead."""
-        tokens_NT = _on_device(pair.tokens_NT, self.device)
+        tokens_NT = on_device(pair.tokens_NT, self.device)
         logits = self.model(input_ids=tokens_NT, use_cache=False).logits
-        expected_N = _plain_nll(logits, pair, self.device)
+        expected_N = plain_nll(logits, pair, self.device)
         state = self.embed(pair)
         for player in range(self.num_players):
             before = state.clone()
@@ -256,16 +239,6 @@ class _LayerCall:
             if name not in other._kwargs or not _same_value(value, other._kwargs[name]):
                 return name
         return None
-
-
-class _Targets:
-    """Device index tensors of a block's scored targets."""
-
-    def __init__(self, block: TokenWindows, device: torch.device) -> None:
-        window_n, position_n = np.nonzero(block.scored_NT)
-        self.window_n = _on_device(window_n, device)
-        self.flat_n = _on_device(window_n * block.length + position_n - 1, device)
-        self.ids_n = _on_device(block.tokens_NT[window_n, position_n], device)
 
 
 class _Recording:
@@ -372,15 +345,6 @@ def _output_factory(base_output: Any) -> Callable[[torch.Tensor], Any]:
     return lambda hidden: (hidden,)
 
 
-def _plain_nll(logits: torch.Tensor, windows: TokenWindows, device: torch.device) -> torch.Tensor:
-    """float64[N] nats from the model's own logits, the slow and obvious way."""
-    tokens_NT = _on_device(windows.tokens_NT, device)
-    scored_NT = torch.from_numpy(windows.scored_NT).to(device)
-    log_probs = logits[:, :-1].float().log_softmax(-1)
-    nll = -log_probs.gather(-1, tokens_NT[:, 1:, None]).squeeze(-1).double()
-    return (nll * scored_NT[:, 1:]).sum(1)
-
-
 def _hidden(output: Any) -> torch.Tensor:
     """The hidden state of a layer's or decoder's output."""
     hidden = output[0] if isinstance(output, tuple | ModelOutput) else output
@@ -404,10 +368,6 @@ def _same_value(a: Any, b: Any) -> bool:
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(_same_value(x, y) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and (a is b or bool(a == b))
-
-
-def _on_device(array: Any, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).long().to(device)
 
 
 @contextmanager

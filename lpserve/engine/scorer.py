@@ -1,0 +1,155 @@
+"""Registered windows, and masks scored on them through the trie: what every trie engine does.
+
+Windows of a set are grouped by padded length; each group is one block for the executor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from lpserve.engine.base import LayerStack
+from lpserve.engine.trie import TrieExecutor, TrieSettings
+from lpserve.errors import InputError
+from lpserve.types import BoolArray, FloatArray, IntArray, Work
+from lpserve.windows import TokenWindows
+
+PADDED_LENGTH_STEP = 32
+CPU_MICRO_BATCH_TOKENS = 4096
+CUDA_MICRO_BATCH_TOKENS = 32768
+HEAD_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+MAX_STATE_BUDGET_BYTES = {"cpu": 1 << 30, "cuda": 32 << 30}
+NOISE_MASKS = 4
+
+
+class PreparedStack(LayerStack, Protocol):
+    """A LayerStack that must see real windows of a padded length before it runs them."""
+
+    def prepare(self, windows: TokenWindows) -> None:
+        """Record and check this padded length; raises EngineError when it cannot be driven."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    rows_n: IntArray
+    block: TokenWindows
+
+
+class StackScorer:
+    """Scores masks on registered windows over one LayerStack."""
+
+    def __init__(
+        self, stack: PreparedStack, settings: TrieSettings, *, padded_step: int = PADDED_LENGTH_STEP
+    ) -> None:
+        self._stack = stack
+        self._executor = TrieExecutor(stack, settings)
+        self._padded_step = padded_step
+        self._groups: dict[str, list[_Group]] = {}
+        self._sizes: dict[str, IntArray] = {}
+
+    def register(self, windows: TokenWindows) -> str:
+        """Prepare the stack for these windows; returns their content hash.
+
+        Raises:
+            EngineError: the model cannot be driven layer by layer.
+            InputError: the state budget does not hold them.
+        """
+        key = windows.content_hash
+        if key not in self._groups:
+            groups = self._split(windows)
+            with full_precision():
+                for group in groups:
+                    self._stack.prepare(group.block)
+                    self._executor.group_rows(group.block.num_windows, group.block.length)
+            self._groups[key] = groups
+            self._sizes[key] = windows.num_tokens_N
+        return key
+
+    def num_tokens(self, key: str) -> IntArray:
+        """Scored positions of each window, int64[N]."""
+        if key not in self._sizes:
+            raise InputError(f"windows {key!r} are not registered with this engine")
+        return self._sizes[key]
+
+    def score(self, masks_MP: BoolArray, key: str) -> tuple[FloatArray, Work]:
+        """Summed NLL `float64[M, N]` of registered windows, and the work it took."""
+        nll_MN = np.empty((len(masks_MP), len(self.num_tokens(key))))
+        works = []
+        with full_precision():
+            for group in self._groups[key]:
+                nll_MN[:, group.rows_n], work = self._executor.score(masks_MP, group.block)
+                works.append(work)
+        return nll_MN, Work(
+            masks=len(masks_MP),
+            distinct_masks=works[0].distinct_masks,
+            layer_forwards=works[0].layer_forwards,
+            skip_layer_forwards=works[0].skip_layer_forwards,
+            tokens=sum(work.tokens for work in works),
+            seconds=sum(work.seconds for work in works),
+        )
+
+    def batch_noise(self, key: str, seed: int = 0) -> float:
+        """How much the other masks of a batch move a score: nats per token, root mean square.
+
+        Random masks scored together and one by one. Zero on CPU by default, where a micro-batch is
+        one state; on a GPU a kernel's rounding depends on the shape of its batch.
+        """
+        rng = np.random.default_rng(seed)
+        masks_MP = rng.random((NOISE_MASKS, self._stack.num_players)) < 0.8
+        together, _ = self.score(masks_MP, key)
+        alone = np.concatenate([self.score(mask_P[None], key)[0] for mask_P in masks_MP])
+        difference_M = (together - alone).sum(axis=1) / self.num_tokens(key).sum()
+        return float(np.sqrt(np.mean(difference_M**2)))
+
+    def _split(self, windows: TokenWindows) -> list[_Group]:
+        step = self._padded_step
+        padded_N = np.minimum(-(-windows.lengths_N // step) * step, windows.length)
+        groups = []
+        for length in np.unique(padded_N):
+            rows_n = np.flatnonzero(padded_N == length)
+            groups.append(_Group(rows_n, windows.select(rows_n, int(length))))
+        return groups
+
+
+def trie_settings(options: Any, device_type: str, free_bytes: int) -> TrieSettings:
+    """Settings from an engine's options `state_budget_mb` and `micro_batch_tokens`.
+
+    By default a quarter of the free memory, at most 1 GiB on CPU and 32 GiB on a GPU, and a
+    micro-batch of one state of at most 4,096 tokens on CPU, of packed states up to 32,768 tokens on
+    a GPU. Setting `micro_batch_tokens` packs states on CPU too.
+    """
+    for name in ("state_budget_mb", "micro_batch_tokens"):
+        value = options.get(name)
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise InputError(f"{name} must be a number above 0: got {value!r}")
+    budget_mb, tokens = options.get("state_budget_mb"), options.get("micro_batch_tokens")
+    default = CPU_MICRO_BATCH_TOKENS if device_type == "cpu" else CUDA_MICRO_BATCH_TOKENS
+    return TrieSettings(
+        state_budget_bytes=(
+            int(float(budget_mb) * 2**20)
+            if budget_mb is not None
+            else min(free_bytes // 4, MAX_STATE_BUDGET_BYTES[device_type])
+        ),
+        micro_batch_tokens=int(tokens) if tokens is not None else default,
+        pack_states=tokens is not None or device_type != "cpu",
+    )
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No gradients; float32 means float32 (no TF32); settings are put back afterwards."""
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        with torch.inference_mode():
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
