@@ -114,7 +114,7 @@ def check_model(config: RunConfig) -> RunConfig:
     if config.engine == "synthetic":
         num_players = int(config.engine_options.get("num_players", 8))
     else:
-        from lpserve.engine.hf import check_decoder
+        from lpserve.engine.base import check_decoder
 
         checkpoint = read_checkpoint(config.model)
         check_decoder(checkpoint)
@@ -142,7 +142,7 @@ def num_layers(config: dict[str, Any]) -> int:
 def check_fit(config: RunConfig, calibration: TokenWindows, heldout: TokenWindows) -> None:
     """Raise InputError when windows do not fit the model."""
     if config.engine != "synthetic":
-        from lpserve.engine.hf import check_windows
+        from lpserve.engine.base import check_windows
 
         checkpoint = read_checkpoint(config.model)
         for windows in (calibration, heldout):

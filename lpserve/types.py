@@ -37,7 +37,8 @@ class Game:
     model_hash: str
     players: tuple[Player, ...]
     numerics: str
-    """dtype, and the engine path unless float32 (float32 scores of every engine agree)."""
+    """dtype, engine path and quantization; float32 alone where nothing is rounded further, since
+    float32 scores of every engine agree."""
 
     @property
     def content_hash(self) -> str:
@@ -50,7 +51,7 @@ class EngineSpec:
     """Describes an engine without building it; pools build it where it runs. Picklable."""
 
     kind: str
-    """`transformers` or `synthetic`."""
+    """`transformers`, `vllm` or `synthetic`."""
     model: str
     """Checkpoint folder (`synthetic`: ignored)."""
     dtype: str = "float32"
@@ -66,7 +67,14 @@ class EngineInfo:
 
     kind: str
     path: str
-    """What really ran, e.g. `transformers/sdpa`."""
+    """What really ran, e.g. `transformers/sdpa` or `vllm/scoring`."""
+    path_reason: str = ""
+    """Why that path, where an engine has several."""
+    noise_nll: float = 0.0
+    """How much the other masks of a batch move a score, measured at start: nats per token, root
+    mean square. 0 where a mask's arithmetic does not depend on its batch."""
+    quantization: str = ""
+    """Method by which the engine rounds weights, "" for none."""
     model: str
     model_hash: str
     """Content hash of the checkpoint."""
@@ -84,7 +92,9 @@ class EngineInfo:
 
     @property
     def game(self) -> Game:
-        numerics = self.dtype if self.dtype == "float32" else f"{self.dtype}/{self.path}"
+        exact = self.dtype == "float32" and not self.quantization
+        quantization = f"/{self.quantization}" if self.quantization else ""
+        numerics = self.dtype if exact else f"{self.dtype}/{self.path}{quantization}"
         return Game(model_hash=self.model_hash, players=self.players, numerics=numerics)
 
 

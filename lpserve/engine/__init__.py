@@ -9,7 +9,7 @@ from lpserve.errors import InputError
 from lpserve.types import EngineSpec
 from lpserve.windows import TokenWindows
 
-ENGINE_KINDS = ("transformers", "synthetic")
+ENGINE_KINDS = ("transformers", "vllm", "synthetic")
 
 
 def open_engine(
@@ -28,7 +28,7 @@ def open_engine(
         kind: one of `ENGINE_KINDS`.
         dtype: `float32`, `bfloat16` or `float16`.
         device: `auto`, `cpu` or a torch device such as `cuda:0`.
-        options: of the kind; see `engine.hf.TransformersEngine` and
+        options: of the kind; see `engine.hf.TransformersEngine`, `engine.vllm.VllmEngine` and
             `engine.synthetic.SyntheticEngine`.
 
     Raises:
@@ -45,6 +45,10 @@ def build_engine(spec: EngineSpec, windows: TokenWindows) -> Engine:
         from lpserve.engine.hf import TransformersEngine
 
         return _build(TransformersEngine, spec, windows)
+    if spec.kind == "vllm":
+        from lpserve.engine.vllm import VllmEngine
+
+        return VllmEngine(spec, windows)  # its options are vLLM's: checked there
     if spec.kind == "synthetic":
         from lpserve.engine.synthetic import SyntheticEngine
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from lpserve.checkpoint import Checkpoint
 from lpserve.errors import InputError
 from lpserve.types import BoolArray, EngineInfo, Scores
 from lpserve.windows import TokenWindows
@@ -88,3 +89,34 @@ def check_masks(masks_MP: Any, num_players: int) -> BoolArray:
             f"got {masks.dtype} {list(masks.shape)}"
         )
     return masks
+
+
+def check_decoder(checkpoint: Checkpoint) -> None:
+    """Raise InputError unless the config says decoder-only language model."""
+    names = checkpoint.config.get("architectures") or []
+    decoder = any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names)
+    if not decoder or checkpoint.config.get("is_encoder_decoder"):
+        raise InputError(
+            f"model {checkpoint.path} is not a decoder-only language model: architectures is "
+            f"{names}; a name ending in ForCausalLM is needed"
+        )
+
+
+def check_windows(checkpoint: Checkpoint, windows: TokenWindows) -> None:
+    """Raise InputError when windows do not fit the model's positions or vocabulary."""
+    config = checkpoint.config
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    for field in ("max_position_embeddings", "n_positions"):
+        limit = config.get(field) or (text or {}).get(field)
+        if isinstance(limit, int) and windows.length > limit:
+            raise InputError(
+                f"windows of {windows.length} tokens are longer than the model's {limit} positions "
+                f"({field}); use --length {limit} or less"
+            )
+    vocab = config.get("vocab_size") or (text or {}).get("vocab_size")
+    if isinstance(vocab, int) and int(windows.tokens_NT.max()) >= vocab:
+        raise InputError(
+            f"token id {int(windows.tokens_NT.max())} is outside the model's vocabulary of "
+            f"{vocab}: "
+            "the windows were made with another tokenizer"
+        )

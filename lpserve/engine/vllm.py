@@ -1,0 +1,391 @@
+"""The vLLM engine: masks scored by vLLM's own layers, on one device or several.
+
+Two paths, one contract:
+
+* `scoring`: the trie executor runs inside vLLM's workers over the model's layers, with attention
+  over whole windows and the NLL reduced there: no scheduler, KV cache or prompt log-probabilities.
+* `requests`: every layer is patched to pass its input on when masked; windows are ordinary requests
+  with prompt log-probabilities. Slower; serves what vLLM can serve; the reference of the other.
+
+`auto` takes `scoring` when the model's structure allows it and both paths agree on the whole model,
+on nothing kept and on a random mask; which ran, and why, is in `info`.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lpserve.checkpoint import checkpoint_hash, read_checkpoint
+from lpserve.engine.base import check_decoder, check_masks, check_windows
+from lpserve.engine.scorer import HEAD_CHUNK_BYTES, trie_settings
+from lpserve.engine.trie import TrieSettings
+from lpserve.engine.vllm_options import OWN_OPTIONS, check_vllm_options, engine_arguments
+from lpserve.errors import EngineError, InputError
+from lpserve.masks import sort_distinct
+from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
+from lpserve.windows import TokenWindows
+
+PATH_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
+"""Relative, mean NLL of a mask, between the two paths at start. In float32 both sum the same terms
+in another order (measured: at most 1e-6); in half precision attention kernels round differently
+(measured in bfloat16: some 1e-3), and a structural mistake is worth 1e-1 and more."""
+RPC_TIMEOUT_S = 1800.0
+"""A rank that died leaves the others waiting for it; after this the engine gives up."""
+
+
+class VllmEngine:
+    """See `lpserve.engine.base.Engine`. Options:
+
+    * `path`: `auto` (default), `scoring` or `requests`.
+    * `state_budget_mb`, `micro_batch_tokens`: as for the transformers engine, on each rank.
+    * any other argument of `vllm.LLM`, such as `tensor_parallel_size`; those that would change what
+      a score means are refused with the reason.
+    """
+
+    OPTIONS = OWN_OPTIONS
+
+    def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
+        check_vllm_options(spec)
+        self._checkpoint = read_checkpoint(spec.model)
+        check_decoder(self._checkpoint)
+        check_windows(self._checkpoint, windows)
+        self._closed = False
+        self._wanted = str(spec.options.get("path", "auto"))
+        self._threads = torch.set_num_threads
+        arguments = engine_arguments(spec, self._checkpoint.config, windows)
+        self._max_length = arguments["max_model_len"] - 1
+        self._llm: Any = _start(arguments)
+        try:
+            self._open(spec, windows, arguments)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, spec: EngineSpec, windows: TokenWindows, arguments: Mapping[str, Any]) -> None:
+        import vllm
+
+        self._ranks = self._call("lpserve_open")
+        first = self._ranks[0]
+        self._num_players: int = first["num_layers"]
+        self._windows: dict[str, TokenWindows] = {}
+        free = min(rank["free_bytes"] for rank in self._ranks)
+        device = torch.device(first["device"])
+        settings = trie_settings(spec.options, device.type, free)
+        head_chunk = HEAD_CHUNK_BYTES[device.type]
+        self._default = windows.content_hash
+        self.path, self.path_reason, noise = self._choose_path(windows, settings, head_chunk, spec)
+        if self.path == "requests":
+            self._windows = {self._default: windows}
+        self.info = EngineInfo(
+            kind="vllm",
+            path=f"vllm/{self.path}",
+            path_reason=self.path_reason,
+            noise_nll=noise,
+            model=str(Path(spec.model).resolve()),
+            model_hash=checkpoint_hash(self._checkpoint),
+            players=tuple(Player(index=i, layer=i) for i in range(self._num_players)),
+            dtype=spec.dtype,
+            quantization=first["quantization"] or "",
+            device=first["device"],
+            vocab_size=first["vocab_size"],
+            versions={
+                "torch": torch.__version__, "vllm": vllm.__version__,
+                "transformers": importlib.metadata.version("transformers"),
+            },
+            settings={
+                "path": self.path,
+                "state_budget_bytes": settings.state_budget_bytes,
+                "micro_batch_tokens": settings.micro_batch_tokens,
+                "pack_states": settings.pack_states,
+                "head_chunk_bytes": head_chunk,
+                "threads": first["threads"],
+                "architecture": first["architecture"],
+                "state": self._state_kind,
+                "tensor_parallel_size": first["tensor_parallel_size"],
+                "pipeline_parallel_size": first["pipeline_parallel_size"],
+                "max_model_len": arguments["max_model_len"],
+                "kv_cache_memory_bytes": arguments.get("kv_cache_memory_bytes"),
+            },
+        )  # fmt: skip
+
+    def register(self, windows: TokenWindows) -> str:
+        key = windows.content_hash
+        if key in self._windows:
+            return key
+        check_windows(self._checkpoint, windows)
+        if windows.length > self._max_length:
+            raise InputError(
+                f"windows of {windows.length} tokens, but the engine was opened for "
+                f"{self._max_length}: set the engine option max_model_len to {windows.length + 1}"
+            )
+        if self.path == "scoring":
+            self._register_scoring(windows)
+        self._windows[key] = windows
+        return key
+
+    def score(self, masks_MP: BoolArray, windows: str | None = None) -> Scores:
+        key = self._default if windows is None else windows
+        if key not in self._windows:
+            raise InputError(f"windows {key!r} are not registered with this engine")
+        masks_MP = check_masks(masks_MP, self._num_players)
+        score = self._score_scoring if self.path == "scoring" else self._score_requests
+        nll_MN, work = score(masks_MP, self._windows[key])
+        return Scores(nll_MN=nll_MN, num_tokens_N=self._windows[key].num_tokens_N, work=work)
+
+    def layer_calls(self) -> list[dict[str, Any]]:
+        """For each rank: how often each of its layers ran so far, and the modules they are of."""
+        return self._call("lpserve_calls")
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if hasattr(self, "_llm"):
+            _stop(self._llm)
+            del self._llm
+        torch.set_num_threads = self._threads
+        gc.collect()
+
+    def __enter__(self) -> VllmEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- which path ----------------------------------------------------------------------------
+
+    def _choose_path(
+        self, windows: TokenWindows, settings: TrieSettings, head_chunk: int, spec: EngineSpec
+    ) -> tuple[str, str, float]:
+        """The path, why, and the noise of its scores; raises EngineError where neither serves."""
+        self._state_kind = ""
+        if self._wanted == "requests":
+            self._check_masks_matter(windows, self._score_requests, "requests")
+            return "requests", "asked for", 0.0
+        refusal = self._prepare_scoring(windows, settings, head_chunk)
+        if refusal is None:
+            self._check_masks_matter(windows, self._score_scoring, "scoring")
+            noise = max(self._call("lpserve_noise", windows.content_hash))
+            if self._wanted == "scoring":
+                return "scoring", "asked for", noise
+            refusal, difference = self._self_check(windows, spec.dtype)
+            if refusal is None:
+                return (
+                    "scoring",
+                    f"self-check: within {difference:.1e} of requests (relative mean NLL, "
+                    f"tolerance {PATH_TOLERANCE[spec.dtype]:.0e})",
+                    noise,
+                )
+        if self._wanted == "scoring":
+            raise EngineError(f"the scoring path cannot drive {spec.model}: {refusal}")
+        self._windows.clear()
+        self._check_masks_matter(windows, self._score_requests, "requests")
+        return "requests", f"scoring cannot serve this model: {refusal}", 0.0
+
+    def _prepare_scoring(
+        self, windows: TokenWindows, settings: TrieSettings, head_chunk: int
+    ) -> str | None:
+        """Make the workers ready; returns why they cannot be."""
+        try:
+            self._call(
+                "lpserve_prepare", settings.state_budget_bytes, settings.micro_batch_tokens,
+                settings.pack_states, head_chunk,
+            )  # fmt: skip
+            self._register_scoring(windows)
+        except EngineError as error:
+            return str(error)
+        self._windows[windows.content_hash] = windows
+        return None
+
+    def _probe_masks(self) -> BoolArray:
+        """All kept, none kept, and a random mask."""
+        rng = np.random.default_rng(0)
+        random_P = rng.permutation(self._num_players) < max(1, (3 * self._num_players) // 4)
+        full_P = np.ones(self._num_players, dtype=bool)
+        return np.stack([full_P, ~full_P, random_P])
+
+    def _check_masks_matter(self, windows: TokenWindows, score: Any, path: str) -> None:
+        """Masks must matter: compiled code ignores them without a word."""
+        probe = windows.select(np.arange(1))
+        if path == "scoring":
+            self._register_scoring(probe)
+        nll_MN, _ = score(self._probe_masks(), probe)
+        if nll_MN[0, 0] == nll_MN[1, 0] or nll_MN[0, 0] == nll_MN[2, 0]:
+            raise EngineError(
+                f"vLLM's {path} path gives one score to different masks: they have no effect "
+                "(a compiled model, or layers that do nothing)"
+            )
+
+    def _self_check(self, windows: TokenWindows, dtype: str) -> tuple[str | None, float]:
+        masks_MP = self._probe_masks()
+        probe = windows.select(np.arange(min(2, windows.num_windows)))
+        self._register_scoring(probe)
+        mine_M = self._score_scoring(masks_MP, probe)[0].sum(axis=1)
+        theirs_M = self._score_requests(masks_MP, probe)[0].sum(axis=1)
+        difference = float(np.max(np.abs(mine_M - theirs_M) / np.abs(theirs_M)))
+        if difference <= PATH_TOLERANCE[dtype]:
+            return None, difference
+        return (
+            f"its scores are {difference:.1e} (relative) from those of requests, tolerance "
+            f"{PATH_TOLERANCE[dtype]:.0e}"
+        ), difference
+
+    # -- scoring path ----------------------------------------------------------------------------
+
+    def _register_scoring(self, windows: TokenWindows) -> None:
+        replies = self._call(
+            "lpserve_register", windows.tokens_NT.astype(np.int32).tobytes(),
+            windows.scored_NT.astype(bool).tobytes(), list(windows.tokens_NT.shape),
+        )  # fmt: skip
+        if any(reply["key"] != windows.content_hash for reply in replies):
+            raise EngineError("a worker received other windows than were sent")
+        self._state_kind = replies[0]["state"]
+
+    def _score_scoring(self, masks_MP: BoolArray, windows: TokenWindows) -> tuple[FloatArray, Work]:
+        replies = self._call(
+            "lpserve_score", windows.content_hash, masks_MP.tobytes(), len(masks_MP)
+        )
+        arrays = [np.frombuffer(r["nll"]).reshape(r["shape"]) for r in replies if "nll" in r]
+        if any(not np.array_equal(array, arrays[0], equal_nan=True) for array in arrays):
+            raise EngineError("ranks disagree about the scores of the same masks")
+        return arrays[0].copy(), Work(**dict(zip(Work.__slots__, replies[0]["work"], strict=True)))
+
+    # -- requests path ---------------------------------------------------------------------------
+
+    def _score_requests(
+        self, masks_MP: BoolArray, windows: TokenWindows
+    ) -> tuple[FloatArray, Work]:
+        from vllm import SamplingParams
+
+        started = time.perf_counter()
+        sorted_DP, inverse_M = sort_distinct(masks_MP)
+        # what follows the last scored position changes nothing before it
+        prompts = [
+            {"prompt_token_ids": row[: int(last)].tolist()}
+            for row, last in zip(windows.tokens_NT, windows.lengths_N, strict=True)
+        ]
+        parameters = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, temperature=0, detokenize=False
+        )
+        nll_DN = np.empty((len(sorted_DP), windows.num_windows))
+        for row, mask_P in enumerate(sorted_DP):
+            self._set_mask(mask_P)
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+            for window, output in enumerate(outputs):
+                nll_DN[row, window] = _prompt_nll(output, windows.scored_NT[window])
+        self._set_mask(np.ones(self._num_players, dtype=bool))
+        return nll_DN[inverse_M], Work(
+            masks=len(masks_MP),
+            distinct_masks=len(sorted_DP),
+            layer_forwards=int(sorted_DP.sum()),
+            skip_layer_forwards=int(np.asarray(masks_MP).sum()),
+            tokens=len(sorted_DP) * windows.tokens_NT.size,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _set_mask(self, mask_P: BoolArray) -> None:
+        """Set the mask on every rank and read it back."""
+        bits = [bool(bit) for bit in mask_P]
+        replies = self._call("lpserve_set_mask", bits)
+        for rank, reply in zip(self._ranks, replies, strict=True):
+            first, local = rank["first_layer"], rank["local_layers"]
+            if reply != bits[first : first + local]:
+                raise EngineError("a worker did not take the mask that it was given")
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of every worker; raises what any of them reports."""
+        replies = self._llm.collective_rpc(method, timeout=RPC_TIMEOUT_S, args=arguments)
+        for rank, reply in enumerate(replies):
+            if isinstance(reply, dict) and "error" in reply:
+                kind = InputError if reply["kind"] == "InputError" else EngineError
+                where = f"rank {rank}: " if len(replies) > 1 else ""
+                raise kind(f"{where}{reply['error']}")
+        return replies
+
+
+def _prompt_nll(output: Any, scored_T: BoolArray) -> float:
+    """Nats summed over the scored positions of one finished request."""
+    tokens, total = output.prompt_token_ids, 0.0
+    for position in np.flatnonzero(scored_T[: len(tokens)]):
+        total -= output.prompt_logprobs[position][tokens[position]].logprob
+    return total
+
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one device: the worker lives in this process
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # the one generated token never enters the model
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "TORCH_COMPILE_DISABLE": "1",  # in spawned workers: the rank of each token is never asked for
+}
+_in_use = threading.Lock()
+
+
+def _start(arguments: Mapping[str, Any]) -> Any:
+    """A `vllm.LLM`; environment and torch's thread setter are put back afterwards."""
+    if not _in_use.acquire(blocking=False):
+        raise EngineError(
+            "a vLLM engine is open in this process already: vLLM keeps one distributed state a "
+            "process; close it first, or use engines in processes of their own"
+        )
+    try:
+        with _environment(_ENVIRONMENT):
+            from vllm import LLM
+
+            return LLM(**arguments)
+    except BaseException as error:
+        _clean()
+        _in_use.release()
+        if isinstance(error, Exception) and not isinstance(error, EngineError | InputError):
+            raise EngineError(f"vLLM cannot start: {_reason(error)}") from error
+        raise
+
+
+def _stop(llm: Any) -> None:
+    try:
+        llm.llm_engine.engine_core.shutdown()
+        _clean()
+    finally:
+        _in_use.release()
+
+
+def _clean() -> None:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an exception chain that says most: the innermost message, first line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and "validation error" in lines[0] and len(lines) > 1:
+        return lines[1]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,385 @@
+"""A LayerStack over layers that hand on (hidden, residual), as vLLM's do.
+
+`LayerTap` patches the layers once; `VllmStack` drives them for the trie executor. Neither names
+anything of vLLM: what a model is and how its forward is called comes from `vllm_worker`.
+
+vLLM's layers mostly return two tensors whose sum is the hidden state, so that the next norm can
+add and normalise at once. What a state must carry between layers is found by probing every layer
+on real data, and is exact, bit for bit:
+
+* `hidden`: one tensor; the layer takes no residual or does not read it;
+* `sum`: one tensor, hidden + residual, given to the next layer without a residual;
+* `pair`: both tensors, where rounding makes the sum differ.
+
+Shapes: B rows, T tokens, n = B * T flat tokens, d width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lpserve.engine.head import TargetCache, on_device, summed_nll
+from lpserve.errors import EngineError
+from lpserve.windows import TokenWindows
+
+_MAX_CALLS = 16
+"""Batch shapes whose recorded arguments are kept."""
+
+Handler = Callable[[int, dict[str, Any]], Any]
+
+
+class LayerTap:
+    """The layers of one rank, patched once: skipped by mask, or handed to a handler."""
+
+    def __init__(
+        self, layers: list[nn.Module], first: int, before_layer: Callable[[], None]
+    ) -> None:
+        self.layers = layers
+        self.first = first
+        """Index of the first of them in the model."""
+        self.keep = [True] * len(layers)
+        self.calls = [0] * len(layers)
+        """Times that each layer's own forward ran."""
+        self._before_layer = before_layer
+        self._handler: Handler | None = None
+        self._originals = [layer.forward for layer in layers]
+        self._signatures = [inspect.signature(original) for original in self._originals]
+        self.takes_residual = ["residual" in s.parameters for s in self._signatures]
+        for index, layer in enumerate(layers):
+            if hasattr(layer, "_lpserve_index"):
+                raise EngineError(f"layer {first + index} is patched already")
+            layer.forward = self._make(index)
+            layer._lpserve_index = index  # pyright: ignore[reportArgumentType]
+
+    def read_mask(self) -> list[bool]:
+        """The mask as the patches see it; refuses when a patch is not in place any more."""
+        for index, layer in enumerate(self.layers):
+            if getattr(layer.forward, "_lpserve_tap", None) is not self:
+                raise EngineError(f"layer {self.first + index} lost its patch")
+        return list(self.keep)
+
+    def run(self, index: int, arguments: dict[str, Any]) -> Any:
+        """The layer's own forward."""
+        self.calls[index] += 1
+        return self._originals[index](**arguments)
+
+    @contextmanager
+    def handled(self, handler: Handler) -> Iterator[None]:
+        """Call `handler(index, arguments by name)` in place of the layers."""
+        self._handler = handler
+        try:
+            yield
+        finally:
+            self._handler = None
+
+    def _make(self, index: int) -> Callable[..., Any]:
+        signature, original = self._signatures[index], self._originals[index]
+        last = index == len(self.layers) - 1
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._before_layer()
+            if self._handler is not None:
+                return self._handler(index, _by_name(signature, args, kwargs))
+            if self.keep[index]:
+                self.calls[index] += 1
+                return original(*args, **kwargs)
+            arguments = _by_name(signature, args, kwargs)
+            return self.passed_on(index, arguments["hidden_states"], arguments, ends=last)
+
+        forward._lpserve_tap = self  # pyright: ignore[reportFunctionMemberAccess]
+        return forward
+
+    def passed_on(
+        self, index: int, hidden: torch.Tensor, arguments: dict[str, Any], *, ends: bool
+    ) -> Any:
+        """What a layer that does nothing returns. The last one owes the norm a residual."""
+        if not self.takes_residual[index]:
+            return hidden
+        residual = arguments["residual"]
+        return hidden, torch.zeros_like(hidden) if ends and residual is None else residual
+
+
+class DrivenModel(Protocol):
+    """What a stack needs of a model; `vllm_worker` makes one of vLLM's."""
+
+    tap: LayerTap
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    tensor_parallel_size: int
+    length: int
+    """Tokens of each window in the calls that follow."""
+
+    def session(self) -> AbstractContextManager[None]: ...
+
+    def run(self, ids_n: torch.Tensor, positions_n: torch.Tensor) -> torch.Tensor: ...
+
+    def token_nll(self, rows_nd: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor: ...
+
+
+class VllmStack:
+    """See `lpserve.engine.base.LayerStack`. Use inside `session()`."""
+
+    def __init__(self, model: DrivenModel, *, head_chunk_bytes: int) -> None:
+        self._model = model
+        self._tap = model.tap
+        self._head_chunk_bytes = head_chunk_bytes
+        self._targets = TargetCache(model.device)
+        self._calls: dict[tuple[int, int], _Recorded] = {}
+        self._prepared: set[int] = set()
+        self.num_players = len(model.tap.layers)
+        self.width = 0
+        self.state_kind = ""
+        """`hidden`, `sum` or `pair`; see the module."""
+
+    def session(self) -> AbstractContextManager[None]:
+        return self._model.session()
+
+    def state_bytes(self, length: int) -> int:
+        tensors = 2 if self.state_kind == "pair" else 1
+        return length * self.width * tensors * self._model.dtype.itemsize
+
+    def prepare(self, windows: TokenWindows) -> None:
+        """Record this padded length, and find once what a state carries.
+
+        Raises:
+            EngineError: the layers cannot be driven one by one.
+        """
+        if windows.length in self._prepared:
+            return
+        tokens_T = on_device(windows.tokens_NT[0], self._model.device)
+        length = windows.length
+        record = self._record(tokens_T, length, 1)
+        self._refuse_text(record, self._record((tokens_T + 1) % self._model.vocab_size, length, 1))
+        if not self.state_kind:
+            self.width = record.hidden.shape[-1]
+            self.state_kind = self._find_state_kind(record, length)
+        self._prepared.add(length)
+
+    def embed(self, block: TokenWindows) -> torch.Tensor:
+        ids_n = on_device(block.tokens_NT.reshape(-1), self._model.device)
+        record = self._record(ids_n, block.length, block.num_windows)
+        hidden = record.hidden
+        if record.residual is not None:
+            hidden = hidden + record.residual
+        state = hidden.view(block.num_windows, block.length, self.width)
+        if self.state_kind == "pair":
+            return torch.stack([state, torch.zeros_like(state)], dim=2)
+        return state
+
+    def run_player(self, player: int, state_BTd: torch.Tensor) -> torch.Tensor:
+        rows, length = state_BTd.shape[:2]
+        record = self._recorded(length, rows)
+        hidden, residual = self._unpack(state_BTd, record)
+        out, left = self._layer(record, player, hidden, residual)
+        if self.state_kind == "pair":
+            return torch.stack([_flat(out), _flat(left)], dim=1).view(state_BTd.shape)
+        if self.state_kind == "sum":
+            out = out + left
+        return out.view(state_BTd.shape)
+
+    def reduce(self, state_BTd: torch.Tensor, block: TokenWindows, metric: str) -> torch.Tensor:
+        if metric != "nll":
+            raise ValueError(f"metric {metric!r} is not known to this stack")
+        rows, length = state_BTd.shape[:2]
+        record = self._recorded(length, rows)
+        final = self._tail(record, *self._unpack(state_BTd, record))
+        final = final.view(rows, length, -1)
+        num_stacked = rows // block.num_windows
+        logit_bytes = 8 if self._model.dtype == torch.float32 else 10
+        vocabulary = -(-self._model.vocab_size // self._model.tensor_parallel_size)
+        chunk = max(1, self._head_chunk_bytes // (logit_bytes * vocabulary * num_stacked))
+        targets = self._targets.of(block)
+        return summed_nll(final, block.num_windows, targets, chunk, self._model.token_nll)
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def _unpack(
+        self, state_BTd: torch.Tensor, record: _Recorded
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Fresh tensors in the model's own shape: layers may write into what they are given."""
+        shape = record.hidden.shape
+        if self.state_kind == "pair":
+            hidden, residual = state_BTd.flatten(0, 1).unbind(1)
+            return hidden.reshape(shape).clone(), residual.reshape(shape).clone()
+        return state_BTd.reshape(shape).clone(), None
+
+    def _layer(
+        self, record: _Recorded, player: int, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._model.length = record.length
+        arguments = record.arguments[player] | {"hidden_states": hidden}
+        if self._tap.takes_residual[player]:
+            arguments["residual"] = residual
+        output = self._tap.run(player, arguments)
+        if isinstance(output, tuple):
+            return output[0], output[1] if len(output) > 1 else output[0]
+        return output, output
+
+    def _tail(
+        self, record: _Recorded, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the model does after its last layer, up to the head: usually a norm."""
+
+        def pass_on(index: int, arguments: dict[str, Any]) -> Any:
+            ends = index == self.num_players - 1
+            taken = hidden if ends else arguments["hidden_states"]
+            if ends and residual is not None:
+                arguments = arguments | {"residual": residual}
+            return self._tap.passed_on(index, taken, arguments, ends=ends)
+
+        with self._tap.handled(pass_on):
+            return self._model.run(record.ids_n, record.positions_n)
+
+    def _recorded(self, length: int, rows: int) -> _Recorded:
+        if (length, rows) not in self._calls:
+            ids_n = torch.zeros(length * rows, dtype=torch.long, device=self._model.device)
+            self._record(ids_n, length, rows)
+        return self._calls[length, rows]
+
+    def _record(self, ids_n: torch.Tensor, length: int, rows: int) -> _Recorded:
+        """One forward in which no layer does anything: embedding, and every layer's arguments."""
+        device = self._model.device
+        positions_n = torch.arange(length, device=device).repeat(rows)
+        record = _Recorded(ids_n, positions_n, length)
+        handed: list[torch.Tensor] = []
+
+        def pass_on(index: int, arguments: dict[str, Any]) -> Any:
+            hidden = arguments.pop("hidden_states")
+            residual = arguments.pop("residual", None)
+            if not index:
+                record.hidden, record.residual = hidden, residual
+            elif hidden is not handed[0] or (
+                self._tap.takes_residual[index] and residual is not handed[-1]
+            ):
+                raise EngineError(
+                    f"something happens between layers {index - 1} and {index} of "
+                    f"{self._model.name}: its layers cannot be skipped one by one"
+                )
+            record.arguments.append(arguments)
+            hidden = hidden.view_as(hidden)  # a new object, so that the next layer shows it
+            if not self._tap.takes_residual[index]:
+                handed[:] = [hidden]
+                return hidden
+            residual = torch.zeros_like(hidden) if residual is None else residual.view_as(residual)
+            handed[:] = [hidden, residual]
+            return hidden, residual
+
+        with self._tap.handled(pass_on):
+            self._model.run(ids_n, positions_n)
+        if len(record.arguments) != self.num_players:
+            raise EngineError(
+                f"{self._model.name} ran {len(record.arguments)} of its {self.num_players} layers"
+            )
+        if len(self._calls) >= _MAX_CALLS:
+            self._calls.clear()
+        self._calls[length, rows] = record
+        return record
+
+    def _refuse_text(self, record: _Recorded, other: _Recorded) -> None:
+        """Raise EngineError when an argument notices other tokens."""
+        for index, (a, b) in enumerate(zip(record.arguments, other.arguments, strict=True)):
+            for name, value in a.items():
+                if not same_value(value, b.get(name)):
+                    raise EngineError(
+                        f"layer {index} of {self._model.name} takes {name!r}, which depends on the "
+                        "text: its layers cannot be skipped one by one"
+                    )
+
+    # -- what a state carries --------------------------------------------------------------------
+
+    def _find_state_kind(self, record: _Recorded, length: int) -> str:
+        """Probe every layer on real data: what must be handed on so that nothing changes."""
+        if not any(self._tap.takes_residual):
+            return "hidden"
+        if not all(self._tap.takes_residual):
+            raise EngineError(f"{self._model.name}: some layers take a residual and some do not")
+        if record.residual is not None:
+            raise EngineError(f"{self._model.name} gives its first layer a residual")
+        fits = {"hidden": True, "sum": True, "pair": True}
+        start = record.hidden
+        hidden, residual = self._layer(record, 0, start.clone(), None)
+        for player in range(1, self.num_players + 1):
+            ends = player == self.num_players
+            real = self._next(record, player, hidden, residual)
+            alone = self._next(record, player, hidden, torch.zeros_like(hidden) if ends else None)
+            summed = self._next(
+                record, player, hidden + residual, torch.zeros_like(hidden) if ends else None
+            )
+            fits["hidden"] &= torch.equal(real[0], alone[0])
+            fits["sum"] &= torch.equal(real[0] + real[1], summed[0] + summed[1])
+            hidden, residual = real
+        for player in range(self.num_players):
+            none = self._next(record, player, start, None)
+            zeros = self._next(record, player, start, torch.zeros_like(start))
+            fits["pair"] &= torch.equal(none[0], zeros[0]) and torch.equal(none[1], zeros[1])
+        kinds = [kind for kind, fitting in fits.items() if fitting]
+        if not kinds:
+            raise EngineError(
+                f"{self._model.name}: what its layers hand on is neither a hidden state, nor a sum "
+                "of hidden state and residual, nor a pair that may start with a residual of zero"
+            )
+        return kinds[0]
+
+    def _next(
+        self, record: _Recorded, player: int, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next layer, or what follows the last one, on copies."""
+        copy = None if residual is None else residual.clone()
+        if player < self.num_players:
+            return self._layer(record, player, hidden.clone(), copy)
+        final = self._tail(record, hidden.clone(), copy)
+        return final, torch.zeros_like(final)
+
+
+class _Recorded:
+    """Arguments of every layer for one batch shape, hidden state and residual left out."""
+
+    def __init__(self, ids_n: torch.Tensor, positions_n: torch.Tensor, length: int) -> None:
+        self.ids_n = ids_n
+        self.positions_n = positions_n
+        self.length = length
+        self.hidden = torch.empty(0)
+        self.residual: torch.Tensor | None = None
+        self.arguments: list[dict[str, Any]] = []
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two recorded arguments are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a is b or (a.shape == b.shape and torch.equal(a, b))
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and (a is b or bool(a == b))
+
+
+def _by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments by name, `**kwargs` of the layer spread out."""
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise EngineError(f"a layer takes its arguments as *{name}")
+        else:
+            named[name] = value
+    if not isinstance(named.get("hidden_states"), torch.Tensor):
+        raise EngineError("a layer takes no tensor named hidden_states")
+    named.setdefault("residual", None)
+    if "residual" not in signature.parameters:
+        named.pop("residual")
+    return named
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
