@@ -189,3 +189,16 @@ def _read_header(shard: Path) -> list[TensorEntry]:
             "copy the checkpoint again"
         )
     return entries
+
+
+def attention_needed(config: dict[str, Any]) -> str | None:
+    """The attention implementation of transformers that a config needs; None: any.
+
+    Soft-capped attention scores (Gemma-2) exist in transformers' `eager` attention only: its SDPA
+    takes the argument and drops it without a word (seen in 5.19 and 5.23).
+    """
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, dict) else {}):
+        if values.get("attn_logit_softcapping"):
+            return "eager"
+    return None

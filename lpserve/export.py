@@ -27,6 +27,7 @@ from lpserve.checkpoint import (
     SINGLE_NAME,
     Checkpoint,
     TensorEntry,
+    attention_needed,
     checkpoint_hash,
     find_layer_prefix,
     read_checkpoint,
@@ -306,11 +307,13 @@ def reloaded_nll(
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     script = Path(__file__).parent / "engine" / "reload.py"
+    needed = attention_needed(read_checkpoint(folder).config)
+    attention = [needed] if needed else []
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "windows.npz"
         np.savez(path, tokens=windows.tokens_NT, scored=windows.scored_NT)
         done = subprocess.run(
-            [sys.executable, str(script), str(folder), str(path), dtype, device],
+            [sys.executable, str(script), str(folder), str(path), dtype, device, *attention],
             capture_output=True,
             text=True,
             check=False,

@@ -98,7 +98,7 @@ class EngineInfo:
         return Game(model_hash=self.model_hash, players=self.players, numerics=numerics)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Work:
     """What scoring a batch of masks took. Layer-forwards count one player run over all windows."""
 

@@ -48,7 +48,88 @@ def small_config(family: str, num_layers: int = 6) -> PretrainedConfig:
             n_embd=64, n_layer=num_layers, n_head=2, n_positions=64, vocab_size=97,
             initializer_range=0.15, bos_token_id=0, eos_token_id=1,
         )  # fmt: skip
+    return _more_families(family, common)
+
+
+def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
+    import transformers as tf
+
+    layers = common["num_hidden_layers"]
+    experts = {"num_experts_per_tok": 2, "output_router_logits": False}
+    if family == "llama-mha":
+        return tf.LlamaConfig(**common | {"num_key_value_heads": 2})
+    if family == "qwen2":
+        return tf.Qwen2Config(**{k: v for k, v in common.items() if k != "head_dim"})
+    if family == "gemma3":
+        return tf.Gemma3TextConfig(
+            **common, sliding_window=9, query_pre_attn_scalar=32,
+            layer_types=["sliding_attention", "full_attention"] * (layers // 2),
+        )  # fmt: skip
+    if family == "opt":
+        return tf.OPTConfig(
+            hidden_size=64, ffn_dim=96, num_hidden_layers=layers, num_attention_heads=2,
+            vocab_size=97, max_position_embeddings=64, init_std=0.15, word_embed_proj_dim=64,
+            bos_token_id=0, eos_token_id=1, pad_token_id=1, dropout=0.0,
+        )  # fmt: skip
+    if family == "gpt-neox":
+        return tf.GPTNeoXConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=2,
+            vocab_size=97, max_position_embeddings=64, initializer_range=0.15, bos_token_id=0,
+            eos_token_id=1,
+        )  # fmt: skip
+    if family == "phi3":
+        return tf.Phi3Config(**{k: v for k, v in common.items() if k != "head_dim"})
+    if family == "mixtral":
+        return tf.MixtralConfig(**common, num_local_experts=4, **experts)
+    if family == "qwen3-moe":
+        return tf.Qwen3MoeConfig(
+            **common, num_experts=4, moe_intermediate_size=48, decoder_sparse_step=1,
+            norm_topk_prob=True, **experts,
+        )  # fmt: skip
+    if family == "cohere":
+        return tf.CohereConfig(
+            **{k: v for k, v in common.items() if k != "head_dim"}, logit_scale=0.5
+        )
+    if family == "gpt-oss":
+        return tf.GptOssConfig(
+            **common, num_local_experts=4, num_experts_per_tok=2, sliding_window=9,
+            rope_parameters={
+                "rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "beta_fast": 32.0,
+                "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 32,
+            },
+        )  # fmt: skip
+    if family == "bloom":
+        return tf.BloomConfig(
+            hidden_size=64, n_layer=layers, n_head=2, vocab_size=97, initializer_range=0.15,
+            bos_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+    if family == "deepseek-v2":
+        return tf.DeepseekV2Config(
+            **{k: v for k, v in common.items() if k not in ("head_dim", "num_key_value_heads")},
+            num_key_value_heads=2, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=32,
+            qk_rope_head_dim=64, v_head_dim=32, n_routed_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=48, first_k_dense_replace=1, n_group=1, topk_group=1,
+            n_shared_experts=1,
+        )  # fmt: skip
+    if family == "olmo2":
+        return tf.Olmo2Config(**{k: v for k, v in common.items() if k != "head_dim"})
+    if family == "falcon":
+        return tf.FalconConfig(
+            hidden_size=64, num_hidden_layers=layers, num_attention_heads=2, vocab_size=97,
+            initializer_range=0.15, bos_token_id=0, eos_token_id=1, alibi=True, bias=True,
+        )  # fmt: skip
+    if family == "mpt":
+        return tf.MptConfig(
+            d_model=64, n_heads=2, n_layers=layers, vocab_size=97, max_seq_len=64,
+            expansion_ratio=2, initializer_range=0.15, bos_token_id=0, eos_token_id=1,
+        )  # fmt: skip
     raise ValueError(family)
+
+
+VLLM_FAMILIES = (
+    "llama", "llama-mha", "qwen2", "qwen3", "mistral-window", "gemma2", "gemma3", "opt", "gpt2",
+    "gpt-neox", "phi3", "mixtral", "qwen3-moe", "cohere", "gpt-oss", "bloom",
+)  # fmt: skip
 
 
 FAMILIES = ("llama", "qwen3", "mistral-window", "gemma2", "gpt2")
@@ -68,8 +149,13 @@ def save_model(config: PretrainedConfig, path: Path, seed: int, **save: object) 
 
 def decoder_list(model: Any) -> tuple[Any, str]:
     """The module that owns the decoder layers, and the name of the list in it."""
-    inner = model.base_model
-    return (inner, "h") if hasattr(inner, "h") else (inner, "layers")
+    inner = getattr(model.base_model, "decoder", model.base_model)
+    return inner, next(name for name in ("layers", "h", "blocks") if hasattr(inner, name))
+
+
+def reference_model(path: Path) -> Any:
+    """transformers' own model; written-out attention, since SDPA drops Gemma-2's soft cap."""
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
 
 
 def with_layers_deleted(model: Any, mask_P: np.ndarray) -> Any:

@@ -19,7 +19,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
-from lpserve.checkpoint import Checkpoint, checkpoint_hash, read_checkpoint
+from lpserve.checkpoint import Checkpoint, attention_needed, checkpoint_hash, read_checkpoint
 from lpserve.engine.base import check_decoder, check_masks, check_windows
 from lpserve.engine.hf_stack import RecordedStack
 from lpserve.engine.scorer import (
@@ -44,7 +44,8 @@ class TransformersEngine:
     * `micro_batch_tokens`: most tokens a layer is given at once. Setting it fills micro-batches
       with states of several masks; the default does so on a GPU only (32,768), while on CPU a
       micro-batch is one state of at most 4,096 tokens.
-    * `attn_implementation`: passed to transformers; default: transformers' own choice.
+    * `attn_implementation`: passed to transformers; default: transformers' own choice, and `eager`
+      where soft-capped scores need it.
     """
 
     OPTIONS = ("state_budget_mb", "micro_batch_tokens", "attn_implementation")
@@ -134,9 +135,8 @@ def _padded_step(model: Any) -> int:
 
 
 def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any:
-    kwargs: dict[str, Any] = {}
-    if spec.options.get("attn_implementation"):
-        kwargs["attn_implementation"] = spec.options["attn_implementation"]
+    attention = spec.options.get("attn_implementation") or attention_needed(checkpoint.config)
+    kwargs: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     with _quiet_transformers():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -1,6 +1,6 @@
 """Scores a checkpoint in a process of its own with AutoModelForCausalLM alone. Run as a script.
 
-    python reload.py CHECKPOINT WINDOWS.npz DTYPE DEVICE
+    python reload.py CHECKPOINT WINDOWS.npz DTYPE DEVICE [ATTENTION]
 
 WINDOWS.npz holds `tokens` int [N, T] and `scored` bool [N, T]. Prints one JSON line: the summed NLL
 of every window in nats. Imports nothing of lpserve, so that what it checks is what users load.
@@ -20,11 +20,16 @@ ROWS_TOKENS = 4096
 
 
 @torch.inference_mode()
-def main(checkpoint: str, windows: str, dtype: str, device: str) -> None:
+def main(
+    checkpoint: str, windows: str, dtype: str, device: str, attention: str | None = None
+) -> None:
     with np.load(windows, allow_pickle=False) as data:
         tokens_NT, scored_NT = data["tokens"].astype(np.int64), data["scored"]
     model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=getattr(torch, dtype), local_files_only=True
+        checkpoint,
+        dtype=getattr(torch, dtype),
+        local_files_only=True,
+        **({"attn_implementation": attention} if attention else {}),
     )
     model = model.to(device).eval()
     rows = max(1, ROWS_TOKENS // tokens_NT.shape[1])
@@ -41,4 +46,4 @@ def main(checkpoint: str, windows: str, dtype: str, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:6])

@@ -1,13 +1,19 @@
 """Registered windows, and masks scored on them through the trie: what every trie engine does.
 
 Windows of a set are grouped by padded length; each group is one block for the executor.
+
+A stack may hold only some of the players, in a row (a pipeline stage). Its trie is then walked once
+for each distinct prefix over the players before it, in sorted order: the order in which the stage
+before hands on its states.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +22,7 @@ import torch
 from lpserve.engine.base import LayerStack
 from lpserve.engine.trie import TrieExecutor, TrieSettings
 from lpserve.errors import InputError
+from lpserve.masks import sort_distinct
 from lpserve.types import BoolArray, FloatArray, IntArray, Work
 from lpserve.windows import TokenWindows
 
@@ -45,8 +52,18 @@ class StackScorer:
     """Scores masks on registered windows over one LayerStack."""
 
     def __init__(
-        self, stack: PreparedStack, settings: TrieSettings, *, padded_step: int = PADDED_LENGTH_STEP
+        self,
+        stack: PreparedStack,
+        settings: TrieSettings,
+        *,
+        padded_step: int = PADDED_LENGTH_STEP,
+        part: tuple[int, int] | None = None,
     ) -> None:
+        """
+        Args:
+            part: (first player of the stack, players of the whole model); None: all are here.
+        """
+        self._first, self._num_players = part or (0, stack.num_players)
         self._stack = stack
         self._executor = TrieExecutor(stack, settings)
         self._padded_step = padded_step
@@ -66,7 +83,7 @@ class StackScorer:
             with full_precision():
                 for group in groups:
                     self._stack.prepare(group.block)
-                    self._executor.group_rows(group.block.num_windows, group.block.length)
+                    self._rows(group.block)
             self._groups[key] = groups
             self._sizes[key] = windows.num_tokens_N
         return key
@@ -79,20 +96,43 @@ class StackScorer:
 
     def score(self, masks_MP: BoolArray, key: str) -> tuple[FloatArray, Work]:
         """Summed NLL `float64[M, N]` of registered windows, and the work it took."""
-        nll_MN = np.empty((len(masks_MP), len(self.num_tokens(key))))
-        works = []
+        started = time.perf_counter()
+        sorted_DP, inverse_M = sort_distinct(masks_MP)
+        nll_DN = np.empty((len(sorted_DP), len(self.num_tokens(key))))
+        layer_forwards = tokens = 0
         with full_precision():
             for group in self._groups[key]:
-                nll_MN[:, group.rows_n], work = self._executor.score(masks_MP, group.block)
-                works.append(work)
-        return nll_MN, Work(
+                nll_DN[:, group.rows_n], layer_forwards = self._walk(sorted_DP, group.block)
+                tokens += len(sorted_DP) * group.block.tokens_NT.size
+        return nll_DN[inverse_M], Work(
             masks=len(masks_MP),
-            distinct_masks=works[0].distinct_masks,
-            layer_forwards=works[0].layer_forwards,
-            skip_layer_forwards=works[0].skip_layer_forwards,
-            tokens=sum(work.tokens for work in works),
-            seconds=sum(work.seconds for work in works),
+            distinct_masks=len(sorted_DP),
+            layer_forwards=layer_forwards,
+            skip_layer_forwards=int(np.asarray(masks_MP).sum()),
+            tokens=tokens,
+            seconds=time.perf_counter() - started,
         )
+
+    def _walk(self, sorted_DP: BoolArray, block: TokenWindows) -> tuple[FloatArray, int]:
+        """NLL [D, N] of one block, and its layer-forwards."""
+        nll_DN = np.empty((len(sorted_DP), block.num_windows))
+        mine = slice(self._first, self._first + self._stack.num_players)
+        bounds = prefix_bounds(sorted_DP, self._first)
+        rows = self._rows(block)
+        layer_forwards = 0
+        for start in range(0, block.num_windows, rows):
+            stop = min(start + rows, block.num_windows)
+            part = block if rows == block.num_windows else block.select(np.arange(start, stop))
+            layer_forwards = 0
+            for low, high in pairwise(bounds):
+                nll, work = self._executor.score(sorted_DP[low:high, mine], part)
+                nll_DN[low:high, start:stop] = nll
+                layer_forwards += work.layer_forwards
+        return nll_DN, layer_forwards
+
+    def _rows(self, block: TokenWindows) -> int:
+        """Windows of a state: every stage cuts alike, whatever its own number of players."""
+        return self._executor.group_rows(block.num_windows, block.length, self._num_players)
 
     def batch_noise(self, key: str, seed: int = 0) -> float:
         """How much the other masks of a batch move a score: nats per token, root mean square.
@@ -101,7 +141,7 @@ class StackScorer:
         one state; on a GPU a kernel's rounding depends on the shape of its batch.
         """
         rng = np.random.default_rng(seed)
-        masks_MP = rng.random((NOISE_MASKS, self._stack.num_players)) < 0.8
+        masks_MP = rng.random((NOISE_MASKS, self._num_players)) < 0.8
         together, _ = self.score(masks_MP, key)
         alone = np.concatenate([self.score(mask_P[None], key)[0] for mask_P in masks_MP])
         difference_M = (together - alone).sum(axis=1) / self.num_tokens(key).sum()
@@ -115,6 +155,12 @@ class StackScorer:
             rows_n = np.flatnonzero(padded_N == length)
             groups.append(_Group(rows_n, windows.select(rows_n, int(length))))
         return groups
+
+
+def prefix_bounds(sorted_DP: BoolArray, num_before: int) -> list[int]:
+    """Where the first `num_before` bits of sorted masks change: 0, ..., D."""
+    changes = (sorted_DP[1:, :num_before] != sorted_DP[:-1, :num_before]).any(axis=1)
+    return [0, *(np.flatnonzero(changes) + 1).tolist(), len(sorted_DP)]
 
 
 def trie_settings(options: Any, device_type: str, free_bytes: int) -> TrieSettings:

@@ -59,17 +59,21 @@ class TrieExecutor:
         self._num_buffers = 0
         self._batch: torch.Tensor | None = None
 
-    def group_rows(self, num_windows: int, length: int) -> int:
+    def group_rows(self, num_windows: int, length: int, num_players: int | None = None) -> int:
         """Windows that one state holds: all of them, or fewer so that a path of states fits.
+
+        Args:
+            num_players: of the whole model, where the stack is a part of it.
 
         Raises:
             InputError: the budget does not hold P + 1 states of one window.
         """
-        path_bytes = self._stack.state_bytes(length) * (self._stack.num_players + 1)
+        num_players = num_players or self._stack.num_players
+        path_bytes = self._stack.state_bytes(length) * (num_players + 1)
         fitting = self._settings.state_budget_bytes // path_bytes
         if fitting < 1:
             raise InputError(
-                f"state_budget_mb is too small: {self._stack.num_players + 1} states of one "
+                f"state_budget_mb is too small: {num_players + 1} states of one "
                 f"{length}-token window take {path_bytes / 2**20:.2f} MiB"
             )
         wanted = max(1, self._settings.micro_batch_tokens // length)

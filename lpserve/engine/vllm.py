@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ PATH_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
 """Relative, mean NLL of a mask, between the two paths at start. In float32 both sum the same terms
 in another order (measured: at most 1e-6); in half precision attention kernels round differently
 (measured in bfloat16: some 1e-3), and a structural mistake is worth 1e-1 and more."""
+STATE_KINDS = ("hidden", "sum", "pair")
+"""What a state carries, smallest first; see `engine.vllm_stack`."""
 RPC_TIMEOUT_S = 1800.0
 """A rank that died leaves the others waiting for it; after this the engine gives up."""
 
@@ -173,22 +176,23 @@ class VllmEngine:
         if self._wanted == "requests":
             self._check_masks_matter(windows, self._score_requests, "requests")
             return "requests", "asked for", 0.0
+        noise = 0.0
+        difference = 0.0
         refusal = self._prepare_scoring(windows, settings, head_chunk)
         if refusal is None:
             self._check_masks_matter(windows, self._score_scoring, "scoring")
             noise = max(self._call("lpserve_noise", windows.content_hash))
-            if self._wanted == "scoring":
-                return "scoring", "asked for", noise
             refusal, difference = self._self_check(windows, spec.dtype)
-            if refusal is None:
-                return (
-                    "scoring",
-                    f"self-check: within {difference:.1e} of requests (relative mean NLL, "
-                    f"tolerance {PATH_TOLERANCE[spec.dtype]:.0e})",
-                    noise,
-                )
+        if refusal is None:
+            asked = "asked for, " if self._wanted == "scoring" else ""
+            return (
+                "scoring",
+                f"{asked}self-check: within {difference:.1e} of requests (relative mean NLL, "
+                f"tolerance {PATH_TOLERANCE[spec.dtype]:.0e})",
+                noise,
+            )
         if self._wanted == "scoring":
-            raise EngineError(f"the scoring path cannot drive {spec.model}: {refusal}")
+            raise EngineError(f"the scoring path cannot serve {spec.model}: {refusal}")
         self._windows.clear()
         self._check_masks_matter(windows, self._score_requests, "requests")
         return "requests", f"scoring cannot serve this model: {refusal}", 0.0
@@ -203,6 +207,15 @@ class VllmEngine:
                 settings.pack_states, head_chunk,
             )  # fmt: skip
             self._register_scoring(windows)
+            offered = [set(reply["kinds"]) for reply in self._call("lpserve_probe")]
+            kinds = [kind for kind in STATE_KINDS if all(kind in some for some in offered)]
+            if not kinds:
+                return (
+                    "what its layers hand on is neither a hidden state, nor a sum of hidden state "
+                    "and residual, nor a pair that may start with a residual of zero"
+                )
+            self._state_kind = kinds[0]
+            self._call("lpserve_set_state", kinds[0])
         except EngineError as error:
             return str(error)
         self._windows[windows.content_hash] = windows
@@ -250,16 +263,20 @@ class VllmEngine:
         )  # fmt: skip
         if any(reply["key"] != windows.content_hash for reply in replies):
             raise EngineError("a worker received other windows than were sent")
-        self._state_kind = replies[0]["state"]
 
     def _score_scoring(self, masks_MP: BoolArray, windows: TokenWindows) -> tuple[FloatArray, Work]:
         replies = self._call(
             "lpserve_score", windows.content_hash, masks_MP.tobytes(), len(masks_MP)
         )
-        arrays = [np.frombuffer(r["nll"]).reshape(r["shape"]) for r in replies if "nll" in r]
+        # the last pipeline stage reduces; its tensor-parallel ranks must agree
+        stages = self._ranks[0]["pipeline_parallel_size"]
+        per_stage = len(replies) // stages
+        arrays = [np.frombuffer(r["nll"]).reshape(r["shape"]) for r in replies[-per_stage:]]
         if any(not np.array_equal(array, arrays[0], equal_nan=True) for array in arrays):
             raise EngineError("ranks disagree about the scores of the same masks")
-        return arrays[0].copy(), Work(**dict(zip(Work.__slots__, replies[0]["work"], strict=True)))
+        works = [Work(*reply["work"]) for reply in replies[::per_stage]]
+        layer_forwards = sum(work.layer_forwards for work in works)
+        return arrays[0].copy(), replace(works[-1], layer_forwards=layer_forwards)
 
     # -- requests path ---------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Causal self-attention over whole windows, in place of a paged KV cache.
 
-Pure torch; knows no vLLM. `AttentionSpec` says what a layer's attention does, `AttentionSpec.attend` does it for
-windows of one length, each attending to itself alone.
+Pure torch; knows no vLLM. An `AttentionSpec` says what a layer's attention does, and its `attend`
+does it for windows of one length, each attending to itself alone.
 
 Shapes: B windows, T tokens, n = B * T, H query heads, K key heads, D head size.
 """
@@ -102,16 +102,16 @@ def _visible(
     length: int, window: int | None, chunk: int | None, device: torch.device
 ) -> torch.Tensor | None:
     """bool[T, T], True = may attend; None where plain causal attention says the same."""
-    windowed = window is not None and window < length
-    chunked = chunk is not None and chunk < length
-    if not windowed and not chunked:
+    window = window if window is not None and window < length else None
+    chunk = chunk if chunk is not None and chunk < length else None
+    if window is None and chunk is None:
         return None
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None]
     visible = distance >= 0
-    if windowed:
+    if window is not None:
         visible = visible & (distance < window)
-    if chunked:
+    if chunk is not None:
         visible = visible & (position[:, None] // chunk == position[None] // chunk)
     return visible
 

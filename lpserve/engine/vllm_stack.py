@@ -28,6 +28,7 @@ from lpserve.engine.head import TargetCache, on_device, summed_nll
 from lpserve.errors import EngineError
 from lpserve.windows import TokenWindows
 
+_KINDS = ("hidden", "sum", "pair")
 _MAX_CALLS = 16
 """Batch shapes whose recorded arguments are kept."""
 
@@ -105,6 +106,17 @@ class LayerTap:
         return hidden, torch.zeros_like(hidden) if ends and residual is None else residual
 
 
+class Link(Protocol):
+    """To the neighbours in a pipeline of ranks; a rank that holds all layers is first and last."""
+
+    is_first: bool
+    is_last: bool
+
+    def send(self, tensor: torch.Tensor) -> None: ...
+
+    def receive(self, shape: torch.Size) -> torch.Tensor: ...
+
+
 class DrivenModel(Protocol):
     """What a stack needs of a model; `vllm_worker` makes one of vLLM's."""
 
@@ -116,6 +128,9 @@ class DrivenModel(Protocol):
     tensor_parallel_size: int
     length: int
     """Tokens of each window in the calls that follow."""
+
+    @property
+    def link(self) -> Link: ...
 
     def session(self) -> AbstractContextManager[None]: ...
 
@@ -134,10 +149,11 @@ class VllmStack:
         self._targets = TargetCache(model.device)
         self._calls: dict[tuple[int, int], _Recorded] = {}
         self._prepared: set[int] = set()
+        self._probe_length = 0
         self.num_players = len(model.tap.layers)
         self.width = 0
         self.state_kind = ""
-        """`hidden`, `sum` or `pair`; see the module."""
+        """`hidden`, `sum` or `pair`; see the module. All ranks must use the same."""
 
     def session(self) -> AbstractContextManager[None]:
         return self._model.session()
@@ -154,22 +170,21 @@ class VllmStack:
         """
         if windows.length in self._prepared:
             return
+        self._probe_length = windows.length
         tokens_T = on_device(windows.tokens_NT[0], self._model.device)
         length = windows.length
         record = self._record(tokens_T, length, 1)
         self._refuse_text(record, self._record((tokens_T + 1) % self._model.vocab_size, length, 1))
-        if not self.state_kind:
-            self.width = record.hidden.shape[-1]
-            self.state_kind = self._find_state_kind(record, length)
+        self.width = record.hidden.shape[-1]
         self._prepared.add(length)
 
     def embed(self, block: TokenWindows) -> torch.Tensor:
+        shape = (block.num_windows, block.length, self.width)
+        if not self._model.link.is_first:
+            parts = (2,) if self.state_kind == "pair" else ()
+            return self._model.link.receive(torch.Size((*shape[:2], *parts, self.width)))
         ids_n = on_device(block.tokens_NT.reshape(-1), self._model.device)
-        record = self._record(ids_n, block.length, block.num_windows)
-        hidden = record.hidden
-        if record.residual is not None:
-            hidden = hidden + record.residual
-        state = hidden.view(block.num_windows, block.length, self.width)
+        state = self._record(ids_n, block.length, block.num_windows).hidden.view(shape)
         if self.state_kind == "pair":
             return torch.stack([state, torch.zeros_like(state)], dim=2)
         return state
@@ -189,6 +204,10 @@ class VllmStack:
         if metric != "nll":
             raise ValueError(f"metric {metric!r} is not known to this stack")
         rows, length = state_BTd.shape[:2]
+        if not self._model.link.is_last:
+            for state in state_BTd.split(block.num_windows):
+                self._model.link.send(state)
+            return torch.zeros(rows, dtype=torch.float64, device=state_BTd.device)
         record = self._recorded(length, rows)
         final = self._tail(record, *self._unpack(state_BTd, record))
         final = final.view(rows, length, -1)
@@ -218,9 +237,9 @@ class VllmStack:
         arguments = record.arguments[player] | {"hidden_states": hidden}
         if self._tap.takes_residual[player]:
             arguments["residual"] = residual
-        output = self._tap.run(player, arguments)
+        output: Any = self._tap.run(player, arguments)
         if isinstance(output, tuple):
-            return output[0], output[1] if len(output) > 1 else output[0]
+            return output[0], output[-1]
         return output, output
 
     def _tail(
@@ -249,15 +268,17 @@ class VllmStack:
         device = self._model.device
         positions_n = torch.arange(length, device=device).repeat(rows)
         record = _Recorded(ids_n, positions_n, length)
-        handed: list[torch.Tensor] = []
+        handed: list[torch.Tensor] = []  # what the layer before returned
 
         def pass_on(index: int, arguments: dict[str, Any]) -> Any:
             hidden = arguments.pop("hidden_states")
             residual = arguments.pop("residual", None)
             if not index:
                 record.hidden, record.residual = hidden, residual
-            elif hidden is not handed[0] or (
-                self._tap.takes_residual[index] and residual is not handed[-1]
+            elif (
+                not handed
+                or hidden is not handed[0]
+                or (self._tap.takes_residual[index] and residual is not handed[-1])
             ):
                 raise EngineError(
                     f"something happens between layers {index - 1} and {index} of "
@@ -295,38 +316,50 @@ class VllmStack:
 
     # -- what a state carries --------------------------------------------------------------------
 
-    def _find_state_kind(self, record: _Recorded, length: int) -> str:
-        """Probe every layer on real data: what must be handed on so that nothing changes."""
+    def probe(self) -> list[str]:
+        """The kinds of state with which every layer here gives exactly what it gives by itself.
+
+        Runs the model's own chain on the text that `prepare` saw; ranks of a pipeline hand it on.
+
+        Raises:
+            EngineError: the layers do not agree about what they take.
+        """
+        record = self._calls[self._probe_length, 1]
+        link = self._model.link
         if not any(self._tap.takes_residual):
-            return "hidden"
-        if not all(self._tap.takes_residual):
+            kinds = ["hidden"]
+        elif not all(self._tap.takes_residual):
             raise EngineError(f"{self._model.name}: some layers take a residual and some do not")
-        if record.residual is not None:
-            raise EngineError(f"{self._model.name} gives its first layer a residual")
-        fits = {"hidden": True, "sum": True, "pair": True}
-        start = record.hidden
-        hidden, residual = self._layer(record, 0, start.clone(), None)
-        for player in range(1, self.num_players + 1):
-            ends = player == self.num_players
+        else:
+            kinds = list(_KINDS)
+        if link.is_first:
+            if record.residual is not None:
+                raise EngineError(f"{self._model.name} gives its first layer a residual")
+            start = record.hidden
+            hidden, residual = self._layer(record, 0, start.clone(), None)
+            chain = range(1, self.num_players + link.is_last)
+        else:
+            start = hidden = link.receive(record.hidden.shape)
+            residual = link.receive(record.hidden.shape)
+            chain = range(self.num_players + link.is_last)
+        fits = dict.fromkeys(kinds, True)
+        for player in chain:
+            zeros = torch.zeros_like(hidden) if player == self.num_players else None
             real = self._next(record, player, hidden, residual)
-            alone = self._next(record, player, hidden, torch.zeros_like(hidden) if ends else None)
-            summed = self._next(
-                record, player, hidden + residual, torch.zeros_like(hidden) if ends else None
-            )
+            alone = self._next(record, player, hidden, zeros)
+            summed = self._next(record, player, hidden + residual, zeros)
             fits["hidden"] &= torch.equal(real[0], alone[0])
-            fits["sum"] &= torch.equal(real[0] + real[1], summed[0] + summed[1])
+            if "sum" in fits:
+                fits["sum"] &= torch.equal(real[0] + real[1], summed[0] + summed[1])
             hidden, residual = real
-        for player in range(self.num_players):
+        if not link.is_last:
+            link.send(hidden)
+            link.send(residual)
+        for player in range(self.num_players if "pair" in fits else 0):
             none = self._next(record, player, start, None)
             zeros = self._next(record, player, start, torch.zeros_like(start))
             fits["pair"] &= torch.equal(none[0], zeros[0]) and torch.equal(none[1], zeros[1])
-        kinds = [kind for kind, fitting in fits.items() if fitting]
-        if not kinds:
-            raise EngineError(
-                f"{self._model.name}: what its layers hand on is neither a hidden state, nor a sum "
-                "of hidden state and residual, nor a pair that may start with a residual of zero"
-            )
-        return kinds[0]
+        return [kind for kind in kinds if fits[kind]]
 
     def _next(
         self, record: _Recorded, player: int, hidden: torch.Tensor, residual: torch.Tensor | None

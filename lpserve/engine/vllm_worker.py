@@ -19,24 +19,19 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from torch import nn
 
-from lpserve.engine.scorer import StackScorer
+from lpserve.engine.scorer import StackScorer, full_precision
 from lpserve.engine.trie import TrieSettings
 from lpserve.engine.vllm_attention import AttentionSpec
 from lpserve.engine.vllm_stack import LayerTap, VllmStack
 from lpserve.errors import EngineError, InputError
 from lpserve.windows import TokenWindows
-
-if TYPE_CHECKING:
-    from vllm.v1.worker.worker_base import WorkerBase as _Worker
-else:
-    _Worker = object
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +84,8 @@ CONTRACT = (
             ("shard_indices",)),
     Touched("vllm.distributed", "tensor_model_parallel_all_gather", ("input_", "dim")),
     Touched("vllm.distributed", "get_pp_group"),
+    Touched("vllm.distributed.parallel_state", "GroupCoordinator.send", ("tensor",)),
+    Touched("vllm.distributed.parallel_state", "GroupCoordinator.recv", ("size", "dtype")),
 )  # fmt: skip
 _IMPL_ATTRIBUTES = ("scale", "alibi_slopes", "logits_soft_cap")
 
@@ -112,17 +109,26 @@ def check_contract() -> None:
                     raise EngineError(f"vLLM {vllm.__version__}: {where} takes no {parameter!r}")
 
 
-class WorkerExtension(_Worker):
+class WorkerExtension:
     """Methods of vLLM's worker. Arguments and results are plain values and bytes."""
+
+    # of the worker that this is mixed into
+    model_config: Any
+    vllm_config: Any
+    device: torch.device
+    get_model: Callable[[], Any]
+    _lpserve_tap: LayerTap
+    _lpserve_stack: VllmStack
+    _lpserve_scorer: StackScorer
 
     def lpserve_open(self) -> dict[str, Any]:
         """Patch the layers, once; describe what this rank holds."""
-        return _reported(self._lpserve_open)
+        return _reported(lambda: _open(self))
 
     def lpserve_set_mask(self, keep: list[bool]) -> list[bool]:
         """Which of all layers run from now on in requests, True = kept; returns the part of this
         rank, read back from the patches."""
-        tap: LayerTap = self._lpserve_tap
+        tap = self._lpserve_tap
         tap.keep[:] = keep[tap.first : tap.first + len(tap.layers)]
         return tap.read_mask()
 
@@ -137,7 +143,10 @@ class WorkerExtension(_Worker):
                 state_budget_bytes=state_budget_bytes, micro_batch_tokens=micro_batch_tokens,
                 pack_states=pack_states,
             )  # fmt: skip
-            self._lpserve_scorer = StackScorer(self._lpserve_stack, settings)
+            total = self.model_config.get_total_num_hidden_layers()
+            self._lpserve_scorer = StackScorer(
+                self._lpserve_stack, settings, part=(self._lpserve_tap.first, total)
+            )
             return {}
 
         return _reported(prepare)
@@ -150,9 +159,22 @@ class WorkerExtension(_Worker):
         def register() -> dict[str, Any]:
             with self._lpserve_stack.session():
                 key = self._lpserve_scorer.register(TokenWindows.from_tokens(tokens_NT, scored_NT))
-            return {"key": key, "state": self._lpserve_stack.state_kind}
+            return {"key": key}
 
         return _reported(register)
+
+    def lpserve_probe(self) -> dict[str, Any]:
+        """The kinds of state that are exact on this rank; windows must be registered."""
+
+        def probe() -> dict[str, Any]:
+            with full_precision(), self._lpserve_stack.session():
+                return {"kinds": self._lpserve_stack.probe()}
+
+        return _reported(probe)
+
+    def lpserve_set_state(self, kind: str) -> None:
+        """The kind of state that all ranks use."""
+        self._lpserve_stack.state_kind = kind
 
     def lpserve_score(self, key: str, masks: bytes, num_masks: int) -> dict[str, Any]:
         """NLL of registered windows under masks (bool bytes of [M, P]), scoring path."""
@@ -174,33 +196,35 @@ class WorkerExtension(_Worker):
 
     def lpserve_calls(self) -> dict[str, Any]:
         """Times that each layer really ran so far, and the class that ran."""
-        tap: LayerTap = self._lpserve_tap
+        tap = self._lpserve_tap
         return {
             "calls": list(tap.calls),
             "classes": [type(layer).__module__ for layer in tap.layers],
         }
 
-    def _lpserve_open(self) -> dict[str, Any]:
-        check_contract()
-        if not hasattr(self, "_lpserve_tap"):
-            layers, first = _decoder_layers(self)
-            self._lpserve_tap = LayerTap(layers, first, _forget_moe_order)
-            _allocate_receive_buffers(self)
-        parallel = self.vllm_config.parallel_config
-        config = self.model_config
-        return {
-            "num_layers": config.get_total_num_hidden_layers(),
-            "first_layer": self._lpserve_tap.first,
-            "local_layers": len(self._lpserve_tap.layers),
-            "architecture": type(self.get_model()).__name__,
-            "vocab_size": config.get_vocab_size(),
-            "tensor_parallel_size": parallel.tensor_parallel_size,
-            "pipeline_parallel_size": parallel.pipeline_parallel_size,
-            "quantization": config.quantization,
-            "device": str(self.device),
-            "free_bytes": _free_bytes(self.device),
-            "threads": torch.get_num_threads(),
-        }
+
+def _open(worker: Any) -> dict[str, Any]:
+    check_contract()
+    if not hasattr(worker, "_lpserve_tap"):
+        layers, first = _decoder_layers(worker)
+        worker._lpserve_tap = LayerTap(layers, first, _forget_moe_order)
+        _allocate_receive_buffers(worker)
+        _use_plain_rotary_with_mla(worker)
+    parallel = worker.vllm_config.parallel_config
+    config = worker.model_config
+    return {
+        "num_layers": config.get_total_num_hidden_layers(),
+        "first_layer": worker._lpserve_tap.first,
+        "local_layers": len(worker._lpserve_tap.layers),
+        "architecture": type(worker.get_model()).__name__,
+        "vocab_size": config.get_vocab_size(),
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "quantization": config.quantization,
+        "device": str(worker.device),
+        "free_bytes": _free_bytes(worker.device),
+        "threads": torch.get_num_threads(),
+    }
 
 
 class _VllmModel:
@@ -220,13 +244,12 @@ class _VllmModel:
         self.length = 0
         parallel = worker.vllm_config.parallel_config
         self.tensor_parallel_size: int = parallel.tensor_parallel_size
-        if parallel.pipeline_parallel_size > 1:
-            raise EngineError("pipeline parallelism: a worker holds only some of the layers")
+        self.link = _Link(self.device, self.dtype)
         if parallel.data_parallel_size > 1:
             raise EngineError("data parallelism inside one engine")
         self._attention = self._attention_forwards()
         self._processors = [m for m in self.model.modules() if isinstance(m, LogitsProcessor)]
-        if len(self._processors) != 1:
+        if len(self._processors) != 1 and self.link.is_last:
             raise EngineError(f"{self.name} has {len(self._processors)} logits processors, not one")
         self._shard: Any = None
 
@@ -241,22 +264,27 @@ class _VllmModel:
             get_forward_context().all_moe_layers = None
             for module, forward in self._attention:
                 module.forward = forward
-            processor = self._processors[0]
-            if self.tensor_parallel_size > 1:
+            processors = self._processors if self.tensor_parallel_size > 1 else []
+            for processor in processors:
                 processor._gather_logits = _as_it_is
             try:
                 yield
             finally:
                 for module, _ in self._attention:
                     del module.forward
-                if self.tensor_parallel_size > 1:
+                for processor in processors:
                     del processor._gather_logits
 
     def run(self, ids_n: torch.Tensor, positions_n: torch.Tensor) -> torch.Tensor:
         """The model's forward under the tap's handler: final hidden states."""
         if self.uses_mrope:
             positions_n = positions_n.expand(3, -1)
-        return self.model(input_ids=ids_n, positions=positions_n)
+        if self.link.is_first:
+            return self.model(input_ids=ids_n, positions=positions_n)
+        received = self.model.make_empty_intermediate_tensors(
+            batch_size=len(ids_n), dtype=self.dtype, device=self.device
+        )
+        return self.model(input_ids=None, positions=positions_n, intermediate_tensors=received)
 
     def token_nll(self, rows_nd: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
         """float32[n] nats. Under tensor parallelism each rank reduces its own part of the
@@ -358,6 +386,24 @@ class _VllmModel:
         return forward
 
 
+class _Link:
+    """To the ranks before and after in vLLM's pipeline."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        from vllm.distributed import get_pp_group
+
+        self._group = get_pp_group()
+        self._device, self._dtype = device, dtype
+        self.is_first: bool = self._group.is_first_rank
+        self.is_last: bool = self._group.is_last_rank
+
+    def send(self, tensor: torch.Tensor) -> None:
+        self._group.send(tensor.contiguous())
+
+    def receive(self, shape: torch.Size) -> torch.Tensor:
+        return self._group.recv(shape, self._dtype)
+
+
 def _attention_spec(name: str, module: Any) -> AttentionSpec:
     from vllm.v1.attention.backend import AttentionType
 
@@ -433,6 +479,19 @@ def _allocate_receive_buffers(worker: Any) -> None:
         dtype=worker.model_config.dtype,
         device=worker.device,
     )
+
+
+def _use_plain_rotary_with_mla(worker: Any) -> None:
+    """vLLM 0.32's rotary kernel for CPU reads MLA's strided queries as if they were contiguous:
+    scores then depend on what else is in the batch. Its own plain form is right."""
+    from vllm.model_executor.layers.attention import MLAAttention
+
+    modules = list(worker.get_model().modules())
+    if worker.device.type != "cpu" or not any(isinstance(m, MLAAttention) for m in modules):
+        return
+    for module in modules:
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module._forward_method = module.forward_native
 
 
 def _reported(method: Callable[[], dict[str, Any]]) -> dict[str, Any]:

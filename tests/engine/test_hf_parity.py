@@ -10,10 +10,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import lpserve
-from tests.reference import FAMILIES, SPREAD, relative, window_nll, with_layers_deleted
+from tests.reference import (
+    FAMILIES,
+    SPREAD,
+    reference_model,
+    relative,
+    window_nll,
+    with_layers_deleted,
+)
 
 TOLERANCE = 1e-5
 NUM_LAYERS = 6
@@ -44,7 +50,7 @@ def test_skipping_layers_equals_deleting_them(family, model_dir, rng):
     masks = np.concatenate([edge_masks(), rng.random((6, NUM_LAYERS)) < 0.6])
     with lpserve.open_engine(path, windows) as engine:
         got = engine.score(masks).nll_MN
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    model = reference_model(path)
     expected = np.array(
         [
             window_nll(with_layers_deleted(model, m), windows.tokens_NT, windows.scored_NT)
