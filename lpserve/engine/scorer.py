@@ -64,8 +64,8 @@ class StackScorer:
             part: (first player of the stack, players of the whole model); None: all are here.
         """
         self._first, self._num_players = part or (0, stack.num_players)
-        self._stack = stack
-        self._executor = TrieExecutor(stack, settings)
+        self.stack = stack
+        self.executor = TrieExecutor(stack, settings)
         self._padded_step = padded_step
         self._groups: dict[str, list[_Group]] = {}
         self._sizes: dict[str, IntArray] = {}
@@ -82,7 +82,7 @@ class StackScorer:
             groups = self._split(windows)
             with full_precision():
                 for group in groups:
-                    self._stack.prepare(group.block)
+                    self.stack.prepare(group.block)
                     self._rows(group.block)
             self._groups[key] = groups
             self._sizes[key] = windows.num_tokens_N
@@ -116,7 +116,7 @@ class StackScorer:
     def _walk(self, sorted_DP: BoolArray, block: TokenWindows) -> tuple[FloatArray, int]:
         """NLL [D, N] of one block, and its layer-forwards."""
         nll_DN = np.empty((len(sorted_DP), block.num_windows))
-        mine = slice(self._first, self._first + self._stack.num_players)
+        mine = slice(self._first, self._first + self.stack.num_players)
         bounds = prefix_bounds(sorted_DP, self._first)
         rows = self._rows(block)
         layer_forwards = 0
@@ -125,14 +125,14 @@ class StackScorer:
             part = block if rows == block.num_windows else block.select(np.arange(start, stop))
             layer_forwards = 0
             for low, high in pairwise(bounds):
-                nll, work = self._executor.score(sorted_DP[low:high, mine], part)
+                nll, work = self.executor.score(sorted_DP[low:high, mine], part)
                 nll_DN[low:high, start:stop] = nll
                 layer_forwards += work.layer_forwards
         return nll_DN, layer_forwards
 
     def _rows(self, block: TokenWindows) -> int:
         """Windows of a state: every stage cuts alike, whatever its own number of players."""
-        return self._executor.group_rows(block.num_windows, block.length, self._num_players)
+        return self.executor.group_rows(block.num_windows, block.length, self._num_players)
 
     def batch_noise(self, key: str, seed: int = 0) -> float:
         """How much the other masks of a batch move a score: nats per token, root mean square.

@@ -84,6 +84,11 @@ class VllmEngine:
         self._windows: dict[str, TokenWindows] = {}
         free = min(rank["free_bytes"] for rank in self._ranks)
         device = torch.device(first["device"])
+        if spec.device not in ("auto", first["device"], device.type):
+            raise InputError(
+                f"device {spec.device!r} is asked for, but this vLLM runs on {first['device']}: "
+                "leave device at auto"
+            )
         settings = trie_settings(spec.options, device.type, free)
         head_chunk = HEAD_CHUNK_BYTES[device.type]
         self._default = windows.content_hash

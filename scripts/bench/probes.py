@@ -152,7 +152,7 @@ def timed_stack(engine: TransformersEngine, device: torch.device) -> Iterator[In
     if device.type == "cuda":
         yield None
         return
-    inside, stack = Inside(), engine._stack
+    inside, stack = Inside(), engine._scorer.stack
     plain = {"layers": stack.run_player, "heads": stack.reduce}
 
     def wrapped(name: str) -> Callable[..., torch.Tensor]:
@@ -175,7 +175,7 @@ def time_state_copy(
     engine: TransformersEngine, windows: TokenWindows, args: argparse.Namespace
 ) -> float:
     """Seconds to copy one state into a buffer that is not in the cache."""
-    rows = engine._executor.group_rows(windows.num_windows, windows.length)
+    rows = engine._scorer.executor.group_rows(windows.num_windows, windows.length)
     state = torch.ones((rows, windows.length, args.width), dtype=getattr(torch, args.dtype))
     budget = engine.info.settings["state_budget_bytes"]
     count = max(1, min(256, budget // (state.numel() * state.element_size())))

@@ -337,7 +337,7 @@ def measure_flat(folder: Path, windows: TokenWindows, args: argparse.Namespace) 
     masks_MP = design.take(FLAT_MASKS)
     with open_ours(folder, windows, args) as engine:
         flat = Flat(num_masks=len(masks_MP), start=memory_now(device))
-        reduce, done = engine._stack.reduce, 0
+        reduce, done = engine._scorer.stack.reduce, 0
         part = len(masks_MP) * windows.num_windows / FLAT_STEPS
 
         def counted(state_BTd: torch.Tensor, block: TokenWindows, metric: str) -> torch.Tensor:
@@ -348,7 +348,7 @@ def measure_flat(folder: Path, windows: TokenWindows, args: argparse.Namespace) 
                 flat.points.append(memory_now(device))
             return result
 
-        engine._stack.reduce = counted
+        engine._scorer.stack.reduce = counted
         engine.score(masks_MP)
     return flat
 
