@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +93,10 @@ def _add_run(commands: Any) -> None:
     add("--round-size", type=int, help="masks of a search round, at least (number of layers)")
     add("--stop-when-stable", action="store_true", default=None,
         help="stop before the budget when no unseen set promises to be better")  # fmt: skip
-    add("--engine", help="transformers (default)")
+    add("--engine", help="transformers (default) or vllm")
+    add("--engine-option", action="append", metavar="KEY=VALUE", type=_option,
+        help="of the engine; may be repeated. For vllm: path=auto|scoring|requests, and any "
+        "argument of vllm.LLM, such as tensor_parallel_size=2")  # fmt: skip
     add("--pool", help="local (default)")
     add("--engines", type=int, help="number of engines (1)")
     add("--dtype", help="float32 (default), bfloat16, float16")
@@ -164,9 +168,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.config:
         source = f"config {arguments.config}"
         values |= load_config_file(arguments.config)
-    skipped = {"run", "demo", "config", "state_budget_mb", "micro_batch_tokens"}
+    skipped = {"run", "demo", "config", "state_budget_mb", "micro_batch_tokens", "engine_option"}
     flags = {k: v for k, v in vars(arguments).items() if k not in skipped and v is not None}
-    options = {
+    options = dict(arguments.engine_option or []) | {
         k: getattr(arguments, k)
         for k in ("state_budget_mb", "micro_batch_tokens")
         if getattr(arguments, k) is not None
@@ -267,6 +271,17 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"whole numbers separated by commas: got {text!r}"
         ) from None
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as JSON where it is JSON (numbers, true, {...}), else as text."""
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise argparse.ArgumentTypeError(f"KEY=VALUE: got {text!r}")
+    try:
+        return key.replace("-", "_"), json.loads(value)
+    except ValueError:
+        return key.replace("-", "_"), value
 
 
 def _pair(text: str) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lpserve.errors import InputError
 
-ENGINES = ("transformers", "synthetic")
+ENGINES = ("transformers", "vllm", "synthetic")
 POOLS = ("local",)
 DTYPES = ("float32", "bfloat16", "float16")
 SURROGATES = ("auto", "gp", "ridge", "paper")
@@ -83,7 +83,7 @@ class RunConfig:
     dtype: str = "float32"
     device: str = "auto"
     engine_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the engine kind, such as state_budget_mb and micro_batch_tokens."""
+    """Options of the engine kind, such as state_budget_mb; for vllm any argument of vllm.LLM."""
     seed: int = 0
     """Seed of the sampled masks."""
     window_seed: int = 0

@@ -30,6 +30,7 @@ from threadpoolctl import threadpool_limits
 
 from lpserve.checkpoint import read_checkpoint
 from lpserve.config import RunConfig, as_json
+from lpserve.engine.vllm_options import check_options as check_vllm_options
 from lpserve.errors import InputError, LpserveError, RunInterrupted
 from lpserve.masks import from_keys, keys
 from lpserve.outcome import Outcome, ScoredRun, analyse, candidate_masks, make_plan
@@ -93,7 +94,8 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
             folder.refuse_other(stored, as_json(config))
             _refuse_other_windows(folder, stored, calibration, heldout)
         store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
-        pool = LocalPool(_spec(config, stored), calibration)
+        longest = max(calibration.length, heldout.length)
+        pool = LocalPool(_spec(config, stored, longest), calibration)
         stack.callback(pool.close)
         if stored is not None and stored["model_hash"] != pool.info.model_hash:
             raise InputError(
@@ -111,6 +113,8 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
 
 def check_model(config: RunConfig) -> RunConfig:
     """The config with its depth-dependent defaults, after the checkpoint's headers are read."""
+    if config.engine == "vllm":
+        check_vllm_options(config.engine_options)
     if config.engine == "synthetic":
         num_players = int(config.engine_options.get("num_players", 8))
     else:
@@ -328,6 +332,7 @@ class _Job:
             sizes=self.settings.sizes,
             max_removed=self.settings.max_removed,
             seed=config.seed,
+            noise_nll=info.noise_nll,
             masks_MP=masks_MP,
             nll_MN=nll_MN,
             num_tokens_N=self.calibration.num_tokens_N,
@@ -354,8 +359,9 @@ class _Job:
                 "heldout_corpora": [list(c) for c in self.heldout.corpora],
             },
             "engine": {
-                "kind": info.kind, "path": info.path, "dtype": info.dtype, "device": info.device,
-                "settings": dict(info.settings),
+                "kind": info.kind, "path": info.path, "path_reason": info.path_reason,
+                "dtype": info.dtype, "quantization": info.quantization, "device": info.device,
+                "noise_nll": info.noise_nll, "settings": dict(info.settings),
             },
             "versions": {"lpserve": lpserve.__version__, **info.versions},
         }  # fmt: skip
@@ -387,8 +393,8 @@ def _round_settings(config: RunConfig, num_players: int) -> RoundSettings:
     )
 
 
-def _spec(config: RunConfig, stored: dict[str, Any] | None) -> EngineSpec:
-    """The engine, with the micro-batch and memory settings that the run began with."""
+def _spec(config: RunConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:
+    """The engine, with the path, micro-batch and memory settings that the run began with."""
     spec = EngineSpec(
         kind=config.engine, model=config.model, dtype=config.dtype, device=config.device,
         options=dict(config.engine_options),
@@ -399,6 +405,10 @@ def _spec(config: RunConfig, stored: dict[str, Any] | None) -> EngineSpec:
         options["state_budget_mb"] = settings["state_budget_bytes"] / 2**20
     if settings.get("pack_states"):
         options["micro_batch_tokens"] = settings["micro_batch_tokens"]
+    if config.engine == "vllm":
+        options.setdefault("max_model_len", longest + 1)
+        if "path" in settings:  # half precision: scores of two paths do not mix
+            options["path"] = settings["path"]
     return replace(spec, options=options)
 
 

@@ -71,7 +71,7 @@ def analyse(scored: ScoredRun) -> Analysis:
         raise InputError(f"only {len(rows)} masks have finite scores: nothing can be estimated")
     masks_MP, finite_M = scored.masks_MP[rows], utilities_M[rows]
     surrogate = make_surrogate(scored.surrogate, scored.seed)
-    surrogate.fit(masks_MP, finite_M)
+    surrogate.fit(masks_MP, finite_M, scored.noise_of(finite_M))
     values = _values(scored, surrogate, rows, finite_M)
     predicted_M = np.full(len(utilities_M), np.nan)
     kernel = _kernel(surrogate)
@@ -169,7 +169,10 @@ def _values(
     left_out = scored.leave_one_out(scored.nll_MN[rows])
     kernel = _kernel(surrogate)
     if is_enumerated(masks_MP, scored.sizes):
-        return shapley_values(masks_MP, finite_M, scored.sizes, leave_one_out_MN=left_out)
+        return shapley_values(
+            masks_MP, finite_M, scored.sizes,
+            noise_M=scored.noise_of(finite_M), leave_one_out_MN=left_out,
+        )  # fmt: skip
     if kernel is not None:
         return kernel_values(kernel, scored.sizes, left_out)
     return monte_carlo_values(

@@ -38,6 +38,8 @@ class ScoredRun:
     heldout_masks_MP: BoolArray
     heldout_nll_MN: NDArray[np.float32]
     heldout_num_tokens_N: IntArray
+    noise_nll: float = 0.0
+    """Noise of a mask's score (`EngineInfo.noise_nll`): nats per token, root mean square."""
 
     @property
     def num_players(self) -> int:
@@ -54,6 +56,13 @@ class ScoredRun:
             self.nll_MN[0].astype(np.float64),
         )  # fmt: skip
         return np.where(np.isfinite(nll_MN).all(axis=1), value_M, np.nan)
+
+    def noise_of(self, utilities_M: FloatArray) -> FloatArray | None:
+        """Variance of each utility from the engine's rounding; None where it has none."""
+        if not self.noise_nll:
+            return None
+        slope_M = utilities_M if self.utility == "ppl_ratio" else np.ones(len(utilities_M))
+        return (slope_M * self.noise_nll) ** 2
 
     def leave_one_out(self, nll_MN: NDArray[np.float32]) -> FloatArray | None:
         """The utility with window n left out, `float64[M, N]`; None for a single window."""
@@ -74,7 +83,7 @@ def write_scores(path: Path, scored: ScoredRun) -> None:
     about = {
         "model": scored.model, "model_hash": scored.model_hash, "utility": scored.utility,
         "surrogate": scored.surrogate, "sizes": list(scored.sizes), "seed": scored.seed,
-        "max_removed": scored.max_removed,
+        "max_removed": scored.max_removed, "noise_nll": scored.noise_nll,
         "players": [[p.index, p.layer, p.part] for p in scored.players],
     }  # fmt: skip
     temporary = path.with_name(f".{path.stem}.tmp.npz")
@@ -98,7 +107,7 @@ def read_scores(run: str | Path) -> ScoredRun:
             return ScoredRun(
                 model=about["model"], model_hash=about["model_hash"], utility=about["utility"],
                 surrogate=about["surrogate"], sizes=tuple(about["sizes"]), seed=about["seed"],
-                max_removed=about["max_removed"],
+                max_removed=about["max_removed"], noise_nll=about.get("noise_nll", 0.0),
                 players=tuple(Player(index=i, layer=n, part=p) for i, n, p in about["players"]),
                 masks_MP=data["masks"], nll_MN=data["nll"], num_tokens_N=data["num_tokens"],
                 sources=tuple(str(s) for s in data["sources"]),

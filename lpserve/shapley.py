@@ -39,7 +39,8 @@ class ShapleyValues:
 
     values_P: FloatArray
     stderr_P: FloatArray
-    """Uncertainty about this game on these windows: masks not scored. Zero when enumerated."""
+    """Uncertainty about this game on these windows: masks not scored, and noise of the scores.
+    Zero when enumerated without noise."""
     sizes: tuple[int, int]
     """(k_min, k_max), sizes before the player joins, inclusive."""
     estimator: str
@@ -99,7 +100,7 @@ def shapley_values(
         values_PJ = exact_values(masks_MP, columns, sizes)
         return ShapleyValues(
             values_P=values_PJ[:, 0],
-            stderr_P=np.zeros(len(values_PJ)),
+            stderr_P=exact_noise(masks_MP, noise_M, sizes),
             window_stderr_P=_jackknife(values_PJ[:, 1:]) if leave_one_out_MN is not None else None,
             sizes=sizes,
             estimator="exact",
@@ -166,6 +167,25 @@ def exact_values(
         gain = utilities_MJ[joined] - utilities_MJ[without]
         values_PJ[player] = weight_K[kept_M[without]] @ gain
     return values_PJ
+
+
+def exact_noise(
+    masks_MP: BoolArray, noise_M: FloatArray | None, sizes: tuple[int, int]
+) -> FloatArray:
+    """Standard error of `exact_values` from independent noise of variance `noise_M`: every mask
+    enters a value once, with the weight of its coalition size, so variances add with its square."""
+    num_players = masks_MP.shape[1]
+    if noise_M is None:
+        return np.zeros(num_players)
+    kept_M = masks_MP.sum(axis=1)
+    num_sizes = sizes[1] - sizes[0] + 1
+    variance_P = np.zeros(num_players)
+    for player in range(num_players):
+        before_M = kept_M - masks_MP[:, player]  # size before the player joins
+        inside = (before_M >= sizes[0]) & (before_M <= sizes[1])
+        ways_M = np.array([math.comb(num_players - 1, int(k)) for k in before_M[inside]])
+        variance_P[player] = (noise_M[inside] / (num_sizes * ways_M.astype(np.float64)) ** 2).sum()
+    return np.sqrt(variance_P)
 
 
 def kernel_values(

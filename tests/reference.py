@@ -118,18 +118,15 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
             hidden_size=64, num_hidden_layers=layers, num_attention_heads=2, vocab_size=97,
             initializer_range=0.15, bos_token_id=0, eos_token_id=1, alibi=True, bias=True,
         )  # fmt: skip
-    if family == "mpt":
-        return tf.MptConfig(
-            d_model=64, n_heads=2, n_layers=layers, vocab_size=97, max_seq_len=64,
-            expansion_ratio=2, initializer_range=0.15, bos_token_id=0, eos_token_id=1,
-        )  # fmt: skip
     raise ValueError(family)
 
 
 VLLM_FAMILIES = (
     "llama", "llama-mha", "qwen2", "qwen3", "mistral-window", "gemma2", "gemma3", "opt", "gpt2",
-    "gpt-neox", "phi3", "mixtral", "qwen3-moe", "cohere", "gpt-oss", "bloom",
+    "gpt-neox", "phi3", "mixtral", "qwen3-moe", "cohere", "gpt-oss", "bloom", "olmo2",
+    "deepseek-v2",
 )  # fmt: skip
+"""Attention of these, beyond plain: q/k norms, windows, soft caps, sinks, ALiBi, latent (MLA)."""
 
 
 FAMILIES = ("llama", "qwen3", "mistral-window", "gemma2", "gpt2")

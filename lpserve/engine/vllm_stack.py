@@ -65,6 +65,10 @@ class LayerTap:
                 raise EngineError(f"layer {self.first + index} lost its patch")
         return list(self.keep)
 
+    def skips(self, index: int) -> bool:
+        """Whether the mask leaves this layer out (requests)."""
+        return not self.keep[index]
+
     def run(self, index: int, arguments: dict[str, Any]) -> Any:
         """The layer's own forward."""
         self.calls[index] += 1
@@ -87,7 +91,7 @@ class LayerTap:
             self._before_layer()
             if self._handler is not None:
                 return self._handler(index, _by_name(signature, args, kwargs))
-            if self.keep[index]:
+            if not self.skips(index):
                 self.calls[index] += 1
                 return original(*args, **kwargs)
             arguments = _by_name(signature, args, kwargs)

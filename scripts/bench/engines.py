@@ -15,9 +15,9 @@ each in a process of its own, one after the other, with the same number of threa
                   not timed), a new vLLM engine on it, the same requests; a few masks. Imports and
                   the first start of the process are not counted
 
-`counts allow`: with h the time of a call that keeps no layer (embedding, head) over that of a layer,
-in the scoring path, what the layer-forwards saved would give over requests if nothing else took time:
-(kept layers + h) of the distinct masks over (layer-forwards + h distinct).
+`counts allow`: what the layer-forwards saved would give over requests if nothing else took time,
+with h the time of a call that keeps no layer (embedding, head) over that of a layer, both in the
+scoring path: (kept layers + h) of the distinct masks over (layer-forwards + h distinct).
 
 Exits 1 when scores differ by more than 1e-5 relative (float32; 2e-2 otherwise).
 About 25 minutes on one core; `--masks 300 --fresh-masks 1` is a short try.
@@ -110,8 +110,9 @@ def measure(num_masks: int, scratch: Path, args: argparse.Namespace) -> tuple[li
              fresh_s * distinct / scoring_s, fresh),
         "",
         f"- layer-forwards: {work['layer_forwards']:,} of {int(distinct_DP.sum()):,} that requests "
-        f"run; h = a call without layers / layer = {h:.3f}; the counts allow {allowed:.2f} x over requests, "
-        f"measured {ratio:.2f} x ({100 * ratio / allowed:.0f}%)",
+        f"run; h = a call without layers / layer = {h:.3f}",
+        f"- the counts allow {allowed:.2f} x over requests, measured {ratio:.2f} x "
+        f"({100 * ratio / allowed:.0f}%)",
         f"- requests took {before['seconds']:.1f} s before and {after['seconds']:.1f} s after; a "
         f"fresh engine spends {fresh['start_s']:.2f} s of {fresh_s:.2f} s a mask on starting",
         f"- worst relative difference of a window's score: transformers {differences[0]:.1e}, "
@@ -255,7 +256,7 @@ def one_fresh_engine(
         SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False,
     )  # fmt: skip
     nll_N = [
-        -sum(position[token].logprob for position, token in pairs)
+        -sum((position[token].logprob for position, token in pairs), 0.0)
         for pairs in (
             zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True) for o in outputs
         )

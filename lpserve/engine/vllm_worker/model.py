@@ -1,0 +1,228 @@
+"""A model inside vLLM's worker as `VllmStack` drives it: forward, logits, attention, neighbours.
+
+Shapes: n flat tokens (windows in a row), d width, V vocabulary of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lpserve.engine.vllm_attention import AttentionSpec
+from lpserve.engine.vllm_stack import LayerTap
+from lpserve.engine.vllm_worker.contract import IMPL_ATTRIBUTES
+from lpserve.errors import EngineError
+
+
+class VllmModel:
+    """What `VllmStack` drives: the model's forward, logits and attention, in vLLM's contexts."""
+
+    def __init__(self, worker: Any, tap: LayerTap) -> None:
+        from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+        self.tap = tap
+        self.vllm_config = worker.vllm_config
+        self.model: Any = worker.get_model()
+        self.name = type(self.model).__name__
+        self.device: torch.device = worker.device
+        self.dtype: torch.dtype = worker.model_config.dtype
+        self.vocab_size: int = worker.model_config.get_vocab_size()
+        self.uses_mrope = bool(getattr(worker.model_config, "uses_mrope", False))
+        self.length = 0
+        parallel = worker.vllm_config.parallel_config
+        self.tensor_parallel_size: int = parallel.tensor_parallel_size
+        self.link = _Link(self.device, self.dtype)
+        if parallel.data_parallel_size > 1:
+            raise EngineError("data parallelism inside one engine")
+        self._attention = self._attention_forwards()
+        self._processors = [m for m in self.model.modules() if isinstance(m, LogitsProcessor)]
+        if len(self._processors) != 1 and self.link.is_last:
+            raise EngineError(f"{self.name} has {len(self._processors)} logits processors, not one")
+        self._shard: Any = None
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """vLLM's contexts, and attention over whole windows; put back afterwards."""
+        from vllm.config import set_current_vllm_config
+        from vllm.forward_context import get_forward_context, set_forward_context
+
+        contexts = set_forward_context(None, self.vllm_config, num_tokens=1, skip_compiled=True)
+        with set_current_vllm_config(self.vllm_config), contexts:
+            get_forward_context().all_moe_layers = None
+            for module, forward in self._attention:
+                module.forward = forward
+            processors = self._processors if self.tensor_parallel_size > 1 else []
+            for processor in processors:
+                processor._gather_logits = _as_it_is
+            try:
+                yield
+            finally:
+                for module, _ in self._attention:
+                    del module.forward
+                for processor in processors:
+                    del processor._gather_logits
+
+    def run(self, ids_n: torch.Tensor, positions_n: torch.Tensor) -> torch.Tensor:
+        """The model's forward under the tap's handler: final hidden states."""
+        if self.uses_mrope:
+            positions_n = positions_n.expand(3, -1)
+        if self.link.is_first:
+            return self.model(input_ids=ids_n, positions=positions_n)
+        received = self.model.make_empty_intermediate_tensors(
+            batch_size=len(ids_n), dtype=self.dtype, device=self.device
+        )
+        return self.model(input_ids=None, positions=positions_n, intermediate_tensors=received)
+
+    def token_nll(self, rows_nd: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
+        """float32[n] nats. Under tensor parallelism each rank reduces its own part of the
+        vocabulary; three numbers a token travel, never logits."""
+        if self.tensor_parallel_size == 1:
+            logits_nV = self.model.compute_logits(rows_nd).float()
+            return torch.nn.functional.cross_entropy(logits_nV, ids_n, reduction="none")
+        from vllm.distributed import tensor_model_parallel_all_gather
+
+        shard = self._shard_indices(rows_nd)
+        start, size = shard.org_vocab_start_index, shard.num_org_elements
+        logits_nV = self.model.compute_logits(rows_nd)[:, :size].float()
+        here_n = (ids_n >= start) & (ids_n < start + size)
+        local_n = (ids_n - start).clamp(0, max(size - 1, 0))
+        most_n = logits_nV.amax(dim=1)
+        sums_n = (logits_nV - most_n[:, None]).exp().sum(dim=1)
+        target_n = torch.where(here_n, logits_nV.gather(1, local_n[:, None])[:, 0], 0.0)
+        parts = tensor_model_parallel_all_gather(torch.stack([most_n, sums_n, target_n]), dim=1)
+        most_Rn, sums_Rn, target_Rn = parts.view(3, self.tensor_parallel_size, -1)
+        top_n = most_Rn.amax(dim=0)
+        total_n = (sums_Rn * (most_Rn - top_n).exp()).sum(dim=0)
+        return top_n + total_n.log() - target_Rn.sum(dim=0)
+
+    def _shard_indices(self, rows_nd: torch.Tensor) -> Any:
+        """Which rows of the vocabulary this rank's head holds."""
+        if self._shard is None:
+            processor = self._processors[0]
+            heads: list[Any] = []
+            original = processor.forward
+
+            def forward(lm_head: Any, *args: Any, **kwargs: Any) -> Any:
+                heads.append(lm_head)
+                return original(lm_head, *args, **kwargs)
+
+            processor.forward = forward
+            try:
+                self.model.compute_logits(rows_nd[:1])
+            finally:
+                del processor.forward
+            self._shard = heads[0].shard_indices
+        return self._shard
+
+    def _attention_forwards(self) -> list[tuple[Any, Callable[..., torch.Tensor]]]:
+        """Every attention module with its replacement; raises EngineError for what has none."""
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+        inside = {id(m) for layer in self.tap.layers for m in layer.modules()}
+        context = self.vllm_config.compilation_config.static_forward_context
+        found = []
+        for name, module in context.items():
+            if isinstance(module, AttentionLayerBase):
+                if id(module) not in inside:
+                    raise EngineError(f"{name} is attention outside the decoder layers")
+                found.append((module, self._replacement(name, module)))
+        return found
+
+    def _replacement(self, name: str, module: Any) -> Callable[..., torch.Tensor]:
+        from vllm.model_executor.layers.attention import (
+            Attention,
+            ChunkedLocalAttention,
+            MLAAttention,
+        )
+
+        if type(module) is MLAAttention:
+            return self._mla(name, module)
+        if type(module) not in (Attention, ChunkedLocalAttention):
+            raise EngineError(f"{name} is {type(module).__name__}")
+        spec = attention_spec(name, module)
+
+        def forward(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+            output_shape: torch.Size | None = None, output_dtype: torch.dtype | None = None,
+        ) -> torch.Tensor:  # fmt: skip
+            out = spec.attend(query, key, value, self.length)
+            return out if output_dtype is None else out.to(output_dtype)
+
+        return forward
+
+    def _mla(self, name: str, module: Any) -> Callable[..., torch.Tensor]:
+        """Multi-head latent attention with its keys and values written out, as in a prefill."""
+        if module.indexer is not None:
+            raise EngineError(f"{name} attends to a selection of tokens (sparse attention)")
+        heads, nope, rope = module.num_heads, module.qk_nope_head_dim, module.qk_rope_head_dim
+        spec = AttentionSpec(
+            num_heads=heads, num_kv_heads=heads, head_size=nope + rope,
+            head_size_v=module.v_head_dim, scale=float(module.scale),
+            window=getattr(module, "sliding_window", None),
+        )  # fmt: skip
+
+        def forward(
+            q: torch.Tensor, kv_c_normed: torch.Tensor, k_pe: torch.Tensor,
+            output_shape: torch.Size | None = None, **_: Any,
+        ) -> torch.Tensor:  # fmt: skip
+            kv = module.kv_b_proj(kv_c_normed)[0].view(-1, heads, nope + module.v_head_dim)
+            k_nope, value = kv.split([nope, module.v_head_dim], dim=-1)
+            key = torch.cat([k_nope, k_pe.view(-1, 1, rope).expand(-1, heads, -1)], dim=-1)
+            return spec.attend(q, key, value, self.length)
+
+        return forward
+
+
+class _Link:
+    """To the ranks before and after in vLLM's pipeline."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        from vllm.distributed import get_pp_group
+
+        self._group = get_pp_group()
+        self._device, self._dtype = device, dtype
+        self.is_first: bool = self._group.is_first_rank
+        self.is_last: bool = self._group.is_last_rank
+
+    def send(self, tensor: torch.Tensor) -> None:
+        self._group.send(tensor.contiguous())
+
+    def receive(self, shape: torch.Size) -> torch.Tensor:
+        return self._group.recv(shape, self._dtype)
+
+
+def attention_spec(name: str, module: Any) -> AttentionSpec:
+    from vllm.v1.attention.backend import AttentionType
+
+    for attribute in IMPL_ATTRIBUTES:
+        if not hasattr(module.impl, attribute):
+            raise EngineError(f"{name}: {type(module.impl).__name__} has no {attribute!r}")
+    if module.attn_type != AttentionType.DECODER:
+        raise EngineError(f"{name} is not causal self-attention")
+    if module.kv_sharing_target_layer_name is not None:
+        raise EngineError(f"{name} takes keys and values of another layer")
+    if module.use_mm_prefix:
+        raise EngineError(f"{name} attends both ways over a prefix")
+    if getattr(module, "use_alibi_sqrt", False):
+        raise EngineError(f"{name} has ALiBi slopes under a square root")
+    if str(getattr(module, "kv_cache_dtype", "auto")).startswith(("fp8", "nvfp4", "int8")):
+        raise EngineError(f"{name} rounds keys and values to {module.kv_cache_dtype}")
+    impl, slopes, sinks = module.impl, module.impl.alibi_slopes, getattr(module.impl, "sinks", None)
+    cap, window = impl.logits_soft_cap, module.sliding_window
+    device = torch.device("cpu") if sinks is None else sinks.device
+    if slopes is not None:
+        slopes = torch.as_tensor(slopes, dtype=torch.float32)
+        slopes = slopes.to(next(module.parameters(), torch.empty(0, device=device)).device)
+    return AttentionSpec(
+        num_heads=module.num_heads, num_kv_heads=module.num_kv_heads, head_size=module.head_size,
+        head_size_v=module.head_size_v, scale=float(impl.scale), window=window or None,
+        chunk=getattr(module, "attention_chunk_size", None), soft_cap=float(cap) if cap else None,
+        sinks_H=sinks, alibi_H=slopes,
+    )  # fmt: skip
+
+
+def _as_it_is(logits: torch.Tensor) -> torch.Tensor:
+    return logits
