@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -80,10 +79,17 @@ class Source:
 
     def has_attribute(self, module: str, owner: ast.ClassDef, name: str) -> bool:
         """Whether a class or a base sets or declares the attribute."""
-        text, _ = self.text(module) or ("", False)
-        body = "\n".join(text.splitlines()[owner.lineno - 1 : owner.end_lineno])
-        if re.search(rf"self\.{name}\b|^\s+{name}\s*[:=]|def {name}\(", body, re.MULTILINE):
-            return True
+        for node in _statements(owner):
+            if isinstance(node, Definition) and node.name == name:
+                return True
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", 0)]
+            if any(isinstance(t, ast.Name) and t.id == name for t in targets):
+                return True
+        for node in ast.walk(owner):
+            if isinstance(node, ast.Attribute) and node.attr == name:
+                of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+                if of_self and isinstance(node.ctx, ast.Store):
+                    return True
         return any(
             self.has_attribute(where, base, name) for where, base in self.bases(module, owner)
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 SPREAD = 100 * 1e-5
@@ -18,7 +21,7 @@ def small_config(family: str, num_layers: int = 6) -> PretrainedConfig:
     """Tiny configurations; head size 32, vocabulary 97, positions for 64 tokens."""
     import transformers as tf
 
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": num_layers,
@@ -55,9 +58,9 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
     import transformers as tf
 
     layers = common["num_hidden_layers"]
-    experts = {"num_experts_per_tok": 2, "output_router_logits": False}
+    experts: dict[str, Any] = {"num_experts_per_tok": 2, "output_router_logits": False}
     if family == "llama-mha":
-        return tf.LlamaConfig(**common | {"num_key_value_heads": 2})
+        return tf.LlamaConfig(**{**common, "num_key_value_heads": 2})
     if family == "qwen2":
         return tf.Qwen2Config(**{k: v for k, v in common.items() if k != "head_dim"})
     if family == "gemma3":
@@ -142,6 +145,34 @@ def save_model(config: PretrainedConfig, path: Path, seed: int, **save: object) 
                 parameter.normal_(1.0, 0.2)
     model.save_pretrained(path, **save)
     return path
+
+
+def quantize_int8(path: Path, target: Path) -> Path:
+    """A copy with the layers' weights in int8 and activations rounded to int8 as they come
+    (compressed-tensors, W8A8)."""
+    shutil.copytree(path, target)
+    tensors = {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        if ".layers." in name and name.endswith("proj.weight"):
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            tensors[name] = (weight / scale).round().clamp(-128, 127).to(torch.int8)
+            tensors[f"{name}_scale"] = scale
+        else:
+            tensors[name] = weight
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "int-quantized",
+        "quantization_status": "compressed", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {
+            "targets": ["Linear"],
+            "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
+            "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
+        }},
+    }  # fmt: skip
+    (target / "config.json").write_text(json.dumps(config))
+    return target
 
 
 def decoder_list(model: Any) -> tuple[Any, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -120,6 +121,9 @@ def quiet_environment() -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
+    logger = logging.getLogger("vllm")
+    if not logger.handlers:  # it logs at import before it sets its level
+        logger.addHandler(logging.NullHandler())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # vLLM's own deprecations

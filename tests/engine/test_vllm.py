@@ -22,6 +22,7 @@ from tests.engine.test_hf_parity import NUM_LAYERS, edge_masks, some_windows
 from tests.reference import (
     SPREAD,
     VLLM_FAMILIES,
+    quantize_int8,
     reference_model,
     relative,
     window_nll,
@@ -173,6 +174,25 @@ def test_half_precision_paths_agree_within_the_measured_tolerance(model_dir, rng
     assert relative(mean_nll(scoring, windows), mean_nll(requests, windows)) < 2e-2
     exact = expected_nll(path, masks, windows)
     assert relative(mean_nll(scoring, windows), mean_nll(exact, windows)) < 1e-1
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", TOLERANCE), ("bfloat16", 2e-2)])
+def test_a_quantized_checkpoint_scores_alike_on_both_paths(
+    dtype, tolerance, model_dir, tmp_path, rng
+):
+    """The int8 kernels are vLLM's in both; only attention and the head differ."""
+    path = quantize_int8(model_dir("llama"), tmp_path / "int8")
+    windows, masks = some_windows(rng), edge_masks()
+    with open_vllm(path, windows, dtype=dtype) as engine:
+        assert engine.info.path == "vllm/scoring"
+        assert engine.info.quantization == "compressed-tensors"
+        assert engine.info.game.numerics == f"{dtype}/vllm/scoring/compressed-tensors"
+        scoring = engine.score(masks).nll_MN
+        requests = engine.score_by_requests(masks, windows).nll_MN
+    assert relative(mean_nll(scoring, windows), mean_nll(requests, windows)) < tolerance
+    # eight bits: close to the model that was rounded, and not that model
+    exact = expected_nll(model_dir("llama"), masks, windows)
+    assert 1e-5 < relative(mean_nll(scoring, windows), mean_nll(exact, windows)) < 1e-1
 
 
 def test_global_state_is_left_as_found_and_engines_follow_one_another(model_dir, rng):
