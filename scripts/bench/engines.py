@@ -115,6 +115,7 @@ def measure(num_masks: int, scratch: Path, args: argparse.Namespace) -> tuple[li
         f"({100 * ratio / allowed:.0f}%)",
         f"- requests took {before['seconds']:.1f} s before and {after['seconds']:.1f} s after; a "
         f"fresh engine spends {fresh['start_s']:.2f} s of {fresh_s:.2f} s a mask on starting",
+        f"- switching masks in requests, read back: {1000 * after['switch_s']:.2f} ms",
         f"- worst relative difference of a window's score: transformers {differences[0]:.1e}, "
         f"requests {differences[1]:.1e}, fresh {differences[2]:.1e}; tolerance {tolerance:.0e}: "
         f"{verdict(max(differences) <= tolerance)}",
@@ -198,12 +199,19 @@ def lpserve_engine(masks_MP: Any, args: argparse.Namespace) -> dict[str, Any]:
         full = np.ones((1, masks_MP.shape[1]), dtype=bool)
         head_s = min(timed(lambda: engine.score(~full)) for _ in range(8))
         layer_s = min(timed(lambda: engine.score(full)) for _ in range(8)) - head_s
+        switch_s = mask_switch(engine, full[0]) if args.child == "requests" else 0.0
         return {
             "seconds": seconds, "start_s": start_s, "path": engine.info.path,
+            "switch_s": switch_s,
             "nll": scores.nll_MN.tolist(), "head_s": head_s,
             "layer_s": layer_s / masks_MP.shape[1],
             "work": {"layer_forwards": scores.work.layer_forwards},
         }  # fmt: skip
+
+
+def mask_switch(engine: Any, mask_P: Any) -> float:
+    """Seconds to set a mask on every rank and read it back: median of 200."""
+    return float(np.median([timed(lambda: engine._set_mask(mask_P)) for _ in range(200)]))
 
 
 def timed(call: Any) -> float:
