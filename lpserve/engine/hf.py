@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -26,6 +25,7 @@ from lpserve.engine.scorer import (
     HEAD_CHUNK_BYTES,
     PADDED_LENGTH_STEP,
     StackScorer,
+    free_bytes,
     full_precision,
     trie_settings,
 )
@@ -46,9 +46,11 @@ class TransformersEngine:
       micro-batch is one state of at most 4,096 tokens.
     * `attn_implementation`: passed to transformers; default: transformers' own choice, and `eager`
       where soft-capped scores need it.
+    * `compile_layers`: run the layers through `torch.compile`, which fuses norms, rotary and gates
+      (default: no). Compiling takes up to minutes at start; layers of one shape share the result.
     """
 
-    OPTIONS = ("state_budget_mb", "micro_batch_tokens", "attn_implementation")
+    OPTIONS = ("state_budget_mb", "micro_batch_tokens", "attn_implementation", "compile_layers")
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
         if spec.dtype not in DTYPES:
@@ -59,10 +61,13 @@ class TransformersEngine:
         device = _device(spec.device)
         self._checkpoint = checkpoint
         self._model = _load(checkpoint, spec, device)
-        settings = trie_settings(spec.options, device.type, _free_bytes(device))
+        settings = trie_settings(spec.options, device.type, free_bytes(device))
         head_chunk = HEAD_CHUNK_BYTES[device.type]
+        compiled = spec.options.get("compile_layers", False)
+        if not isinstance(compiled, bool):
+            raise InputError(f"compile_layers must be true or false: got {compiled!r}")
         with full_precision():
-            stack = RecordedStack(self._model, head_chunk_bytes=head_chunk)
+            stack = RecordedStack(self._model, head_chunk_bytes=head_chunk, compile_layers=compiled)
         self._scorer = StackScorer(stack, settings, padded_step=_padded_step(self._model))
         self._default = self.register(windows)
         self.info = EngineInfo(
@@ -73,6 +78,7 @@ class TransformersEngine:
             players=tuple(Player(index=i, layer=i) for i in range(stack.num_players)),
             dtype=spec.dtype,
             device=str(device),
+            noise_nll=self._scorer.batch_noise(self._default) if settings.pack_states else 0.0,
             vocab_size=stack.vocab_size,
             versions={"torch": torch.__version__, "transformers": transformers.__version__},
             settings={
@@ -80,6 +86,7 @@ class TransformersEngine:
                 "micro_batch_tokens": settings.micro_batch_tokens,
                 "pack_states": settings.pack_states,
                 "head_chunk_bytes": head_chunk,
+                "compile_layers": compiled,
                 "threads": torch.get_num_threads(),
             },
         )
@@ -120,12 +127,6 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name!r} is asked for, but torch sees no GPU")
     return device
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cpu":
-        return psutil.virtual_memory().available
-    return torch.cuda.mem_get_info(device)[0]
 
 
 def _padded_step(model: Any) -> int:

@@ -36,7 +36,7 @@ precision only has to show that the structure is right: rounding differs with th
 class RecordedStack:
     """The model as embedding, layers and head. Use under `torch.inference_mode`."""
 
-    def __init__(self, model: Any, *, head_chunk_bytes: int) -> None:
+    def __init__(self, model: Any, *, head_chunk_bytes: int, compile_layers: bool = False) -> None:
         self.model = model
         self.base = model.base_model
         self.dtype: torch.dtype = model.dtype
@@ -47,6 +47,9 @@ class RecordedStack:
         self.width = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
         self.layers, self.list_name = _find_layers(model, self.num_players, self._probe_ids(8))
+        self._run: list[Any] = list(self.layers)
+        if compile_layers:
+            self._run = [torch.compile(layer) for layer in self.layers]
         self._calls: dict[int, list[_LayerCall]] = {}
         self._tail: tuple[nn.Module, ...] = ()
         self._targets = TargetCache(self.device)
@@ -82,7 +85,7 @@ class RecordedStack:
     def run_player(self, player: int, state_BTd: torch.Tensor) -> torch.Tensor:
         call = self._calls[state_BTd.shape[1]][player]
         hidden = state_BTd if self._inputs_survive else state_BTd.clone()
-        return _hidden(call.replay(self.layers[player], hidden))
+        return _hidden(call.replay(self._run[player], hidden))
 
     def reduce(self, state_BTd: torch.Tensor, block: TokenWindows, metric: str) -> torch.Tensor:
         if metric != "nll":
@@ -225,7 +228,7 @@ class _LayerCall:
             if self._by_position or name != "hidden_states"
         }
 
-    def replay(self, layer: nn.Module, hidden: torch.Tensor) -> Any:
+    def replay(self, layer: Any, hidden: torch.Tensor) -> Any:
         if self._by_position:
             return layer(hidden, *self._args, **self._kwargs)
         return layer(hidden_states=hidden, **self._kwargs)

@@ -187,6 +187,15 @@ def trie_settings(options: Any, device_type: str, free_bytes: int) -> TrieSettin
     )
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """No gradients; float32 means float32 (no TF32); settings are put back afterwards."""

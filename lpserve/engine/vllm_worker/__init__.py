@@ -16,11 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 
-from lpserve.engine.scorer import StackScorer, full_precision
+from lpserve.engine.scorer import StackScorer, free_bytes, full_precision
 from lpserve.engine.trie import TrieSettings
 from lpserve.engine.vllm_stack import LayerTap, VllmStack
 from lpserve.engine.vllm_worker.contract import check_contract
@@ -158,7 +157,7 @@ def _open(worker: Any) -> dict[str, Any]:
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "quantization": config.quantization,
         "device": str(worker.device),
-        "free_bytes": _free_bytes(worker.device),
+        "free_bytes": free_bytes(worker.device),
         "threads": torch.get_num_threads(),
     }
 
@@ -231,9 +230,3 @@ def _reported(method: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Exception as error:  # raised in a worker it would take the engine down without a word
         line = (str(error).splitlines() or [""])[0]
         return {"error": f"{type(error).__name__}: {line}", "kind": "failure"}
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cpu":
-        return psutil.virtual_memory().available
-    return torch.cuda.mem_get_info(device)[0]
