@@ -104,7 +104,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
             )
         started = True
         job = _Job(config, folder, store, pool, calibration, heldout, progress)
-        job.write_config()
+        job.write_config(stored)
         with progress, _signals(job), threadpool_limits(1, user_api="blas"):
             job.score_rounds()
             outcome = job.conclude()
@@ -342,11 +342,16 @@ class _Job:
             heldout_num_tokens_N=self.heldout.num_tokens_N,
         )
 
-    def write_config(self) -> None:
+    def write_config(self, stored: dict[str, Any] | None) -> None:
         """config.json and windows.npz: everything needed to repeat the run."""
         import lpserve
 
         info = self.pool.info
+        first = (stored or {}).get("engine", {})
+        # a resumed run keeps its path; why it was chosen was said at its start
+        reason = (
+            first.get("path_reason", "") if first.get("path") == info.path else info.path_reason
+        )
         self.described = {
             "format": CONFIG_FORMAT,
             "config": as_json(self.config),
@@ -359,7 +364,7 @@ class _Job:
                 "heldout_corpora": [list(c) for c in self.heldout.corpora],
             },
             "engine": {
-                "kind": info.kind, "path": info.path, "path_reason": info.path_reason,
+                "kind": info.kind, "path": info.path, "path_reason": reason,
                 "dtype": info.dtype, "quantization": info.quantization, "device": info.device,
                 "noise_nll": info.noise_nll, "settings": dict(info.settings),
             },

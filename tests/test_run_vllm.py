@@ -71,6 +71,7 @@ def test_a_finished_run_is_resumed_by_either_path_and_a_bad_option_is_refused(ru
     again = lpserve("run", "--demo", *FLAGS, "--engine", "vllm", "--out", out)
     assert again.returncode == 0, again.stderr
     assert (out / "plan.json").read_bytes() == before
+    assert "self-check" in json.loads((out / "config.json").read_text())["engine"]["path_reason"]
     for option, words in (
         ("enable_prefix_caching=true", "'enable_prefix_caching' is refused"),
         ("enforce_eager=false", "compiled code ignores masks"),

@@ -22,6 +22,7 @@ from lpserve.masks import all_masks
 from lpserve.shapley import (
     Z90,
     ShapleyValues,
+    exact_noise,
     exact_values,
     is_enumerated,
     kernel_values,
@@ -505,3 +506,28 @@ def test_a_single_window_has_no_window_error(rng):
     values = shapley_values(masks, rng.normal(size=8), leave_one_out_MN=rng.normal(size=(8, 1)))
     assert values.window_stderr_P is not None
     assert np.isnan(values.window_stderr_P).all()
+
+
+def test_noise_of_the_scores_reaches_exact_values(rng):
+    """The spread of values over redrawn noise, within 5 sampling errors of a standard deviation."""
+    num_players, sizes, repeats = 5, (1, 4), 400
+    masks = all_masks(num_players)
+    utilities = rng.normal(size=len(masks))
+    noise_M = rng.uniform(0.5, 2.0, len(masks)) ** 2
+    stderr_P = exact_noise(masks, noise_M, sizes)
+    noisy_MJ = utilities[:, None] + np.sqrt(noise_M)[:, None] * rng.normal(
+        size=(len(masks), repeats)
+    )
+    spread_P = exact_values(masks, noisy_MJ, sizes).std(axis=1, ddof=1)
+    assert np.abs(spread_P / stderr_P - 1).max() < 5 / np.sqrt(2 * repeats)
+    values = shapley_values(masks, utilities, sizes, noise_M=noise_M)
+    assert np.allclose(values.stderr_P, stderr_P)
+    assert (shapley_values(masks, utilities, sizes).stderr_P == 0).all()
+
+
+def test_noise_of_the_scores_widens_estimated_values(rng):
+    masks = np.unique(rng.random((40, 8)) < 0.7, axis=0)
+    utilities = masks @ rng.random(8) + 0.05 * rng.normal(size=len(masks))
+    quiet = shapley_values(masks, utilities, (3, 7))
+    noisy = shapley_values(masks, utilities, (3, 7), noise_M=np.full(len(masks), 0.3**2))
+    assert (noisy.stderr_P > quiet.stderr_P).all()

@@ -128,6 +128,18 @@ def test_global_state_is_left_as_found(model_dir, rng):
     assert not torch.is_inference_mode_enabled()
 
 
+@pytest.mark.slow  # compiling takes half a minute
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_layers_score_alike(model_dir, rng):
+    windows = some_windows(rng)
+    masks = rng.random((8, NUM_LAYERS)) < 0.6
+    with lpserve.open_engine(model_dir("qwen3"), windows) as engine:
+        plain = engine.score(masks).nll_MN
+    with lpserve.open_engine(model_dir("qwen3"), windows, compile_layers=True) as engine:
+        assert engine.info.settings["compile_layers"]
+        assert relative(engine.score(masks).nll_MN, plain) < TOLERANCE
+
+
 def test_half_precision_scores_close_to_float32(model_dir, rng):
     """bfloat16 keeps 8 bits: single scores move by some percent, not by structure."""
     windows = some_windows(rng)

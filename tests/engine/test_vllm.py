@@ -223,6 +223,18 @@ def test_longer_windows_than_opened_for_are_refused_with_what_to_do(model_dir, r
         assert engine.register(some_windows(rng, length=40))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_windows_as_long_as_the_models_positions(family, model_dir, rng):
+    """Requests generate one token more than the window; it never enters the model."""
+    windows = lpserve.TokenWindows.from_tokens(rng.integers(0, 97, (2, 64)))
+    masks = rng.random((3, NUM_LAYERS)) < 0.6
+    with open_vllm(model_dir(family), windows) as engine:
+        assert engine.info.path == "vllm/scoring"
+        got = engine.score(masks).nll_MN
+        assert relative(engine.score_by_requests(masks, windows).nll_MN, got) < TOLERANCE
+    assert relative(got, expected_nll(model_dir(family), masks, windows)) < TOLERANCE
+
+
 def test_vllm_that_cannot_start_gives_its_own_reason_in_one_line(model_dir, rng):
     with pytest.raises(EngineError, match="vLLM cannot start") as caught:
         open_vllm(model_dir("llama"), some_windows(rng), quantization="awq")

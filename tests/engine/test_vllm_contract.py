@@ -50,7 +50,6 @@ def test_a_release_can_be_checked_by_reading_it(tmp_path):
     assert done.returncode == 0, done.stdout
     copied = tmp_path / "vllm"
     shutil.copytree(installed, copied, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    assert read_release(tmp_path).returncode == 0
     for name, old, new in (
         ("model_executor/layers/logits_processor.py", "def _gather_logits", "def _collect_logits"),
         ("forward_context.py", "skip_compiled: bool = False,\n    is_padding", "is_padding"),
