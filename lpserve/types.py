@@ -71,8 +71,10 @@ class EngineInfo:
     path_reason: str = ""
     """Why that path, where an engine has several."""
     noise_nll: float = 0.0
-    """How much the other masks of a batch move a score, measured at start: nats per token, root
-    mean square. 0 where a mask's arithmetic does not depend on its batch."""
+    """Rounding noise of a mask's mean NLL, measured at start: nats per token, root mean square.
+    What the other masks of a batch change, or, in half precision or quantized, what another order
+    of the same arithmetic changes (vLLM's two paths), whichever is larger. 0: float32, alone in its
+    batch."""
     quantization: str = ""
     """Method by which the engine rounds weights, "" for none."""
     model: str

@@ -163,24 +163,28 @@ def test_other_masks_budget_and_micro_batch_do_not_matter(model_dir, rng):
 
 
 def test_half_precision_paths_agree_within_the_measured_tolerance(model_dir, rng):
-    """bfloat16 keeps 8 bits. Measured over seeds: scoring to requests up to 4e-3 in mean NLL,
-    either to float32 up to 3e-2 (weights of standard deviation 0.15 are hard on it)."""
+    """bfloat16 keeps 8 bits, and weights of standard deviation 0.15 are hard on it (on the bundled
+    model, scripts/bench/precision.py: 5e-4 relative between paths, 1e-3 to float32)."""
     path, windows = model_dir("llama"), some_windows(rng)
     masks = np.concatenate([edge_masks(), rng.random((8, NUM_LAYERS)) < 0.6])
     with open_vllm(path, windows, dtype="bfloat16", path="scoring") as engine:
         scoring = engine.score(masks).nll_MN
         requests = engine.score_by_requests(masks, windows).nll_MN
         assert engine.info.game.numerics == "bfloat16/vllm/scoring"
+        noise = engine.info.noise_nll
+    gap = np.abs(mean_nll(scoring, windows) - mean_nll(requests, windows))
+    assert 0 < noise < 10 * gap.max()
+    assert gap.mean() < 10 * noise
     assert relative(mean_nll(scoring, windows), mean_nll(requests, windows)) < 2e-2
     exact = expected_nll(path, masks, windows)
     assert relative(mean_nll(scoring, windows), mean_nll(exact, windows)) < 1e-1
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", TOLERANCE), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-3), ("bfloat16", 2e-2)])
 def test_a_quantized_checkpoint_scores_alike_on_both_paths(
     dtype, tolerance, model_dir, tmp_path, rng
 ):
-    """The int8 kernels are vLLM's in both; only attention and the head differ."""
+    """The int8 kernels are vLLM's in both; a last bit of attention may turn a rounding to int8."""
     path = quantize_int8(model_dir("llama"), tmp_path / "int8")
     windows, masks = some_windows(rng), edge_masks()
     with open_vllm(path, windows, dtype=dtype) as engine:
