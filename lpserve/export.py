@@ -122,7 +122,8 @@ def export_checkpoint(
         if verify:
             if expected_nll_N is None:
                 expected_nll_N = _skip_engine_nll(checkpoint, pruned, windows, dtype, device)
-            got_N = reloaded_nll(partial, windows, dtype, device)
+            attention = attention_needed(checkpoint.config)
+            got_N = reloaded_nll(partial, windows, dtype, device, attention)
             worst = float((np.abs(got_N - expected_nll_N) / np.abs(expected_nll_N)).max())
             ppl = float(np.exp(got_N.sum() / windows.num_tokens_N.sum()))
             if not worst <= VERIFY_TOLERANCE[dtype]:
@@ -295,9 +296,16 @@ def mergekit_yaml(checkpoint: Checkpoint, pruned: PrunedConfig) -> str:
 
 
 def reloaded_nll(
-    folder: Path, windows: TokenWindows, dtype: str, device: str = "auto"
+    folder: Path,
+    windows: TokenWindows,
+    dtype: str,
+    device: str = "auto",
+    attention: str | None = None,
 ) -> FloatArray:
     """NLL of every window from a fresh process that knows only transformers, `float64[N]`.
+
+    Args:
+        attention: attention implementation of transformers; None: its own choice.
 
     Raises:
         ExportError: that process fails.
@@ -307,13 +315,12 @@ def reloaded_nll(
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     script = Path(__file__).parent / "engine" / "reload.py"
-    needed = attention_needed(read_checkpoint(folder).config)
-    attention = [needed] if needed else []
+    chosen = [attention] if attention else []
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "windows.npz"
         np.savez(path, tokens=windows.tokens_NT, scored=windows.scored_NT)
         done = subprocess.run(
-            [sys.executable, str(script), str(folder), str(path), dtype, device, *attention],
+            [sys.executable, str(script), str(folder), str(path), dtype, device, *chosen],
             capture_output=True,
             text=True,
             check=False,

@@ -184,6 +184,7 @@ def test_a_signal_stops_the_run_and_the_same_command_resumes_it(tmp_path, texts,
     options = {"num_players": P, "game_seed": 3, "delay_s": 0.02}
     config = make_config(tmp_path, texts, engine_options=options)
     store = tmp_path / "run" / "scores.sqlite"
+    handler = signal.getsignal(signal.SIGINT)  # ignored in a background job
 
     def interrupt() -> None:
         while not store.exists() or not stored_count(store):
@@ -195,7 +196,7 @@ def test_a_signal_stops_the_run_and_the_same_command_resumes_it(tmp_path, texts,
     with pytest.raises(RunInterrupted, match="same command again to resume"):
         run(config)
     thread.join()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     kept = stored_scores(store)
     assert 0 < len(kept) < 90 * 4
     resumed = run(config)

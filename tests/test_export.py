@@ -21,7 +21,14 @@ import lpserve
 from lpserve.checkpoint import read_checkpoint
 from lpserve.errors import ExportError, InputError
 from lpserve.export import export_checkpoint, prune_config, reloaded_nll
-from tests.reference import FAMILIES, relative, save_model, small_config, window_nll
+from tests.reference import (
+    FAMILIES,
+    reference_model,
+    relative,
+    save_model,
+    small_config,
+    window_nll,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,7 +45,7 @@ def test_the_export_scores_what_the_skip_engine_scores(family, model_dir, rng, t
     mask[0, removed] = False
     with lpserve.open_engine(path, windows) as engine:
         expected = engine.score(mask).nll_MN[0]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    model = reference_model(tmp_path / "out")
     assert model.config.num_hidden_layers == 4
     got = window_nll(model, windows.tokens_NT, windows.scored_NT)
     assert relative(got, expected) < 1e-5

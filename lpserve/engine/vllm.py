@@ -46,7 +46,7 @@ in another order (measured on 18 architectures: at most 3e-7). In bfloat16 atten
 differently: up to 2.3e-3 nats of about 5 on the bundled model, more with the large weights of the
 tests' random models; a structural mistake is worth 1e-1 and more. float16 keeps 3 more bits."""
 QUANTIZED_TOLERANCE = 5e-3
-"""At least, for quantized weights: where activations are rounded to 8 bits as they come, a difference
+"""At least, for quantized weights: where activations are rounded to 8 bits on the way, a difference
 in the last bit may turn a rounding (measured in float32, W8A8: up to 8e-5)."""
 PROBE_WINDOWS, PROBE_MASKS = 16, 6
 """Most windows and random masks of the self-check."""
