@@ -97,8 +97,8 @@ def _add_run(commands: Any) -> None:
     add("--engine-option", action="append", metavar="KEY=VALUE", type=_option,
         help="of the engine; may be repeated. For vllm: path=auto|scoring|requests, and any "
         "argument of vllm.LLM, such as tensor_parallel_size=2")  # fmt: skip
-    add("--pool", help="local (default)")
-    add("--engines", type=int, help="number of engines (1)")
+    add("--pool", help="local (default) or ray")
+    add("--engines", type=_engines, help="number of engines, or auto: what the cluster holds (1)")
     add("--dtype", help="float32 (default), bfloat16, float16")
     add("--device", help="auto (default), cpu, cuda, cuda:1")
     add("--state-budget-mb", type=float, help="memory for hidden states (1/4 of what is free)")
@@ -271,6 +271,13 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"whole numbers separated by commas: got {text!r}"
         ) from None
+
+
+def _engines(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a whole number or auto: got {text!r}") from None
 
 
 def _option(text: str) -> tuple[str, Any]:

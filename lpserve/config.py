@@ -16,7 +16,7 @@ from typing import Any
 from lpserve.errors import InputError
 
 ENGINES = ("transformers", "vllm", "synthetic")
-POOLS = ("local",)
+POOLS = ("local", "ray")
 DTYPES = ("float32", "bfloat16", "float16")
 SURROGATES = ("auto", "gp", "ridge", "paper")
 UTILITIES = ("neg_nll", "ppl_ratio")
@@ -79,7 +79,8 @@ class RunConfig:
     """Stop before the budget when no unseen set promises to be better."""
     engine: str = "transformers"
     pool: str = "local"
-    engines: int = 1
+    engines: int | str = 1
+    """How many, or `auto`: as many as the cluster can hold."""
     dtype: str = "float32"
     device: str = "auto"
     engine_options: dict[str, Any] = field(default_factory=dict)
@@ -103,7 +104,7 @@ class RunConfig:
             _require(getattr(self, key) in choices, key, getattr(self, key), rule)
         for key, least in _LEAST.items():
             value: Any = getattr(self, key)
-            if value is None and key in _OPTIONAL:
+            if (value is None and key in _OPTIONAL) or (key == "engines" and value == "auto"):
                 continue
             fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
             _require(fits, key, value, f"a whole number, at least {least}")
@@ -118,7 +119,8 @@ class RunConfig:
             _require(isinstance(value, str) and value != "", key, value, "a text")
         _require(isinstance(self.engine_options, dict), "engine_options", "no table", "a table")
         _require(bool(self.calibration), "calibration", "nothing", "a text to calibrate on")
-        _require(self.engines == 1, "engines", self.engines, "1 with the local pool")
+        local = self.pool == "local"
+        _require(not local or self.engines == 1, "engines", self.engines, "1 with the local pool")
         _require(
             self.surrogate != "paper" or self.utility == "ppl_ratio",
             "surrogate",

@@ -34,7 +34,7 @@ from lpserve.engine.vllm_options import check_options as check_vllm_options
 from lpserve.errors import InputError, LpserveError, RunInterrupted
 from lpserve.masks import from_keys, keys
 from lpserve.outcome import Outcome, ScoredRun, analyse, candidate_masks, make_plan
-from lpserve.pool import Dispatcher, GivenUp, LocalPool
+from lpserve.pool import Dispatcher, EnginePool, GivenUp, LocalPool, pinned
 from lpserve.progress import Progress
 from lpserve.report import write_outputs
 from lpserve.rounds import History, RoundPlanner, RoundSettings
@@ -95,7 +95,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
             _refuse_other_windows(folder, stored, calibration, heldout)
         store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
         longest = max(calibration.length, heldout.length)
-        pool = LocalPool(_spec(config, stored, longest), calibration)
+        pool = _open_pool(config, _spec(config, stored, longest), calibration)
         stack.callback(pool.close)
         if stored is not None and stored["model_hash"] != pool.info.model_hash:
             raise InputError(
@@ -161,7 +161,7 @@ class _Job:
         config: RunConfig,
         folder: RunFolder,
         store: Store,
-        pool: LocalPool,
+        pool: EnginePool,
         calibration: TokenWindows,
         heldout: TokenWindows,
         progress: Progress,
@@ -398,23 +398,25 @@ def _round_settings(config: RunConfig, num_players: int) -> RoundSettings:
     )
 
 
+def _open_pool(config: RunConfig, spec: EngineSpec, windows: TokenWindows) -> EnginePool:
+    if config.pool == "local":
+        return LocalPool(spec, windows)
+    try:
+        from lpserve.ray_pool import RayPool
+    except ImportError as error:
+        raise InputError(f"pool ray needs Ray ({error}): install lpserve[ray]") from None
+    return RayPool(spec, windows, None if config.engines == "auto" else int(config.engines))
+
+
 def _spec(config: RunConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:
     """The engine, with the path, micro-batch and memory settings that the run began with."""
     spec = EngineSpec(
         kind=config.engine, model=config.model, dtype=config.dtype, device=config.device,
         options=dict(config.engine_options),
     )  # fmt: skip
-    settings = (stored or {}).get("engine", {}).get("settings") or {}
-    options = dict(spec.options)
-    if "state_budget_bytes" in settings:
-        options["state_budget_mb"] = settings["state_budget_bytes"] / 2**20
-    if settings.get("pack_states"):
-        options["micro_batch_tokens"] = settings["micro_batch_tokens"]
     if config.engine == "vllm":
-        options.setdefault("max_model_len", longest + 1)
-        if "path" in settings:  # half precision: scores of two paths do not mix
-            options["path"] = settings["path"]
-    return replace(spec, options=options)
+        spec = replace(spec, options={"max_model_len": longest + 1, **spec.options})
+    return pinned(spec, (stored or {}).get("engine", {}).get("settings") or {})
 
 
 def _refuse_other_windows(

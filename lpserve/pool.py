@@ -14,8 +14,9 @@ import queue
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from lpserve.engine import build_engine
 from lpserve.masks import sort_distinct
@@ -57,11 +58,28 @@ class GivenUp:
     reason: str
 
 
+def pinned(spec: EngineSpec, settings: Mapping[str, Any]) -> EngineSpec:
+    """A spec with the path, micro-batch and memory settings that an engine of it resolved: what
+    every engine of a run uses, and a resumed run again."""
+    options = dict(spec.options)
+    if "state_budget_bytes" in settings:
+        options["state_budget_mb"] = settings["state_budget_bytes"] / 2**20
+    if settings.get("pack_states"):
+        options["micro_batch_tokens"] = settings["micro_batch_tokens"]
+    if "path" in settings:  # half precision: scores of two paths do not mix
+        options["path"] = settings["path"]
+    return replace(spec, options=options)
+
+
 class EnginePool(Protocol):
     """Engines behind one queue."""
 
     info: EngineInfo
-    num_engines: int
+
+    @property
+    def num_engines(self) -> int:
+        """Engines that units are sized for; may change during a run."""
+        ...
 
     def register(self, windows: TokenWindows) -> str:
         """Make windows known to every engine; returns their hash."""

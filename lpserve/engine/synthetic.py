@@ -26,10 +26,14 @@ class SyntheticEngine:
     * `num_players`, `game_seed`: which game.
     * `delay_s`: sleep for each distinct mask.
     * `poison`: masks (strings of 0 and 1) that raise when scored; `nan`: masks that score NaN;
-      `kill`: masks that end the process with SIGKILL.
+      `kill`: masks that end the process with SIGKILL; `hang`: masks that never end.
+    * `slow_file`, `slow_s`: the one engine that makes this file sleeps so long for each mask.
     """
 
-    OPTIONS = ("num_players", "game_seed", "delay_s", "poison", "nan", "kill")
+    OPTIONS = (
+        "num_players", "game_seed", "delay_s", "poison", "nan", "kill", "hang", "slow_file",
+        "slow_s",
+    )  # fmt: skip
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
         options = spec.options
@@ -40,7 +44,10 @@ class SyntheticEngine:
         self.main_P: FloatArray = rng.uniform(0.01, 0.3, num_players)
         self.pairs_PP: FloatArray = np.triu(rng.normal(0, 0.03, (num_players, num_players)), 1)
         self._delay_s = float(options.get("delay_s", 0.0))
-        self._special = {name: set(options.get(name, ())) for name in ("poison", "nan", "kill")}
+        kinds = ("poison", "nan", "kill", "hang")
+        self._special = {name: set(options.get(name, ())) for name in kinds}
+        if options.get("slow_file") and _made_first(str(options["slow_file"])):
+            self._delay_s = float(options.get("slow_s", 1.0))
         self._windows: dict[str, TokenWindows] = {}
         self._default = self.register(windows)
         self.masks_scored = 0
@@ -71,6 +78,8 @@ class SyntheticEngine:
             text = "".join("01"[int(bit)] for bit in mask_P)
             if text in self._special["kill"]:
                 os.kill(os.getpid(), 9)
+            while text in self._special["hang"]:
+                time.sleep(1.0)
             if text in self._special["poison"]:
                 raise EngineError(f"mask {text} is poisoned")
             if text in self._special["nan"]:
@@ -106,3 +115,12 @@ class SyntheticEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _made_first(path: str) -> bool:
+    """Whether this call made the file: true for one engine of many."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True

@@ -1,0 +1,187 @@
+"""Engines as Ray actors: a real local cluster, real processes, real kills.
+
+The synthetic game has a known answer, so a lost, doubled or wrong score shows. Final stores must
+equal those of an undisturbed run of the local pool, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from lpserve.config import config_from
+from lpserve.coordinator import run
+from lpserve.errors import InputError
+from lpserve.masks import keys
+from lpserve.pool import Dispatcher, GivenUp
+from lpserve.types import EngineSpec
+from lpserve.windows import TokenWindows
+from tests.test_coordinator import make_config, stored_scores, texts  # noqa: F401
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+P = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    import logging
+
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False,
+             logging_level=logging.ERROR)  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def ray_config(tmp_path, texts, engines: int, **options):  # noqa: F811
+    engine_options = {"num_players": P, "game_seed": 3, **options}
+    return make_config(tmp_path, texts, pool="ray", engines=engines, engine_options=engine_options)
+
+
+def undisturbed(tmp_path, texts):  # noqa: F811
+    config = make_config(tmp_path, texts, out=str(tmp_path / "alone"))
+    return run(config), stored_scores(tmp_path / "alone" / "scores.sqlite")
+
+
+@pytest.mark.parametrize("engines", [1, 2, 4])
+def test_any_number_of_engines_gives_the_local_pools_masks_scores_and_plan(
+    engines,
+    tmp_path,
+    texts,  # noqa: F811
+):
+    alone, stored = undisturbed(tmp_path, texts)
+    result = run(ray_config(tmp_path, texts, engines))
+    assert stored_scores(tmp_path / "run" / "scores.sqlite") == stored
+    assert result.outcome.plan == alone.outcome.plan
+    assert keys(result.outcome.scored.masks_MP) == keys(alone.outcome.scored.masks_MP)
+
+
+def test_killed_engines_are_replaced_and_nothing_is_lost(tmp_path, texts, monkeypatch):  # noqa: F811
+    import lpserve.ray_pool
+
+    alone, stored = undisturbed(tmp_path, texts)
+    pools = []
+
+    class Watched(lpserve.ray_pool.RayPool):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            pools.append(self)
+            self.victims = self.pids()
+
+        def next(self, timeout_s):
+            result = super().next(timeout_s)
+            if result is not None and len(pools[0].victims):
+                os.kill(pools[0].victims.pop(), signal.SIGKILL)
+                pools[0].victims += self.pids()[:1] if self.restarts < 3 else []
+            return result
+
+    monkeypatch.setattr(lpserve.ray_pool, "RayPool", Watched)
+    result = run(ray_config(tmp_path, texts, 2, delay_s=0.01))
+    assert pools[0].restarts >= 1
+    assert stored_scores(tmp_path / "run" / "scores.sqlite") == stored
+    assert result.outcome.plan == alone.outcome.plan
+
+
+def pool_of(engines: int, deadline_s: float | None = None, **options):
+    from lpserve.ray_pool import RayPool
+
+    windows = TokenWindows.from_tokens(np.random.default_rng(0).integers(0, 100, (3, 16)))
+    spec = EngineSpec(kind="synthetic", model="", options={"num_players": P, **options})
+    return RayPool(spec, windows, engines, deadline_s=deadline_s), windows
+
+
+class Block:
+    id, rows = 0, np.arange(3)
+
+
+def score_all(pool, windows, masks):
+    """key -> NLL of what was scored, and key -> reason of what was given up."""
+    dispatcher = Dispatcher(pool)
+    dispatcher.add(masks, Block(), pool.register(windows))  # pyright: ignore[reportArgumentType]
+    scored, given_up = {}, {}
+    while not dispatcher.idle:
+        result = dispatcher.next(1.0)
+        if isinstance(result, GivenUp):
+            given_up[keys(result.unit.masks_MP)[0]] = result.reason
+        elif result is not None:
+            assert result.scores is not None
+            for key, nll in zip(keys(result.unit.masks_MP), result.scores.nll_MN, strict=True):
+                assert key not in scored, "a mask was scored twice"
+                scored[key] = nll
+    return scored, given_up
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("kill", "died"), ("hang", "did not answer within"), ("poison", "is poisoned")],
+)
+def test_a_mask_that_ends_engines_is_found_alone_and_the_rest_is_scored(kind, words, rng):
+    masks = np.unique(rng.random((60, P)) < 0.6, axis=0)
+    bad = masks[int(rng.integers(len(masks)))]
+    text = "".join("01"[int(bit)] for bit in bad)
+    pool, windows = pool_of(2, deadline_s=1.5, **{kind: [text]})
+    try:
+        scored, given_up = score_all(pool, windows, masks)
+    finally:
+        pool.close()
+    assert list(given_up) == keys(bad[None])
+    assert words in next(iter(given_up.values()))
+    assert set(scored) == set(keys(masks)) - set(given_up)
+
+
+def test_an_engine_that_cannot_start_says_why_at_once(tmp_path, texts):  # noqa: F811
+    started = time.monotonic()
+    with pytest.raises(InputError, match="has no option 'colour'"):
+        run(ray_config(tmp_path, texts, 2, colour=1))
+    assert time.monotonic() - started < 60  # not the minutes of a retry
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_slow_engine_does_not_hold_the_others(tmp_path, rng):
+    """One engine sleeps 5 s a mask; idle ones repeat what it holds."""
+    masks = np.unique(rng.random((40, P)) < 0.6, axis=0)
+    pool, windows = pool_of(3, slow_file=str(tmp_path / "slow"), slow_s=5.0, delay_s=0.01)
+    try:
+        while len(pool.pids()) < 3:
+            time.sleep(0.2)
+            pool.next(0.0)
+        started = time.monotonic()
+        scored, given_up = score_all(pool, windows, masks)
+        seconds = time.monotonic() - started
+    finally:
+        pool.close()
+    assert set(scored) == set(keys(masks))
+    assert not given_up
+    assert seconds < 8 * 5.0  # a first unit of 8 masks on the slow engine alone would take that
+
+
+def test_a_run_of_the_ray_pool_resumes_with_the_local_one(tmp_path, texts):  # noqa: F811
+    alone, stored = undisturbed(tmp_path, texts)
+    from lpserve.errors import RunInterrupted
+
+    path = tmp_path / "run" / "scores.sqlite"
+    config = ray_config(tmp_path, texts, 2, delay_s=0.05)
+
+    def interrupt() -> None:
+        while not path.exists() or not len(stored_scores(path)):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(RunInterrupted):
+        run(config)
+    thread.join()
+    assert 0 < len(stored_scores(path)) < len(stored)
+    values = {"pool": "local", "engines": 1}
+    from lpserve.config import as_json
+
+    result = run(config_from({**as_json(config), **values}, "test"))
+    assert stored_scores(path) == stored
+    assert result.outcome.plan == alone.outcome.plan
