@@ -6,6 +6,7 @@ equal those of an undisturbed run of the local pool, bit for bit.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -21,9 +22,10 @@ from lpserve.masks import keys
 from lpserve.pool import Dispatcher, GivenUp
 from lpserve.types import EngineSpec
 from lpserve.windows import TokenWindows
+from tests.test_cli import lpserve
 from tests.test_coordinator import make_config, stored_scores, texts  # noqa: F401
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 P = 8
 
 
@@ -62,6 +64,7 @@ def test_any_number_of_engines_gives_the_local_pools_masks_scores_and_plan(
     assert keys(result.outcome.scored.masks_MP) == keys(alone.outcome.scored.masks_MP)
 
 
+@pytest.mark.slow
 def test_killed_engines_are_replaced_and_nothing_is_lost(tmp_path, texts, monkeypatch):  # noqa: F811
     import lpserve.ray_pool
 
@@ -117,6 +120,7 @@ def score_all(pool, windows, masks):
     return scored, given_up
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "words"),
     [("kill", "died"), ("hang", "did not answer within"), ("poison", "is poisoned")],
@@ -143,6 +147,7 @@ def test_an_engine_that_cannot_start_says_why_at_once(tmp_path, texts):  # noqa:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_slow_engine_does_not_hold_the_others(tmp_path, rng):
     """One engine sleeps 5 s a mask; idle ones repeat what it holds."""
     masks = np.unique(rng.random((40, P)) < 0.6, axis=0)
@@ -161,6 +166,7 @@ def test_a_slow_engine_does_not_hold_the_others(tmp_path, rng):
     assert seconds < 8 * 5.0  # a first unit of 8 masks on the slow engine alone would take that
 
 
+@pytest.mark.slow
 def test_a_run_of_the_ray_pool_resumes_with_the_local_one(tmp_path, texts):  # noqa: F811
     alone, stored = undisturbed(tmp_path, texts)
     from lpserve.errors import RunInterrupted
@@ -185,3 +191,19 @@ def test_a_run_of_the_ray_pool_resumes_with_the_local_one(tmp_path, texts):  # n
     result = run(config_from({**as_json(config), **values}, "test"))
     assert stored_scores(path) == stored
     assert result.outcome.plan == alone.outcome.plan
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_two_real_engines_give_the_local_pools_plan(engine, tmp_path):
+    """The bundled model from the command line, engines in processes of their own."""
+    flags = ["--demo", "--budget", 60, "--max-removed", 2, "--heldout-windows", 4]
+    plans = []
+    for name, more in (("local", []), ("ray", ["--pool", "ray", "--engines", 2])):
+        out = tmp_path / name
+        done = lpserve("run", *flags, "--engine", engine, *more, "--out", out)
+        assert done.returncode == 0, done.stderr
+        plans.append(json.loads((out / "plan.json").read_text())["plans"])
+    for a, b in zip(*plans, strict=True):
+        assert a["removed"] == b["removed"]
+        assert a["calibration_ppl"] == pytest.approx(b["calibration_ppl"], rel=1e-5)
