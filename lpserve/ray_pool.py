@@ -21,7 +21,7 @@ import os
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -224,7 +224,7 @@ class RayPool:
                     f"an engine plays another game than the first: {info.path}, {info.dtype}, "
                     f"model {info.model_hash[:12]}"
                 )
-        except LpserveError as error:
+        except LpserveError:
             self._members.remove(member)
             ray.kill(member.actor)
             self._failed_starts += 1
@@ -232,7 +232,6 @@ class RayPool:
                 raise
             if not self._members:
                 self._start()
-            self._last_error = error
             return
         self._failed_starts = 0
         for windows in self._windows.values():
@@ -243,7 +242,7 @@ class RayPool:
         self._members.remove(member)
         self.restarts += 1
         for position, task in enumerate(member.tasks):
-            if self._runs_elsewhere(task.unit):
+            if self._holders(task.unit):  # its twin goes on elsewhere
                 continue
             if position == 0:
                 self._done.append(UnitResult(unit=task.unit, scores=None, error=reason))
@@ -286,9 +285,6 @@ class RayPool:
     def _holders(self, unit: Unit) -> int:
         return sum(task.unit is unit for member in self._members for task in member.tasks)
 
-    def _runs_elsewhere(self, unit: Unit) -> bool:
-        return self._holders(unit) > 0
-
     def _take(self, member: _Member, answer: Any) -> None:
         """An answer has come: of an opening, or of a unit."""
         if answer is member.opening:
@@ -314,7 +310,6 @@ class RayPool:
             member.tasks[0].started = now
         for other in self._members:  # an answer of its twin will be dropped
             for twin in [t for t in other.tasks if t.unit is task.unit]:
-                twin.unit = replace(twin.unit)
                 ray.cancel(twin.answer, force=False)
                 other.tasks.remove(twin)
         self._done.append(UnitResult(unit=task.unit, scores=scores, error=error))

@@ -58,11 +58,12 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
     import transformers as tf
 
     layers = common["num_hidden_layers"]
+    plain = {k: v for k, v in common.items() if k != "head_dim"}
     experts: dict[str, Any] = {"num_experts_per_tok": 2, "output_router_logits": False}
     if family == "llama-mha":
         return tf.LlamaConfig(**{**common, "num_key_value_heads": 2})
     if family == "qwen2":
-        return tf.Qwen2Config(**{k: v for k, v in common.items() if k != "head_dim"})
+        return tf.Qwen2Config(**plain)
     if family == "gemma3":
         return tf.Gemma3TextConfig(
             **common, sliding_window=9, query_pre_attn_scalar=32,
@@ -81,7 +82,7 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
             eos_token_id=1,
         )  # fmt: skip
     if family == "phi3":
-        return tf.Phi3Config(**{k: v for k, v in common.items() if k != "head_dim"})
+        return tf.Phi3Config(**plain)
     if family == "mixtral":
         return tf.MixtralConfig(**common, num_local_experts=4, **experts)
     if family == "qwen3-moe":
@@ -90,9 +91,7 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
             norm_topk_prob=True, **experts,
         )  # fmt: skip
     if family == "cohere":
-        return tf.CohereConfig(
-            **{k: v for k, v in common.items() if k != "head_dim"}, logit_scale=0.5
-        )
+        return tf.CohereConfig(**plain, logit_scale=0.5)
     if family == "gpt-oss":
         return tf.GptOssConfig(
             **common, num_local_experts=4, num_experts_per_tok=2, sliding_window=9,
@@ -115,7 +114,7 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
             n_shared_experts=1,
         )  # fmt: skip
     if family == "olmo2":
-        return tf.Olmo2Config(**{k: v for k, v in common.items() if k != "head_dim"})
+        return tf.Olmo2Config(**plain)
     if family == "falcon":
         return tf.FalconConfig(
             hidden_size=64, num_hidden_layers=layers, num_attention_heads=2, vocab_size=97,

@@ -18,7 +18,7 @@ FLOW = [
     {"types", "locks", "config"},
     {"checkpoint", "windows", "masks", "runfolder", "progress"},
     {"engine.base"},
-    {"engine.head", "engine.trie", "engine.synthetic", "engine.reload"},
+    {"engine.head", "engine.recorded", "engine.trie", "engine.synthetic", "engine.reload"},
     {"engine.scorer", "engine.hf_stack", "engine.vllm_stack", "engine.vllm_attention"},
     {"engine.vllm_worker.contract"},
     {"engine.vllm_worker.model"},

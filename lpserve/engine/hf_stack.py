@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from lpserve.engine.head import TargetCache, on_device, plain_nll, summed_nll
+from lpserve.engine.recorded import same_value
 from lpserve.errors import EngineError
 from lpserve.windows import TokenWindows
 
@@ -236,10 +237,10 @@ class _LayerCall:
     def first_difference(self, other: _LayerCall) -> str | None:
         """The name of the first argument in which two calls differ."""
         for position, (a, b) in enumerate(zip(self._args, other._args, strict=True), start=1):
-            if not _same_value(a, b):
+            if not same_value(a, b):
                 return f"argument {position}"
         for name, value in self._kwargs.items():
-            if name not in other._kwargs or not _same_value(value, other._kwargs[name]):
+            if name not in other._kwargs or not same_value(value, other._kwargs[name]):
                 return name
         return None
 
@@ -363,14 +364,6 @@ def _same(hidden: torch.Tensor) -> torch.Tensor:
 def _without_caches(value: Any) -> Any:
     """A recorded KV cache would grow with every replay; layers take None instead."""
     return None if isinstance(value, Cache) else value
-
-
-def _same_value(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a is b or (a.shape == b.shape and torch.equal(a, b))
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(_same_value(x, y) for x, y in zip(a, b, strict=True))
-    return type(a) is type(b) and (a is b or bool(a == b))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ Two paths, one contract:
   with prompt log-probabilities. Slower; serves what vLLM can serve; the reference of the other.
 
 `auto` takes `scoring` when the model's structure allows it and both paths agree on the whole model,
-on nothing kept and on a random mask; which ran, and why, is in `info`.
+on nothing kept and on random masks; which ran, and why, is in `info`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from lpserve.engine.vllm_options import (
     quantization_of,
 )
 from lpserve.engine.vllm_process import GlobalState, start, stop
+from lpserve.engine.vllm_stack import STATE_KINDS
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
@@ -50,8 +51,6 @@ QUANTIZED_TOLERANCE = 5e-3
 in the last bit may turn a rounding (measured in float32, W8A8: up to 8e-5)."""
 PROBE_WINDOWS, PROBE_MASKS = 16, 6
 """Most windows and random masks of the self-check."""
-STATE_KINDS = ("hidden", "sum", "pair")
-"""What a state carries, smallest first; see `engine.vllm_stack`."""
 RPC_TIMEOUT_S = 1800.0
 """A rank that died leaves the others waiting for it; after this the engine gives up."""
 

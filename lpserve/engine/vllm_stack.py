@@ -25,10 +25,12 @@ import torch
 from torch import nn
 
 from lpserve.engine.head import TargetCache, on_device, summed_nll
+from lpserve.engine.recorded import same_value
 from lpserve.errors import EngineError
 from lpserve.windows import TokenWindows
 
-_KINDS = ("hidden", "sum", "pair")
+STATE_KINDS = ("hidden", "sum", "pair")
+"""What a state carries, smallest first."""
 _MAX_CALLS = 16
 """Batch shapes whose recorded arguments are kept."""
 
@@ -335,7 +337,7 @@ class VllmStack:
         elif not all(self._tap.takes_residual):
             raise EngineError(f"{self._model.name}: some layers take a residual and some do not")
         else:
-            kinds = list(_KINDS)
+            kinds = list(STATE_KINDS)
         if link.is_first:
             if record.residual is not None:
                 raise EngineError(f"{self._model.name} gives its first layer a residual")
@@ -386,15 +388,6 @@ class _Recorded:
         self.hidden = torch.empty(0)
         self.residual: torch.Tensor | None = None
         self.arguments: list[dict[str, Any]] = []
-
-
-def same_value(a: Any, b: Any) -> bool:
-    """Whether two recorded arguments are equal, tensors bit for bit."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a is b or (a.shape == b.shape and torch.equal(a, b))
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b, strict=True))
-    return type(a) is type(b) and (a is b or bool(a == b))
 
 
 def _by_name(
