@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ class Checkpoint:
     shards: tuple[Path, ...]
     tensors: tuple[TensorEntry, ...]
     """In shard order, then by offset."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors (of packed weights: as they are packed)."""
+        return sum(math.prod(entry.shape) for entry in self.tensors)
 
     def largest_tensor_bytes(self) -> int:
         return max(entry.num_bytes for entry in self.tensors)

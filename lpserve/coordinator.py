@@ -4,8 +4,9 @@
        ^                                                                       |
        +---------------- complete rounds, up to n - 2 -------------------------+
 
-Round n is proposed (the surrogate refitted) as soon as round n-2 is complete, while the engine
-works on round n-1. A round's masks are counted once the store has committed them.
+Round n is proposed (the surrogate refitted) as soon as round n-2 is complete, while the engines
+work on round n-1; on a thread of its own, so that results are stored and engines fed meanwhile. A
+round's masks are counted once the store has committed them.
 
 Stopping (SIGINT, SIGTERM): nothing more is submitted, what is in flight within the grace time is
 stored, and the same command resumes. A second signal ends the wait.
@@ -18,7 +19,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,12 +42,13 @@ from lpserve.progress import Progress
 from lpserve.report import write_outputs
 from lpserve.rounds import History, RoundPlanner, RoundSettings
 from lpserve.runfolder import CONFIG_FORMAT, RunFolder
-from lpserve.scoreboard import Scoreboard
+from lpserve.scoreboard import Request, Scoreboard
 from lpserve.store import Store
 from lpserve.types import BoolArray, EngineSpec, FloatArray, perplexity, utilities
 from lpserve.windows import TokenWindows, WindowRequest, cut_windows
 
 _POLL_S = 0.2
+_PROPOSAL_POLL_S = 0.01
 SEARCH_UTILITY = "ppl_ratio"
 
 
@@ -95,7 +99,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
             _refuse_other_windows(folder, stored, calibration, heldout)
         store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
         longest = max(calibration.length, heldout.length)
-        pool = _open_pool(config, _spec(config, stored, longest), calibration)
+        pool = _open_pool(config, _spec(config, stored, longest), calibration, progress.note)
         stack.callback(pool.close)
         if stored is not None and stored["model_hash"] != pool.info.model_hash:
             raise InputError(
@@ -170,7 +174,7 @@ class _Job:
         self.calibration, self.heldout, self.progress = calibration, heldout, progress
         self.dispatcher = Dispatcher(pool)
         self.game = store.game_id(pool.info.game)
-        self.board = Scoreboard(store, self.game, calibration, pool, self.dispatcher)
+        self.board = Scoreboard(store, self.game, calibration, self.dispatcher)
         self.settings = _round_settings(config, pool.info.num_players)
         self.planner = RoundPlanner(
             self.settings,
@@ -195,47 +199,50 @@ class _Job:
 
     def score_rounds(self) -> None:
         """Rounds until the budget is spent, nothing is left to ask, or a signal stops the run."""
-        pending: list[tuple[int, BoolArray]] = []
-        next_round, asked, exhausted = 0, 0, False
-        state = self.progress.state
         self.progress.begin("scoring", self.config.budget)
-        while True:
-            while not exhausted and next_round <= len(self.history.masks) + 1:
-                self._drain(0.0)
-                masks_MP = self.planner.propose(next_round, self.history)
-                masks_MP = masks_MP[: self.config.budget - asked]
-                exhausted = not len(masks_MP)
-                if exhausted:
-                    break
+        with ThreadPoolExecutor(1, "lpserve-planner") as thread:
+            self._score_rounds(thread)
+        self.progress.state.total = self.progress.state.done
+
+    def _score_rounds(self, thread: ThreadPoolExecutor) -> None:
+        pending: deque[Request] = deque()
+        proposal: Future[BoolArray] | None = None
+        next_round, asked, exhausted = 0, 0, False
+        while pending or not exhausted:
+            due = not exhausted and next_round <= len(self.history.masks) + 1
+            if due and proposal is None:
+                proposal = thread.submit(self.planner.propose, next_round, self.history)
+            if proposal is not None and proposal.done():
+                masks_MP = proposal.result()[: self.config.budget - asked]
+                proposal = None
                 asked += len(masks_MP)
-                self.board.request(masks_MP)
-                pending.append((next_round, masks_MP))
-                self.folder.event("round", round=next_round, masks=len(masks_MP), asked=asked)
-                next_round += 1
-                self._complete(pending)
-                if asked == self.config.budget:
-                    exhausted = True
-            if exhausted and not pending:
-                break
-            self._drain(_POLL_S)
+                exhausted = not len(masks_MP) or asked == self.config.budget
+                if len(masks_MP):
+                    pending.append(self.board.request(masks_MP))
+                    self.folder.event("round", round=next_round, masks=len(masks_MP), asked=asked)
+                    next_round += 1
+            elif proposal is not None and self.dispatcher.idle:
+                wait([proposal], _POLL_S)
+            else:
+                self._drain(_POLL_S if proposal is None else _PROPOSAL_POLL_S)
             self._complete(pending)
             self._check_signals()
-        state.total = state.done
 
-    def _complete(self, pending: list[tuple[int, BoolArray]]) -> None:
+    def _complete(self, pending: deque[Request]) -> None:
         """Move rounds that are complete, in order, to the history."""
-        while pending and self.board.complete(pending[0][1]):
-            _, masks_MP = pending.pop(0)
-            nll_MN = self.board.nll(masks_MP)
+        while pending and pending[0].complete:
+            request = pending.popleft()
+            nll_MN = request.nll_MN
             if self._full_nll_N is None:
                 self._full_nll_N = nll_MN[0]
                 if not np.isfinite(nll_MN[0]).all():
                     raise LpserveError(
                         "the whole model's own score is not finite: check the model and the dtype"
                     )
-            self.history.masks.append(masks_MP)
+            # the planner reads rounds by the number of mask arrays: NLLs come first
             self.history.nll.append(nll_MN)
-            self._show_best(masks_MP, nll_MN)
+            self.history.masks.append(request.masks_MP)
+            self._show_best(request.masks_MP, nll_MN)
         self._show()
 
     def _drain(self, timeout_s: float) -> None:
@@ -262,9 +269,9 @@ class _Job:
         self.progress.note(f"stopping: up to {self.config.grace_s:g} s for scores in flight")
         while self.dispatcher.in_flight and time.monotonic() < deadline and self.signals < 2:
             self._drain(_POLL_S)
-        self.folder.event("interrupted", scored=self.board.num_scored())
+        self.folder.event("interrupted", scored=self.board.scored)
         raise RunInterrupted(
-            f"interrupted; {self.board.num_scored()} masks are scored and kept in "
+            f"interrupted; {self.board.scored} masks are scored and kept in "
             f"{self.store.path}: give the same command again to resume"
         )
 
@@ -272,14 +279,15 @@ class _Job:
 
     def _show(self) -> None:
         state = self.progress.state
-        state.done = self.board.num_scored()
+        state.done = self.board.scored
         state.reused = self.board.reused
         state.quarantined = len(self.board.quarantined)
         heldout = getattr(self.planner.surrogate, "heldout", None)
         if heldout is not None:
             state.surrogate = self.planner.surrogate.name
             state.heldout_r2, state.heldout_spearman = heldout.r2, heldout.spearman
-        self.progress.update()
+        if self.progress.update():
+            self.pool.publish(state)
 
     def _show_best(self, masks_MP: BoolArray, nll_MN: NDArray[np.float32]) -> None:
         removed_M = (~masks_MP).sum(axis=1)
@@ -299,16 +307,16 @@ class _Job:
         wanted = candidate_masks(make_plan(scored, analysis))
         calibration, self.board = (
             self.board,
-            Scoreboard(self.store, self.game, self.heldout, self.pool, self.dispatcher),
+            Scoreboard(self.store, self.game, self.heldout, self.dispatcher),
         )
         self.progress.begin("held-out", len(wanted))
-        self.board.request(wanted)
-        while not self.board.complete(wanted):
+        request = self.board.request(wanted)
+        while not request.complete:
             self._drain(_POLL_S)
             self._show()
             self._check_signals()
         self._show()
-        scored = replace(scored, heldout_masks_MP=wanted, heldout_nll_MN=self.board.nll(wanted))
+        scored = replace(scored, heldout_masks_MP=wanted, heldout_nll_MN=request.nll_MN)
         outcome = Outcome(
             scored=scored,
             analysis=analysis,
@@ -398,14 +406,17 @@ def _round_settings(config: RunConfig, num_players: int) -> RoundSettings:
     )
 
 
-def _open_pool(config: RunConfig, spec: EngineSpec, windows: TokenWindows) -> EnginePool:
+def _open_pool(
+    config: RunConfig, spec: EngineSpec, windows: TokenWindows, tell: Callable[[str], None]
+) -> EnginePool:
     if config.pool == "local":
         return LocalPool(spec, windows)
     try:
         from lpserve.ray_pool import RayPool
     except ImportError as error:
         raise InputError(f"pool ray needs Ray ({error}): install lpserve[ray]") from None
-    return RayPool(spec, windows, None if config.engines == "auto" else int(config.engines))
+    engines = None if config.engines == "auto" else int(config.engines)
+    return RayPool(spec, windows, engines, tell=tell)
 
 
 def _spec(config: RunConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:

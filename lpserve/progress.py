@@ -61,11 +61,12 @@ class Progress:
         self.state.done = self.state.reused = 0
         self._started = time.monotonic()
 
-    def update(self, *, force: bool = False) -> None:
-        """Show the state, at most every interval (a terminal: twice a second)."""
+    def update(self, *, force: bool = False) -> bool:
+        """Show the state, at most every interval (a terminal: twice a second); returns whether it
+        was shown."""
         now = time.monotonic()
         if not force and now - self._last < (0.5 if self._live else self._interval_s):
-            return
+            return False
         self._last = now
         text = self.line(now - self._started)
         if self._live:
@@ -73,6 +74,7 @@ class Progress:
         else:
             self._stream.write(text + "\n")
             self._stream.flush()
+        return True
 
     def note(self, text: str) -> None:
         """A line of its own."""

@@ -1,31 +1,54 @@
 """What a run knows of one set of windows: scores read from the store, and what is still missing.
 
-Every score passes through the store before it counts here, as float32.
-Notation: M masks, N windows, P players.
+Every score passes through the store before it counts here, as float32. Only masks that are not
+whole yet are kept track of one by one; a request's scores are one array, dropped with the request.
+Notation: M masks, P players, N windows.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.masks import keys
-from lpserve.pool import Dispatcher, EnginePool, GivenUp, UnitResult
+from lpserve.pool import Dispatcher, GivenUp, UnitResult
 from lpserve.store import Store
 from lpserve.types import BoolArray
 from lpserve.windows import TokenWindows
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Masks that were asked for together."""
+
+    masks_MP: BoolArray
+    nll_MN: NDArray[np.float32]
+    """Stored NLLs in nats; NaN where a mask was given up, or is not scored yet."""
+    missing: int = 0
+    """Masks that are neither whole nor given up."""
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A mask that is not whole yet."""
+
+    request: Request
+    row: int
+    blocks: int
+    """Blocks still to score."""
 
 
 class Scoreboard:
     """Scores of one game on one set of windows."""
 
     def __init__(
-        self,
-        store: Store,
-        game: int,
-        windows: TokenWindows,
-        pool: EnginePool,
-        dispatcher: Dispatcher,
+        self, store: Store, game: int, windows: TokenWindows, dispatcher: Dispatcher
     ) -> None:
         self._store = store
         self._game = game
@@ -33,46 +56,52 @@ class Scoreboard:
         self._dispatcher = dispatcher
         self._blocks = store.blocks_for(windows)
         self._block_windows = {
-            block.id: pool.register(windows.select(block.rows)) for block in self._blocks
+            block.id: dispatcher.register(windows.select(block.rows)) for block in self._blocks
         }
-        self._nll: dict[bytes, NDArray[np.float32]] = {}
-        self._missing: dict[bytes, set[int]] = {}
-        known = store.quarantined(game)
+        self._open: dict[bytes, _Open] = {}
+        blocks = {block.id for block in self._blocks}
         self._bad = {
-            (block.id, key): reason
-            for (held, key), reason in known.items()
-            for block in self._blocks
-            if held == block.id
+            held: reason for held, reason in store.quarantined(game).items() if held[0] in blocks
         }
         self.quarantined: dict[bytes, str] = {}
         """Masks given up: key -> reason. Their scores are NaN."""
+        self.scored = 0
+        """Masks asked for that are whole."""
         self.reused = 0
-        """Masks whose scores the store already held."""
+        """Those of them whose scores the store already held."""
 
-    def request(self, masks_MP: BoolArray) -> None:
-        """Read what the store holds of these masks and have the rest scored."""
+    def request(self, masks_MP: BoolArray) -> Request:
+        """Read what the store holds of these masks and have the rest scored.
+
+        The masks are distinct, and none of them is still open.
+        """
         nll_MN, known_MN = self._store.get(self._game, self._windows, masks_MP)
+        request = Request(masks_MP=masks_MP, nll_MN=nll_MN)
         mask_keys = keys(masks_MP)
-        for row, key in enumerate(mask_keys):
-            self._nll[key] = nll_MN[row]
-            self._missing[key] = set()
-            self.reused += bool(known_MN[row].all())
-        for block in self._blocks:
-            wanted = []
-            for row, key in enumerate(mask_keys):
-                if known_MN[row, block.rows].all():
-                    continue
-                if (block.id, key) in self._bad:
-                    self.quarantined[key] = self._bad[block.id, key]
-                    continue
-                self._missing[key].add(block.id)
-                wanted.append(row)
-            if wanted:
-                self._dispatcher.add(masks_MP[wanted], block, self._block_windows[block.id])
-
-    def holds(self, result: UnitResult | GivenUp) -> bool:
-        """Whether a result is about one of this scoreboard's blocks."""
-        return result.unit.windows in self._block_windows.values()
+        left_M = np.zeros(len(masks_MP), dtype=np.int64)
+        wanted: list[tuple[int, list[int]]] = []
+        for index, block in enumerate(self._blocks):
+            rows = []
+            for row in np.flatnonzero(~known_MN[:, block.rows].all(axis=1)).tolist():
+                reason = self._bad.get((block.id, mask_keys[row]))
+                if reason is None:
+                    rows.append(row)
+                else:
+                    self.quarantined[mask_keys[row]] = reason
+            left_M[rows] += 1
+            wanted.append((index, rows))
+        for row in np.flatnonzero(left_M).tolist():
+            self._open[mask_keys[row]] = _Open(request, row, int(left_M[row]))
+        request.missing = int((left_M > 0).sum())
+        known = np.flatnonzero(left_M == 0).tolist()
+        whole = sum(mask_keys[row] not in self.quarantined for row in known)
+        self.reused += whole
+        self.scored += whole
+        for index, rows in wanted:
+            if rows:
+                block = self._blocks[index]
+                self._dispatcher.add(masks_MP[rows], block, self._block_windows[block.id])
+        return request
 
     def accept(self, result: UnitResult | GivenUp) -> None:
         """Commit a result, then count it."""
@@ -81,27 +110,21 @@ class Scoreboard:
             self._store.quarantine(self._game, unit.block, unit.masks_MP[0], result.reason)
             key = keys(unit.masks_MP)[0]
             self.quarantined[key] = result.reason
-            self._missing[key].discard(unit.block.id)
+            self._one_block_less(key)
             return
         assert result.scores is not None
         self._store.put(self._game, unit.block, unit.masks_MP, result.scores.nll_MN)
-        stored_MN = result.scores.nll_MN.astype(np.float32)
+        with np.errstate(over="ignore"):  # beyond float32 is inf, as in the store
+            stored_MN = result.scores.nll_MN.astype(np.float32)
         for key, nll_N in zip(keys(unit.masks_MP), stored_MN, strict=True):
-            self._nll[key][unit.block.rows] = nll_N
-            self._missing[key].discard(unit.block.id)
+            mask = self._open[key]
+            mask.request.nll_MN[mask.row, unit.block.rows] = nll_N
+            self._one_block_less(key)
 
-    def complete(self, masks_MP: BoolArray) -> bool:
-        """Whether every one of these requested masks is scored or given up."""
-        return not any(self._missing[key] for key in keys(masks_MP))
-
-    def nll(self, masks_MP: BoolArray) -> NDArray[np.float32]:
-        """Stored NLLs in nats, `float32[M, N]`; NaN where a mask was given up."""
-        return np.array([self._nll[key] for key in keys(masks_MP)]).reshape(
-            len(masks_MP), self._windows.num_windows
-        )
-
-    def num_scored(self) -> int:
-        """Requested masks that are scored whole."""
-        return sum(
-            not missing and key not in self.quarantined for key, missing in self._missing.items()
-        )
+    def _one_block_less(self, key: bytes) -> None:
+        mask = self._open[key]
+        mask.blocks -= 1
+        if not mask.blocks:
+            del self._open[key]
+            mask.request.missing -= 1
+            self.scored += key not in self.quarantined

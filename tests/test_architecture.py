@@ -29,6 +29,7 @@ FLOW = [
     {"engine"},
     {"store"},
     {"score_tables", "pool"},
+    {"ray_pool.actor", "ray_pool.cluster", "ray_pool.metrics"},
     {"ray_pool"},
     {"scoreboard", "surrogate"},
     {"shapley", "scored"},

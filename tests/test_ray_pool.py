@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def cluster():
 
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False,
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False,
              logging_level=logging.ERROR)  # fmt: skip
     yield
     ray.shutdown()
@@ -75,13 +76,14 @@ def test_killed_engines_are_replaced_and_nothing_is_lost(tmp_path, texts, monkey
         def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, **kwargs)
             pools.append(self)
-            self.victims = self.pids()
+            self.kills_left = 3
 
         def next(self, timeout_s):
             result = super().next(timeout_s)
-            if result is not None and len(pools[0].victims):
-                os.kill(pools[0].victims.pop(), signal.SIGKILL)
-                pools[0].victims += self.pids()[:1] if self.restarts < 3 else []
+            if result is not None and self.kills_left and self.processes:
+                self.kills_left -= 1
+                with suppress(ProcessLookupError):  # killed before, and not noticed yet
+                    os.kill(self.processes[0].pid, signal.SIGKILL)
             return result
 
     monkeypatch.setattr(lpserve.ray_pool, "RayPool", Watched)
@@ -106,7 +108,7 @@ class Block:
 def score_all(pool, windows, masks):
     """key -> NLL of what was scored, and key -> reason of what was given up."""
     dispatcher = Dispatcher(pool)
-    dispatcher.add(masks, Block(), pool.register(windows))  # pyright: ignore[reportArgumentType]
+    dispatcher.add(masks, Block(), dispatcher.register(windows))  # pyright: ignore[reportArgumentType]
     scored, given_up = {}, {}
     while not dispatcher.idle:
         result = dispatcher.next(1.0)
@@ -153,7 +155,7 @@ def test_a_slow_engine_does_not_hold_the_others(tmp_path, rng):
     masks = np.unique(rng.random((40, P)) < 0.6, axis=0)
     pool, windows = pool_of(3, slow_file=str(tmp_path / "slow"), slow_s=5.0, delay_s=0.01)
     try:
-        while len(pool.pids()) < 3:
+        while len(pool.processes) < 3:
             time.sleep(0.2)
             pool.next(0.0)
         started = time.monotonic()

@@ -27,12 +27,13 @@ class SyntheticEngine:
     * `delay_s`: sleep for each distinct mask.
     * `poison`: masks (strings of 0 and 1) that raise when scored; `nan`: masks that score NaN;
       `kill`: masks that end the process with SIGKILL; `hang`: masks that never end.
+    * `tensor_parallel_size`, `pipeline_parallel_size`: ask a cluster for room for such an engine.
     * `slow_file`, `slow_s`: the one engine that makes this file sleeps so long for each mask.
     """
 
     OPTIONS = (
         "num_players", "game_seed", "delay_s", "poison", "nan", "kill", "hang", "slow_file",
-        "slow_s",
+        "slow_s", "tensor_parallel_size", "pipeline_parallel_size",
     )  # fmt: skip
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:

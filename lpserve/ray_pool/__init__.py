@@ -1,0 +1,471 @@
+"""Many engines as Ray actors behind one queue. Nothing else in lpserve imports Ray.
+
+Each engine is one actor in a process of its own, with the resources that it needs; at most
+`UNITS_IN_FLIGHT` units are at an engine, so that one that is slow or dies holds back at most those.
+Answers arrive as events, never by asking every engine in turn, so the work for a unit does not grow
+with the number of engines. What goes wrong is told apart here; what follows from it is the
+dispatcher's policy:
+
+* an engine raises: the unit comes back with the error; if the engine cannot score the whole model
+  any more either, it is replaced;
+* an engine dies, or overruns a unit's deadline: it is replaced; the unit that it worked on comes
+  back as failed, what waited behind it comes back without blame;
+* an engine cannot start: tried again, later each time, while others work; its own error ends the
+  run when none is left.
+
+All engines start at once; the first that is ready decides path and micro-batches, and one that
+decided otherwise is started again. With a number of engines, so many are kept alive as nodes come
+and go; with none, as many as the nodes that are there can hold. An engine with nothing to do
+repeats a unit that is overdue elsewhere; the first answer counts. Windows and spec travel once to
+each engine.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray.exceptions
+
+from lpserve.errors import EngineError, InputError, LpserveError
+from lpserve.pool import UNITS_IN_FLIGHT, Unit, UnitResult, Vacancy, first_line, pinned
+from lpserve.progress import RunState
+from lpserve.ray_pool.actor import EngineActor, Failure, Whereabouts
+from lpserve.ray_pool.cluster import (
+    Place,
+    Watcher,
+    capacity,
+    check_room,
+    connect,
+    engine_spec,
+    needs_of,
+)
+from lpserve.ray_pool.metrics import RunMetrics
+from lpserve.types import EngineInfo, EngineSpec
+from lpserve.windows import TokenWindows
+
+FIRST_DEADLINE_S = 3600.0
+"""For a unit whose time is not known yet, and for an engine to be ready."""
+LEAST_DEADLINE_S = 120.0
+DEADLINE_FACTOR = 30.0
+"""A unit may take this many times what it should."""
+OVERDUE_FACTOR = 2.0
+OVERDUE_S = 1.0
+"""A unit is overdue this much after twice its time."""
+RETRY_S = 10.0
+"""Wait before an engine that could not start is tried again; doubles up to `MOST_RETRY_S`."""
+MOST_RETRY_S = 600.0
+NO_ROOM_S = 30.0
+"""Silence after which a run says that it waits for room in the cluster."""
+_TICK_S = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A unit at an engine."""
+
+    unit: Unit
+    answer: Any
+    started: float
+    dropped: bool = False
+    """Answered elsewhere: only its end is waited for."""
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """An engine of the pool."""
+
+    name: str
+    actor: Any
+    place: Place
+    started: float
+    at: Whereabouts | None = None
+    ready: bool = False
+    gone: bool = False
+    tasks: deque[_Task] = field(default_factory=deque)
+    """The first is at work, the others wait behind it."""
+    windows: set[str] = field(default_factory=set)
+    """Hashes of the windows that were sent to it."""
+
+
+class RayPool:
+    """See `lpserve.pool.EnginePool`.
+
+    Args:
+        engines: how many; None: as many as the cluster can hold.
+        deadline_s: of a unit; None: from how long it should take.
+        tell: takes a line for the user when engines come, go or fail.
+
+    Raises:
+        InputError, EngineError: no engine can start, in its own words; or the cluster cannot hold
+            one.
+    """
+
+    info: EngineInfo
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        windows: TokenWindows,
+        engines: int | None = None,
+        deadline_s: float | None = None,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._owns_ray = connect()
+        self._tell = tell
+        self._deadline_s = deadline_s
+        self._windows: dict[str, Any] = {}
+        self._members: dict[str, _Member] = {}
+        self._room: tuple[dict[str, _Member], ...] = tuple({} for _ in range(UNITS_IN_FLIGHT))
+        """Ready engines that hold so many units."""
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._done: deque[UnitResult] = deque()
+        self._next_tick = self._retry_at = 0.0
+        self._failed_starts = self._names = self.restarts = 0
+        self._pinned = False
+        self._roomless_since: float | None = None
+        self._watcher: Watcher | None = None
+        try:
+            self._needs = needs_of(spec)
+            check_room(self._needs)
+            self._spec = engine_spec(spec, self._needs)
+            self._engines = engines
+            self._capacity = capacity(self._needs)
+            self._default = ray.put(windows)
+            self._keep_alive()
+            self._wait_for_the_first()
+            self._metrics = RunMetrics(self.info.model)
+            self._watcher = Watcher(self._needs, self._nodes_changed)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_engines(self) -> int:
+        return max(1, sum(member.ready for member in self._members.values()))
+
+    @property
+    def processes(self) -> list[Whereabouts]:
+        """Where the engines that take part run."""
+        return [m.at for m in self._members.values() if m.ready and m.at]
+
+    def register(self, windows: TokenWindows) -> str:
+        key = windows.content_hash
+        if key not in self._windows:
+            self._windows[key] = ray.put(windows)
+        return key
+
+    def vacancy(self, avoid: Set[str] = frozenset()) -> Vacancy | None:
+        elsewhere = bool(avoid) and any(
+            m.at and m.at.place not in avoid for m in self._members.values() if m.ready
+        )
+        for held, members in enumerate(self._room):
+            for member in members.values():
+                assert member.at
+                if not (elsewhere and member.at.place in avoid):
+                    return Vacancy(engine=member.name, place=member.at.place, idle=held == 0)
+        return None
+
+    def submit(self, unit: Unit, engine: str) -> None:
+        self._give(self._members[engine], unit)
+
+    def next(self, timeout_s: float) -> UnitResult | None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            while not self._events.empty():
+                self._events.get()()
+            now = time.monotonic()
+            if now >= self._next_tick:
+                self._next_tick = now + _TICK_S
+                self._tick(now)
+            if self._done:
+                return self._done.popleft()
+            if now >= deadline:
+                return None
+            try:
+                event = self._events.get(timeout=min(_TICK_S, deadline - now))
+            except queue.Empty:
+                continue
+            event()
+
+    def publish(self, state: RunState) -> None:
+        units = sum(not t.dropped for m in self._members.values() for t in m.tasks)
+        engines = sum(member.ready for member in self._members.values())
+        self._metrics.publish(state, engines=engines, units=units, restarts=self.restarts)
+
+    def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.close()
+        for member in list(self._members.values()):
+            self._remove(member)
+        if self._owns_ray:
+            ray.shutdown()
+
+    # -- engines ---------------------------------------------------------------------------------
+
+    def _keep_alive(self) -> None:
+        """Start engines up to the number wanted."""
+        wanted = self._capacity if self._engines is None else self._engines
+        if time.monotonic() >= self._retry_at:
+            for _ in range(wanted - len(self._members)):
+                self._start()
+        surplus = len(self._members) - wanted
+        for member in [m for m in self._members.values() if m.at is None][: max(0, surplus)]:
+            self._remove(member)  # its node left, and nothing else has room for it
+
+    def _start(self) -> None:
+        place = Place(self._needs)
+        actor_class: Any = ray.remote(EngineActor)
+        actor = actor_class.options(max_restarts=0, max_task_retries=0, **place.options).remote()
+        self._names += 1
+        member = _Member(f"engine {self._names}", actor, place, time.monotonic())
+        self._members[member.name] = member
+        self._when_done(actor.where.remote(), lambda f: self._placed(member, f))
+        opening = actor.open.remote(self._spec, self._default)
+        self._when_done(opening, lambda f: self._opened(member, f))
+
+    def _when_done(self, answer: Any, then: Callable[[Any], None]) -> None:
+        """Have `then` called, by whoever waits in `next`, with the answer's future."""
+        answer.future().add_done_callback(lambda f: self._events.put(lambda: then(f)))
+
+    def _placed(self, member: _Member, answer: Any) -> None:
+        if member.gone or answer.exception() is not None:
+            return
+        member.at = answer.result()
+        member.started = time.monotonic()
+        nodes = member.place.num_nodes()
+        if nodes > self._needs.nodes:
+            line = f"its GPUs would lie on {nodes} nodes: a pipeline stage stays on one"
+            self._cannot_start(member, Failure("EngineError", line))
+
+    def _wait_for_the_first(self) -> None:
+        while not self._pinned:
+            try:
+                self._events.get(timeout=_TICK_S)()
+            except queue.Empty:
+                now = time.monotonic()
+                self._end_overdue(now)
+                self._keep_alive()
+                self._tell_of_waiting(now)
+
+    def _opened(self, member: _Member, answer: Any) -> None:
+        """An engine is ready and takes part, or cannot start."""
+        if member.gone:
+            return
+        error = answer.exception()
+        info = Failure("EngineError", _death(error)) if error else answer.result()
+        if isinstance(info, Failure):
+            self._cannot_start(member, info)
+            return
+        if not self._pinned:
+            self._pinned = True
+            self.info = info
+            self._spec = pinned(self._spec, info.settings)
+        elif info.game != self.info.game:  # it chose before the first had chosen for all
+            self._remove(member)
+            self._start()
+            return
+        elif info.versions != self.info.versions:
+            line = f"it runs {_difference(info.versions, self.info.versions)}"
+            self._cannot_start(member, Failure("EngineError", line))
+            return
+        self._failed_starts = 0
+        member.ready = True
+        self._file(member)
+
+    def _cannot_start(self, member: _Member, failure: Failure) -> None:
+        where = f" on {member.at.address}" if member.at else ""
+        self._remove(member)
+        self._failed_starts += 1
+        alone = not self._members
+        if failure.kind == "InputError" and not self._pinned:
+            raise InputError(failure.line)  # the user's mistake, not one node's trouble
+        if alone and (not self._pinned or self._failed_starts > 2):
+            raise EngineError(f"no engine can start: {failure.line}")
+        wait_s = min(MOST_RETRY_S, RETRY_S * 2.0 ** (self._failed_starts - 1))
+        if alone:
+            wait_s = RETRY_S
+        self._retry_at = time.monotonic() + wait_s
+        self._tell(f"an engine{where} cannot start: {failure.line}; again in {wait_s:.0f} s")
+
+    def _remove(self, member: _Member) -> None:
+        member.gone = True
+        self._members.pop(member.name, None)
+        for members in self._room:
+            members.pop(member.name, None)
+        ray.kill(member.actor)
+        member.place.release()
+
+    def _lost(self, member: _Member, reason: str) -> None:
+        """Replace an engine; blame the unit that it was at work on."""
+        self._remove(member)
+        self.restarts += 1
+        where = f" on {member.at.address}" if member.at else ""
+        self._tell(f"{member.name}{where} is replaced: {reason}")
+        place = member.at.place if member.at else ""
+        for position, task in enumerate(member.tasks):
+            if task.dropped or self._holders(task.unit):  # its twin goes on elsewhere
+                continue
+            result = UnitResult(unit=task.unit, scores=None, engine=member.name, place=place)
+            if position == 0:
+                result = replace(result, error=reason, lost=True)
+            self._done.append(result)
+        self._keep_alive()
+
+    def _nodes_changed(self, engines: int) -> None:
+        def changed() -> None:
+            self._capacity = engines
+            self._keep_alive()
+
+        self._events.put(changed)
+
+    # -- units -----------------------------------------------------------------------------------
+
+    def _file(self, member: _Member) -> None:
+        """Note how much room an engine has."""
+        for members in self._room:
+            members.pop(member.name, None)
+        if member.ready and len(member.tasks) < UNITS_IN_FLIGHT:
+            self._room[len(member.tasks)][member.name] = member
+
+    def _give(self, member: _Member, unit: Unit) -> None:
+        if unit.windows not in member.windows:
+            member.windows.add(unit.windows)
+            member.actor.register.remote(self._windows[unit.windows])
+        answer = member.actor.score.remote(unit.masks_MP, unit.windows)
+        task = _Task(unit=unit, answer=answer, started=time.monotonic())
+        member.tasks.append(task)
+        self._file(member)
+        self._when_done(answer, lambda f: self._answered(member, task, f))
+
+    def _answered(self, member: _Member, task: _Task, answer: Any) -> None:
+        if member.gone:
+            return
+        error = answer.exception()
+        if isinstance(error, ray.exceptions.TaskCancelledError):
+            scores = None
+        elif error is not None:
+            self._lost(member, _death(error))
+            return
+        else:
+            scores = answer.result()
+        if isinstance(scores, Failure) and scores.broken:
+            self._lost(member, f"it scores nothing any more: {scores.line}")
+            return
+        was_first = member.tasks[0] is task
+        member.tasks.remove(task)
+        if was_first and member.tasks:
+            member.tasks[0].started = time.monotonic()
+        self._file(member)
+        if task.dropped or scores is None:
+            return
+        self._drop_twins(task.unit)
+        assert member.at
+        result = {"unit": task.unit, "engine": member.name, "place": member.at.place}
+        if isinstance(scores, Failure):
+            self._done.append(UnitResult(**result, scores=None, error=scores.line))
+        else:
+            self._done.append(UnitResult(**result, scores=scores))
+
+    def _drop_twins(self, unit: Unit) -> None:
+        for member in self._members.values():
+            for task in member.tasks:
+                if task.unit is unit and not task.dropped:
+                    task.dropped = True
+                    if task is not member.tasks[0]:
+                        ray.cancel(task.answer, force=False)
+
+    def _holders(self, unit: Unit) -> int:
+        return sum(
+            task.unit is unit and not task.dropped
+            for member in self._members.values()
+            for task in member.tasks
+        )
+
+    # -- time ------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> None:
+        self._end_overdue(now)
+        self._keep_alive()
+        self._tell_of_waiting(now)
+        if not self._done:
+            self._repeat_overdue(now)
+
+    def _tell_of_waiting(self, now: float) -> None:
+        """Say it once when no engine has had room for a while."""
+        if any(member.at for member in self._members.values()):
+            self._roomless_since = None
+        elif self._roomless_since is None:
+            self._roomless_since = now
+        elif now - self._roomless_since > NO_ROOM_S:
+            self._roomless_since = float("inf")
+            self._tell(f"waiting for room in the Ray cluster: an engine needs {self._needs}")
+
+    def _repeat_overdue(self, now: float) -> None:
+        """Give idle engines what others should have finished, the oldest first."""
+        idle = list(self._room[0].values())
+        if not idle:
+            return
+        late = [
+            task
+            for member in self._members.values()
+            if member.tasks and _overdue(member.tasks[0], now)
+            for task in member.tasks
+            if not task.dropped and self._holders(task.unit) == 1
+        ]
+        late.sort(key=lambda task: task.started)
+        for member, task in zip(idle, late, strict=False):
+            self._give(member, task.unit)
+
+    def _end_overdue(self, now: float) -> None:
+        for member in list(self._members.values()):
+            if member.tasks:
+                task = member.tasks[0]
+                allowed_s = self._deadline_s or _allowed_s(task.unit)
+                since = task.started
+            elif member.at and not member.ready:
+                allowed_s, since = FIRST_DEADLINE_S, member.started
+            else:
+                continue
+            if now - since <= allowed_s:
+                continue
+            reason = f"it did not answer within {allowed_s:.0f} s"
+            if member.ready:
+                self._lost(member, reason)
+            else:
+                self._cannot_start(member, Failure("EngineError", reason))
+
+
+def _overdue(task: _Task, now: float) -> bool:
+    return now - task.started > OVERDUE_S + OVERDUE_FACTOR * (task.unit.expected_s or 0.0)
+
+
+def _allowed_s(unit: Unit) -> float:
+    if unit.expected_s is None:
+        return FIRST_DEADLINE_S
+    return max(LEAST_DEADLINE_S, DEADLINE_FACTOR * unit.expected_s)
+
+
+def _death(error: BaseException) -> str:
+    """Why an actor no longer answers, in one line."""
+    if isinstance(error, LpserveError):
+        return str(error)
+    text = str(error)
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return "its process or node cannot be reached"
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        if "node has died" in text or "node died" in text:
+            return "its node died"
+        if "SYSTEM_ERROR" in text:
+            return "its process died (killed, out of memory or crashed)"
+    return first_line(error)
+
+
+def _difference(ours: Any, firsts: Any) -> str:
+    """The first library whose version differs."""
+    name = next(n for n in {**firsts, **ours} if ours.get(n) != firsts.get(n))
+    return f"{name} {ours.get(name)}, the other engines {firsts.get(name)}"
