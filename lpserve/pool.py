@@ -68,16 +68,18 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnitResult:
-    """What became of a unit: scores, or the error that it ended with, or neither: an engine left
-    before the unit's turn had come."""
+    """What became of a unit: scores, or the error that it ended with."""
 
     unit: Unit
     scores: Scores | None
     engine: str = ""
     place: str = ""
     error: str | None = None
+    blamed: bool = True
+    """Whether the unit may be the cause of the error: not when its turn had not come, or when a
+    node left."""
     lost: bool = False
-    """Whether the engine was lost with it."""
+    """Whether the engine was lost while it worked on the unit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -321,7 +323,7 @@ class Dispatcher:
             return None
         if result.lost:
             self._count_loss(result)
-        if result.error is None:
+        if not result.blamed:
             self._wait(unit, first=True)
             return None
         failures, failed_at = unit.failures + 1, unit.failed_at | {result.place}
@@ -331,7 +333,7 @@ class Dispatcher:
             if unit.part:  # the mask is given up as a whole
                 unit.part.split.ended = True
                 unit = unit.part.split.unit
-            return GivenUp(unit=unit, reason=result.error)
+            return GivenUp(unit=unit, reason=result.error or "failed")
         else:
             half = len(unit.masks_MP) // 2
             for part in (unit.masks_MP[half:], unit.masks_MP[:half]):

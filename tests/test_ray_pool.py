@@ -93,12 +93,12 @@ def test_killed_engines_are_replaced_and_nothing_is_lost(tmp_path, texts, monkey
     assert result.outcome.plan == alone.outcome.plan
 
 
-def pool_of(engines: int, deadline_s: float | None = None, **options):
+def pool_of(engines: int | None, deadline_s: float | None = None, tell=lambda _: None, **options):
     from lpserve.ray_pool import RayPool
 
     windows = TokenWindows.from_tokens(np.random.default_rng(0).integers(0, 100, (3, 16)))
     spec = EngineSpec(kind="synthetic", model="", options={"num_players": P, **options})
-    return RayPool(spec, windows, engines, deadline_s=deadline_s), windows
+    return RayPool(spec, windows, engines, deadline_s=deadline_s, tell=tell), windows
 
 
 class Block:

@@ -10,6 +10,7 @@ dispatcher's policy:
   any more either, it is replaced;
 * an engine dies, or overruns a unit's deadline: it is replaced; the unit that it worked on comes
   back as failed, what waited behind it comes back without blame;
+* a node leaves or cannot be reached: its engines are replaced, and no unit is blamed;
 * an engine cannot start: tried again, later each time, while others work; its own error ends the
   run when none is left.
 
@@ -26,12 +27,12 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray.exceptions
 
-from lpserve.errors import EngineError, InputError, LpserveError
+from lpserve.errors import EngineError, InputError
 from lpserve.pool import UNITS_IN_FLIGHT, Unit, UnitResult, Vacancy, first_line, pinned
 from lpserve.progress import RunState
 from lpserve.ray_pool.actor import EngineActor, Failure, Whereabouts
@@ -257,7 +258,7 @@ class RayPool:
         if member.gone:
             return
         error = answer.exception()
-        info = Failure("EngineError", _death(error)) if error else answer.result()
+        info = Failure("EngineError", _death(error)[0]) if error else answer.result()
         if isinstance(info, Failure):
             self._cannot_start(member, info)
             return
@@ -300,8 +301,8 @@ class RayPool:
         ray.kill(member.actor)
         member.place.release()
 
-    def _lost(self, member: _Member, reason: str) -> None:
-        """Replace an engine; blame the unit that it was at work on."""
+    def _lost(self, member: _Member, reason: str, *, blame: bool = True) -> None:
+        """Replace an engine; blame the unit that it was at work on, if any."""
         self._remove(member)
         self.restarts += 1
         where = f" on {member.at.address}" if member.at else ""
@@ -310,15 +311,31 @@ class RayPool:
         for position, task in enumerate(member.tasks):
             if task.dropped or self._holders(task.unit):  # its twin goes on elsewhere
                 continue
-            result = UnitResult(unit=task.unit, scores=None, engine=member.name, place=place)
-            if position == 0:
-                result = replace(result, error=reason, lost=True)
-            self._done.append(result)
+            first = position == 0
+            self._done.append(
+                UnitResult(
+                    unit=task.unit,
+                    scores=None,
+                    engine=member.name,
+                    place=place,
+                    error=reason,
+                    blamed=blame and first,
+                    lost=first,
+                )
+            )
         self._keep_alive()
 
-    def _nodes_changed(self, engines: int) -> None:
+    def _nodes_changed(self, nodes: frozenset[str], engines: int) -> None:
+        """Called by the watcher's thread."""
+
         def changed() -> None:
             self._capacity = engines
+            for member in list(self._members.values()):
+                if member.at and member.at.node not in nodes:
+                    if member.ready:
+                        self._lost(member, "its node left", blame=False)
+                    else:
+                        self._remove(member)
             self._keep_alive()
 
         self._events.put(changed)
@@ -349,7 +366,8 @@ class RayPool:
         if isinstance(error, ray.exceptions.TaskCancelledError):
             scores = None
         elif error is not None:
-            self._lost(member, _death(error))
+            reason, blame = _death(error)
+            self._lost(member, reason, blame=blame)
             return
         else:
             scores = answer.result()
@@ -450,19 +468,15 @@ def _allowed_s(unit: Unit) -> float:
     return max(LEAST_DEADLINE_S, DEADLINE_FACTOR * unit.expected_s)
 
 
-def _death(error: BaseException) -> str:
-    """Why an actor no longer answers, in one line."""
-    if isinstance(error, LpserveError):
-        return str(error)
-    text = str(error)
+def _death(error: BaseException) -> tuple[str, bool]:
+    """Why an actor no longer answers, in one line, and whether what it worked on may be why."""
     if isinstance(error, ray.exceptions.ActorUnavailableError):
-        return "its process or node cannot be reached"
+        return "its node cannot be reached", False
     if isinstance(error, ray.exceptions.ActorDiedError):
-        if "node has died" in text or "node died" in text:
-            return "its node died"
-        if "SYSTEM_ERROR" in text:
-            return "its process died (killed, out of memory or crashed)"
-    return first_line(error)
+        if "its node has died" in str(error):
+            return "its node died", False
+        return "its process died (killed, out of memory or crashed)", True
+    return first_line(error), True
 
 
 def _difference(ours: Any, firsts: Any) -> str:

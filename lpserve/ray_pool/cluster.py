@@ -176,10 +176,10 @@ def engine_spec(spec: EngineSpec, needs: Needs) -> EngineSpec:
 
 
 class Watcher:
-    """Calls `changed` with the new capacity whenever nodes came or went; from a thread of its own,
-    so that nobody waits for Ray's answer."""
+    """Calls `changed` with the nodes' ids and the engines they can hold whenever nodes came or
+    went; from a thread of its own, so that nobody waits for Ray's answer."""
 
-    def __init__(self, needs: Needs, changed: Callable[[int], None]) -> None:
+    def __init__(self, needs: Needs, changed: Callable[[frozenset[str], int], None]) -> None:
         self._needs, self._changed = needs, changed
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lpserve-nodes", daemon=True)
@@ -193,9 +193,10 @@ class Watcher:
         before = None
         while not self._stop.wait(WATCH_S):
             try:
-                now = capacity(self._needs)
+                now = frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+                engines = capacity(self._needs)
             except Exception:  # the cluster's head does not answer: units will say so
                 continue
             if now != before:
-                self._changed(now)
+                self._changed(now, engines)
             before = now
