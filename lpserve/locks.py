@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -11,13 +12,18 @@ from pathlib import Path
 
 from lpserve.errors import InputError, StoreBusyError
 
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+
 
 class PathLock:
     """Exclusive lock on `path`, kept in the file `<path>.lock` beside it.
 
+    A filesystem may know no such locks: `held` is False then. What a run folder there is guarded
+    by is the lease of its store.
+
     Raises:
         StoreBusyError: another process holds it.
-        InputError: the lock file cannot be made.
+        InputError: the lock file cannot be made or locked.
     """
 
     def __init__(self, path: Path, *, holder: str) -> None:
@@ -26,6 +32,7 @@ class PathLock:
             self._file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise InputError(f"{path} cannot be locked: {lock_path}: {error.strerror}") from None
+        self.held = True
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -34,6 +41,13 @@ class PathLock:
             raise StoreBusyError(
                 f"{path} is in use by {_holder(text)}; wait for it to end, or stop it"
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(self._file)
+                raise InputError(
+                    f"{path} cannot be locked: {lock_path}: {error.strerror}"
+                ) from None
+            self.held = False
         os.ftruncate(self._file, 0)
         about = {"holder": holder, "pid": os.getpid(), "host": socket.gethostname()}
         os.pwrite(self._file, json.dumps(about | {"since": time.ctime()}).encode(), 0)

@@ -1,7 +1,8 @@
 """A run's folder: its lock, its config, atomic files and the event journal.
 
 A folder belongs to one config; only the keys in `config.CHANGEABLE` may differ when it is resumed.
-A folder that this process made is removed again when the run never gets to start.
+A folder that this process made is removed again when the run never gets to start; not on a path
+that other hosts share, where another's run may have begun in it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from lpserve.config import CHANGEABLE
 from lpserve.errors import DiskFullError, InputError
 from lpserve.locks import PathLock
+from lpserve.mounts import is_shared
 
 CONFIG_FORMAT = 1
 
@@ -37,6 +39,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"run folder {self.path} cannot be made: {error.strerror}") from None
+        self._made = self._made and not is_shared(self.path)
         self._lock = PathLock(self.path / "run", holder=f"a run in {self.path}")
 
     def read_config(self) -> dict[str, Any] | None:
@@ -90,7 +93,7 @@ class RunFolder:
             file.write(line.encode())
 
     def close(self, *, discard: bool) -> None:
-        """Release the lock; with `discard`, remove a folder that this process made."""
+        """Release the lock; with `discard`, remove a folder that is this process's alone."""
         self._lock.release()
         if discard and self._made:
             for name in ("run.lock", "scores.sqlite", "scores.sqlite.lock"):

@@ -1,10 +1,14 @@
 """Durable scores in SQLite: one row for each (game, block of windows, metric, mask).
 
-A score exists once it is committed (write-ahead log, full sync). NLLs are kept per window, so any
-subset or mixture of windows, and any utility derived from NLL, is read back without scoring again.
-A block is an immutable list of windows, fixed when it is first asked for. Writing a score twice
-keeps the first. One writer at a time; the lock dies with its process. Every score carries a
-checksum, and a file is read through before it is written to: a damaged one is refused untouched.
+A score exists once it is committed and synced. NLLs are kept per window, so any subset or mixture
+of windows, and any utility derived from NLL, is read back without scoring again. A block is an
+immutable list of windows, fixed when it is first asked for. Writing a score twice keeps the first.
+Every score carries a checksum, and a file is read through before it is written to: a damaged one
+is refused untouched.
+
+One writer at a time. On a local filesystem a lock that dies with its process sees to that, and
+SQLite keeps a write-ahead log. On one that other hosts may share, a lease does (`lpserve.lease`),
+and SQLite keeps a rollback journal: the log's index is memory that hosts cannot share.
 
 Notation: M masks, N windows, P players.
 """
@@ -14,9 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -24,36 +27,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lpserve.errors import DiskFullError, InputError, LpserveError, StoreCorruptError
+from lpserve.errors import (
+    DiskFullError,
+    InputError,
+    LpserveError,
+    StoreBusyError,
+    StoreCorruptError,
+)
+from lpserve.lease import Lease, has_lease, writing
 from lpserve.locks import PathLock
 from lpserve.masks import keys
-from lpserve.types import BoolArray, FloatArray, Game, IntArray, Player
+from lpserve.mounts import is_shared
+from lpserve.store_format import checksum, connect, create, game_of, is_empty, problem, reading
+from lpserve.types import BoolArray, FloatArray, Game, IntArray
 from lpserve.windows import TokenWindows
 
-APPLICATION_ID = 0x6C707376  # "lpsv"
-SCHEMA_VERSION = 1
 MAX_BLOCK_WINDOWS = 64
 _KEYS_PER_QUERY = 500
-
-_SCHEMA = """
-CREATE TABLE games (id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, description TEXT NOT NULL);
-CREATE TABLE windows (
-  id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE, num_tokens INTEGER NOT NULL,
-  UNIQUE (hash, num_tokens));
-CREATE TABLE blocks (id INTEGER PRIMARY KEY, hash TEXT NOT NULL UNIQUE);
-CREATE TABLE block_windows (
-  block INTEGER NOT NULL, position INTEGER NOT NULL, window INTEGER NOT NULL,
-  PRIMARY KEY (block, position)) WITHOUT ROWID;
-CREATE INDEX block_windows_by_window ON block_windows (window);
-CREATE TABLE scores (
-  game INTEGER NOT NULL, block INTEGER NOT NULL, metric TEXT NOT NULL, mask BLOB NOT NULL,
-  value BLOB NOT NULL, crc INTEGER NOT NULL,
-  PRIMARY KEY (game, block, metric, mask)) WITHOUT ROWID;
-CREATE TABLE quarantine (
-  game INTEGER NOT NULL, block INTEGER NOT NULL, metric TEXT NOT NULL, mask BLOB NOT NULL,
-  reason TEXT NOT NULL, PRIMARY KEY (game, block, metric, mask)) WITHOUT ROWID;
-"""
-_STATEMENTS = _SCHEMA.strip().removesuffix(";").split(";\n")
+# A filesystem that cannot do these gives no store its durability, or its one writer.
+_LACKS = {
+    sqlite3.SQLITE_IOERR_LOCK: "locks no files",
+    sqlite3.SQLITE_IOERR_RDLOCK: "locks no files",
+    sqlite3.SQLITE_IOERR_CHECKRESERVEDLOCK: "locks no files",
+    sqlite3.SQLITE_IOERR_DIR_FSYNC: "syncs no folders",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,35 +87,52 @@ class Block:
 class Store:
     """An open score store. Use as a context manager.
 
+    Whether other hosts may share the file is what its filesystem says, unless `shared` does.
+
     Raises:
-        StoreBusyError: another process has it open for writing.
+        StoreBusyError: another process has it open for writing; or, from any later write, another
+            writer took over a shared store because this process had shown no sign of life.
         StoreCorruptError: the file is not a readable lpserve store; it is left as it is.
         DiskFullError: a write found no space; what was committed before is kept.
     """
 
-    def __init__(self, path: str | Path, *, holder: str = "an lpserve process") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        holder: str = "an lpserve process",
+        shared: bool | None = None,
+    ) -> None:
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise InputError(f"store {self.path}: folder {self.path.parent} does not exist")
         if self.path.is_dir():
             raise InputError(f"store {self.path} is a folder; name a file")
-        self._lock = PathLock(self.path, holder=holder)
+        self._shared = is_shared(self.path) if shared is None else shared
+        self._lock = None if self._shared else PathLock(self.path, holder=holder)
+        if self._lock is not None and not self._lock.held:
+            self._shared = True  # no filesystem of this host alone is without locks
+        self._lease = Lease(self.path, holder=holder)
         try:
             with self._translated():
                 new = self._verify()
-                self._db = sqlite3.connect(self.path, isolation_level=None)
+                self._db = connect(self.path, "rwc")
                 try:
                     self._prepare(new)
                 except BaseException:
+                    self._lease.release(self._db)
                     self._db.close()
                     raise
         except BaseException:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
             raise
 
     def close(self) -> None:
+        self._lease.release(self._db)
         self._db.close()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Store:
         return self
@@ -145,7 +159,7 @@ class Store:
         """Every game held, by hash."""
         with self._translated():
             rows = self._db.execute("SELECT hash, description FROM games")
-            return {content_hash: _game(description) for content_hash, description in rows}
+            return {content_hash: game_of(description) for content_hash, description in rows}
 
     def blocks_for(self, windows: TokenWindows | StoredWindows) -> list[Block]:
         """Blocks that cover these windows, each once.
@@ -185,7 +199,7 @@ class Store:
             raise ValueError(f"scores {values_MN.shape} for {len(masks_MP)} masks of {block}")
         values = [value_N.tobytes() for value_N in values_MN]
         rows = [
-            (game, block.id, metric, key, value, _checksum(game, block.id, metric, key, value))
+            (game, block.id, metric, key, value, checksum(game, block.id, metric, key, value))
             for key, value in zip(keys(masks_MP), values, strict=True)
         ]
         with self._transaction():
@@ -294,37 +308,64 @@ class Store:
     def _verify(self) -> bool:
         """Read the file through; returns whether it is still to be made a store.
 
-        Over a read-only connection: any other would, on closing, write what a killed process left
-        in the write-ahead log into a file that was just refused.
+        Not while another host writes to it: reading for long would keep that from committing.
         """
         if not self.path.exists():
             return True
-        uri = f"{self.path.absolute().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True)) as db:
-            db.text_factory = lambda text: text.decode(errors="replace")
-            try:
-                new = not db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-                problem = _problem(db, new=new)
-            except (ValueError, KeyError, TypeError) as error:
-                new, problem = False, f"is corrupt (a row cannot be read: {error})"
-            except sqlite3.DatabaseError as error:
-                # SQLite's plain error: not a store's tables, or not a format it reads
-                if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:
-                    raise
-                new, problem = False, f"is corrupt ({error})"
-        if problem:
-            raise self._refused(problem)
+        try:
+            found, new = self._read_through()
+        except sqlite3.OperationalError as error:
+            # a writer was killed, and left its journal, after `reading` had looked for one
+            if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_READONLY_ROLLBACK:
+                raise
+            found, new = self._read_through()
+        if found:
+            raise self._refused(found)
         return new
 
+    def _read_through(self) -> tuple[str | None, bool]:
+        """What is wrong with the file, if anything, and whether it is empty."""
+        with reading(self.path) as db:
+            self._lease.await_free(db)
+            found = problem(db)
+            return found, not found and is_empty(db)
+
     def _prepare(self, new: bool) -> None:
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        if new:
-            with self._transaction():
-                for statement in _STATEMENTS:
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if self._shared:
+            self._set_journal("delete")
+            # FULL alone may lose a commit with the power: the journal's removal, which commits,
+            # is an entry of the folder, and only EXTRA syncs that
+            self._db.execute("PRAGMA synchronous = EXTRA")
+            if new:
+                self._create()
+            self._lease.take(self._db)
+            self._lease.keep()
+        else:
+            # another host may see a disk of this one, and be at work there
+            if has_lease(self._db):
+                self._lease.take(self._db)
+            self._set_journal("wal")
+            self._db.execute("PRAGMA synchronous = FULL")
+            if new:
+                self._create()
+            self._lease.release(self._db)
+
+    def _set_journal(self, mode: str) -> None:
+        got = self._db.execute(f"PRAGMA journal_mode = {mode}").fetchone()[0]
+        if got != mode:
+            raise InputError(
+                f"store {self.path} cannot be kept here: its filesystem allows the journal mode "
+                f"{got!r} where {mode!r} is needed; name a file on another"
+            )
+
+    def _create(self) -> None:
+        with writing(self._db):
+            if not is_empty(self._db):
+                raise StoreBusyError(
+                    f"{self.path} is in use by another process, which has just made it; wait for "
+                    "it to end, or stop it"
+                )
+            create(self._db)
 
     def _refused(self, problem: str) -> StoreCorruptError:
         return StoreCorruptError(
@@ -346,6 +387,17 @@ class Store:
                     f"no space to write store {self.path}; what was committed is kept: free space "
                     "and give the same command again"
                 ) from None
+            if code == sqlite3.SQLITE_BUSY:
+                raise StoreBusyError(
+                    f"store {self.path} is locked by another program that reads or writes it; what "
+                    "was committed is kept: wait for it to end, or stop it, and give the same "
+                    "command again"
+                ) from None
+            if extended in _LACKS:
+                raise InputError(
+                    f"store {self.path} cannot be kept here: its filesystem {_LACKS[extended]}; "
+                    "name a file on another"
+                ) from None
             if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT):
                 raise self._refused(f"is corrupt ({error})") from None
             if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
@@ -354,15 +406,10 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._translated():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._translated(), writing(self._db):
+            if self._shared:
+                self._lease.renew(self._db)
+            yield
 
     def _id(self, table: str, content_hash: str) -> int:
         with self._translated():
@@ -437,38 +484,3 @@ class Store:
                     f"AND mask IN ({marks})",
                     (game, block, metric, *part),
                 ).fetchall()
-
-
-def _checksum(game: int, block: int, metric: str, mask: bytes, value: bytes) -> int:
-    return zlib.crc32(value, zlib.crc32(mask, zlib.crc32(f"{game} {block} {metric}".encode())))
-
-
-def _problem(db: sqlite3.Connection, *, new: bool) -> str | None:
-    """Why a file cannot be used as a store; `new` where it has no tables yet."""
-    structure = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    if structure != "ok":
-        return f"is corrupt ({structure})"
-    if new:
-        return None
-    if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        return "is not an lpserve store"
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version != SCHEMA_VERSION:
-        return f"has format {version}, and this lpserve reads {SCHEMA_VERSION}"
-    made = db.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL")
-    if [sql for (sql,) in made] != _STATEMENTS:
-        return "is corrupt (its tables are not those of a store)"
-    # SQLite checks its structure, not what the cells hold
-    for *score, crc in db.execute("SELECT game, block, metric, mask, value, crc FROM scores"):
-        if _checksum(*score) != crc:
-            return "is corrupt (a score does not match its checksum)"
-    for content_hash, description in db.execute("SELECT hash, description FROM games"):
-        if _game(description).content_hash != content_hash:
-            return "is corrupt (a game does not match its hash)"
-    return None
-
-
-def _game(description: str) -> Game:
-    about = json.loads(description)
-    players = [Player(index=i, layer=n, part=part) for i, (n, part) in enumerate(about["players"])]
-    return Game(model_hash=about["model"], players=tuple(players), numerics=about["numerics"])

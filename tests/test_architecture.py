@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each module may import those named before it in the flow. Sets on one line stand side by side.
 FLOW = [
     {"errors"},
-    {"types", "locks", "config"},
+    {"types", "locks", "config", "mounts", "lease"},
     {"checkpoint", "windows", "masks", "runfolder", "progress"},
     {"engine.base"},
     {"engine.head", "engine.recorded", "engine.trie", "engine.synthetic", "engine.reload"},
@@ -27,6 +27,7 @@ FLOW = [
     {"engine.vllm_process"},
     {"engine.hf", "engine.vllm"},
     {"engine"},
+    {"store_format"},
     {"store"},
     {"score_tables", "pool"},
     {"ray_pool.actor", "ray_pool.cluster", "ray_pool.metrics"},
@@ -43,7 +44,7 @@ FLOW = [
 ]
 LEVEL = {name: level for level, names in enumerate(FLOW) for name in names}
 HEAVY = {"torch", "transformers", "ray", "vllm"}
-WITHOUT_HEAVY = ("errors", "types", "config", "masks", "locks", "checkpoint", "store")
+WITHOUT_HEAVY = ("errors", "types", "config", "masks", "locks", "checkpoint", "store", "lease")
 
 
 def module_name(path: Path) -> str:

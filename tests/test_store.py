@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lpserve import lease
 from lpserve.errors import DiskFullError, InputError, StoreBusyError, StoreCorruptError
 from lpserve.masks import full_mask, keys
 from lpserve.store import MAX_BLOCK_WINDOWS, Store
@@ -29,6 +30,14 @@ def make_game(model: str = "m", numerics: str = "float32", num_players: int = NU
 
 
 GAME = make_game()
+
+
+@pytest.fixture(params=[False, True], ids=["local", "shared"])
+def shared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Either way of keeping a store; a lease is soon seen to be alive, or given up."""
+    monkeypatch.setattr(lease, "LEASE_S", 5.0)
+    monkeypatch.setattr(lease, "BEAT_S", 0.1)
+    return request.param
 
 
 def random_windows(rng, num: int) -> TokenWindows:
@@ -65,25 +74,25 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 # -- reading back ----------------------------------------------------------------------------------
 
 
-def test_scores_are_there_after_reopening(tmp_path, rng):
+def test_scores_are_there_after_reopening(tmp_path, rng, shared):
     windows, masks, nll = random_windows(rng, 9), random_masks(rng, 40), random_nll(rng, 40, 9)
-    with Store(tmp_path / "a") as store:
+    with Store(tmp_path / "a", shared=shared) as store:
         assert put_all(store, windows, masks, nll) == 40
     for _ in range(2):
-        with Store(tmp_path / "a") as store:
+        with Store(tmp_path / "a", shared=shared) as store:
             assert store.count() == 40
             order = rng.permutation(40)
             assert same_bits(known_nll(store, windows, masks[order]), nll[order])
             assert store.games() == {GAME.content_hash: GAME}
 
 
-def test_every_float32_comes_back_as_it_was(tmp_path, rng):
+def test_every_float32_comes_back_as_it_was(tmp_path, rng, shared):
     windows, masks = random_windows(rng, 64), random_masks(rng, 30)
     nll = rng.integers(1 << 32, size=(30, 64), dtype=np.uint32).view(np.float32)
     nll[0, :6] = [np.nan, np.inf, -np.inf, -0.0, 1e-45, 3.4028235e38]
-    with Store(tmp_path / "a") as store:
+    with Store(tmp_path / "a", shared=shared) as store:
         put_all(store, windows, masks, nll)
-    with Store(tmp_path / "a") as store:
+    with Store(tmp_path / "a", shared=shared) as store:
         got = known_nll(store, windows, masks)
     assert np.array_equal(np.isnan(got), np.isnan(nll))
     assert same_bits(got[~np.isnan(got)], nll[~np.isnan(nll)])
@@ -97,9 +106,9 @@ def test_float64_scores_are_rounded_and_beyond_float32_is_inf(tmp_path, rng):
     assert same_bits(got, np.array([[0.1, np.inf]], dtype=np.float32))
 
 
-def test_writing_a_score_twice_keeps_the_first(tmp_path, rng):
+def test_writing_a_score_twice_keeps_the_first(tmp_path, rng, shared):
     windows, masks, nll = random_windows(rng, 5), random_masks(rng, 30), random_nll(rng, 30, 5)
-    with Store(tmp_path / "a") as store:
+    with Store(tmp_path / "a", shared=shared) as store:
         assert put_all(store, windows, masks[:20], nll[:20]) == 20
         assert put_all(store, windows, masks[:20], -nll[:20]) == 0
         assert put_all(store, windows, masks, np.concatenate([-nll[:20], nll[20:]])) == 10
@@ -181,11 +190,11 @@ def test_blocks_cover_the_windows_once_and_stay_small(tmp_path, rng):
             assert np.array_equal(again.rows, block.rows)
 
 
-def test_more_windows_score_only_the_new_ones(tmp_path, rng):
+def test_more_windows_score_only_the_new_ones(tmp_path, rng, shared):
     windows, masks, nll = random_windows(rng, 25), random_masks(rng, 20), random_nll(rng, 20, 25)
     order = rng.permutation(25)
     few, many = windows.select(order[:10]), windows.select(rng.permutation(25))
-    with Store(tmp_path / "a") as store:
+    with Store(tmp_path / "a", shared=shared) as store:
         put_all(store, few, masks, nll[:, order[:10]])
         _, known = store.get(store.game_id(GAME), many, masks)
         held = {many.window_hashes.index(h) for h in few.window_hashes}
@@ -247,9 +256,9 @@ def test_where_blocks_overlap_the_oldest_is_answered_and_read_once(tmp_path, rng
     }
 
 
-def test_quarantine_is_kept_for_its_block_mask_game_and_metric(tmp_path, rng):
+def test_quarantine_is_kept_for_its_block_mask_game_and_metric(tmp_path, rng, shared):
     windows, masks = random_windows(rng, 80), random_masks(rng, 3)
-    with Store(tmp_path / "a") as store:
+    with Store(tmp_path / "a", shared=shared) as store:
         game, other = store.game_id(GAME), store.game_id(make_game("other"))
         first, second = store.blocks_for(windows)
         store.quarantine(game, first, masks[0], "worker died 3 times")
@@ -257,7 +266,7 @@ def test_quarantine_is_kept_for_its_block_mask_game_and_metric(tmp_path, rng):
         store.quarantine(game, second, masks[1], "out of memory")
         store.quarantine(other, first, masks[2], "other game")
         store.quarantine(game, first, masks[2], "other metric", metric="other")
-    with Store(tmp_path / "a") as store:
+    with Store(tmp_path / "a", shared=shared) as store:
         key = keys(masks)
         assert store.quarantined(game) == {
             (first.id, key[0]): "worker died 3 times", (second.id, key[1]): "out of memory"
@@ -271,8 +280,10 @@ def test_quarantine_is_kept_for_its_block_mask_game_and_metric(tmp_path, rng):
 
 HOLD = """
 import sys
+from lpserve import lease
 from lpserve.store import Store
-with Store(sys.argv[1], holder="the night run"):
+lease.BEAT_S = 0.1
+with Store(sys.argv[1], holder="the night run", shared=sys.argv[2] == "True"):
     print("open", flush=True)
     sys.stdin.read()
 """
@@ -287,26 +298,29 @@ def python(code: str, *args: object) -> subprocess.Popen[str]:
     )
 
 
-def test_a_second_process_is_refused_until_the_holder_is_killed(tmp_path):
+def test_a_second_process_is_refused_until_the_holder_is_killed(tmp_path, shared):
     path = tmp_path / "a"
-    with python(HOLD, path) as holder:
+    with python(HOLD, path, shared) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "open\n"
         for _ in range(2):
             with pytest.raises(StoreBusyError) as error:
-                Store(path)
+                Store(path, shared=shared)
             assert len(str(error.value).splitlines()) == 1
             assert f"in use by the night run (pid {holder.pid} on " in str(error.value)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    with Store(path) as store:
+    with Store(path, shared=shared) as store:
         assert store.count() == 0
 
 
-def test_a_store_is_free_again_once_closed(tmp_path):
+def test_a_store_is_free_again_once_closed(tmp_path, shared):
     for _ in range(2):
-        with Store(tmp_path / "a"), pytest.raises(StoreBusyError, match="in use by an lpserve"):
-            Store(tmp_path / "a")
+        with (
+            Store(tmp_path / "a", shared=shared),
+            pytest.raises(StoreBusyError, match="in use by an lpserve"),
+        ):
+            Store(tmp_path / "a", shared=shared)
 
 
 @pytest.mark.parametrize(
@@ -323,11 +337,11 @@ def test_a_path_that_can_hold_no_store_is_refused(name, words, tmp_path):
 # -- a full disk -----------------------------------------------------------------------------------
 
 
-def test_a_full_disk_loses_nothing_and_the_store_goes_on_once_there_is_space(tmp_path, rng):
+def test_a_full_disk_loses_nothing_and_the_store_goes_on_once_there_is_space(tmp_path, rng, shared):
     """SQLite's own SQLITE_FULL, by a page limit."""
     windows, masks = random_windows(rng, 20), random_masks(rng, 2000)
     nll = random_nll(rng, 2000, 20)
-    with Store(tmp_path / "a") as store:
+    with Store(tmp_path / "a", shared=shared) as store:
         game, (block,) = store.game_id(GAME), store.blocks_for(windows)
         pages = store._db.execute("PRAGMA page_count").fetchone()[0]
         store._db.execute(f"PRAGMA max_page_count = {pages + 10}")
@@ -349,25 +363,25 @@ def test_a_full_disk_loses_nothing_and_the_store_goes_on_once_there_is_space(tmp
             store.put(game, block, masks[committed:], nll[committed:])
         store._db.execute("PRAGMA max_page_count = 1000000")
         assert store.put(game, block, masks, nll) == 2000 - committed
-    with Store(tmp_path / "a") as store:
+    with Store(tmp_path / "a", shared=shared) as store:
         assert same_bits(known_nll(store, windows, masks), nll)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_file_system_is_told_as_such_when_opening_and_when_writing(tmp_path, rng):
+def test_a_full_file_system_is_told_as_such_when_opening_and_when_writing(tmp_path, rng, shared):
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("tmpfs cannot be mounted here")
     try:
-        windows, masks, nll = filled(small / "a", rng)
+        windows, masks, nll = filled(small / "a", rng, shared=shared)
         fill = small / "fill"
         fill.write_bytes(bytes(400_000 - sum(f.stat().st_size for f in small.iterdir())))
         with pytest.raises(DiskFullError, match="no space"):
-            Store(small / "a")
+            Store(small / "a", shared=shared)
         os.truncate(fill, fill.stat().st_size - 64_000)
-        with Store(small / "a") as store:
+        with Store(small / "a", shared=shared) as store:
             with pytest.raises(DiskFullError, match="no space"):
                 put_all(store, windows, random_masks(rng, 3000), random_nll(rng, 3000, 12))
             fill.unlink()
@@ -380,19 +394,21 @@ def test_a_full_file_system_is_told_as_such_when_opening_and_when_writing(tmp_pa
 # -- damaged files ---------------------------------------------------------------------------------
 
 
-def filled(path: Path, rng, num_masks: int = 200, num_windows: int = 12) -> tuple:
+def filled(
+    path: Path, rng, num_masks: int = 200, num_windows: int = 12, *, shared: bool | None = None
+) -> tuple:
     windows, masks = random_windows(rng, num_windows), random_masks(rng, num_masks)
     nll = random_nll(rng, num_masks, num_windows)
-    with Store(path) as store:
+    with Store(path, shared=shared) as store:
         put_all(store, windows, masks, nll)
     return windows, masks, nll
 
 
-def assert_refused_untouched(path: Path, words: str) -> None:
+def assert_refused_untouched(path: Path, words: str, *, shared: bool | None = None) -> None:
     before = path.read_bytes()
     for _ in range(2):
         with pytest.raises(StoreCorruptError) as error:
-            Store(path)
+            Store(path, shared=shared)
         assert words in str(error.value)
         assert "left as it is" in str(error.value)
         assert str(path) in str(error.value)
@@ -441,15 +457,17 @@ def cut(share: float) -> Callable[[Path], None]:
         (cut(0.99), "is corrupt"),
     ],
 )
-def test_a_file_that_is_no_whole_store_is_refused_and_not_touched(damage, words, tmp_path, rng):
-    filled(tmp_path / "a", rng)
+def test_a_file_that_is_no_whole_store_is_refused_and_not_touched(
+    damage, words, tmp_path, rng, shared
+):
+    filled(tmp_path / "a", rng, shared=shared)
     damage(tmp_path / "a")
-    assert_refused_untouched(tmp_path / "a", words)
+    assert_refused_untouched(tmp_path / "a", words, shared=shared)
 
 
-def test_a_flipped_byte_in_any_score_is_refused(tmp_path, rng):
+def test_a_flipped_byte_in_any_score_is_refused(tmp_path, rng, shared):
     path = tmp_path / "a"
-    *_, masks, nll = filled(path, rng)
+    *_, masks, nll = filled(path, rng, shared=shared)
     whole = path.read_bytes()
     for row in rng.choice(len(masks), 15, replace=False):
         key, value = keys(masks[row : row + 1])[0], nll[row].tobytes()
@@ -459,14 +477,14 @@ def test_a_flipped_byte_in_any_score_is_refused(tmp_path, rng):
         damaged = bytearray(whole)
         damaged[place] ^= int(rng.integers(1, 256))
         path.write_bytes(damaged)
-        assert_refused_untouched(path, "corrupt")
+        assert_refused_untouched(path, "corrupt", shared=shared)
 
 
-def opens(path: Path) -> bool:
+def opens(path: Path, *, shared: bool | None = None) -> bool:
     """Whether a file is taken for a store; one that is refused must stay as it is."""
     before = path.read_bytes()
     try:
-        Store(path).close()
+        Store(path, shared=shared).close()
     except InputError:
         unchanged = path.read_bytes() == before
         assert unchanged
@@ -474,17 +492,17 @@ def opens(path: Path) -> bool:
     return True
 
 
-def test_no_flipped_byte_anywhere_makes_a_wrong_score(tmp_path, rng):
+def test_no_flipped_byte_anywhere_makes_a_wrong_score(tmp_path, rng, shared):
     """Either the file is refused as it is, or the byte carries nothing and every score is right."""
     path = tmp_path / "a"
-    windows, masks, nll = filled(path, rng, num_masks=60)
+    windows, masks, nll = filled(path, rng, num_masks=60, shared=shared)
     whole = path.read_bytes()
     refused = 0
     for area in [(0, 4096)] * 60 + [(4096, len(whole))] * 100:
         damaged = bytearray(whole)
         damaged[rng.integers(*area)] ^= int(rng.integers(1, 256))
         path.write_bytes(damaged)
-        with Store(path) if opens(path) else nullcontext() as store:
+        with Store(path, shared=shared) if opens(path, shared=shared) else nullcontext() as store:
             if store is None:
                 refused += 1
                 continue
@@ -535,9 +553,9 @@ import numpy as np
 from lpserve.store import Store
 from tests.test_store import GAME, numbered_score, random_windows
 windows = random_windows(np.random.default_rng(5), 4)
-with Store(sys.argv[1]) as store:
+with Store(sys.argv[1], shared=sys.argv[2] == "True") as store:
     game, (block,) = store.game_id(GAME), store.blocks_for(windows)
-    for number in range(int(sys.argv[2]), 1 << 12):
+    for number in range(int(sys.argv[3]), 1 << 12):
         mask, nll = numbered_score(number)
         store.put(game, block, mask, nll[:, block.rows])
         print(number, flush=True)
@@ -549,18 +567,18 @@ def numbered_score(number: int) -> tuple[np.ndarray, np.ndarray]:
     return mask[None], np.random.default_rng(number).random((1, 4)).astype(np.float32)
 
 
-def test_every_put_that_returned_survives_sigkill(tmp_path, rng):
+def test_every_put_that_returned_survives_sigkill(tmp_path, rng, shared):
     path, done = tmp_path / "a", 0
     windows = random_windows(np.random.default_rng(5), 4)
     for _ in range(4):
-        with python(PUT_IN_A_LOOP, path, done) as process:
+        with python(PUT_IN_A_LOOP, path, shared, done) as process:
             assert process.stdout is not None
             for _ in range(rng.integers(1, 60)):
                 process.stdout.readline()
             process.send_signal(signal.SIGKILL)
             lines = process.stdout.read().split("\n")
             process.wait()
-        with Store(path) as store:
+        with Store(path, shared=shared) as store:
             count = store.count()
             if len(lines) > 1:
                 assert count - 1 <= int(lines[-2]) + 1 <= count
