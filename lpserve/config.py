@@ -21,8 +21,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 SURROGATES = ("auto", "gp", "ridge", "paper")
 UTILITIES = ("neg_nll", "ppl_ratio")
 
-CHANGEABLE = ("budget", "pool", "engines", "grace_s", "progress_s", "stop_when_stable")
-"""Keys that may differ when a run is resumed in its folder."""
+CHANGEABLE = (
+    "budget", "pool", "engines", "engine", "engine_options", "grace_s", "progress_s",
+    "stop_when_stable",
+)  # fmt: skip
+"""Keys that may differ when a run is resumed in its folder; another engine must play the same
+game."""
 
 _CHOICES = {
     "engine": ENGINES,

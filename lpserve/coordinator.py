@@ -44,7 +44,7 @@ from lpserve.rounds import History, RoundPlanner, RoundSettings
 from lpserve.runfolder import CONFIG_FORMAT, RunFolder
 from lpserve.scoreboard import Request, Scoreboard
 from lpserve.store import Store
-from lpserve.types import BoolArray, EngineSpec, FloatArray, perplexity, utilities
+from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, perplexity, utilities
 from lpserve.windows import TokenWindows, WindowRequest, cut_windows
 
 _POLL_S = 0.2
@@ -101,11 +101,8 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         longest = max(calibration.length, heldout.length)
         pool = _open_pool(config, _spec(config, stored, longest), calibration, progress.note)
         stack.callback(pool.close)
-        if stored is not None and stored["model_hash"] != pool.info.model_hash:
-            raise InputError(
-                f"run folder {folder.path} belongs to another game: the model at {config.model} "
-                "has changed since; choose another --out"
-            )
+        if stored is not None:
+            _refuse_other_game(folder, stored, pool.info)
         started = True
         job = _Job(config, folder, store, pool, calibration, heldout, progress)
         job.write_config(stored)
@@ -427,7 +424,23 @@ def _spec(config: RunConfig, stored: dict[str, Any] | None, longest: int) -> Eng
     )  # fmt: skip
     if config.engine == "vllm":
         spec = replace(spec, options={"max_model_len": longest + 1, **spec.options})
-    return pinned(spec, (stored or {}).get("engine", {}).get("settings") or {})
+    engine = (stored or {}).get("engine", {})
+    return pinned(spec, engine["settings"]) if engine.get("kind") == spec.kind else spec
+
+
+def _refuse_other_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo) -> None:
+    if stored["model_hash"] != info.model_hash:
+        raise InputError(
+            f"run folder {folder.path} belongs to another game: the model at {info.model} "
+            "has changed since; choose another --out"
+        )
+    if stored["game"] != info.game.content_hash:
+        engine = stored["engine"]
+        raise InputError(
+            f"run folder {folder.path} belongs to another game: {engine['dtype']} scores of "
+            f"{engine['kind']} ({engine['path']}) do not mix with {info.dtype} scores of "
+            f"{info.kind} ({info.path}); choose another --out, or give the same engine"
+        )
 
 
 def _refuse_other_windows(

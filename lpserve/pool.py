@@ -376,10 +376,11 @@ class Dispatcher:
         """As much of a unit as the engine should get; the rest waits."""
         waiting = self._masks_waiting + len(unit.masks_MP)
         mask_s = self._expected_s(replace(unit, masks_MP=unit.masks_MP[:1]), vacancy.engine)
+        share = -(-waiting // self._pool.num_engines)
         if mask_s is None:
-            size = _FIRST_UNIT_MASKS
+            size = min(_FIRST_UNIT_MASKS, share)
         else:
-            share = max(-(-waiting // self._pool.num_engines), int(LEAST_UNIT_S / mask_s))
+            share = max(share, int(LEAST_UNIT_S / mask_s))
             size = max(1, min(int(TARGET_UNIT_S / mask_s), share))
         if len(unit.masks_MP) > size:
             self._wait(replace(unit, masks_MP=unit.masks_MP[size:]), first=True)

@@ -26,14 +26,15 @@ class SyntheticEngine:
     * `num_players`, `game_seed`: which game.
     * `delay_s`: sleep for each distinct mask.
     * `poison`: masks (strings of 0 and 1) that raise when scored; `nan`: masks that score NaN;
-      `kill`: masks that end the process with SIGKILL; `hang`: masks that never end.
+      `kill`: masks that end the process with SIGKILL; `hang`: masks that never end; `break`:
+      masks after which an engine raises whatever it is asked.
     * `tensor_parallel_size`, `pipeline_parallel_size`: ask a cluster for room for such an engine.
     * `slow_file`, `slow_s`: the one engine that makes this file sleeps so long for each mask.
     """
 
     OPTIONS = (
-        "num_players", "game_seed", "delay_s", "poison", "nan", "kill", "hang", "slow_file",
-        "slow_s", "tensor_parallel_size", "pipeline_parallel_size",
+        "num_players", "game_seed", "delay_s", "poison", "nan", "kill", "hang", "break",
+        "slow_file", "slow_s", "tensor_parallel_size", "pipeline_parallel_size",
     )  # fmt: skip
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
@@ -45,10 +46,11 @@ class SyntheticEngine:
         self.main_P: FloatArray = rng.uniform(0.01, 0.3, num_players)
         self.pairs_PP: FloatArray = np.triu(rng.normal(0, 0.03, (num_players, num_players)), 1)
         self._delay_s = float(options.get("delay_s", 0.0))
-        kinds = ("poison", "nan", "kill", "hang")
+        kinds = ("poison", "nan", "kill", "hang", "break")
         self._special = {name: set(options.get(name, ())) for name in kinds}
         if options.get("slow_file") and _made_first(str(options["slow_file"])):
             self._delay_s = float(options.get("slow_s", 1.0))
+        self._broken = False
         self._windows: dict[str, TokenWindows] = {}
         self._default = self.register(windows)
         self.masks_scored = 0
@@ -81,6 +83,9 @@ class SyntheticEngine:
                 os.kill(os.getpid(), 9)
             while text in self._special["hang"]:
                 time.sleep(1.0)
+            self._broken |= text in self._special["break"]
+            if self._broken:
+                raise EngineError("nothing works any more")
             if text in self._special["poison"]:
                 raise EngineError(f"mask {text} is poisoned")
             if text in self._special["nan"]:

@@ -129,6 +129,7 @@ class RayPool:
         self._failed_starts = self._names = self.restarts = 0
         self._pinned = False
         self._roomless_since: float | None = None
+        self._slowest_mask_s: float | None = None
         self._watcher: Watcher | None = None
         try:
             self._needs = needs_of(spec)
@@ -381,6 +382,8 @@ class RayPool:
         self._file(member)
         if task.dropped or scores is None:
             return
+        mask_s = (time.monotonic() - task.started) / len(task.unit.masks_MP)
+        self._slowest_mask_s = max(mask_s, self._slowest_mask_s or 0.0)
         self._drop_twins(task.unit)
         assert member.at
         result = {"unit": task.unit, "engine": member.name, "place": member.at.place}
@@ -431,13 +434,21 @@ class RayPool:
         late = [
             task
             for member in self._members.values()
-            if member.tasks and _overdue(member.tasks[0], now)
+            if member.tasks and self._overdue(member.tasks[0], now)
             for task in member.tasks
             if not task.dropped and self._holders(task.unit) == 1
         ]
         late.sort(key=lambda task: task.started)
         for member, task in zip(idle, late, strict=False):
             self._give(member, task.unit)
+
+    def _overdue(self, task: _Task, now: float) -> bool:
+        expected_s = task.unit.expected_s
+        if expected_s is None:  # submitted before anything was known
+            if self._slowest_mask_s is None:
+                return False
+            expected_s = self._slowest_mask_s * len(task.unit.masks_MP)
+        return now - task.started > OVERDUE_S + OVERDUE_FACTOR * expected_s
 
     def _end_overdue(self, now: float) -> None:
         for member in list(self._members.values()):
@@ -456,10 +467,6 @@ class RayPool:
                 self._lost(member, reason)
             else:
                 self._cannot_start(member, Failure("EngineError", reason))
-
-
-def _overdue(task: _Task, now: float) -> bool:
-    return now - task.started > OVERDUE_S + OVERDUE_FACTOR * (task.unit.expected_s or 0.0)
 
 
 def _allowed_s(unit: Unit) -> float:
