@@ -1,4 +1,4 @@
-"""The command line: `lpserve run`, `plan`, `export` and `scores`. Thin: flags to the Python API.
+"""The command line: `lpserve run`, `plan`, `export`, `scores` and `cost`. Thin: flags to the API.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
@@ -58,11 +58,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="lpserve", description="Which layers of this LLM can go?",
         epilog="Start with `lpserve run --demo`, or read `lpserve run --help`.",
     )  # fmt: skip
-    commands = parser.add_subparsers(required=True, metavar="run | plan | export | scores")
+    commands = parser.add_subparsers(required=True, metavar="run | plan | export | scores | cost")
     _add_run(commands)
     _add_plan(commands)
     _add_export(commands)
     _add_scores(commands)
+    _add_cost(commands)
     return parser
 
 
@@ -156,6 +157,30 @@ def _add_scores(commands: Any) -> None:
     way.add_argument("--import", dest="source", metavar="FILE", help="read .parquet or .csv")
 
 
+def _add_cost(commands: Any) -> None:
+    cost = commands.add_parser(
+        "cost", help="what a run will do, and the time that implies, before a GPU is rented",
+        description="Count a run's masks, layer-forwards, FLOP and memory from config.json and "
+        "safetensors headers. A time is told for a rate that you assume. Nothing is scored.",
+    )  # fmt: skip
+    cost.set_defaults(run=_cost)
+    add = cost.add_argument
+    add("--model", required=True, metavar="DIR", help="checkpoint folder")
+    add("--budget", type=int, help="most masks scored on calibration windows (400)")
+    add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
+    add("--num-windows", type=int, help="calibration windows in all (10)")
+    add("--heldout-windows", type=int, help="held-out windows in all (64)")
+    add("--length", type=int, help="tokens of a window (128)")
+    add("--round-size", type=int, help="masks of a search round, at least (number of layers)")
+    add("--seed", type=int, help="seed of the sampled masks (0)")
+    add("--dtype", help="float32 (default), bfloat16, float16")
+    add("--engines", type=int, help="number of engines (1)")
+    add("--gpus-per-engine", type=int, help="tensor x pipeline parallel size (1)")
+    add("--tflops-per-gpu", type=float, metavar="F",
+        help="TFLOP/s that you assume a GPU keeps up; without it no time is told")  # fmt: skip
+    add("--gpu-memory-gb", type=float, metavar="GIB", help="warn when a GPU of this memory is full")
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from lpserve.config import config_from, load_config_file
 
@@ -245,6 +270,14 @@ def _scores(arguments: argparse.Namespace) -> int:
             print(f"{export_scores(store, arguments.out)} rows written to {arguments.out}")
         else:
             print(f"{import_scores(store, arguments.source)} new scores in {path}")
+    return 0
+
+
+def _cost(arguments: argparse.Namespace) -> int:
+    from lpserve.cost import CostSettings, cost, describe
+
+    given = {k: v for k, v in vars(arguments).items() if k != "run" and v is not None}
+    print(describe(cost(CostSettings(**given))))
     return 0
 
 

@@ -268,16 +268,21 @@ def all_masks(num_players: int, kept: int | None = None) -> BoolArray:
     return (codes >> np.arange(num_players - 1, -1, -1)) & 1 == 1
 
 
-def trie_layer_forwards(masks_MP: BoolArray) -> int:
-    """Distinct (prefix, layer) pairs of a set of masks: the layer-forwards a shared run takes.
+def trie_player_forwards(masks_MP: BoolArray) -> IntArray:
+    """Distinct (prefix, player) pairs of a set of masks, for every player, `int64[P]`.
 
     Counted from neighbours in key order: a mask repeats the kept layers of its common prefix with
     the mask before it and adds the rest.
     """
     if not len(masks_MP):
-        return 0
+        return np.zeros(np.asarray(masks_MP).shape[1], dtype=np.int64)
     sorted_DP, _ = sort_distinct(masks_MP)
     differs_DP = sorted_DP[1:] != sorted_DP[:-1]
     first_D = differs_DP.argmax(axis=1)
     fresh_DP = np.arange(sorted_DP.shape[1]) >= first_D[:, None]
-    return int(sorted_DP[0].sum() + (sorted_DP[1:] & fresh_DP).sum())
+    return sorted_DP[0] + (sorted_DP[1:] & fresh_DP).sum(axis=0, dtype=np.int64)
+
+
+def trie_layer_forwards(masks_MP: BoolArray) -> int:
+    """Layer-forwards that a shared run of these masks takes: all its (prefix, player) pairs."""
+    return int(trie_player_forwards(masks_MP).sum())

@@ -36,7 +36,7 @@ FLOW = [
     {"shapley", "scored"},
     {"plan"},
     {"rounds", "outcome"},
-    {"export", "report"},
+    {"export", "report", "cost"},
     {"coordinator"},
     {"demo"},
     {"cli"},
@@ -44,7 +44,9 @@ FLOW = [
 ]
 LEVEL = {name: level for level, names in enumerate(FLOW) for name in names}
 HEAVY = {"torch", "transformers", "ray", "vllm"}
-WITHOUT_HEAVY = ("errors", "types", "config", "masks", "locks", "checkpoint", "store", "lease")
+WITHOUT_HEAVY = (
+    "errors", "types", "config", "masks", "locks", "checkpoint", "store", "lease", "cost",
+)  # fmt: skip
 
 
 def module_name(path: Path) -> str:
