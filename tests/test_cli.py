@@ -76,7 +76,7 @@ def test_scores_travel_through_a_table(demo, tmp_path):
     assert again.stdout.startswith("0 new scores")
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["export"], ["scores"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["export"], ["scores"], ["cost"]])
 def test_help_teaches(command):
     done = lpserve(*command, "--help")
     assert done.returncode == 0

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -71,7 +72,8 @@ def allocation(tmp_path):
         "SLURM_CPUS_PER_TASK": "1",
         "LPSERVE_HEAD_IP": "127.0.0.1",
         "LPSERVE_RAY_PORT": str(21_000 + os.getpid() % 9_000),
-        "LPSERVE_HEAD_ARGS": "--include-dashboard=false --ray-client-server-port=0",
+        "LPSERVE_HEAD_ARGS": "--include-dashboard=false "
+        f"--ray-client-server-port={30_000 + os.getpid() % 2_000}",
         "LPSERVE_RAY_ARGS": "--object-store-memory=100000000 --dashboard-agent-listen-port=0",
         "LPSERVE_JOIN_S": "120",
     }
@@ -100,12 +102,22 @@ def start(environment: dict[str, str], nodes: int, argv: list[str], log: Path) -
 def finish(process: subprocess.Popen, log: Path) -> int:
     """Wait for the script; on failure end what it started, by its process tree."""
     try:
-        return process.wait(240)
+        return process.wait(150)
     except subprocess.TimeoutExpired:
         tree = psutil.Process(process.pid)
         for child in [*tree.children(recursive=True), tree]:
             child.kill()
         pytest.fail(f"the script did not end:\n{log.read_text()}")
+
+
+def some_scores(store: Path) -> bool:
+    """Whether a run has stored a score; it may be at work on the file."""
+    if not store.exists():
+        return False
+    try:
+        return bool(stored_scores(store))
+    except sqlite3.Error:
+        return False
 
 
 def ray_processes(environment: dict[str, str]) -> list[str]:
@@ -141,10 +153,10 @@ def test_a_job_runs_on_all_nodes_and_leaves_no_ray_behind(tmp_path, texts, alloc
 def test_a_job_stopped_at_its_time_limit_is_requeued_and_resumes(tmp_path, texts, allocation):
     log = tmp_path / "job.log"
     process = start(allocation, 1, flags(tmp_path, texts, 0.3), log)
-    events = tmp_path / "run" / "events.jsonl"
-    while process.poll() is None and "masks/s" not in log.read_text():
+    events, store = tmp_path / "run" / "events.jsonl", tmp_path / "run" / "scores.sqlite"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not some_scores(store) and time.monotonic() < deadline:
         time.sleep(0.2)
-    time.sleep(3)
     os.kill(process.pid, signal.SIGUSR1)
     assert finish(process, log) == 130, log.read_text()
     asked = Path(allocation["SCONTROL_LOG"]).read_text().split()
@@ -168,5 +180,3 @@ def test_a_job_whose_ray_does_not_start_ends_with_its_log(tmp_path, texts, alloc
     assert code == 1
     assert "Ray did not start" in log.read_text()
     assert not (tmp_path / "run").exists()
-
-
