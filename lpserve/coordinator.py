@@ -33,11 +33,12 @@ from threadpoolctl import threadpool_limits
 
 from lpserve.checkpoint import read_checkpoint
 from lpserve.config import RunConfig, as_json
+from lpserve.dispatcher import Dispatcher, GivenUp
 from lpserve.engine.vllm_options import check_options as check_vllm_options
 from lpserve.errors import InputError, LpserveError, RunInterrupted
 from lpserve.masks import from_keys, keys
 from lpserve.outcome import Outcome, ScoredRun, analyse, candidate_masks, make_plan
-from lpserve.pool import Dispatcher, EnginePool, GivenUp, LocalPool, pinned
+from lpserve.pool import EnginePool, LocalPool, pinned
 from lpserve.progress import Progress
 from lpserve.report import write_outputs
 from lpserve.rounds import History, RoundPlanner, RoundSettings
@@ -49,6 +50,7 @@ from lpserve.windows import TokenWindows, WindowRequest, cut_windows
 
 _POLL_S = 0.2
 _PROPOSAL_POLL_S = 0.01
+_COMMIT_TOGETHER = 64
 SEARCH_UTILITY = "ppl_ratio"
 
 
@@ -243,11 +245,21 @@ class _Job:
         self._show()
 
     def _drain(self, timeout_s: float) -> None:
-        """Store every result that is there, waiting at most `timeout_s` for the first."""
+        """Store the results that are there, waiting at most `timeout_s` for the first.
+
+        Those that came meanwhile share its commit: many engines do not wait for the disk one after
+        the other.
+        """
         result = self.dispatcher.next(timeout_s)
-        while result is not None:
+        if result is None:
+            return
+        with self.store.together():
+            for _ in range(_COMMIT_TOGETHER):
+                self.accept(result)
+                result = self.dispatcher.next(0.0)
+                if result is None:
+                    return
             self.accept(result)
-            result = self.dispatcher.next(0.0)
 
     def accept(self, result: Any) -> None:
         self.board.accept(result)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lpserve.dispatcher import Dispatcher, GivenUp
 from lpserve.masks import keys
-from lpserve.pool import Dispatcher, GivenUp, UnitResult
+from lpserve.pool import UnitResult
 from lpserve.store import Store
 from lpserve.types import BoolArray
 from lpserve.windows import TokenWindows

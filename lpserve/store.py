@@ -19,7 +19,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -104,6 +104,7 @@ class Store:
         shared: bool | None = None,
     ) -> None:
         self.path = Path(path)
+        self._together = False
         if not self.path.parent.is_dir():
             raise InputError(f"store {self.path}: folder {self.path.parent} does not exist")
         if self.path.is_dir():
@@ -188,6 +189,16 @@ class Store:
         return chosen
 
     # -- scores --------------------------------------------------------------------------------
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Commit what is put in the block at its end, at once: one wait for the disk."""
+        with self._transaction():
+            self._together = True
+            try:
+                yield
+            finally:
+                self._together = False
 
     def put(
         self, game: int, block: Block, masks_MP: BoolArray, nll_MN: FloatArray, metric: str = "nll"
@@ -406,8 +417,8 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._translated(), writing(self._db):
-            if self._shared:
+        with self._translated(), nullcontext() if self._together else writing(self._db):
+            if self._shared and not self._together:
                 self._lease.renew(self._db)
             yield
 

@@ -32,6 +32,7 @@ FLOW = [
     {"score_tables", "pool"},
     {"ray_pool.actor", "ray_pool.cluster", "ray_pool.metrics"},
     {"ray_pool"},
+    {"dispatcher"},
     {"scoreboard", "surrogate"},
     {"shapley", "scored"},
     {"plan"},

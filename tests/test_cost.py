@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lpserve import pool
+from lpserve import dispatcher
 from lpserve.checkpoint import read_checkpoint
 from lpserve.cli import main
 from lpserve.coordinator import run
@@ -169,7 +169,7 @@ def test_a_time_is_told_for_a_named_rate_only(tmp_path, capsys):
 
 
 def test_a_unit_is_two_seconds_of_an_engine_and_never_starves_one(tmp_path):
-    assert TARGET_UNIT_S == pool.TARGET_UNIT_S
+    assert TARGET_UNIT_S == dispatcher.TARGET_UNIT_S
     model = str(llama(tmp_path / "m", 12, 64, 96, 101, 4, 2))
     slow = cost(CostSettings(model=model, tflops_per_gpu=1e-5))
     fast = cost(CostSettings(model=model, tflops_per_gpu=1e3))

@@ -21,12 +21,13 @@ import numpy as np
 import psutil
 import pytest
 
-import lpserve.pool
+import lpserve.dispatcher
 from lpserve.config import as_json, config_from
 from lpserve.coordinator import run
+from lpserve.dispatcher import Dispatcher
 from lpserve.errors import DiskFullError, EngineError
 from lpserve.masks import keys
-from lpserve.pool import Dispatcher, LocalPool, Unit, UnitResult
+from lpserve.pool import LocalPool, Unit, UnitResult
 from lpserve.store import Store
 from tests.test_coordinator import make_config, stored_count, stored_scores, texts  # noqa: F401
 from tests.test_ray_pool import Block, P, pool_of, ray_config, score_all, undisturbed
@@ -176,13 +177,13 @@ class Recording:
     def __getattr__(self, name):
         return getattr(self.pool, name)
 
-    def submit(self, unit: Unit, engine: str) -> None:
+    def submit(self, unit: Unit, engine: str, expected_s: float | None) -> None:
         self.units.append((unit, engine))
-        self.pool.submit(unit, engine)
+        self.pool.submit(unit, engine, expected_s)
 
 
 def test_a_mask_is_split_over_windows_when_engines_outnumber_masks(rng, monkeypatch):
-    monkeypatch.setattr(lpserve.pool, "LEAST_UNIT_S", 0.05)
+    monkeypatch.setattr(lpserve.dispatcher, "LEAST_UNIT_S", 0.05)
     masks = np.unique(rng.random((20, P)) < 0.6, axis=0)
     plain, windows = pool_of(4, delay_s=0.3)
     pool = Recording(plain)
@@ -198,7 +199,7 @@ def test_a_mask_is_split_over_windows_when_engines_outnumber_masks(rng, monkeypa
             results.append(dispatcher.next(1.0))
     finally:
         plain.close()
-    parts = [(unit, engine) for unit, engine in pool.units if unit.part]
+    parts = [(unit, engine) for unit, engine in pool.units if unit.windows != key]
     assert len({engine for _, engine in parts}) > 2
     expected, _ = whole_scores(windows, masks[-2:])
     done = [result for result in results if isinstance(result, UnitResult)]

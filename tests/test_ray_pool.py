@@ -18,9 +18,9 @@ import pytest
 
 from lpserve.config import config_from
 from lpserve.coordinator import run
+from lpserve.dispatcher import Dispatcher, GivenUp
 from lpserve.errors import InputError
 from lpserve.masks import keys
-from lpserve.pool import Dispatcher, GivenUp
 from lpserve.types import EngineSpec
 from lpserve.windows import TokenWindows
 from tests.test_cli import lpserve

@@ -24,7 +24,7 @@ class SyntheticEngine:
     """See `lpserve.engine.base.Engine`. Options:
 
     * `num_players`, `game_seed`: which game.
-    * `delay_s`: sleep for each distinct mask.
+    * `delay_s`: sleep for each distinct mask (all at once where no mask is special).
     * `poison`: masks (strings of 0 and 1) that raise when scored; `nan`: masks that score NaN;
       `kill`: masks that end the process with SIGKILL; `hang`: masks that never end; `break`:
       masks after which an engine raises whatever it is asked.
@@ -77,20 +77,7 @@ class SyntheticEngine:
         sorted_DP, inverse_M = sort_distinct(masks_MP)
         started = time.perf_counter()
         mean_D = self.mean_nll(sorted_DP)
-        for row, mask_P in enumerate(sorted_DP):
-            text = "".join("01"[int(bit)] for bit in mask_P)
-            if text in self._special["kill"]:
-                os.kill(os.getpid(), 9)
-            while text in self._special["hang"]:
-                time.sleep(1.0)
-            self._broken |= text in self._special["break"]
-            if self._broken:
-                raise EngineError("nothing works any more")
-            if text in self._special["poison"]:
-                raise EngineError(f"mask {text} is poisoned")
-            if text in self._special["nan"]:
-                mean_D[row] = np.nan
-            time.sleep(self._delay_s)
+        self._take_time(sorted_DP, mean_D)
         self.masks_scored += len(sorted_DP)
         factor_N = 1 + 0.1 * np.cos(np.array([int(h[:8], 16) for h in block.window_hashes]))
         work = Work(
@@ -106,6 +93,25 @@ class SyntheticEngine:
             num_tokens_N=block.num_tokens_N,
             work=work,
         )
+
+    def _take_time(self, sorted_DP: BoolArray, mean_D: FloatArray) -> None:
+        if not any(self._special.values()):
+            time.sleep(self._delay_s * len(sorted_DP))
+            return
+        for row, mask_P in enumerate(sorted_DP):
+            text = "".join("01"[int(bit)] for bit in mask_P)
+            if text in self._special["kill"]:
+                os.kill(os.getpid(), 9)
+            while text in self._special["hang"]:
+                time.sleep(1.0)
+            self._broken |= text in self._special["break"]
+            if self._broken:
+                raise EngineError("nothing works any more")
+            if text in self._special["poison"]:
+                raise EngineError(f"mask {text} is poisoned")
+            if text in self._special["nan"]:
+                mean_D[row] = np.nan
+            time.sleep(self._delay_s)
 
     def mean_nll(self, masks_MP: BoolArray) -> FloatArray:
         """The known answer before the window factor, `float64[M]`."""

@@ -1,10 +1,8 @@
 """Many engines as Ray actors behind one queue. Nothing else in lpserve imports Ray.
 
-Each engine is one actor in a process of its own, with the resources that it needs; at most
-`UNITS_IN_FLIGHT` units are at an engine, so that one that is slow or dies holds back at most those.
-Answers arrive as events, never by asking every engine in turn, so the work for a unit does not grow
-with the number of engines. What goes wrong is told apart here; what follows from it is the
-dispatcher's policy:
+Each engine is one actor in a process of its own, with the resources that it needs. Answers arrive
+as events, never by asking every engine in turn, so the work for a unit does not grow with the
+number of engines. What goes wrong is told apart here; what follows is the dispatcher's policy:
 
 * an engine raises: the unit comes back with the error; if the engine cannot score the whole model
   any more either, it is replaced;
@@ -16,8 +14,7 @@ dispatcher's policy:
 
 All engines start at once; the first that is ready decides path and micro-batches, and one that
 decided otherwise is started again. With a number of engines, so many are kept alive as nodes come
-and go; with none, as many as the nodes that are there can hold. An engine with nothing to do
-repeats a unit that is overdue elsewhere; the first answer counts. Windows and spec travel once to
+and go; with none, as many as the nodes that are there can hold. Windows and spec travel once to
 each engine.
 """
 
@@ -26,14 +23,14 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray.exceptions
 
 from lpserve.errors import EngineError, InputError
-from lpserve.pool import UNITS_IN_FLIGHT, Unit, UnitResult, Vacancy, first_line, pinned
+from lpserve.pool import Unit, UnitResult, first_line, pinned
 from lpserve.progress import RunState
 from lpserve.ray_pool.actor import EngineActor, Failure, Whereabouts
 from lpserve.ray_pool.cluster import (
@@ -54,9 +51,6 @@ FIRST_DEADLINE_S = 3600.0
 LEAST_DEADLINE_S = 120.0
 DEADLINE_FACTOR = 30.0
 """A unit may take this many times what it should."""
-OVERDUE_FACTOR = 2.0
-OVERDUE_S = 1.0
-"""A unit is overdue this much after twice its time."""
 RETRY_S = 10.0
 """Wait before an engine that could not start is tried again; doubles up to `MOST_RETRY_S`."""
 MOST_RETRY_S = 600.0
@@ -71,9 +65,8 @@ class _Task:
 
     unit: Unit
     answer: Any
+    expected_s: float | None
     started: float
-    dropped: bool = False
-    """Answered elsewhere: only its end is waited for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -121,21 +114,19 @@ class RayPool:
         self._deadline_s = deadline_s
         self._windows: dict[str, Any] = {}
         self._members: dict[str, _Member] = {}
-        self._room: tuple[dict[str, _Member], ...] = tuple({} for _ in range(UNITS_IN_FLIGHT))
-        """Ready engines that hold so many units."""
+        self._engines: Mapping[str, str] = {}
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._done: deque[UnitResult] = deque()
         self._next_tick = self._retry_at = 0.0
         self._failed_starts = self._names = self.restarts = 0
         self._pinned = False
         self._roomless_since: float | None = None
-        self._slowest_mask_s: float | None = None
         self._watcher: Watcher | None = None
         try:
             self._needs = needs_of(spec)
             check_room(self._needs)
             self._spec = engine_spec(spec, self._needs)
-            self._engines = engines
+            self._wanted = engines
             self._capacity = capacity(self._needs)
             self._default = ray.put(windows)
             self._keep_alive()
@@ -147,8 +138,8 @@ class RayPool:
             raise
 
     @property
-    def num_engines(self) -> int:
-        return max(1, sum(member.ready for member in self._members.values()))
+    def engines(self) -> Mapping[str, str]:
+        return self._engines
 
     @property
     def processes(self) -> list[Whereabouts]:
@@ -161,19 +152,21 @@ class RayPool:
             self._windows[key] = ray.put(windows)
         return key
 
-    def vacancy(self, avoid: Set[str] = frozenset()) -> Vacancy | None:
-        elsewhere = bool(avoid) and any(
-            m.at and m.at.place not in avoid for m in self._members.values() if m.ready
-        )
-        for held, members in enumerate(self._room):
-            for member in members.values():
-                assert member.at
-                if not (elsewhere and member.at.place in avoid):
-                    return Vacancy(engine=member.name, place=member.at.place, idle=held == 0)
-        return None
+    def submit(self, unit: Unit, engine: str, expected_s: float | None) -> None:
+        member = self._members[engine]
+        if unit.windows not in member.windows:
+            member.windows.add(unit.windows)
+            member.actor.register.remote(self._windows[unit.windows])
+        answer = member.actor.score.remote(unit.masks_MP, unit.windows)
+        task = _Task(unit, answer, expected_s, time.monotonic())
+        member.tasks.append(task)
+        self._when_done(answer, lambda f: self._answered(member, task, f))
 
-    def submit(self, unit: Unit, engine: str) -> None:
-        self._give(self._members[engine], unit)
+    def cancel(self, unit: Unit, engine: str) -> None:
+        member = self._members.get(engine)
+        for task in list(member.tasks)[1:] if member else ():
+            if task.unit is unit:
+                ray.cancel(task.answer, force=False)
 
     def next(self, timeout_s: float) -> UnitResult | None:
         deadline = time.monotonic() + timeout_s
@@ -195,9 +188,9 @@ class RayPool:
             event()
 
     def publish(self, state: RunState) -> None:
-        units = sum(not t.dropped for m in self._members.values() for t in m.tasks)
-        engines = sum(member.ready for member in self._members.values())
-        self._metrics.publish(state, engines=engines, units=units, restarts=self.restarts)
+        units = sum(len(member.tasks) for member in self._members.values())
+        engines, restarts = len(self._engines), self.restarts
+        self._metrics.publish(state, engines=engines, units=units, restarts=restarts)
 
     def close(self) -> None:
         if self._watcher is not None:
@@ -211,7 +204,7 @@ class RayPool:
 
     def _keep_alive(self) -> None:
         """Start engines up to the number wanted."""
-        wanted = self._capacity if self._engines is None else self._engines
+        wanted = self._capacity if self._wanted is None else self._wanted
         if time.monotonic() >= self._retry_at:
             for _ in range(wanted - len(self._members)):
                 self._start()
@@ -277,7 +270,7 @@ class RayPool:
             return
         self._failed_starts = 0
         member.ready = True
-        self._file(member)
+        self._note_engines()
 
     def _cannot_start(self, member: _Member, failure: Failure) -> None:
         where = f" on {member.at.address}" if member.at else ""
@@ -297,8 +290,7 @@ class RayPool:
     def _remove(self, member: _Member) -> None:
         member.gone = True
         self._members.pop(member.name, None)
-        for members in self._room:
-            members.pop(member.name, None)
+        self._note_engines()
         ray.kill(member.actor)
         member.place.release()
 
@@ -308,23 +300,23 @@ class RayPool:
         self.restarts += 1
         where = f" on {member.at.address}" if member.at else ""
         self._tell(f"{member.name}{where} is replaced: {reason}")
-        place = member.at.place if member.at else ""
         for position, task in enumerate(member.tasks):
-            if task.dropped or self._holders(task.unit):  # its twin goes on elsewhere
-                continue
             first = position == 0
             self._done.append(
                 UnitResult(
                     unit=task.unit,
                     scores=None,
                     engine=member.name,
-                    place=place,
                     error=reason,
                     blamed=blame and first,
                     lost=first,
                 )
             )
         self._keep_alive()
+
+    def _note_engines(self) -> None:
+        members = self._members.values()
+        self._engines = {m.name: m.at.place for m in members if m.ready and m.at}
 
     def _nodes_changed(self, nodes: frozenset[str], engines: int) -> None:
         """Called by the watcher's thread."""
@@ -343,69 +335,31 @@ class RayPool:
 
     # -- units -----------------------------------------------------------------------------------
 
-    def _file(self, member: _Member) -> None:
-        """Note how much room an engine has."""
-        for members in self._room:
-            members.pop(member.name, None)
-        if member.ready and len(member.tasks) < UNITS_IN_FLIGHT:
-            self._room[len(member.tasks)][member.name] = member
-
-    def _give(self, member: _Member, unit: Unit) -> None:
-        if unit.windows not in member.windows:
-            member.windows.add(unit.windows)
-            member.actor.register.remote(self._windows[unit.windows])
-        answer = member.actor.score.remote(unit.masks_MP, unit.windows)
-        task = _Task(unit=unit, answer=answer, started=time.monotonic())
-        member.tasks.append(task)
-        self._file(member)
-        self._when_done(answer, lambda f: self._answered(member, task, f))
-
     def _answered(self, member: _Member, task: _Task, answer: Any) -> None:
         if member.gone:
             return
+        result = UnitResult(unit=task.unit, scores=None, engine=member.name)
         error = answer.exception()
         if isinstance(error, ray.exceptions.TaskCancelledError):
-            scores = None
+            result = replace(result, error="cancelled", blamed=False)
         elif error is not None:
             reason, blame = _death(error)
             self._lost(member, reason, blame=blame)
             return
         else:
             scores = answer.result()
-        if isinstance(scores, Failure) and scores.broken:
-            self._lost(member, f"it scores nothing any more: {scores.line}")
-            return
+            if not isinstance(scores, Failure):
+                result = replace(result, scores=scores)
+            elif scores.broken:
+                self._lost(member, f"it scores nothing any more: {scores.line}")
+                return
+            else:
+                result = replace(result, error=scores.line)
         was_first = member.tasks[0] is task
         member.tasks.remove(task)
         if was_first and member.tasks:
             member.tasks[0].started = time.monotonic()
-        self._file(member)
-        if task.dropped or scores is None:
-            return
-        mask_s = (time.monotonic() - task.started) / len(task.unit.masks_MP)
-        self._slowest_mask_s = max(mask_s, self._slowest_mask_s or 0.0)
-        self._drop_twins(task.unit)
-        assert member.at
-        result = {"unit": task.unit, "engine": member.name, "place": member.at.place}
-        if isinstance(scores, Failure):
-            self._done.append(UnitResult(**result, scores=None, error=scores.line))
-        else:
-            self._done.append(UnitResult(**result, scores=scores))
-
-    def _drop_twins(self, unit: Unit) -> None:
-        for member in self._members.values():
-            for task in member.tasks:
-                if task.unit is unit and not task.dropped:
-                    task.dropped = True
-                    if task is not member.tasks[0]:
-                        ray.cancel(task.answer, force=False)
-
-    def _holders(self, unit: Unit) -> int:
-        return sum(
-            task.unit is unit and not task.dropped
-            for member in self._members.values()
-            for task in member.tasks
-        )
+        self._done.append(result)
 
     # -- time ------------------------------------------------------------------------------------
 
@@ -413,8 +367,6 @@ class RayPool:
         self._end_overdue(now)
         self._keep_alive()
         self._tell_of_waiting(now)
-        if not self._done:
-            self._repeat_overdue(now)
 
     def _tell_of_waiting(self, now: float) -> None:
         """Say it once when no engine has had room for a while."""
@@ -426,35 +378,11 @@ class RayPool:
             self._roomless_since = float("inf")
             self._tell(f"waiting for room in the Ray cluster: an engine needs {self._needs}")
 
-    def _repeat_overdue(self, now: float) -> None:
-        """Give idle engines what others should have finished, the oldest first."""
-        idle = list(self._room[0].values())
-        if not idle:
-            return
-        late = [
-            task
-            for member in self._members.values()
-            if member.tasks and self._overdue(member.tasks[0], now)
-            for task in member.tasks
-            if not task.dropped and self._holders(task.unit) == 1
-        ]
-        late.sort(key=lambda task: task.started)
-        for member, task in zip(idle, late, strict=False):
-            self._give(member, task.unit)
-
-    def _overdue(self, task: _Task, now: float) -> bool:
-        expected_s = task.unit.expected_s
-        if expected_s is None:  # submitted before anything was known
-            if self._slowest_mask_s is None:
-                return False
-            expected_s = self._slowest_mask_s * len(task.unit.masks_MP)
-        return now - task.started > OVERDUE_S + OVERDUE_FACTOR * expected_s
-
     def _end_overdue(self, now: float) -> None:
         for member in list(self._members.values()):
             if member.tasks:
                 task = member.tasks[0]
-                allowed_s = self._deadline_s or _allowed_s(task.unit)
+                allowed_s = self._deadline_s or _allowed_s(task.expected_s)
                 since = task.started
             elif member.at and not member.ready:
                 allowed_s, since = FIRST_DEADLINE_S, member.started
@@ -469,10 +397,10 @@ class RayPool:
                 self._cannot_start(member, Failure("EngineError", reason))
 
 
-def _allowed_s(unit: Unit) -> float:
-    if unit.expected_s is None:
+def _allowed_s(expected_s: float | None) -> float:
+    if expected_s is None:
         return FIRST_DEADLINE_S
-    return max(LEAST_DEADLINE_S, DEADLINE_FACTOR * unit.expected_s)
+    return max(LEAST_DEADLINE_S, DEADLINE_FACTOR * expected_s)
 
 
 def _death(error: BaseException) -> tuple[str, bool]:
