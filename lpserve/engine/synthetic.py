@@ -29,12 +29,13 @@ class SyntheticEngine:
       `kill`: masks that end the process with SIGKILL; `hang`: masks that never end; `break`:
       masks after which an engine raises whatever it is asked.
     * `tensor_parallel_size`, `pipeline_parallel_size`: ask a cluster for room for such an engine.
+    * `tally`: a file that every engine of the game appends the masks of each scored unit to.
     * `slow_file`, `slow_s`: the one engine that makes this file sleeps so long for each mask.
     """
 
     OPTIONS = (
         "num_players", "game_seed", "delay_s", "poison", "nan", "kill", "hang", "break",
-        "slow_file", "slow_s", "tensor_parallel_size", "pipeline_parallel_size",
+        "slow_file", "slow_s", "tally", "tensor_parallel_size", "pipeline_parallel_size",
     )  # fmt: skip
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
@@ -51,6 +52,7 @@ class SyntheticEngine:
         if options.get("slow_file") and _made_first(str(options["slow_file"])):
             self._delay_s = float(options.get("slow_s", 1.0))
         self._broken = False
+        self._tally = options.get("tally")
         self._windows: dict[str, TokenWindows] = {}
         self._default = self.register(windows)
         self.masks_scored = 0
@@ -78,6 +80,9 @@ class SyntheticEngine:
         started = time.perf_counter()
         mean_D = self.mean_nll(sorted_DP)
         self._take_time(sorted_DP, mean_D)
+        if self._tally:
+            with open(self._tally, "a") as tally:
+                tally.write(f"{len(sorted_DP)}\n")
         self.masks_scored += len(sorted_DP)
         factor_N = 1 + 0.1 * np.cos(np.array([int(h[:8], 16) for h in block.window_hashes]))
         work = Work(

@@ -20,12 +20,17 @@ each engine.
 
 from __future__ import annotations
 
+import os
 import queue
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+# Ray prints what its daemons say about dead workers on the driver's standard output, over the run's
+# own lines; it reads this when it is imported
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 
 import ray.exceptions
 

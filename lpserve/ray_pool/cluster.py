@@ -14,10 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-# Ray prints what its daemons say about dead workers on the driver's standard output, over the run's
-# own lines; it reads this when it is imported
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
-
 import ray
 from ray.util.placement_group import (
     PlacementGroup,
