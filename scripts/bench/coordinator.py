@@ -313,6 +313,28 @@ def feed_lines(args: argparse.Namespace) -> list[str]:
     return [*lines, ""]
 
 
+def batch_lines(args: argparse.Namespace) -> list[str]:
+    lines = [
+        "## The most batches that the driver can feed",
+        "",
+        "8 engines with tiny batches, so that the driver is the bottleneck; what a batch costs, "
+        "its masks included.",
+        "",
+        "| masks a batch | batches | batches/s | wall clock a batch, ms | driver CPU a batch, ms |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    least, lpserve.dispatcher.LEAST_UNIT_S = lpserve.dispatcher.LEAST_UNIT_S, 1e-3
+    for delay_s in (0.005, 0.002):
+        done = stream(8, args.batch_masks, delay_s, 0.02)
+        lines.append(
+            f"| {done.masks / done.batches:.1f} | {done.batches:,} | "
+            f"{done.batches / done.wall_s:.0f} | {1e3 * done.wall_s / done.batches:.2f} | "
+            f"{1e3 * done.cpu_s / done.batches:.2f} |"
+        )
+    lpserve.dispatcher.LEAST_UNIT_S = least
+    return [*lines, ""]
+
+
 def memory_lines(args: argparse.Namespace) -> list[str]:
     done = stream(2, args.memory_masks, 1e-6, 0.2)
     points = ", ".join(
@@ -348,23 +370,32 @@ def refit_lines(args: argparse.Namespace) -> list[str]:
     return [*lines, ""]
 
 
+PARTS = {
+    "idle": idle_lines,
+    "feed": feed_lines,
+    "batches": batch_lines,
+    "memory": memory_lines,
+    "refits": refit_lines,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="also write the tables here")
     parser.add_argument("--seconds", type=int, default=30, help="of each idle share (30)")
     parser.add_argument("--feed-masks", type=int, default=400_000)
+    parser.add_argument("--batch-masks", type=int, default=40_000)
     parser.add_argument("--memory-masks", type=int, default=1_000_000)
     parser.add_argument("--budget", type=int, default=1600, help="masks of the run with refits")
-    parser.add_argument("--only", choices=("idle", "feed", "memory", "refits"))
+    parser.add_argument("--only", choices=tuple(PARTS))
     args = parser.parse_args()
     ray.init("local", num_cpus=64, include_dashboard=False, log_to_driver=False)
-    parts = {"idle": idle_lines, "feed": feed_lines, "memory": memory_lines, "refits": refit_lines}
     lines = [
         "# The coordinator", "",
         f"`PYTHONPATH=. python scripts/bench/coordinator.py`; {NUM_PLAYERS} players, {NUM_WINDOWS} "
         f"windows; Ray {ray.__version__}.", "", *machine_lines(os.cpu_count() or 1), "",
     ]  # fmt: skip
-    for name, part in parts.items():
+    for name, part in PARTS.items():
         if args.only in (None, name):
             lines += part(args)
     publish(lines, args.out)
