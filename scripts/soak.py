@@ -195,8 +195,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--every-s", type=float, default=4.0, help="between kills, on average")
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("--budget", type=int, default=3000)
-    parser.add_argument("--mask-s", type=float, default=0.5, help="an engine's time for a mask")
+    parser.add_argument("--budget", type=int, default=1500)
+    parser.add_argument("--mask-s", type=float, default=0.3, help="an engine's time for a mask")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -56,9 +56,11 @@ FIRST_DEADLINE_S = 3600.0
 LEAST_DEADLINE_S = 120.0
 DEADLINE_FACTOR = 30.0
 """A unit may take this many times what it should."""
-RETRY_S = 10.0
-"""Wait before an engine that could not start is tried again; doubles up to `MOST_RETRY_S`."""
-MOST_RETRY_S = 600.0
+RETRY_S, DIED_RETRY_S, MOST_RETRY_S = 10.0, 1.0, 600.0
+"""Wait before an engine that could not start is tried again: after an error of its own, after its
+process died; doubles up to the last."""
+MOST_REFUSALS, MOST_DEATHS = 3, 6
+"""Starts in a row that fail so before a run without engines ends."""
 NO_ROOM_S = 30.0
 """Silence after which a run says that it waits for room in the cluster."""
 _TICK_S = 0.2
@@ -257,7 +259,10 @@ class RayPool:
         if member.gone:
             return
         error = answer.exception()
-        info = Failure("EngineError", _death(error)[0]) if error else answer.result()
+        if error is not None:
+            self._cannot_start(member, Failure("EngineError", _death(error)[0]), died=True)
+            return
+        info = answer.result()
         if isinstance(info, Failure):
             self._cannot_start(member, info)
             return
@@ -277,18 +282,20 @@ class RayPool:
         member.ready = True
         self._note_engines()
 
-    def _cannot_start(self, member: _Member, failure: Failure) -> None:
+    def _cannot_start(self, member: _Member, failure: Failure, *, died: bool = False) -> None:
+        """Try again later; end the run where no engine is left and it is the engine's own error,
+        or its process died again and again."""
         where = f" on {member.at.address}" if member.at else ""
         self._remove(member)
         self._failed_starts += 1
         alone = not self._members
         if failure.kind == "InputError" and not self._pinned:
             raise InputError(failure.line)  # the user's mistake, not one node's trouble
-        if alone and (not self._pinned or self._failed_starts > 2):
+        tries = MOST_DEATHS if died else MOST_REFUSALS if self._pinned else 1
+        if alone and self._failed_starts >= tries:
             raise EngineError(f"no engine can start: {failure.line}")
-        wait_s = min(MOST_RETRY_S, RETRY_S * 2.0 ** (self._failed_starts - 1))
-        if alone:
-            wait_s = RETRY_S
+        first_s = DIED_RETRY_S if died else RETRY_S
+        wait_s = min(MOST_RETRY_S, first_s * 2.0 ** (self._failed_starts - 1))
         self._retry_at = time.monotonic() + wait_s
         self._tell(f"an engine{where} cannot start: {failure.line}; again in {wait_s:.0f} s")
 
