@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,15 +34,16 @@ from lpserve.checkpoint import read_checkpoint
 from lpserve.config import RunConfig, as_json
 from lpserve.dispatcher import Dispatcher, GivenUp
 from lpserve.engine.vllm_options import check_options as check_vllm_options
-from lpserve.errors import InputError, LpserveError, RunInterrupted
+from lpserve.errors import EngineError, InputError, LpserveError, RunInterrupted
 from lpserve.masks import from_keys, keys
 from lpserve.outcome import Outcome, ScoredRun, analyse, candidate_masks, make_plan
-from lpserve.pool import EnginePool, LocalPool, pinned
+from lpserve.pool import EnginePool, LocalPool, UnitResult, pinned
 from lpserve.progress import Progress
 from lpserve.report import write_outputs
 from lpserve.rounds import History, RoundPlanner, RoundSettings
 from lpserve.runfolder import CONFIG_FORMAT, RunFolder
 from lpserve.scoreboard import Request, Scoreboard
+from lpserve.signals import Signals, heeded_signals
 from lpserve.store import Store
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, perplexity, utilities
 from lpserve.windows import TokenWindows, WindowRequest, cut_windows
@@ -99,6 +99,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         if stored is not None:
             folder.refuse_other(stored, as_json(config))
             _refuse_other_windows(folder, stored, calibration, heldout)
+        signals = stack.enter_context(heeded_signals())
         store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
         longest = max(calibration.length, heldout.length)
         pool = _open_pool(config, _spec(config, stored, longest), calibration, progress.note)
@@ -106,9 +107,10 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         if stored is not None:
             _refuse_other_game(folder, stored, pool.info)
         started = True
-        job = _Job(config, folder, store, pool, calibration, heldout, progress)
+        job = _Job(config, folder, store, pool, calibration, heldout, progress, signals)
+        signals.at_work = True
         job.write_config(stored)
-        with progress, _signals(job), threadpool_limits(1, user_api="blas"):
+        with progress, threadpool_limits(1, user_api="blas"):
             job.score_rounds()
             outcome = job.conclude()
         return RunResult(folder=folder.path, outcome=outcome)
@@ -168,6 +170,7 @@ class _Job:
         calibration: TokenWindows,
         heldout: TokenWindows,
         progress: Progress,
+        signals: Signals,
     ) -> None:
         self.config, self.folder, self.store, self.pool = config, folder, store, pool
         self.calibration, self.heldout, self.progress = calibration, heldout, progress
@@ -182,7 +185,7 @@ class _Job:
             else lambda nll_MN: self.utility(SEARCH_UTILITY, nll_MN),
         )  # fmt: skip
         self.history = History()
-        self.signals = 0
+        self.signals = signals
         self._full_nll_N: NDArray[np.float32] | None = None
 
     def utility(self, name: str, nll_MN: NDArray[np.float32]) -> FloatArray:
@@ -199,18 +202,13 @@ class _Job:
     def score_rounds(self) -> None:
         """Rounds until the budget is spent, nothing is left to ask, or a signal stops the run."""
         self.progress.begin("scoring", self.config.budget)
-        with ThreadPoolExecutor(1, "lpserve-planner") as thread:
-            self._score_rounds(thread)
-        self.progress.state.total = self.progress.state.done
-
-    def _score_rounds(self, thread: ThreadPoolExecutor) -> None:
         pending: deque[Request] = deque()
         proposal: Future[BoolArray] | None = None
         next_round, asked, exhausted = 0, 0, False
         while pending or not exhausted:
             due = not exhausted and next_round <= len(self.history.masks) + 1
             if due and proposal is None:
-                proposal = thread.submit(self.planner.propose, next_round, self.history)
+                proposal = _in_background(self.planner.propose, next_round, self.history)
             if proposal is not None and proposal.done():
                 masks_MP = proposal.result()[: self.config.budget - asked]
                 proposal = None
@@ -226,6 +224,7 @@ class _Job:
                 self._drain(_POLL_S if proposal is None else _PROPOSAL_POLL_S)
             self._complete(pending)
             self._check_signals()
+        self.progress.state.total = self.progress.state.done
 
     def _complete(self, pending: deque[Request]) -> None:
         """Move rounds that are complete, in order, to the history."""
@@ -250,34 +249,43 @@ class _Job:
         Those that came meanwhile share its commit: many engines do not wait for the disk one after
         the other.
         """
-        result = self.dispatcher.next(timeout_s)
-        if result is None:
-            return
-        with self.store.together():
-            for _ in range(_COMMIT_TOGETHER):
-                self.accept(result)
-                result = self.dispatcher.next(0.0)
+        results: list[UnitResult | GivenUp] = []
+        ended: LpserveError | None = None
+        try:
+            while len(results) < _COMMIT_TOGETHER:
+                result = self.dispatcher.next(0.0 if results else timeout_s)
                 if result is None:
-                    return
-            self.accept(result)
+                    break
+                results.append(result)
+        except LpserveError as error:  # what has come is kept
+            ended = error
+        if results:
+            with self.store.together():
+                for result in results:
+                    self.accept(result)
+        if ended is not None:
+            raise ended
 
-    def accept(self, result: Any) -> None:
+    def accept(self, result: UnitResult | GivenUp) -> None:
         self.board.accept(result)
         if isinstance(result, GivenUp):
             mask = mask_text(keys(result.unit.masks_MP)[0], self.settings.num_players)
             self.folder.event("quarantined", mask=mask, reason=result.reason)
             self.progress.note(f"mask {mask} cannot be scored and is left out: {result.reason}")
-        else:
+        elif result.scores is not None:
             self.progress.state.work += result.scores.work
 
     def _check_signals(self) -> None:
-        if not self.signals:
+        if not self.signals.count:
             return
         self.dispatcher.stop()
         deadline = time.monotonic() + self.config.grace_s
         self.progress.note(f"stopping: up to {self.config.grace_s:g} s for scores in flight")
-        while self.dispatcher.in_flight and time.monotonic() < deadline and self.signals < 2:
-            self._drain(_POLL_S)
+        with suppress(EngineError):  # engines lost meanwhile are not what ended the run
+            while (
+                self.dispatcher.in_flight and time.monotonic() < deadline and self.signals.count < 2
+            ):
+                self._drain(_POLL_S)
         self.folder.event("interrupted", scored=self.board.scored)
         raise RunInterrupted(
             f"interrupted; {self.board.scored} masks are scored and kept in "
@@ -400,6 +408,20 @@ class _Job:
         self.folder.event("started", config=as_json(self.config), pid=os.getpid())
 
 
+def _in_background(call: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Run on a thread that the end of the process does not wait for."""
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="lpserve-planner", daemon=True).start()
+    return future
+
+
 def _round_settings(config: RunConfig, num_players: int) -> RoundSettings:
     assert config.max_removed
     assert config.sizes
@@ -464,24 +486,6 @@ def _refuse_other_windows(
                 f"run folder {folder.path} belongs to another run: the {name} text has changed "
                 "since; choose another --out"
             )
-
-
-@contextmanager
-def _signals(job: _Job) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the job to stop; the handlers before are put back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        job.signals += 1
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def mask_text(key: bytes, num_players: int) -> str:

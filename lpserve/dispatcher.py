@@ -90,6 +90,16 @@ class _Part:
 
 
 @dataclass(slots=True, eq=False)
+class _Held:
+    """Where a unit is, and what has come of it there."""
+
+    at: dict[str, str] = field(default_factory=dict)
+    """Engine -> its hardware."""
+    failed_at: list[str] = field(default_factory=list)
+    """Hardware at which it has failed while others went on with it."""
+
+
+@dataclass(slots=True, eq=False)
 class _Flight:
     """A unit at an engine."""
 
@@ -121,8 +131,8 @@ class Dispatcher:
         self._clock = clock
         self._waiting: deque[_Job] = deque()
         self._masks_waiting = 0
-        self._live: dict[Unit, set[str]] = {}
-        """Units at engines whose answer is wanted, and the engines that hold them."""
+        self._live: dict[Unit, _Held] = {}
+        """Units at engines whose answer is wanted."""
         self._engines: Mapping[str, str] = {}
         self._flights: dict[str, deque[_Flight]] = {}
         self._room: tuple[dict[str, None], dict[str, None]] = ({}, {})
@@ -130,7 +140,9 @@ class Dispatcher:
         self._known: dict[str, TokenWindows] = {}
         self._pace: dict[str, float] = {}
         """Engine -> seconds for a token of a mask."""
-        self._lost_in_a_row = 0
+        self._late: set[str] = set()
+        """Engines whose unit is overdue: they get no more."""
+        self._lost_in_a_row = self._most_engines = 0
         self._next_relief = 0.0
         self.closed = False
 
@@ -186,19 +198,21 @@ class Dispatcher:
         self._landed(result)
         if result.scores is not None:
             self._learn_pace(result)
-        if result.lost:
+        if result.lost and result.blamed:
             self._count_loss(result)
-        holders = self._live.get(result.unit)
-        if holders is None:  # answered elsewhere before
+        held = self._live.get(result.unit)
+        if held is None:  # answered elsewhere before
             return None
-        holders.discard(result.engine)
+        place = held.at.pop(result.engine)
         if result.scores is None:
-            if holders:  # another engine goes on with it
+            if result.blamed:
+                held.failed_at.append(place)
+            if held.at:  # another engine goes on with it
                 return None
             del self._live[result.unit]
-            return self._failed(result)
+            return self._failed(result, held.failed_at)
         del self._live[result.unit]
-        for engine in holders:
+        for engine in held.at:
             self._pool.cancel(result.unit, engine)
         self._pump()
         return self._joined(result)
@@ -210,22 +224,20 @@ class Dispatcher:
         at_work = flights[0].job is result.unit
         for flight in [f for f in flights if f.job is result.unit][:1]:
             flights.remove(flight)
+        if at_work:
+            self._late.discard(result.engine)
         if at_work and flights:
             flights[0].started = self._clock()
         self._file(result.engine)
 
-    def _failed(self, result: UnitResult) -> GivenUp | None:
+    def _failed(self, result: UnitResult, failed_at: list[str]) -> GivenUp | None:
         job = result.unit
         assert isinstance(job, _Job)
         if job.part and job.part.split.ended:
             return None
-        if not result.blamed:
-            self._wait(replace(job), first=True)
-            return None
-        place = self._engines.get(result.engine, result.engine)
-        failures, failed_at = job.failures + 1, job.failed_at | {place}
-        if failures < 2:
-            self._wait(replace(job, failures=failures, failed_at=failed_at), first=True)
+        failures, places = job.failures + len(failed_at), job.failed_at.union(failed_at)
+        if not failed_at or failures < 2:
+            self._wait(replace(job, failures=failures, failed_at=places), first=True)
         elif len(job.masks_MP) == 1:
             if job.part:  # the mask is given up as a whole
                 job.part.split.ended = True
@@ -237,13 +249,13 @@ class Dispatcher:
                 # each half has one failure behind it, so that another bisects it at once; a mask
                 # alone starts anew: none is given up for what befell its neighbours
                 failures = 1 if len(masks_MP) > 1 else 0
-                told = replace(job, masks_MP=masks_MP, failures=failures, failed_at=failed_at)
+                told = replace(job, masks_MP=masks_MP, failures=failures, failed_at=places)
                 self._wait(told, first=True)
         return None
 
     def _count_loss(self, result: UnitResult) -> None:
         self._lost_in_a_row += 1
-        if self._lost_in_a_row > _SPARE_LOSSES + 2 * len(self._engines):
+        if self._lost_in_a_row > _SPARE_LOSSES + 2 * self._most_engines:
             raise EngineError(
                 f"{self._lost_in_a_row} engines were lost in a row while nothing was scored; the "
                 f"last: {result.error}; scores are kept: give the same command again"
@@ -257,8 +269,10 @@ class Dispatcher:
             return
         gone = [name for name in self._flights if name not in engines]
         self._engines = engines
+        self._most_engines = max(self._most_engines, len(engines))
         for name in gone:  # what they held comes back as results
             del self._flights[name]
+            self._late.discard(name)
             self._file(name)
         for name in engines:
             if name not in self._flights:
@@ -284,7 +298,7 @@ class Dispatcher:
             avoid = frozenset()
         for engines in self._room:
             for engine in engines:
-                if self._engines[engine] not in avoid:
+                if self._engines[engine] not in avoid and engine not in self._late:
                     return engine
         return None
 
@@ -299,22 +313,30 @@ class Dispatcher:
             return
         self._note_engines()
         self._relieve()
-        while self._waiting:
-            engine = self._vacant(self._waiting[0].failed_at)
-            if engine is None:
-                return
-            job = self._waiting.popleft()
+        while self._waiting and (found := self._next_job()):
+            job, engine = found
+            self._waiting.remove(job)
             self._masks_waiting -= len(job.masks_MP)
             if job.part and job.part.split.ended:
                 continue
             if not job.failures and not job.part:
                 job = self._cut(job, engine)
-            self._live[job] = set()
+            self._live[job] = _Held()
             self._submit(job, engine)
+
+    def _next_job(self) -> tuple[_Job, str] | None:
+        """The first unit for which there is an engine: one that must go elsewhere holds up none."""
+        if not any(self._room):
+            return None
+        for job in self._waiting:
+            engine = self._vacant(job.failed_at)
+            if engine is not None:
+                return job, engine
+        return None
 
     def _submit(self, job: _Job, engine: str) -> None:
         expected_s = self._expected_s(job, engine)
-        self._live[job].add(engine)
+        self._live[job].at[engine] = self._engines[engine]
         self._flights[engine].append(_Flight(job, expected_s, self._clock()))
         self._file(engine)
         self._pool.submit(job, engine, expected_s)
@@ -385,13 +407,13 @@ class Dispatcher:
         for end in ends:
             if end.overdue:
                 engine = self._vacant({self._engines[end.engine]})
-                if engine is None or engine == end.engine:
+                if engine is None:
                     break
                 self._repeat(end, engine)
         if self._waiting:
             return
         idle = sorted(self._room[0], key=lambda engine: self._pace.get(engine, np.inf))
-        left = [end for end in ends if len(self._live[end.flight.job]) == 1]
+        left = [end for end in ends if len(self._live[end.flight.job].at) == 1]
         for engine, end in zip(idle, left, strict=False):
             here_s = self._expected_s(end.flight.job, engine)
             if here_s is None or _GAIN * here_s + LEAST_UNIT_S > end.in_s:
@@ -404,7 +426,10 @@ class Dispatcher:
             self._pool.cancel(end.flight.job, end.engine)
 
     def _ends(self, now: float) -> list[_End]:
-        """When each unit that one engine alone holds should be done."""
+        """When each unit that one engine alone holds should be done; notes which engines are late.
+
+        A unit that has failed somewhere is not repeated: it may be what ends engines.
+        """
         ends = []
         for engine, flights in self._flights.items():
             in_s, overdue = 0.0, False
@@ -413,9 +438,12 @@ class Dispatcher:
                 if expected_s is None:
                     break
                 age_s = now - flight.started if position == 0 else 0.0
-                overdue |= age_s > OVERDUE_S + OVERDUE_FACTOR * expected_s
+                if age_s > OVERDUE_S + OVERDUE_FACTOR * expected_s:
+                    overdue = True
+                    self._late.add(engine)
                 in_s += age_s if overdue and not position else max(0.0, expected_s - age_s)
-                if self._live.get(flight.job) == {engine}:
+                held = self._live.get(flight.job)
+                if held and len(held.at) == 1 and not held.failed_at and not flight.job.failures:
                     ends.append(_End(engine, flight, in_s, overdue))
         return ends
 
@@ -430,7 +458,7 @@ class Dispatcher:
 
     def _learn_pace(self, result: UnitResult) -> None:
         assert result.scores is not None
-        self._lost_in_a_row = 0
+        self._lost_in_a_row, self._most_engines = 0, len(self._engines)
         tokens = len(result.unit.masks_MP) * self._known[result.unit.windows].tokens_NT.size
         measured = max(result.scores.work.seconds, 1e-6) / tokens
         before = self._pace.get(result.engine, measured)

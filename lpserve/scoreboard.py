@@ -27,6 +27,8 @@ class Request:
     masks_MP: BoolArray
     nll_MN: NDArray[np.float32]
     """Stored NLLs in nats; NaN where a mask was given up, or is not scored yet."""
+    known_MN: BoolArray
+    """Which of them the store held before."""
     missing: int = 0
     """Masks that are neither whole nor given up."""
 
@@ -77,7 +79,7 @@ class Scoreboard:
         The masks are distinct, and none of them is still open.
         """
         nll_MN, known_MN = self._store.get(self._game, self._windows, masks_MP)
-        request = Request(masks_MP=masks_MP, nll_MN=nll_MN)
+        request = Request(masks_MP=masks_MP, nll_MN=nll_MN, known_MN=known_MN)
         mask_keys = keys(masks_MP)
         left_M = np.zeros(len(masks_MP), dtype=np.int64)
         wanted: list[tuple[int, list[int]]] = []
@@ -119,7 +121,8 @@ class Scoreboard:
             stored_MN = result.scores.nll_MN.astype(np.float32)
         for key, nll_N in zip(keys(unit.masks_MP), stored_MN, strict=True):
             mask = self._open[key]
-            mask.request.nll_MN[mask.row, unit.block.rows] = nll_N
+            new_N = ~mask.request.known_MN[mask.row, unit.block.rows]  # the older score counts
+            mask.request.nll_MN[mask.row, unit.block.rows[new_N]] = nll_N[new_N]
             self._one_block_less(key)
 
     def _one_block_less(self, key: bytes) -> None:

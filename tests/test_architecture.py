@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each module may import those named before it in the flow. Sets on one line stand side by side.
 FLOW = [
     {"errors"},
-    {"types", "locks", "config", "mounts", "lease"},
+    {"types", "locks", "config", "mounts", "lease", "signals"},
     {"checkpoint", "windows", "masks", "runfolder", "progress"},
     {"engine.base"},
     {"engine.head", "engine.recorded", "engine.trie", "engine.synthetic", "engine.reload"},

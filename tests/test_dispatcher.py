@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections import Counter
+from collections import Counter, deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lpserve.dispatcher import Dispatcher, GivenUp
+from lpserve.errors import EngineError
 from lpserve.masks import keys
 from lpserve.pool import UnitResult
 from lpserve.store import Block
@@ -38,9 +40,9 @@ def setting(bench, rng, **changes):
     return bench.Setting(**(values | changes))
 
 
-def dispatch(bench, chosen):
+def dispatch(bench, chosen, pool=None):
     """Every result, and the pool that gave them."""
-    pool = bench.SimulatedPool(chosen)
+    pool = pool or bench.SimulatedPool(chosen)
     dispatcher = Dispatcher(pool, clock=lambda: pool.now)
     windows = dispatcher.register(TokenWindows.from_tokens(np.zeros((1, 128), dtype=np.int64)))
     masks_MP = np.concatenate(list(bench.distinct_masks(chosen.masks)))
@@ -62,6 +64,61 @@ def test_every_mask_comes_back_once_whatever_fails(failure_s, bench, rng):
     assert scored == Counter(keys(masks_MP))
     assert not any(isinstance(result, GivenUp) for result in results)
     assert (pool.failures > 8) == (failure_s == 60.0)  # about 20 are expected
+
+
+@pytest.mark.parametrize("engines", [1, 2, 20])
+@pytest.mark.parametrize("hangs", [False, True])
+def test_masks_that_end_every_engine_are_found_and_the_rest_is_scored(hangs, engines, bench, rng):
+    chosen = setting(bench, rng, engines=engines, masks=500, mask_s=0.1)
+    all_keys = keys(np.concatenate(list(bench.distinct_masks(chosen.masks))))
+    bad = set(rng.choice(all_keys, 3, replace=False).tolist())
+
+    class Pool(bench.SimulatedPool):
+        def _begin(self, engine) -> None:
+            super()._begin(engine)
+            if not bad.isdisjoint(keys(engine.tasks[0].unit.masks_MP)):
+                engine.hangs = True
+                if not hangs:
+                    self._at(self.now + 0.01, "end", engine, engine.life)
+
+        def _end(self, engine, life) -> None:
+            if life == engine.life:
+                self._lose(engine)
+
+    results, _, _ = dispatch(bench, chosen, Pool(chosen))
+    given_up = [r.unit.masks_MP for r in results if isinstance(r, GivenUp)]
+    scored = Counter(k for r in results if isinstance(r, UnitResult) for k in keys(r.unit.masks_MP))
+    assert {keys(masks_MP)[0] for masks_MP in given_up} == bad
+    assert len(given_up) == len(bad)
+    assert scored == Counter(set(all_keys) - bad)
+
+
+@pytest.mark.parametrize("blamed", [False, True])
+def test_nodes_that_leave_never_end_a_run_but_engines_that_die_do(blamed, bench, rng):
+    chosen = setting(bench, rng, engines=3, masks=20, restart_s=1.0)
+
+    class Pool(bench.SimulatedPool):
+        left = 60
+
+        def _begin(self, engine) -> None:
+            super()._begin(engine)
+            if self.left:
+                self.left -= 1
+                engine.hangs = True
+                self._at(self.now + 0.01, "end", engine, engine.life)
+
+        def _end(self, engine, life) -> None:
+            if life == engine.life:
+                self._lose(engine)
+                if not blamed:
+                    self._done = deque(replace(result, blamed=False) for result in self._done)
+
+    if blamed:
+        with pytest.raises(EngineError, match="15 engines were lost in a row"):
+            dispatch(bench, chosen, Pool(chosen))
+        return
+    results, masks_MP, _ = dispatch(bench, chosen, Pool(chosen))
+    assert Counter(k for r in results for k in keys(r.unit.masks_MP)) == Counter(keys(masks_MP))
 
 
 def test_engines_of_any_speed_end_together(bench, rng):

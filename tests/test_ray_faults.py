@@ -82,6 +82,26 @@ def test_a_killed_driver_resumes_with_another_number_of_engines(then, tmp_path, 
     assert result.outcome.plan == alone.outcome.plan
 
 
+def test_a_signal_while_engines_start_ends_the_run_in_one_line(tmp_path, texts):  # noqa: F811
+    def daemons() -> list[psutil.Process]:
+        return [p for p in psutil.Process(process.pid).children() if "raylet" in p.name()]
+
+    with start(ray_config(tmp_path, texts, 2)) as process:
+        deadline = time.monotonic() + 60
+        while not (found := daemons()):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.terminate()
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1] == "lpserve: interrupted before anything was scored"
+    assert "Traceback" not in output
+    psutil.wait_procs(found, timeout=30)
+    assert not any(p.is_running() for p in found)
+    assert not (tmp_path / "run").exists()
+
+
 def test_nan_losses_are_stored_as_they_are(tmp_path, texts, rng):  # noqa: F811
     text = "".join("01"[int(bit)] for bit in rng.permutation([0, 0] + [1] * (P - 2)))
     options = {"num_players": P, "game_seed": 3, "nan": [text]}

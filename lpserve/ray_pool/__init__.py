@@ -7,7 +7,7 @@ number of engines. What goes wrong is told apart here; what follows is the dispa
 * an engine raises: the unit comes back with the error; if the engine cannot score the whole model
   any more either, it is replaced;
 * an engine dies, or overruns a unit's deadline: it is replaced; the unit that it worked on comes
-  back as failed, what waited behind it comes back without blame;
+  back as failed, what waited behind it, or came when it was dead already, without blame;
 * a node leaves or cannot be reached: its engines are replaced, and no unit is blamed;
 * an engine cannot start: tried again, later each time, while others work; its own error ends the
   run when none is left.
@@ -56,9 +56,12 @@ FIRST_DEADLINE_S = 3600.0
 LEAST_DEADLINE_S = 120.0
 DEADLINE_FACTOR = 30.0
 """A unit may take this many times what it should."""
-RETRY_S, DIED_RETRY_S, MOST_RETRY_S = 10.0, 1.0, 600.0
-"""Wait before an engine that could not start is tried again: after an error of its own, after its
-process died; doubles up to the last."""
+RETRY_S, DIED_RETRY_S = 10.0, 1.0
+MOST_RETRY_S, LONELY_RETRY_S = 600.0, 30.0
+"""Wait before engines that could not start are tried again: after an error of their own, after
+their processes died; doubles up to the most, which is less while no engine takes part."""
+PING_S = 10.0
+"""Between two calls to engines that have nothing to do."""
 MOST_REFUSALS, MOST_DEATHS = 3, 6
 """Starts in a row that fail so before a run without engines ends."""
 NO_ROOM_S = 30.0
@@ -74,6 +77,8 @@ class _Task:
     answer: Any
     expected_s: float | None
     started: float
+    reached: bool = False
+    """Whether the engine was alive when the unit's turn came: else its death is not the unit's."""
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +89,8 @@ class _Member:
     actor: Any
     place: Place
     started: float
+    pinned: bool
+    """Whether it was started with what the first had decided."""
     at: Whereabouts | None = None
     ready: bool = False
     gone: bool = False
@@ -124,7 +131,7 @@ class RayPool:
         self._engines: Mapping[str, str] = {}
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._done: deque[UnitResult] = deque()
-        self._next_tick = self._retry_at = 0.0
+        self._next_tick = self._next_ping = self._retry_at = 0.0
         self._failed_starts = self._names = self.restarts = 0
         self._pinned = False
         self._roomless_since: float | None = None
@@ -161,6 +168,8 @@ class RayPool:
 
     def submit(self, unit: Unit, engine: str, expected_s: float | None) -> None:
         member = self._members[engine]
+        if not member.tasks:
+            self._ping(member)
         if unit.windows not in member.windows:
             member.windows.add(unit.windows)
             member.actor.register.remote(self._windows[unit.windows])
@@ -224,7 +233,8 @@ class RayPool:
         actor_class: Any = ray.remote(EngineActor)
         actor = actor_class.options(max_restarts=0, max_task_retries=0, **place.options).remote()
         self._names += 1
-        member = _Member(f"engine {self._names}", actor, place, time.monotonic())
+        name = f"engine {self._names}"
+        member = _Member(name, actor, place, time.monotonic(), self._pinned)
         self._members[member.name] = member
         self._when_done(actor.where.remote(), lambda f: self._placed(member, f))
         opening = actor.open.remote(self._spec, self._default)
@@ -239,6 +249,7 @@ class RayPool:
             return
         member.at = answer.result()
         member.started = time.monotonic()
+        self._note_engines()
         nodes = member.place.num_nodes()
         if nodes > self._needs.nodes:
             line = f"its GPUs would lie on {nodes} nodes: a pipeline stage stays on one"
@@ -270,9 +281,13 @@ class RayPool:
             self._pinned = True
             self.info = info
             self._spec = pinned(self._spec, info.settings)
-        elif info.game != self.info.game:  # it chose before the first had chosen for all
-            self._remove(member)
-            self._start()
+        elif info.game != self.info.game:
+            if member.pinned:
+                line = f"it plays another game ({info.path}, model {info.model_hash[:12]})"
+                self._cannot_start(member, Failure("EngineError", line))
+            else:  # it chose before the first had chosen for all
+                self._remove(member)
+                self._start()
             return
         elif info.versions != self.info.versions:
             line = f"it runs {_difference(info.versions, self.info.versions)}"
@@ -287,16 +302,19 @@ class RayPool:
         or its process died again and again."""
         where = f" on {member.at.address}" if member.at else ""
         self._remove(member)
-        self._failed_starts += 1
-        alone = not self._members
+        now = time.monotonic()
+        if now >= self._retry_at:  # engines that fail together have failed once
+            self._failed_starts += 1
+        alone = not any(m.at for m in self._members.values())
         if failure.kind == "InputError" and not self._pinned:
             raise InputError(failure.line)  # the user's mistake, not one node's trouble
         tries = MOST_DEATHS if died else MOST_REFUSALS if self._pinned else 1
         if alone and self._failed_starts >= tries:
             raise EngineError(f"no engine can start: {failure.line}")
         first_s = DIED_RETRY_S if died else RETRY_S
-        wait_s = min(MOST_RETRY_S, first_s * 2.0 ** (self._failed_starts - 1))
-        self._retry_at = time.monotonic() + wait_s
+        wait_s = first_s * 2.0 ** min(10, max(0, self._failed_starts - 1))
+        wait_s = min(wait_s, MOST_RETRY_S if self._engines else LONELY_RETRY_S)
+        self._retry_at = now + wait_s
         self._tell(f"an engine{where} cannot start: {failure.line}; again in {wait_s:.0f} s")
 
     def _remove(self, member: _Member) -> None:
@@ -320,11 +338,25 @@ class RayPool:
                     scores=None,
                     engine=member.name,
                     error=reason,
-                    blamed=blame and first,
+                    blamed=blame and first and task.reached,
                     lost=first,
                 )
             )
-        self._keep_alive()
+        if len(self._members) < (self._capacity if self._wanted is None else self._wanted):
+            self._start()  # its own replacement, whatever keeps others from starting
+
+    def _ping(self, member: _Member) -> None:
+        """Find out whether an engine without work is alive still."""
+        self._when_done(member.actor.where.remote(), lambda f: self._pinged(member, f))
+
+    def _pinged(self, member: _Member, answer: Any) -> None:
+        if member.gone:
+            return
+        error = answer.exception()
+        if error is not None:
+            self._lost(member, _death(error)[0], blame=False)
+        elif member.tasks:
+            member.tasks[0].reached = True
 
     def _note_engines(self) -> None:
         members = self._members.values()
@@ -360,6 +392,8 @@ class RayPool:
             return
         else:
             scores = answer.result()
+            if isinstance(scores, Failure) and scores.refused:
+                raise EngineError(f"the engine refuses windows: {scores.line}")
             if not isinstance(scores, Failure):
                 result = replace(result, scores=scores)
             elif scores.broken:
@@ -371,6 +405,7 @@ class RayPool:
         member.tasks.remove(task)
         if was_first and member.tasks:
             member.tasks[0].started = time.monotonic()
+            member.tasks[0].reached = True
         self._done.append(result)
 
     # -- time ------------------------------------------------------------------------------------
@@ -379,6 +414,11 @@ class RayPool:
         self._end_overdue(now)
         self._keep_alive()
         self._tell_of_waiting(now)
+        if now >= self._next_ping:
+            self._next_ping = now + PING_S
+            for member in self._members.values():
+                if member.ready and not member.tasks:
+                    self._ping(member)
 
     def _tell_of_waiting(self, now: float) -> None:
         """Say it once when no engine has had room for a while."""
@@ -422,8 +462,10 @@ def _death(error: BaseException) -> tuple[str, bool]:
     if isinstance(error, ray.exceptions.ActorDiedError):
         if "its node has died" in str(error):
             return "its node died", False
+        if "creation task" in str(error):  # its class could not be loaded there: Ray's last line
+            return str(error).strip().splitlines()[-1].strip(), True
         return "its process died (killed, out of memory or crashed)", True
-    return first_line(error), True
+    return first_line(getattr(error, "cause", None) or error), True
 
 
 def _difference(ours: Any, firsts: Any) -> str:

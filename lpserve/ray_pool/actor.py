@@ -39,6 +39,8 @@ class Failure:
     line: str
     broken: bool = False
     """Whether the engine can no longer score the whole model either."""
+    refused: bool = False
+    """Whether the windows cannot be used at all."""
 
 
 class EngineActor:
@@ -53,7 +55,7 @@ class EngineActor:
         return Whereabouts(context.get_node_id(), address, os.getpid(), gpus)
 
     def open(self, spec: EngineSpec, windows: TokenWindows) -> EngineInfo | Failure:
-        self._refused: dict[str, LpserveError] = {}
+        self._refused: dict[str, Failure] = {}
         try:
             self._engine = build_engine(spec, windows)
         except LpserveError as error:
@@ -65,13 +67,14 @@ class EngineActor:
     def register(self, windows: TokenWindows) -> None:
         try:
             self._engine.register(windows)
-        except LpserveError as error:  # nobody waits for this call: told when they are scored
-            self._refused[windows.content_hash] = error
+        except Exception as error:  # nobody waits for this call: told when they are scored
+            failure = Failure(type(error).__name__, first_line(error), refused=True)
+            self._refused[windows.content_hash] = failure
 
     def score(self, masks_MP: BoolArray, windows: str) -> Scores | Failure:
+        if windows in self._refused:
+            return self._refused[windows]
         try:
-            if windows in self._refused:
-                raise self._refused[windows]
             return self._engine.score(masks_MP, windows)
         except Exception as error:
             broken = not still_works(self._engine, windows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lpserve.checkpoint import read_checkpoint
 from lpserve.errors import InputError
+from lpserve.pool import first_line
 from lpserve.types import EngineSpec
 
 WATCH_S = 2.0
@@ -69,15 +71,24 @@ def connect() -> bool:
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    named = os.environ.get("RAY_ADDRESS")
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
         ray.init(address="auto", **quiet)
-        return True
-    except ConnectionError as error:
-        named = os.environ.get("RAY_ADDRESS")
+    except Exception as error:
         if named:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"no Ray cluster at RAY_ADDRESS={named}: {reason}") from None
-    ray.init(include_dashboard=False, **quiet)
+            raise InputError(
+                f"no Ray cluster at RAY_ADDRESS={named}: {first_line(error)}"
+            ) from None
+        if not isinstance(error, ConnectionError):
+            raise InputError(
+                f"the Ray cluster here cannot be joined: {first_line(error)}"
+            ) from None
+        ray.init(include_dashboard=False, **quiet)
+    finally:
+        for number, handler in handlers.items():  # Ray puts its own in their place
+            signal.signal(number, handler)
     return True
 
 

@@ -53,7 +53,8 @@ class RunMetrics:
 
     def _count(self, counter: Counter, total: float, tags: dict[str, str]) -> None:
         """Bring a counter up to a total; Ray's take increments above 0."""
-        key = (counter.info["name"], tags["stage"] if counter is self._scored else "")
+        by_stage = counter in (self._scored, self._quarantined)
+        key = (counter.info["name"], tags["stage"] if by_stage else "")
         new = total - self._told.get(key, 0)
         if new > 0:
             counter.inc(new, tags)

@@ -189,20 +189,11 @@ def _pump(
     return done
 
 
-class InLoop:
+def in_the_loop(call: Callable[..., Any], *args: Any) -> Future[Any]:
     """Stands in for the planner's thread: proposes at once, in the loop (the baseline)."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def __enter__(self) -> InLoop:
-        return self
-
-    def __exit__(self, *exc: object) -> None: ...
-
-    def submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(call(*args))
-        return future
+    future: Future[Any] = Future()
+    future.set_result(call(*args))
+    return future
 
 
 @dataclass(kw_only=True)
@@ -219,7 +210,7 @@ def refits(*, in_loop: bool, budget: int) -> Refits:
     lpserve.dispatcher.TARGET_UNIT_S = BATCH_S
     spent: list[float] = []
     plain_propose = lpserve.coordinator.RoundPlanner.propose
-    plain_thread = lpserve.coordinator.ThreadPoolExecutor
+    on_thread = lpserve.coordinator._in_background
 
     def propose(self: Any, *args: Any) -> BoolArray:
         started = time.perf_counter()
@@ -246,7 +237,7 @@ def refits(*, in_loop: bool, budget: int) -> Refits:
             (lpserve.ray_pool, "RayPool"): TimedPool,
             (lpserve.coordinator, "Dispatcher"): TimedDispatcher,
             (lpserve.coordinator.RoundPlanner, "propose"): propose,
-            (lpserve.coordinator, "ThreadPoolExecutor"): InLoop if in_loop else plain_thread,
+            (lpserve.coordinator, "_in_background"): in_the_loop if in_loop else on_thread,
         }
         before = {key: getattr(*key) for key in changed}
         for (owner, name), value in changed.items():
