@@ -25,7 +25,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lpserve.checkpoint import read_checkpoint
-from lpserve.errors import InputError
+from lpserve.errors import InputError, RunInterrupted
 from lpserve.pool import first_line
 from lpserve.types import EngineSpec
 
@@ -67,13 +67,25 @@ def connect() -> bool:
 
     Raises:
         InputError: `RAY_ADDRESS` names a cluster that cannot be joined.
+        RunInterrupted: SIGTERM came meanwhile.
     """
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    named = os.environ.get("RAY_ADDRESS")
     main = threading.current_thread() is threading.main_thread()
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try:
+        _join(quiet)
+    except SystemExit:  # Ray's own way to end on SIGTERM
+        raise RunInterrupted("interrupted before anything was scored") from None
+    finally:
+        for number, handler in handlers.items():  # Ray puts its own in their place
+            signal.signal(number, handler)
+    return True
+
+
+def _join(quiet: dict[str, Any]) -> None:
+    named = os.environ.get("RAY_ADDRESS")
     try:
         ray.init(address="auto", **quiet)
     except Exception as error:
@@ -86,10 +98,6 @@ def connect() -> bool:
                 f"the Ray cluster here cannot be joined: {first_line(error)}"
             ) from None
         ray.init(include_dashboard=False, **quiet)
-    finally:
-        for number, handler in handlers.items():  # Ray puts its own in their place
-            signal.signal(number, handler)
-    return True
 
 
 def needs_of(spec: EngineSpec) -> Needs:
