@@ -2,8 +2,8 @@
 
 Written in one place, for every pool:
 
-* masks are cut into units of about `TARGET_UNIT_S` at the engine's own measured pace, less where
-  few are left, so that all engines end together; a lone mask is split over windows when engines
+* masks are cut into units of about 2 s (more for 500 engines and up) at the engine's own measured
+  pace, less where few are left, so that all engines end together; a lone mask is split over windows when engines
   outnumber masks;
 * an engine holds one unit and, unless that takes long, one more behind it: so it never starves;
 * a unit that is overdue is repeated elsewhere, before others; an engine with nothing to do takes
@@ -37,10 +37,13 @@ from lpserve.types import BoolArray, FloatArray, Scores, Work
 from lpserve.windows import TokenWindows
 
 TARGET_UNIT_S = 2.0
+ANSWER_S = 0.004
+"""Units last at least this long for each engine: an answer costs the driver about half of it
+(`scripts/bench/results/coordinator.md`), so it keeps pace with any number of engines."""
 LEAST_UNIT_S = 0.2
 """Masks are not spread over more engines, nor split over windows, below this time a unit."""
-QUEUED_S = 4.0
-"""A second unit waits at an engine whose first takes at most this long."""
+QUEUED_FACTOR = 2.0
+"""A second unit waits at an engine whose first takes at most this many times the target."""
 OVERDUE_FACTOR = 2.0
 OVERDUE_S = 1.0
 """A unit is overdue this much after twice its time: then as long again is expected."""
@@ -48,8 +51,9 @@ _FIRST_UNIT_MASKS = 2
 _PACE_MEMORY = 0.5
 _GAIN = 1.2
 _RELIEF_EVERY_S = 0.2
-_SPARE_LOSSES = 8
-"""Engines lost in a row, beyond two for each engine, before a run gives up."""
+_SPARE_LOSSES = 16
+"""Engines lost in a row, beyond two for each engine, before a run gives up: as many as it takes to
+bisect a unit of 64 masks to one bad one (2 + 6 + 2), and some more for a second beside it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +147,7 @@ class Dispatcher:
         self._late: set[str] = set()
         """Engines whose unit is overdue: they get no more."""
         self._lost_in_a_row = self._most_engines = 0
+        self._target_s = TARGET_UNIT_S
         self._next_relief = 0.0
         self.closed = False
 
@@ -270,6 +275,7 @@ class Dispatcher:
         gone = [name for name in self._flights if name not in engines]
         self._engines = engines
         self._most_engines = max(self._most_engines, len(engines))
+        self._target_s = max(TARGET_UNIT_S, ANSWER_S * len(engines))
         for name in gone:  # what they held comes back as results
             del self._flights[name]
             self._late.discard(name)
@@ -288,7 +294,7 @@ class Dispatcher:
             return
         if not flights:
             self._room[0][engine] = None
-        elif len(flights) == 1 and (flights[0].expected_s or 0.0) <= QUEUED_S:
+        elif len(flights) == 1 and (flights[0].expected_s or 0.0) <= QUEUED_FACTOR * self._target_s:
             self._room[1][engine] = None
 
     def _vacant(self, avoid: Set[str]) -> str | None:
@@ -350,7 +356,7 @@ class Dispatcher:
             size = min(_FIRST_UNIT_MASKS, share)
         else:
             share = max(share, int(LEAST_UNIT_S / mask_s))
-            size = max(1, min(int(TARGET_UNIT_S / mask_s), share))
+            size = max(1, min(int(self._target_s / mask_s), share))
         if len(job.masks_MP) > size:
             self._wait(replace(job, masks_MP=job.masks_MP[size:]), first=True)
             job = replace(job, masks_MP=job.masks_MP[:size])
