@@ -75,6 +75,12 @@ class TimedPool(RayPool):
     """Notes when answers arrive (in Ray's own thread) and when the engine is given more."""
 
     lags = Lags()
+    _pings = False
+
+    def _ping(self, member: Any) -> None:
+        self._pings = True
+        super()._ping(member)
+        self._pings = False
 
     def submit(self, unit: Unit, engine: str, expected_s: float | None) -> None:
         arrived = self.lags.arrived.pop(engine, None)
@@ -87,7 +93,8 @@ class TimedPool(RayPool):
                 if TimedDispatcher.last and TimedDispatcher.last.masks_waiting:
                     self.lags.arrived.setdefault(engine, time.perf_counter())
 
-            answer.future().add_done_callback(arrive)
+            if not self._pings:  # the answer to a ping is no end of a batch
+                answer.future().add_done_callback(arrive)
             before(answer, then)
 
         self._when_done = stamped
