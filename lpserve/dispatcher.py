@@ -3,8 +3,8 @@
 Written in one place, for every pool:
 
 * masks are cut into units of about 2 s (more for 500 engines and up) at the engine's own measured
-  pace, less where few are left, so that all engines end together; a lone mask is split over windows when engines
-  outnumber masks;
+  pace, less where few are left, so that all engines end together; a lone mask is split over windows
+  when engines outnumber masks;
 * an engine holds one unit and, unless that takes long, one more behind it: so it never starves;
 * a unit that is overdue is repeated elsewhere, before others; an engine with nothing to do takes
   over what would end last elsewhere, if it ends sooner here (after LATE, Zaharia et al. 2008); the
