@@ -64,7 +64,10 @@ def kill_when(process: subprocess.Popen[str], path: Path, scores: int, victims) 
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    for victim in victims():
+    while not (found := victims()):
+        assert process.poll() is None, "the run ended, and nothing to kill was found"
+        time.sleep(0.02)
+    for victim in found:
         os.kill(victim, signal.SIGKILL)
 
 

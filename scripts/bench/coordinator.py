@@ -8,7 +8,8 @@
 * Memory over 1 million distinct masks, all scored, stored and counted.
 * How long an engine's next batch waits at the driver (from an answer's arrival to the next submit
   to that engine) while a surrogate is refitted, against refitting in the loop itself (baseline: the
-  loop before rounds were proposed on a thread).
+  loop before rounds were proposed on a thread). An answer that arrives while scores are committed
+  waits for the disk too: that part is told apart, since a refit has no hand in it.
 
 Idle share: 1 - (seconds in `score`) / (seconds between an engine's first and last answer). Actors
 and driver share this machine's cores. Takes about ten minutes; needs Ray.
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,33 @@ REQUEST = 20_000
 
 @dataclass
 class Lags:
-    """Seconds from an answer's arrival to the next submit to the same engine, where work waited."""
+    """From an answer's arrival to the next submit to the same engine, where work waited."""
 
-    seconds: list[float] = field(default_factory=list)
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    commits: list[tuple[float, float]] = field(default_factory=list)
     arrived: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> list[float]:
+        return [end - start for start, end in self.spans]
+
+    def without_commits(self) -> list[float]:
+        """Seconds less those in which scores were committed."""
+        return [
+            end - start - sum(max(0.0, min(end, e) - max(start, s)) for s, e in self.commits)
+            for start, end in self.spans
+        ]
+
+
+class TimedStore(Store):
+    """Notes when it commits."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with super().together():
+            yield
+            started = time.perf_counter()
+        TimedPool.lags.commits.append((started, time.perf_counter()))
 
 
 class TimedDispatcher(Dispatcher):
@@ -85,7 +109,7 @@ class TimedPool(RayPool):
     def submit(self, unit: Unit, engine: str, expected_s: float | None) -> None:
         arrived = self.lags.arrived.pop(engine, None)
         if arrived is not None:
-            self.lags.seconds.append(time.perf_counter() - arrived)
+            self.lags.spans.append((arrived, time.perf_counter()))
         before = self._when_done
 
         def stamped(answer: Any, then: Callable[[Any], None]) -> None:
@@ -207,7 +231,7 @@ def in_the_loop(call: Callable[..., Any], *args: Any) -> Future[Any]:
 class Refits:
     """A whole run whose surrogate is refitted while engines work."""
 
-    lags: list[float]
+    lags: Lags
     refits_s: list[float]
     wall_s: float
 
@@ -243,6 +267,7 @@ def refits(*, in_loop: bool, budget: int) -> Refits:
         changed: dict[tuple[Any, str], Any] = {
             (lpserve.ray_pool, "RayPool"): TimedPool,
             (lpserve.coordinator, "Dispatcher"): TimedDispatcher,
+            (lpserve.coordinator, "Store"): TimedStore,
             (lpserve.coordinator.RoundPlanner, "propose"): propose,
             (lpserve.coordinator, "_in_background"): in_the_loop if in_loop else on_thread,
         }
@@ -256,7 +281,7 @@ def refits(*, in_loop: bool, budget: int) -> Refits:
         finally:
             for (owner, name), value in before.items():
                 setattr(owner, name, value)
-    return Refits(lags=TimedPool.lags.seconds, refits_s=spent, wall_s=wall_s)
+    return Refits(lags=TimedPool.lags, refits_s=spent, wall_s=wall_s)
 
 
 def milliseconds(values: list[float]) -> str:
@@ -354,15 +379,20 @@ def refit_lines(args: argparse.Namespace) -> list[str]:
     lines = [
         f"## A run of {args.budget:,} masks on 4 engines, surrogate refitted meanwhile",
         "",
+        "Waits without the time in which scores were being committed to disk; in brackets with it.",
+        "",
         "| rounds are proposed | rounds | longest, s | next batch waits, ms: median | 99% | most | "
-        "most at most 10 ms | whole run, s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+        "most at most 10 ms | longest commit, ms | whole run, s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
     for name, in_loop in (("in the loop (baseline)", True), ("on a thread", False)):
         done = refits(in_loop=in_loop, budget=args.budget)
+        waits, whole = done.lags.without_commits(), done.lags.seconds
+        longest_commit = max(end - start for start, end in done.lags.commits)
         lines.append(
             f"| {name} | {len(done.refits_s)} | {max(done.refits_s):.2f} | "
-            f"{milliseconds(done.lags)} | {verdict(max(done.lags) <= LAG_TARGET_S)} | "
+            f"{milliseconds(waits)} ({1e3 * max(whole):.2f}) | "
+            f"{verdict(max(waits) <= LAG_TARGET_S)} | {1e3 * longest_commit:.1f} | "
             f"{done.wall_s:.1f} |"
         )
     return [*lines, ""]
