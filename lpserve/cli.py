@@ -90,7 +90,7 @@ def _add_run(commands: Any) -> None:
     add("--sizes", metavar="K_MIN,K_MAX", type=_pair,
         help="Shapley coalition sizes before a layer joins (P - max_removed, P - 1)")  # fmt: skip
     add("--utility", help="neg_nll (default) or ppl_ratio, the paper's")
-    add("--surrogate", help="auto (default), gp, ridge, or paper (with ppl_ratio)")
+    add("--surrogate", help="auto (default), gp, ridge, gp+ridge, or paper (with ppl_ratio)")
     add("--round-size", type=int, help="masks of a search round, at least (number of layers)")
     add("--stop-when-stable", action="store_true", default=None,
         help="stop before the budget when no unseen set promises to be better")  # fmt: skip

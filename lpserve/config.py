@@ -18,7 +18,7 @@ from lpserve.errors import InputError
 ENGINES = ("transformers", "vllm", "synthetic")
 POOLS = ("local", "ray")
 DTYPES = ("float32", "bfloat16", "float16")
-SURROGATES = ("auto", "gp", "ridge", "paper")
+SURROGATES = ("auto", "gp", "ridge", "gp+ridge", "paper")
 UTILITIES = ("neg_nll", "ppl_ratio")
 
 CHANGEABLE = (

@@ -31,8 +31,9 @@ from lpserve.shapley import (
     kernel_values,
     monte_carlo_values,
     shapley_values,
+    value_calibration,
 )
-from lpserve.surrogate import AutoSurrogate, HeldOut, KernelSurrogate, Surrogate, make_surrogate
+from lpserve.surrogate import HeldOut, Surrogate, kernel_of, make_surrogate
 from lpserve.types import BoolArray, FloatArray, IntArray, perplexity
 
 _MONTE_CARLO_COALITIONS = 80_000  # as many as the paper draws
@@ -74,7 +75,7 @@ def analyse(scored: ScoredRun) -> Analysis:
     surrogate.fit(masks_MP, finite_M, scored.noise_of(finite_M))
     values = _values(scored, surrogate, rows, finite_M)
     predicted_M = np.full(len(utilities_M), np.nan)
-    kernel = _kernel(surrogate)
+    kernel = kernel_of(surrogate)
     if kernel is not None:
         predicted_M[rows[kernel.rows]] = kernel.left_out_M
     return Analysis(
@@ -167,22 +168,18 @@ def _values(
 ) -> ShapleyValues:
     masks_MP = scored.masks_MP[rows]
     left_out = scored.leave_one_out(scored.nll_MN[rows])
-    kernel = _kernel(surrogate)
+    kernel = kernel_of(surrogate)
     if is_enumerated(masks_MP, scored.sizes):
         return shapley_values(
             masks_MP, finite_M, scored.sizes,
             noise_M=scored.noise_of(finite_M), leave_one_out_MN=left_out,
         )  # fmt: skip
     if kernel is not None:
-        return kernel_values(kernel, scored.sizes, left_out)
+        calibration = value_calibration(kernel, scored.sizes)
+        return kernel_values(kernel, scored.sizes, left_out, calibration=calibration)
     return monte_carlo_values(
         surrogate.mean, scored.num_players, scored.sizes, _MONTE_CARLO_COALITIONS, scored.seed
     )
-
-
-def _kernel(surrogate: Surrogate) -> KernelSurrogate | None:
-    kernel = surrogate.best if isinstance(surrogate, AutoSurrogate) else surrogate
-    return kernel if isinstance(kernel, KernelSurrogate) else None
 
 
 def _entry(

@@ -117,7 +117,7 @@ class Candidate:
 
     removed: list[int]
     source: str
-    """How it was found: `search`, `greedy`, `ranking` or `design`."""
+    """How it was found: `search`, `greedy`, `ranking`, `values` or `design`."""
     calibration_ppl: float
     predicted_ppl: float | None = None
     """The surrogate's prediction from all other scores."""

@@ -3,13 +3,15 @@
 The masks of round n depend only on the settings (with their seed) and on the complete results of
 rounds up to n-2, so that the engines work on round n-1 meanwhile; never on arrival order, on the
 number of engines or on what a store already held. The budget cuts the sequence and changes nothing
-else in it. Even rounds walk the greedy path, odd ones mix the surrogate's proposals with
-stratified design masks; once the path is walked every round is a mix.
+else in it. Even rounds walk the greedy path, odd ones mix sets that the surrogate hopes for with
+masks that say most about the values (`lpserve.acquisition`); once the path is walked every round is
+a mix.
 
-    round 0   all kept; every single player dropped (greedy step 1)
-    round 1   design
+    round 0   all kept; every single player dropped (greedy step 1); none kept where the values
+              need it
+    round 1   stratified random masks
     round 2   greedy step 2; for every r, the r players whose single loss cost least
-    round 3   proposals for every r, design
+    round 3   hopes for every r, masks for the values
     ...
 
 Notation: M masks, P players, N windows.
@@ -24,16 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from lpserve.acquisition import HEAD_COST, candidate_pool, most_telling
 from lpserve.masks import StratifiedDesign, drop_one, full_mask, keys, removed_players, without
 from lpserve.plan import greedy_path, likely_best, ranking_mask
 from lpserve.shapley import kernel_values
-from lpserve.surrogate import AutoSurrogate, KernelSurrogate, Surrogate, make_surrogate
+from lpserve.surrogate import Surrogate, kernel_of, make_surrogate
 from lpserve.types import BoolArray, FloatArray
 
-_DESIGN_SHARE = 3  # at least one in three masks of a mixed round is a design mask
+_VALUES_SHARE = 3  # at least one in three masks of a mixed round is for the values
 _RANKING_SHARE = 4  # at most one in four of the others is a ranking's set
 _ROUND_GROWTH = 0.05  # a mixed round asks for at least this share of all masks before it
 _PAPER_REFIT_GROWTH = 1.5
+_DOUBT = 1.5  # the search's standard deviations are this much wider than leave-one-out says
 _WORTH = 1e-4  # expected improvement (share of perplexity, or nats) that is worth a score
 
 
@@ -52,7 +56,8 @@ class RoundSettings:
 
     def minimum_budget(self) -> int:
         """Masks of rounds 0 to 2 up to the first scored set for every r."""
-        return 1 + self.num_players + self.round_size + self.max_removed - 1
+        first = 1 + self.num_players + (self.sizes[0] == 0 and self.num_players > 1)
+        return first + self.round_size + self.max_removed - 1
 
 
 @dataclass(slots=True)
@@ -93,6 +98,8 @@ class RoundPlanner:
         ]
         self._seen: set[bytes] = set()
         self._num_proposed = 0
+        self._last = np.empty((0, settings.num_players), dtype=bool)
+        """The round proposed last: being scored while the next is chosen."""
         self._quiet_rounds = 0
         self._fitted_masks = 0
         self.surrogate: Surrogate = make_surrogate(settings.surrogate, settings.seed)
@@ -111,8 +118,9 @@ class RoundPlanner:
         players = self._settings.num_players
         if index == 0:
             full = full_mask(players)
-            self._offer([full], "full")
-            batch = [full, *self._offer(drop_one(full), "greedy")]
+            batch = self._offer([full], "full") + self._offer(drop_one(full), "greedy")
+            if self._settings.sizes[0] == 0:
+                batch += self._offer([~full], "values")
             return self._finish(batch)
         if index == 1:
             return self._finish(self._take_design(self._settings.round_size))
@@ -143,15 +151,33 @@ class RoundPlanner:
                 self.surrogate.fit(masks_MP[finite], utilities_M[finite])
                 if self._searcher is not self.surrogate:
                     self._searcher.fit(masks_MP[finite], search_M[finite])
-            room = size - max(1, size // _DESIGN_SHARE)
+            room = size - max(1, size // _VALUES_SHARE)
             share = max(1, room // _RANKING_SHARE)
             batch += self._offer(self._rankings(index), "ranking", most=share)
             batch += self._offer(self._hopes(masks_MP, search_M), "search", most=room - len(batch))
         self._quiet_rounds = 0 if batch or walking else self._quiet_rounds + 1
         if settings.stop_when_stable and self._quiet_rounds >= 2:
             return np.empty((0, settings.num_players), dtype=bool)
+        batch += self._telling(index, size - len(batch), batch)
         batch += self._take_design(size - len(batch))
         return self._finish(batch)
+
+    def _telling(self, index: int, count: int, batch: Sequence[BoolArray]) -> list[BoolArray]:
+        """Masks that say most about the values; none from a surrogate that cannot tell."""
+        kernel = kernel_of(self.surrogate)
+        if kernel is None or kernel.kernel is None or count < 1:
+            return []
+        settings = self._settings
+        rng = np.random.default_rng([settings.seed, index])
+        pool = candidate_pool(settings.num_players, settings.sizes, rng)
+        pool = pool[[key not in self._seen for key in keys(pool)]]
+        pending = [*self._last, *batch]
+        picks = most_telling(
+            kernel, settings.sizes, pool, count,
+            pending_MP=np.array(pending, dtype=bool).reshape(len(pending), settings.num_players),
+            head_cost=HEAD_COST,
+        )  # fmt: skip
+        return self._offer(picks, "values")
 
     def _due(self, num_masks: int) -> bool:
         """Whether to refit: always, but for the paper's network, whose training takes seconds."""
@@ -183,7 +209,7 @@ class RoundPlanner:
                 mean_Q, std_Q = self._searcher.predict(likely)
                 best = float(search_M[top[0]]) if len(top) else -np.inf
                 sets.append(likely)
-                gains.append(expected_improvement(mean_Q, std_Q, best))
+                gains.append(expected_improvement(mean_Q, _DOUBT * std_Q, best))
         if not sets:
             return np.empty((0, settings.num_players), dtype=bool)
         pool_QP, gain_Q = np.concatenate(sets), np.concatenate(gains)
@@ -225,7 +251,8 @@ class RoundPlanner:
 
     def _finish(self, batch: list[BoolArray]) -> BoolArray:
         self._num_proposed += len(batch)
-        return np.array(batch, dtype=bool).reshape(len(batch), self._settings.num_players)
+        self._last = np.array(batch, dtype=bool).reshape(len(batch), self._settings.num_players)
+        return self._last
 
 
 def expected_improvement(mean_Q: FloatArray, std_Q: FloatArray, best: float) -> FloatArray:
@@ -252,10 +279,8 @@ def design_strata(settings: RoundSettings) -> list[list[int]]:
 
 def current_values(surrogate: Surrogate, sizes: tuple[int, int]) -> FloatArray | None:
     """Values from the surrogate as it stands, where it has a closed form."""
-    kernel = surrogate.best if isinstance(surrogate, AutoSurrogate) else surrogate
-    if isinstance(kernel, KernelSurrogate):
-        return kernel_values(kernel, sizes).values_P
-    return None
+    kernel = kernel_of(surrogate)
+    return kernel_values(kernel, sizes).values_P if kernel is not None else None
 
 
 def _single_loss_sets(

@@ -19,17 +19,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cho_solve
-from scipy.special import gammaln
 
 from lpserve.errors import InputError
 from lpserve.masks import draw
+from lpserve.semivalue import empty_weight, value_covariance, value_variance
 from lpserve.surrogate import AutoSurrogate, HeldOut, KernelSurrogate
 from lpserve.types import BoolArray, FloatArray
 
 Z90 = 1.645
 """Half-width of a 90% normal interval in standard errors."""
 MAX_EXACT_PLAYERS = 24
+_CALIBRATION_FOLDS, _CALIBRATION_MASKS = 10, 1000
 _TOGGLE_ROWS = 1 << 15  # surrogate rows evaluated at once: keeps the hidden layer in the cache
 
 
@@ -72,7 +72,7 @@ def shapley_values(
 ) -> ShapleyValues:
     """Values from scored masks: exact when every mask needed is there, else by kernel surrogate.
 
-    Deterministic. Of the two kernel surrogates (`gp`, `ridge`) the one with the smaller
+    Deterministic. Of the kernel surrogates the one with the smaller
     leave-one-out error gives the values, in closed form; known scores are part of its posterior.
 
     Args:
@@ -109,7 +109,9 @@ def shapley_values(
         raise InputError(f"{len(masks_MP)} masks are too few to estimate values: score more")
     surrogate = AutoSurrogate()
     surrogate.fit(masks_MP, utilities_M, noise_M)
-    return kernel_values(surrogate.best, sizes, leave_one_out_MN)
+    best = surrogate.best
+    calibration = value_calibration(best, sizes)
+    return kernel_values(best, sizes, leave_one_out_MN, calibration=calibration)
 
 
 def check_game(
@@ -192,40 +194,79 @@ def kernel_values(
     surrogate: KernelSurrogate,
     sizes: tuple[int, int],
     leave_one_out_MN: FloatArray | None = None,
+    *,
+    calibration: float | None = None,
 ) -> ShapleyValues:
-    """Posterior mean and standard deviation of the values under a Hamming-kernel surrogate.
+    """Posterior mean and standard deviation of the values under a kernel surrogate: exact at any
+    P, no sampling (`lpserve.semivalue`). Scored masks enter as they are.
 
-    Exact at any P, no sampling. The kernel between a coalition S+i or S and a training mask m
-    depends on the bits other than i only through their distance h, so with
-    delta(h) = kappa(h) - kappa(h+1) and s = +1 where m keeps i, else -1,
-
-        Cov(u(S+i) - u(S), u(m)) = s delta(h)
-
-    and the mean over |S| = k needs only the overlap of S with m, which is hypergeometric. The
-    prior variance of a value is 2 mean_{k,k'} E delta(|S xor S'|) by the same table.
+    Args:
+        calibration: factor on the standard deviations; default: that of leave-one-out residuals.
     """
-    kappa, masks_MP = surrogate.kappa, surrogate.masks_MP
-    num_players = masks_MP.shape[1]
-    table_KA = _mean_delta(kappa, num_players)
-    low, high = sizes
-    by_ones_A = table_KA[low : high + 1].mean(axis=0)
-    others_PM = (masks_MP.sum(axis=1)[None] - masks_MP.T).astype(np.int64)
-    cross_PM = np.where(masks_MP.T, 1.0, -1.0) * by_ones_A[others_PM]
-    weights_PM = cho_solve(surrogate.factor, cross_PM.T).T
-    prior = 2.0 * float(table_KA[low : high + 1, low : high + 1].mean())
-    variance_P = np.maximum(prior - (weights_PM * cross_PM).sum(axis=1), 0.0)
+    kernel, known = surrogate.kernel, surrogate.empty is not None
+    assert kernel is not None
+    cross_PM = value_covariance(kernel, surrogate.masks_MP, sizes, empty_known=known)
+    half_PM = cross_PM @ surrogate.whiten_MM.T
+    weights_PM = half_PM @ surrogate.whiten_MM
+    prior_P = value_variance(kernel, sizes, empty_known=known)
+    variance_P = np.maximum(prior_P - (half_PM**2).sum(axis=1), 0.0)
+    empty = empty_weight(sizes) if known else 0.0
+
+    def values_of(utilities_MJ: FloatArray) -> FloatArray:
+        """Values of J utilities of all masks, `float64[P, J]`."""
+        some_MJ = utilities_MJ[surrogate.rows]
+        offset_J = some_MJ.mean(axis=0)
+        values_PJ = weights_PM @ (some_MJ - offset_J)
+        if empty:
+            values_PJ += empty * (offset_J - utilities_MJ[surrogate.empty_row])
+        return values_PJ
+
+    values_P = surrogate.scale * (cross_PM @ surrogate.alpha_M)
+    if surrogate.empty is not None:
+        values_P += empty * (surrogate.offset - surrogate.empty)
+    factor = max(1.0, surrogate.calibration) if calibration is None else calibration
     window_stderr_P = None
     if leave_one_out_MN is not None:
-        columns = leave_one_out_MN[surrogate.rows]
-        window_stderr_P = _jackknife(weights_PM @ (columns - columns.mean(axis=0)))
+        window_stderr_P = _jackknife(values_of(leave_one_out_MN))
     return ShapleyValues(
-        values_P=surrogate.scale * (cross_PM @ surrogate.alpha_M),
-        stderr_P=surrogate.scale * max(1.0, surrogate.calibration) * np.sqrt(variance_P),
+        values_P=values_P,
+        stderr_P=surrogate.scale * factor * np.sqrt(variance_P),
         window_stderr_P=window_stderr_P,
         sizes=sizes,
         estimator=f"{surrogate.name} closed form",
         heldout=surrogate.heldout,
     )
+
+
+def value_calibration(surrogate: KernelSurrogate, sizes: tuple[int, int]) -> float:
+    """How much too narrow the posterior of the values is: a factor on its standard deviations.
+
+    A kernel tuned to the masks that it explains is too sure of itself. So in each of 10 folds it is
+    tuned to the other masks alone, and the change of every value when the fold is added, over the
+    standard deviation that this kernel gives the change, should be a standard normal; the factor is
+    the root mean square over folds and players. With K the covariance of all masks, A = C K^-1 the
+    values' weights, alpha = K^-1 y and B the fold,
+
+        change = A_B (K^-1_BB)^-1 alpha_B,   variance = A_B (K^-1_BB)^-1 A_B'.
+    """
+    num_masks = len(surrogate.masks_MP)
+    rows = np.unique(np.linspace(0, num_masks - 1, min(num_masks, _CALIBRATION_MASKS)).astype(int))
+    if len(rows) < 2 * _CALIBRATION_FOLDS:
+        return max(1.0, surrogate.calibration)
+    masks_MP, scaled_M = surrogate.masks_MP[rows], surrogate.scaled_M[rows]
+    fold_M = np.random.default_rng(0).permutation(len(rows)) % _CALIBRATION_FOLDS
+    squares = []
+    for fold in range(_CALIBRATION_FOLDS):
+        kernel = surrogate.tuned(rows[fold_M != fold])
+        inverse = np.linalg.inv(kernel.gram(masks_MP, surrogate.noise_M[rows]))
+        known = surrogate.empty is not None
+        weights_PM = value_covariance(kernel, masks_MP, sizes, empty_known=known) @ inverse
+        out = np.flatnonzero(fold_M == fold)
+        weights_PB = weights_PM[:, out]
+        solved = np.linalg.solve(inverse[np.ix_(out, out)], weights_PB.T)
+        change_P = (inverse @ scaled_M)[out] @ solved
+        squares.append(change_P**2 / np.maximum((weights_PB.T * solved).sum(axis=0), 1e-300))
+    return float(np.sqrt(np.mean(squares)))
 
 
 def monte_carlo_values(
@@ -302,24 +343,6 @@ def toggle_differences(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolAr
         change = value[:, :1] - value[:, 1:]
         gain_QP[start : start + step] = np.where(part, change, -change)
     return gain_QP
-
-
-def _mean_delta(kappa: FloatArray, num_players: int) -> FloatArray:
-    """E delta(h) for a random set of size k against one of size a among P-1, `[P, P]` by (k, a)."""
-    others = num_players - 1
-    delta_H = kappa[:-1] - kappa[1:]
-    k, a, t = np.meshgrid(*[np.arange(num_players)] * 3, indexing="ij")
-    legal = (t <= k) & (t <= a) & (k + a - t <= others)
-    k_, a_, t_ = k[legal], a[legal], t[legal]
-    # hypergeometric: t of the k chosen fall among the a
-    log_p = _log_comb(a_, t_) + _log_comb(others - a_, k_ - t_) - _log_comb(others, k_)
-    table = np.zeros((num_players, num_players))
-    np.add.at(table, (k_, a_), np.exp(log_p) * delta_H[k_ + a_ - 2 * t_])
-    return table
-
-
-def _log_comb(n: np.ndarray | int, k: np.ndarray) -> np.ndarray:
-    return gammaln(np.asarray(n) + 1.0) - gammaln(k + 1.0) - gammaln(np.asarray(n) - k + 1.0)
 
 
 def _jackknife(values_PN: FloatArray) -> FloatArray:

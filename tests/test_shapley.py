@@ -1,9 +1,7 @@
 """Values against the definition written as loops, and errors against enumeration.
 
-Tolerances: sums of at most 2^P float64 terms of size 1 round to about 1e-14; what passes through
-the inverse of a kernel matrix loses up to its condition number on the way. The random part of
-`rough_game` keeps that number below 1e6, so 1e-8 of the largest value is asked for there. A
-mistake in a weight or a sign is worth 1e-2 and more.
+Tolerances: sums of at most 2^P float64 terms of size 1 round to about 1e-14. A mistake in a weight
+or a sign is worth 1e-2 and more.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -30,8 +27,10 @@ from lpserve.shapley import (
     paper_values,
     shapley_values,
     toggle_differences,
+    value_calibration,
 )
 from lpserve.surrogate import KernelSurrogate, PaperSurrogate
+from tests.kernel_by_hand import KINDS, as_dict, jackknife, naive_values, pair_game
 
 
 @pytest.fixture(autouse=True)
@@ -39,30 +38,6 @@ def one_thread():
     """As in a run: on matrices this small, threads only wait for each other."""
     with threadpool_limits(1):
         yield
-
-
-def pair_game(num_players: int, rng: np.random.Generator, triples: float = 0.0):
-    """Mask -> utility: a cost for each dropped player, an effect for each pair and triple."""
-    main = rng.uniform(0.01, 0.3, num_players)
-    pairs = np.triu(rng.normal(0, 0.05, (num_players, num_players)), 1)
-    third = rng.normal(0, triples, (num_players,) * 3) / 6
-
-    def utility(masks: np.ndarray) -> np.ndarray:
-        d = 1.0 - masks
-        return -(
-            1
-            + d @ main
-            + np.einsum("mi,ij,mj->m", d, pairs, d)
-            + np.einsum("mi,mj,mk,ijk->m", d, d, d, third)
-        )
-
-    return utility
-
-
-def rough_game(num_players: int, rng: np.random.Generator) -> np.ndarray:
-    """Utilities of all masks in key order: a pair game plus something different on every mask."""
-    utilities = pair_game(num_players, rng)(all_masks(num_players))
-    return utilities + rng.normal(0, 0.1, len(utilities))
 
 
 def some_masks(num_players: int, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -73,48 +48,6 @@ def some_masks(num_players: int, count: int, rng: np.random.Generator) -> np.nda
         mask[rng.permutation(num_players)[: rng.integers(num_players + 1)]] = True
         found.setdefault(mask.tobytes(), mask)
     return np.array(list(found.values()))
-
-
-def naive_values(value: dict[frozenset, float], num_players: int, sizes: tuple[int, int]):
-    """The definition: over every size, over every coalition of that size without i."""
-    values = []
-    for player in range(num_players):
-        others = [p for p in range(num_players) if p != player]
-        means = []
-        for size in range(sizes[0], sizes[1] + 1):
-            gains = [
-                value[frozenset(coalition) | {player}] - value[frozenset(coalition)]
-                for coalition in combinations(others, size)
-            ]
-            means.append(sum(gains) / len(gains))
-        values.append(sum(means) / len(means))
-    return np.array(values)
-
-
-def as_dict(masks: np.ndarray, utilities: np.ndarray) -> dict[frozenset, float]:
-    return {
-        frozenset(np.flatnonzero(mask).tolist()): float(u)
-        for mask, u in zip(masks, utilities, strict=True)
-    }
-
-
-def hamming(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    return (left[:, None, :] != right[None, :, :]).sum(axis=2)
-
-
-def weight_matrix(every: np.ndarray, sizes: tuple[int, int]) -> np.ndarray:
-    """float64[P, 2^P]: the values as a linear map of the utilities of all masks."""
-    num_players = every.shape[1]
-    row_of = {frozenset(np.flatnonzero(mask).tolist()): row for row, mask in enumerate(every)}
-    weights = np.zeros((num_players, len(every)))
-    for player in range(num_players):
-        others = [p for p in range(num_players) if p != player]
-        for size in range(sizes[0], sizes[1] + 1):
-            share = 1 / ((sizes[1] - sizes[0] + 1) * math.comb(num_players - 1, size))
-            for coalition in map(frozenset, combinations(others, size)):
-                weights[player, row_of[coalition | {player}]] += share
-                weights[player, row_of[coalition]] -= share
-    return weights
 
 
 SIZES = [(1, (0, 0)), (2, (0, 1)), (5, (0, 4)), (7, (0, 6)), (7, (2, 4)), (6, (5, 5)), (6, (0, 0))]
@@ -199,90 +132,6 @@ def test_values_are_linear_in_the_utilities(rng):
         np.testing.assert_allclose(together, 2.5 * split[0] - split[1], rtol=0, atol=1e-12)
 
 
-KERNEL_CASES = [
-    (kind, num_players, sizes)
-    for kind in ("gp", "ridge")
-    for num_players, sizes in ((3, (0, 2)), (6, (0, 5)), (6, (2, 3)), (8, (5, 7)), (7, (6, 6)))
-]
-
-
-@pytest.mark.parametrize(("kind", "num_players", "sizes"), KERNEL_CASES)
-def test_closed_form_equals_enumerating_the_surrogate(kind, num_players, sizes, rng):
-    every = all_masks(num_players)
-    rows = rng.choice(len(every), min(40, len(every) - 2), replace=False)
-    surrogate = KernelSurrogate(kind)
-    surrogate.fit(every[rows], rough_game(num_players, rng)[rows])
-    expected = naive_values(as_dict(every, surrogate.mean(every)), num_players, sizes)
-    values = kernel_values(surrogate, sizes)
-    np.testing.assert_allclose(
-        values.values_P, expected, rtol=0, atol=1e-8 * np.abs(expected).max()
-    )
-    assert values.heldout is surrogate.heldout
-    assert values.sizes == sizes
-
-
-@pytest.mark.parametrize(("kind", "num_players", "sizes"), KERNEL_CASES)
-@pytest.mark.parametrize("calibration", [None, 0.5, 2.0])
-def test_stderr_equals_the_posterior_deviation_by_brute_force(
-    kind, num_players, sizes, calibration, rng
-):
-    every = all_masks(num_players)
-    rows = rng.choice(len(every), min(30, len(every) - 2), replace=False)
-    surrogate = KernelSurrogate(kind)
-    noise = rng.uniform(0, 0.02, len(rows))
-    surrogate.fit(every[rows], rough_game(num_players, rng)[rows], noise)
-    if calibration is not None:
-        surrogate.calibration = calibration
-    # the posterior of all 2^P utilities at once, in the surrogate's own units
-    kappa = surrogate.kappa
-    prior = kappa[hamming(every, every)]
-    cross = prior[:, rows]
-    gram = prior[np.ix_(rows, rows)]
-    gram = gram + np.diag(noise / surrogate.scale**2 + 1e-10 * kappa[0])
-    posterior = prior - cross @ np.linalg.solve(gram, cross.T)
-    weights = weight_matrix(every, sizes)
-    variance = np.einsum("pm,mk,pk->p", weights, posterior, weights)
-    largest = np.einsum("pm,mk,pk->p", weights, prior, weights).max()
-    factor = surrogate.scale * max(1.0, surrogate.calibration)
-    got = (kernel_values(surrogate, sizes).stderr_P / factor) ** 2
-    # a variance is a small difference of two large numbers: compared to the prior's
-    np.testing.assert_allclose(got, np.maximum(variance, 0), rtol=0, atol=1e-8 * largest)
-    assert got.max() > 1e-6 * largest
-
-
-def jackknife(left_out: np.ndarray) -> np.ndarray:
-    """float64[P] from one row of values for each window left out."""
-    num = len(left_out)
-    centre = sum(left_out) / num
-    return np.sqrt((num - 1) / num * sum((row - centre) ** 2 for row in left_out))
-
-
-@pytest.mark.parametrize("kind", ["gp", "ridge"])
-def test_window_stderr_equals_leaving_every_window_out(kind, rng):
-    num_players, num_windows, sizes = 6, 5, (1, 4)
-    every = all_masks(num_players)
-    rows = rng.choice(len(every), 30, replace=False)
-    base = rough_game(num_players, rng)[rows]
-    columns = base[:, None] + rng.normal(0, 0.05, (30, num_windows))
-    surrogate = KernelSurrogate(kind)
-    surrogate.fit(every[rows], base)
-    gram = surrogate.kappa[hamming(every[rows], every[rows])]
-    gram = gram + 1e-10 * surrogate.kappa[0] * np.eye(30)
-    cross = surrogate.kappa[hamming(every, every[rows])]
-    left_out = []
-    for window in range(num_windows):
-        utilities = columns[:, window]
-        predicted = utilities.mean() + cross @ np.linalg.solve(gram, utilities - utilities.mean())
-        left_out.append(naive_values(as_dict(every, predicted), num_players, sizes))
-    expected = jackknife(np.array(left_out))
-    values = kernel_values(surrogate, sizes, columns)
-    assert values.window_stderr_P is not None
-    np.testing.assert_allclose(values.window_stderr_P, expected, rtol=1e-6)
-    np.testing.assert_allclose(
-        values.total_stderr_P, np.sqrt(values.stderr_P**2 + expected**2), rtol=1e-6
-    )
-
-
 def test_window_stderr_of_enumerated_games_equals_leaving_every_window_out(rng):
     masks = all_masks(4)
     columns = rng.normal(size=(16, 6))
@@ -292,22 +141,6 @@ def test_window_stderr_of_enumerated_games_equals_leaving_every_window_out(rng):
     assert values.window_stderr_P is not None
     np.testing.assert_allclose(values.window_stderr_P, jackknife(np.array(left_out)), rtol=1e-10)
     np.testing.assert_array_equal(values.total_stderr_P, values.window_stderr_P)
-
-
-def test_window_stderr_follows_the_rows_that_a_large_fit_trained_on(rng, monkeypatch):
-    monkeypatch.setattr("lpserve.surrogate.MAX_TRAINING_MASKS", 20)
-    masks = some_masks(7, 60, rng)
-    utilities = pair_game(7, rng)(masks)
-    columns = utilities[:, None] + rng.normal(0, 0.1, (60, 4))
-    surrogate = KernelSurrogate("gp")
-    surrogate.fit(masks, utilities)
-    assert len(surrogate.rows) == 20
-    small = KernelSurrogate("gp")
-    small.fit(masks[surrogate.rows], utilities[surrogate.rows])
-    got = kernel_values(surrogate, (0, 6), columns)
-    expected = kernel_values(small, (0, 6), columns[surrogate.rows])
-    np.testing.assert_array_equal(got.values_P, expected.values_P)
-    np.testing.assert_array_equal(got.window_stderr_P, expected.window_stderr_P)
 
 
 @pytest.mark.parametrize("sizes", [(0, 7), (2, 4), (7, 7)])
@@ -446,10 +279,12 @@ def test_values_are_those_of_the_kernel_with_the_smaller_heldout_error(rng):
     masks = some_masks(7, 40, rng)
     utilities = pair_game(7, rng, triples=0.1)(masks)
     noise, columns = rng.uniform(0, 0.01, 40), rng.normal(size=(40, 3))
-    each = [KernelSurrogate(kind) for kind in ("gp", "ridge")]
+    each = [KernelSurrogate(kind) for kind in KINDS]
     for surrogate in each:
         surrogate.fit(masks, utilities, noise)
-    expected = kernel_values(min(each, key=lambda s: s.heldout.rmse), (1, 4), columns)
+    best = min(each, key=lambda s: s.heldout.rmse)
+    calibration = value_calibration(best, (1, 4))
+    expected = kernel_values(best, (1, 4), columns, calibration=calibration)
     got = shapley_values(masks, utilities, (1, 4), noise_M=noise, leave_one_out_MN=columns)
     for name in ("values_P", "stderr_P", "window_stderr_P"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
@@ -526,8 +361,27 @@ def test_noise_of_the_scores_reaches_exact_values(rng):
 
 
 def test_noise_of_the_scores_widens_estimated_values(rng):
-    masks = np.unique(rng.random((40, 8)) < 0.7, axis=0)
-    utilities = masks @ rng.random(8) + 0.05 * rng.normal(size=len(masks))
-    quiet = shapley_values(masks, utilities, (3, 7))
-    noisy = shapley_values(masks, utilities, (3, 7), noise_M=np.full(len(masks), 0.3**2))
+    """Real noise, stated as it is: 2.7 times the error of such games, over five of them."""
+    quiet, noisy = [], []
+    for _ in range(5):
+        masks = np.unique(rng.random((40, 8)) < 0.7, axis=0)
+        utilities = masks @ rng.random(8) + 0.05 * rng.normal(size=len(masks))
+        quiet.append(shapley_values(masks, utilities, (3, 7)).stderr_P.mean())
+        noise_M = np.full(len(masks), 0.3**2)
+        utilities += 0.3 * rng.normal(size=len(masks))
+        noisy.append(shapley_values(masks, utilities, (3, 7), noise_M=noise_M).stderr_P.mean())
+    assert np.mean(noisy) > 1.2 * np.mean(quiet)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_of_the_scores_widens_every_value_of_one_kernel(kind, rng):
+    masks = some_masks(8, 40, rng)
+    utilities = pair_game(8, rng)(masks) + 0.05 * rng.normal(size=40)
+    surrogate = KernelSurrogate(kind)
+    surrogate.fit(masks, utilities)
+    kernel = surrogate.kernel
+    quiet = kernel_values(surrogate, (3, 7), calibration=1.0)
+    surrogate.fit(masks, utilities, np.full(40, 0.1**2))
+    assert surrogate.kernel is kernel
+    noisy = kernel_values(surrogate, (3, 7), calibration=1.0)
     assert (noisy.stderr_P > quiet.stderr_P).all()

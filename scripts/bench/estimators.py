@@ -1,0 +1,316 @@
+"""Values, intervals and plans from few scored masks, against an exact game.
+
+    PYTHONPATH=. python scripts/bench/estimators.py --game demo12.npz --out estimators.md
+    PYTHONPATH=. python scripts/bench/estimators.py             # scores its own game first: minutes
+
+A game file holds every mask's score: `nll_sum[code, window]` (nats; bit i of `code` is layer i, 1 =
+kept) and `tokens[window, T]`. The rounds of a run are played on it as the coordinator plays them
+(round n from complete rounds up to n-2) and cut at each budget; everything that a budget gives is
+computed from those masks alone.
+
+* Values: mean squared error over the mean square of the exact values; medians over seeds, least
+  and most in brackets. Coverage: how often a 90% interval (`stderr_P`) holds the exact value on the
+  same windows, mean over players and seeds, and its mean width. Twice: from masks that were chosen
+  for the values alone (`lpserve.acquisition`; each batch P masks, or a tenth of those before), and
+  from those of a run, which walks the greedy path and searches sets as well.
+* Plans: the best scored set of each size against the best of all.
+* With `--shapiq PYTHON` (an interpreter that has shapiq 1.8, Python 3.12 or newer): its
+  approximators on the same game, utility and budgets, the empty and the full coalition among them.
+
+Seeds are 0..N-1, none chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from probes import machine_lines, publish
+from threadpoolctl import threadpool_limits
+
+import lpserve
+from lpserve.acquisition import HEAD_COST, candidate_pool, most_telling
+from lpserve.masks import StratifiedDesign, all_masks, drop_one, keys, trie_layer_forwards
+from lpserve.rounds import History, RoundPlanner, RoundSettings
+from lpserve.shapley import Z90, exact_values
+from lpserve.surrogate import AutoSurrogate
+from lpserve.types import UTILITIES, BoolArray, FloatArray, utilities
+
+BUDGETS = (60, 100, 200, 400, 800)
+PLAN_BUDGETS = (60, 90, 120, 160, 200)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactGame:
+    """Every mask's NLL: rows by `code`."""
+
+    name: str
+    nll_CN: np.ndarray
+    tokens_N: np.ndarray
+
+    @property
+    def num_players(self) -> int:
+        return int(self.nll_CN.shape[0]).bit_length() - 1
+
+    def nll_of(self, masks_MP: BoolArray) -> np.ndarray:
+        return self.nll_CN[masks_MP @ (1 << np.arange(self.num_players))]
+
+    def utility(self, name: str, nll_MN: np.ndarray) -> FloatArray:
+        full_N = self.nll_CN[-1].astype(np.float64)
+        return utilities(name, nll_MN.astype(np.float64), self.tokens_N, full_N)
+
+    def exact(self, name: str, sizes: tuple[int, int]) -> FloatArray:
+        masks_MP = all_masks(self.num_players)
+        utility_M = self.utility(name, self.nll_of(masks_MP))
+        return exact_values(masks_MP, utility_M[:, None], sizes)[:, 0]
+
+
+def read_game(path: Path) -> ExactGame:
+    with np.load(path, allow_pickle=False) as data:
+        nll_CN, tokens = data["nll_sum"], data["tokens"]
+    if nll_CN.shape[0] & (nll_CN.shape[0] - 1):
+        sys.exit(f"{path}: {nll_CN.shape[0]} rows are no power of two: every mask is needed")
+    tokens_N = np.full(nll_CN.shape[1], tokens.shape[1] - 1)
+    return ExactGame(name=path.stem, nll_CN=nll_CN.astype(np.float32), tokens_N=tokens_N)
+
+
+def score_game(model: Path, text: Path, folder: Path) -> ExactGame:
+    """Every mask of a small model, 16 windows of 128 tokens."""
+    windows = lpserve.TokenWindows.from_file(text, tokenizer=model, num_windows=16, length=128)
+    with lpserve.open_engine(model, windows, dtype="float32") as engine:
+        masks_CP = all_masks(engine.info.num_players)[:, ::-1]  # bit i of the code is layer i
+        nll_CN = engine.score(masks_CP).nll_MN.astype(np.float32)
+    path = folder / f"{model.name}.npz"
+    np.savez_compressed(path, nll_sum=nll_CN, tokens=windows.tokens_NT)
+    return read_game(path)
+
+
+def play(
+    game: ExactGame, utility: str, sizes: tuple[int, int], max_removed: int, seed: int, budget: int
+) -> BoolArray:
+    """The masks that a run asks for, in order."""
+    settings = RoundSettings(
+        num_players=game.num_players, max_removed=max_removed, sizes=sizes, seed=seed,
+        surrogate="auto", round_size=game.num_players, stop_when_stable=False,
+    )  # fmt: skip
+
+    def of(name: str):  # noqa: ANN202
+        return lambda nll_MN: game.utility(name, nll_MN)
+
+    search = None if utility == "ppl_ratio" else of("ppl_ratio")
+    planner, history = RoundPlanner(settings, of(utility), search), History()
+    rounds: list[BoolArray] = []
+    asked = 0
+    while asked < budget:
+        masks_MP = planner.propose(len(rounds), history)[: budget - asked]
+        if not len(masks_MP):
+            break
+        asked += len(masks_MP)
+        rounds.append(masks_MP)
+        if len(rounds) > 1:
+            history.masks.append(rounds[-2])
+            history.nll.append(game.nll_of(rounds[-2]))
+    return np.concatenate(rounds)
+
+
+def for_values(
+    game: ExactGame, utility: str, sizes: tuple[int, int], seed: int, budget: int
+) -> BoolArray:
+    """Masks chosen for the values alone: all kept, single players dropped, none kept where it is
+    needed, a few random ones, then batches of those that say most."""
+    players = game.num_players
+    full = np.ones(players, dtype=bool)
+    chosen = [full, *drop_one(full), *([~full] if sizes[0] == 0 else [])]
+    strata = range(sizes[1] + 1, sizes[0] - 1, -1)
+    design = StratifiedDesign(players, list(strata), seed)
+    seen = set(keys(np.array(chosen)))
+    while len(chosen) < 4 * players:
+        for mask_P in design.take(1):
+            if keys(mask_P[None])[0] not in seen:
+                seen.update(keys(mask_P[None]))
+                chosen.append(mask_P)
+    surrogate = AutoSurrogate()
+    for batch in itertools.count():
+        if len(chosen) >= budget:
+            return np.array(chosen[:budget])
+        masks_MP = np.array(chosen)
+        surrogate.fit(masks_MP, game.utility(utility, game.nll_of(masks_MP)))
+        pool_QP = candidate_pool(players, sizes, np.random.default_rng([seed, batch]))
+        pool_QP = pool_QP[[key not in seen for key in keys(pool_QP)]]
+        picks = most_telling(
+            surrogate.best, sizes, pool_QP, max(players, len(chosen) // 10),
+            pending_MP=np.empty((0, players), dtype=bool), head_cost=HEAD_COST,
+        )  # fmt: skip
+        seen.update(keys(picks))
+        chosen += list(picks)
+    raise AssertionError("unreachable")
+
+
+def value_lines(game: ExactGame, args: argparse.Namespace) -> list[str]:
+    players = game.num_players
+    lines = []
+    for utility in args.utility or UTILITIES:
+        for low in (players - args.max_removed, 0):
+            sizes = (low, players - 1)
+            exact_P = game.exact(utility, sizes)
+            budgets = [b for b in BUDGETS if b <= args.most and b < 2**players]
+            kind = "Shapley values" if low == 0 else "Truncated values"
+            lines += [f"## {kind}, sizes {sizes}, utility {utility}", ""]
+            for chosen in ("for the values alone", "by a run"):
+                most = max(budgets)
+                tables = [
+                    for_values(game, utility, sizes, seed, most)
+                    if chosen == "for the values alone"
+                    else play(game, utility, sizes, args.max_removed, seed, most)
+                    for seed in range(args.seeds)
+                ]
+                lines += score_values(game, utility, sizes, exact_P, budgets, tables, chosen)
+            if args.shapiq and low == 0 and utility == "neg_nll":
+                lines += rival_lines(game, utility, exact_P, budgets, args)
+            lines.append("")
+    return lines
+
+
+def score_values(
+    game: ExactGame,
+    utility: str,
+    sizes: tuple[int, int],
+    exact_P: FloatArray,
+    budgets: list[int],
+    tables: list[BoolArray],
+    chosen: str,
+) -> list[str]:
+    """Errors and coverage of the values from the first masks of each seed's table."""
+    lines = [
+        f"Masks chosen {chosen}:", "",
+        "| masks | error, median [least, most] | layer-forwards | inside 90% | mean width |",
+        "| ---: | --- | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for budget in budgets:
+        rows = []
+        for masks_MP in tables:
+            some = masks_MP[:budget]
+            utility_M = game.utility(utility, game.nll_of(some))
+            values = lpserve.shapley_values(some, utility_M, sizes)
+            error_P = values.values_P - exact_P
+            inside = (np.abs(error_P) <= Z90 * values.stderr_P).mean()
+            forwards, width = trie_layer_forwards(some), 2 * Z90 * values.stderr_P.mean()
+            rows.append(((error_P**2).sum() / (exact_P**2).sum(), forwards, inside, width))
+        error, forwards, inside, width = np.array(rows, dtype=np.float64).T
+        lines.append(
+            f"| {budget} | {np.median(error):.1e} [{error.min():.1e}, {error.max():.1e}] | "
+            f"{np.median(forwards):.0f} | {inside.mean():.0%} | {width.mean():.2g} |"
+        )
+    lines.append("")
+    print("\n".join(lines), flush=True)
+    return lines
+
+
+def rival_lines(
+    game: ExactGame, utility: str, exact_P: FloatArray, budgets: list[int], args: argparse.Namespace
+) -> list[str]:
+    """shapiq's approximators, run by another interpreter on a saved table."""
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "utilities.npy"
+        codes = np.arange(2**game.num_players)[:, None] >> np.arange(game.num_players) & 1
+        np.save(table, game.utility(utility, game.nll_of(codes.astype(bool))))
+        script = Path(__file__).with_name("shapiq_rivals.py")
+        done = subprocess.run(
+            [args.shapiq, str(script), str(table), "--budgets", ",".join(map(str, budgets)),
+             "--seeds", str(args.seeds)],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+    answer = json.loads(done.stdout.splitlines()[-1])
+    lines = ["", f"shapiq {answer['version']}, the same game and budgets, median error:", ""]
+    names = list(answer["values"])
+    lines += [f"| masks | {' | '.join(names)} |", "| ---: |" + " ---: |" * len(names)]
+    for budget in budgets:
+        cells = []
+        for name in names:
+            found = answer["values"][name].get(str(budget))
+            if not found:
+                cells.append("-")
+                continue
+            error = ((np.array(found) - exact_P) ** 2).sum(axis=1) / (exact_P**2).sum()
+            cells.append(f"{np.median(error):.1e}")
+        lines.append(f"| {budget} | {' | '.join(cells)} |")
+    return lines
+
+
+def plan_lines(game: ExactGame, args: argparse.Namespace) -> list[str]:
+    players, most = game.num_players, args.max_removed
+    every_MP = all_masks(players)
+    ppl_M = np.exp(-game.utility("neg_nll", game.nll_of(every_MP)))
+    removed_M = (~every_MP).sum(axis=1)
+    best = [float(ppl_M[removed_M == r].min()) for r in range(1, most + 1)]
+    lines = [
+        "## Plans: regret in % of perplexity over the best set, worst of all seeds (mean)", "",
+        "| masks | " + " | ".join(f"r={r}" for r in range(1, most + 1)) + " | seeds at optimum |",
+        "| ---: |" + " --- |" * most + " ---: |",
+    ]  # fmt: skip
+    sizes = (players - most, players - 1)
+    budgets = [b for b in PLAN_BUDGETS if b <= args.most]
+    regret: dict[int, list[list[float]]] = {b: [] for b in budgets}
+    for seed in range(args.seeds):
+        masks_MP = play(game, "neg_nll", sizes, most, seed, max(budgets))
+        found_M = np.exp(-game.utility("neg_nll", game.nll_of(masks_MP)))
+        count_M = (~masks_MP).sum(axis=1)
+        for budget in budgets:
+            rows = [
+                found_M[:budget][count_M[:budget] == r].min(initial=math.inf)
+                for r in range(1, most + 1)
+            ]
+            regret[budget].append(
+                [100 * (ppl / least - 1) for ppl, least in zip(rows, best, strict=True)]
+            )
+    for budget, rows in regret.items():
+        table = np.array(rows)
+        cells = [f"{table[:, r].max():.2f} ({table[:, r].mean():.2f})" for r in range(most)]
+        solved = int((table.max(axis=1) < 1e-6).sum())
+        lines.append(f"| {budget} | {' | '.join(cells)} | {solved} of {args.seeds} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--game", type=Path, help="an exact game (default: the bundled model's)")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--max-removed", type=int, default=None, help="default: half the players")
+    parser.add_argument("--utility", action="append", choices=UTILITIES, help="default: all")
+    parser.add_argument("--most", type=int, default=800, help="largest budget")
+    parser.add_argument("--shapiq", help="python with shapiq, for its approximators")
+    parser.add_argument("--out", type=Path, help="also write the tables here")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
+        if args.game is None:
+            from lpserve.demo import FOLDER
+
+            game = score_game(FOLDER / "model", FOLDER / "calibration.txt", Path(folder))
+        else:
+            game = read_game(args.game)
+        args.max_removed = args.max_removed or game.num_players // 2
+        started = time.perf_counter()
+        lines = [
+            "# Values and plans from few masks", "",
+            f"`PYTHONPATH=. python scripts/bench/estimators.py --seeds {args.seeds}`; game "
+            f"{game.name}: {game.num_players} players, {len(game.tokens_N)} windows; seeds 0 to "
+            f"{args.seeds - 1}.", "", *machine_lines(1), "",
+        ]  # fmt: skip
+        lines += plan_lines(game, args)
+        print("\n".join(lines), flush=True)
+        lines += value_lines(game, args)
+        lines.append(f"Took {time.perf_counter() - started:.0f} s.")
+    publish(lines, args.out)
+
+
+if __name__ == "__main__":
+    main()
