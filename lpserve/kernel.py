@@ -91,7 +91,7 @@ def whitening(gram_MM: FloatArray) -> FloatArray:
     nobody feeds the engines.
     """
     factor = np.linalg.cholesky(gram_MM)
-    inverse = np.zeros_like(factor)
+    inverse = np.zeros(factor.shape)
     for start in range(0, len(factor), _BLOCK):
         stop = min(start + _BLOCK, len(factor))
         own = np.linalg.inv(factor[start:stop, start:stop])

@@ -41,7 +41,7 @@ def value_covariance(
     masks_MP = np.asarray(masks_MP, dtype=bool)
     num_players = masks_MP.shape[1]
     coded_MP = 2.0 * masks_MP - 1.0
-    covariance_PM = 2 * kernel.linear * coded_MP.T
+    covariance_PM = np.asarray(2 * kernel.linear * coded_MP.T, dtype=np.float64)
     if kernel.pairs:
         others_MP = coded_MP.sum(axis=1, keepdims=True) - coded_MP
         mean = _mean_code(num_players, sizes)

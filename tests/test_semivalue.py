@@ -107,10 +107,10 @@ LARGE_SIZES = [(0, 79), (40, 79), (20, 30), (79, 79)]
 SAMPLE = 20_000
 
 
-def within_5_errors(sample_Q: np.ndarray, got: float) -> bool:
+def within_5_errors(sample_Q: np.ndarray, got: np.ndarray) -> bool:
     """One in 1.7 million samples lies further off; rounding where nothing is left to chance."""
     error = sample_Q.std(ddof=1) / math.sqrt(len(sample_Q))
-    return abs(sample_Q.mean() - got) < 5 * error + 1e-9 * np.abs(sample_Q).max()
+    return bool(abs(sample_Q.mean() - got) < 5 * error + 1e-9 * np.abs(sample_Q).max())
 
 
 @pytest.mark.parametrize("sizes", LARGE_SIZES)

@@ -86,7 +86,7 @@ def read_game(path: Path) -> ExactGame:
 def score_game(model: Path, text: Path, folder: Path) -> ExactGame:
     """Every mask of a small model, 16 windows of 128 tokens."""
     windows = lpserve.TokenWindows.from_file(text, tokenizer=model, num_windows=16, length=128)
-    with lpserve.open_engine(model, windows, dtype="float32") as engine:
+    with lpserve.open_engine(str(model), windows, dtype="float32") as engine:
         masks_CP = all_masks(engine.info.num_players)[:, ::-1]  # bit i of the code is layer i
         nll_CN = engine.score(masks_CP).nll_MN.astype(np.float32)
     path = folder / f"{model.name}.npz"
