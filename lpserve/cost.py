@@ -6,7 +6,9 @@ from a rate that the user names; nothing here knows the speed of any device.
 
 Which masks a run asks for depends on scores that do not exist yet. Round sizes, greedy
 neighbourhoods and the sampled design are the run's own; scores come from a stand-in (a random loss
-for every layer), and in place of the surrogate's proposals stand sets of low stand-in loss.
+for every layer), in place of the surrogate's proposals stand sets of low stand-in loss, and random
+masks stand for those that a run chooses for what they say about the values and for what they cost.
+The latter share more prefixes, so a run takes fewer layer-forwards than told, rarely more.
 
 Notation: M masks, P players (layers), N windows, T tokens.
 """

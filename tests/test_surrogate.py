@@ -188,17 +188,30 @@ def test_scored_masks_are_reproduced_and_unseen_ones_are_uncertain(kind, rng):
 
 
 @pytest.mark.parametrize("kind", KERNELS)
-def test_offset_and_scale_of_the_utilities_do_not_matter(kind, rng):
+def test_offset_and_scale_of_the_utilities_do_not_matter(kind, rng, monkeypatch):
     masks = some_masks(7, 50, rng)
-    utilities = rough_game(masks, rng)
+    utilities, noise = rough_game(masks, rng), rng.uniform(0, 0.02, 50)
     plain, moved = KernelSurrogate(kind), KernelSurrogate(kind)
-    plain.fit(masks, utilities)
-    moved.fit(masks, 8.0 * utilities - 1024.0)
+    plain.fit(masks, utilities, noise)
+    asked = []
+
+    def same_kernel(kind, masks, scaled, noise, start):
+        asked.append((kind, masks, scaled, noise, start))
+        return plain.kernel
+
+    # all that tuning sees is the same but for rounding, which may send a search up another hill
+    monkeypatch.setattr("lpserve.surrogate.tune", same_kernel)
+    moved.fit(masks, 8.0 * utilities - 1024.0, 64.0 * noise)
+    ((kind_asked, masks_asked, scaled, scaled_noise, start),) = asked
+    assert (kind_asked, start) == (kind, None)
+    np.testing.assert_array_equal(masks_asked, plain.masks_MP)
+    np.testing.assert_allclose(scaled, plain.scaled_M, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(scaled_noise, plain.noise_M, rtol=1e-10)
     every = all_masks(7)
     (mean, std), (moved_mean, moved_std) = plain.predict(every), moved.predict(every)
-    # the search for hyperparameters ends at slightly different places
-    np.testing.assert_allclose(moved_mean, 8.0 * mean - 1024.0, atol=1e-2 * utilities.std())
-    np.testing.assert_allclose(moved_std, 8.0 * std, atol=1e-2 * utilities.std())
+    # 1e-12 of rounding times the condition number
+    np.testing.assert_allclose(moved_mean, 8.0 * mean - 1024.0, atol=1e-5 * utilities.std())
+    np.testing.assert_allclose(moved_std, 8.0 * std, atol=1e-5 * utilities.std())
 
 
 def test_auto_is_the_kernel_with_the_smaller_error(rng):
@@ -223,14 +236,20 @@ def test_auto_is_the_kernel_with_the_smaller_error(rng):
 @pytest.mark.parametrize("kind", [*KERNELS, "auto"])
 def test_heldout_error_tells_a_game_from_chance(kind, rng):
     masks = some_masks(8, 120, rng)
-    game, chance = make_surrogate(kind), make_surrogate(kind)
+    game = make_surrogate(kind)
     game.fit(masks, pair_game(8, rng)(masks))
     assert game.heldout.r2 > 0.99
     assert game.heldout.spearman > 0.99
-    chance.fit(masks, rng.normal(size=120))
-    # leaving one of 120 out gives correlations of about 1 / sqrt(120) = .09; 5 of these
-    assert chance.heldout.r2 < 0.25
-    assert chance.heldout.spearman < 0.45
+    r2, spearman = [], []
+    for _ in range(4):
+        chance = make_surrogate(kind)
+        chance.fit(masks, rng.normal(size=120))
+        r2.append(chance.heldout.r2)
+        spearman.append(chance.heldout.spearman)
+    # players' scales fit some of the chance: of 450 fits the worst gave .20 and .48, and the mean
+    # of four deviates by half of what one does
+    assert np.mean(r2) < 0.2
+    assert np.mean(spearman) < 0.45
 
 
 @pytest.mark.parametrize("kind", KERNELS)
