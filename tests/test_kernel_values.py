@@ -60,7 +60,8 @@ def fitted(
 
 @pytest.mark.parametrize(("kind", "num_players", "sizes", "with_empty"), KERNEL_CASES)
 def test_closed_form_equals_enumerating_the_surrogate(kind, num_players, sizes, with_empty, rng):
-    surrogate = fitted(kind, num_players, with_empty, False, rng)
+    # without noise five masks of three players may be told so well that no nugget is left
+    surrogate = fitted(kind, num_players, with_empty, num_players == 3, rng)
     every = all_masks(num_players)
     expected = naive_values(as_dict(every, surrogate.mean(every)), num_players, sizes)
     values = kernel_values(surrogate, sizes)
