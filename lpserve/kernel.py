@@ -158,19 +158,23 @@ class _Likelihood:
         ]  # fmt: skip
 
     def begin(self, start: MaskKernel | None) -> FloatArray:
-        """Where the search begins. A variance at its bound has no slope in logs, so that a search
-        from there would never leave it: a warm start stays away from the bounds."""
+        """Where the search begins. A tiny variance has no slope in logs, so that a search from it
+        would not leave it in time: a warm start stays near a fresh one's variances or above, and
+        away from the bounds."""
         players = self._num_players
+        logs = np.log([1.0, 1 / players, 0.1 / players**2, 1.0, 1e-4, 2 / players])
+        fresh = np.concatenate([logs, np.zeros(1 + 2 * players)])
         if start is None:
-            logs = np.log([1.0, 1 / players, 0.1 / players**2, 1.0, 1e-4, 2 / players])
-            return np.concatenate([logs, np.zeros(1 + 2 * players)])
+            return fresh
         variances = [start.constant, start.linear, start.pairs, start.product, start.nugget]
         logs = np.log(np.maximum([*variances, *start.decay_P], 1e-12))
         decay_P = logs[5:]
         means = [decay_P.mean(), start.growth_P.mean()]
         point = np.concatenate([logs[:5], means, decay_P - means[0], start.growth_P - means[1]])
         low, high = np.array(self.bounds).T
-        return np.clip(point, low + 0.1 * (high - low), high - 0.1 * (high - low))
+        point = np.clip(point, low + 0.1 * (high - low), high - 0.1 * (high - low))
+        point[:5] = np.maximum(point[:5], fresh[:5] - 2.0)
+        return point
 
     def kernel(self, point: FloatArray) -> MaskKernel:
         constant, linear, pairs, product, nugget = np.exp(point[:5]).tolist()
