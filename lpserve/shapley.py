@@ -72,8 +72,8 @@ def shapley_values(
 ) -> ShapleyValues:
     """Values from scored masks: exact when every mask needed is there, else by kernel surrogate.
 
-    Deterministic. Of the kernel surrogates the one with the smaller
-    leave-one-out error gives the values, in closed form; known scores are part of its posterior.
+    Deterministic. Of the kernel surrogates the one with the smallest leave-one-out error gives the
+    values, in closed form; known scores are part of its posterior.
 
     Args:
         masks_MP: distinct masks, bool [M, P], True = kept.

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 from lpserve.acquisition import _branches, _new_layers, candidate_pool, most_telling
 from lpserve.masks import all_masks, draw, keys, trie_layer_forwards
@@ -19,12 +18,7 @@ from tests.kernel_by_hand import (
     weight_matrix,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a run: on matrices this small, threads only wait for each other."""
-    with threadpool_limits(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 
 POOLS = [(1, (0, 0)), (6, (0, 5)), (12, (3, 9)), (40, (20, 39)), (80, (0, 79)), (33, (32, 32))]

@@ -10,18 +10,12 @@ import math
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 from lpserve.kernel import PRIOR_DECAY, PRIOR_GROWTH, MaskKernel, _Likelihood, tune, whitening
 from lpserve.masks import all_masks
 from tests.kernel_by_hand import KINDS, covariance, pair_game, random_kernel, scored_covariance
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a run: on matrices this small, threads only wait for each other."""
-    with threadpool_limits(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 
 def entry(kernel: MaskKernel, s: list[bool], t: list[bool]) -> float:

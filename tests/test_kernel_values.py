@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 from lpserve.kernel import MaskKernel
 from lpserve.masks import all_masks
@@ -29,12 +28,7 @@ from tests.kernel_by_hand import (
     weight_matrix,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a run: on matrices this small, threads only wait for each other."""
-    with threadpool_limits(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 
 KERNEL_CASES = [

@@ -12,7 +12,6 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 from lpserve.masks import all_masks, drop_one, keys, removed_players, without
 from lpserve.plan import best_row, greedy_path
@@ -31,11 +30,7 @@ Game = Callable[[BoolArray], FloatArray]
 Utility = Callable[[np.ndarray], FloatArray]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a run: on matrices this small, threads only wait for each other."""
-    with threadpool_limits(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 
 def pair_game(num_players: int, rng: np.random.Generator, pairs: float = 0.05) -> Game:

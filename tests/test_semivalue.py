@@ -12,19 +12,13 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import hypergeom
-from threadpoolctl import threadpool_limits
 
 from lpserve.kernel import MaskKernel
 from lpserve.masks import all_masks
 from lpserve.semivalue import empty_weight, value_covariance, value_variance
 from tests.kernel_by_hand import KINDS, covariance, random_kernel, weight_matrix
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a run: on matrices this small, threads only wait for each other."""
-    with threadpool_limits(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 
 def some_sizes(num_players: int) -> list[tuple[int, int]]:

@@ -12,7 +12,6 @@ import sys
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 from lpserve.errors import InputError
 from lpserve.masks import all_masks
@@ -32,12 +31,7 @@ from lpserve.shapley import (
 from lpserve.surrogate import KernelSurrogate, PaperSurrogate
 from tests.kernel_by_hand import KINDS, as_dict, jackknife, naive_values, pair_game
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a run: on matrices this small, threads only wait for each other."""
-    with threadpool_limits(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 
 def some_masks(num_players: int, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from threadpoolctl import threadpool_limits
 
 from lpserve.masks import all_masks, keys
 from lpserve.surrogate import (
@@ -32,12 +31,7 @@ from tests.kernel_by_hand import (
     scored_covariance,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a run: on matrices this small, threads only wait for each other."""
-    with threadpool_limits(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 
 def some_masks(num_players: int, count: int, rng: np.random.Generator) -> np.ndarray:

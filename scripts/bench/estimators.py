@@ -23,7 +23,6 @@ Seeds are 0..N-1, none chosen.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import subprocess
@@ -139,9 +138,8 @@ def for_values(
                 seen.update(keys(mask_P[None]))
                 chosen.append(mask_P)
     surrogate = AutoSurrogate()
-    for batch in itertools.count():
-        if len(chosen) >= budget:
-            return np.array(chosen[:budget])
+    batch = 0
+    while len(chosen) < budget:
         masks_MP = np.array(chosen)
         surrogate.fit(masks_MP, game.utility(utility, game.nll_of(masks_MP)))
         pool_QP = candidate_pool(players, sizes, np.random.default_rng([seed, batch]))
@@ -152,7 +150,8 @@ def for_values(
         )  # fmt: skip
         seen.update(keys(picks))
         chosen += list(picks)
-    raise AssertionError("unreachable")
+        batch += 1
+    return np.array(chosen[:budget])
 
 
 def value_lines(game: ExactGame, args: argparse.Namespace) -> list[str]:
@@ -227,7 +226,7 @@ def rival_lines(
         done = subprocess.run(
             [args.shapiq, str(script), str(table), "--budgets", ",".join(map(str, budgets)),
              "--seeds", str(args.seeds)],
-            check=True, capture_output=True, text=True,
+            check=True, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
     answer = json.loads(done.stdout.splitlines()[-1])
     lines = ["", f"shapiq {answer['version']}, the same game and budgets, median error:", ""]
