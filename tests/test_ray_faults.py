@@ -118,7 +118,8 @@ def test_nan_losses_are_stored_as_they_are(tmp_path, texts, rng):  # noqa: F811
         stored_scores(Path(folder) / "scores.sqlite") for folder in (result.folder, alone.folder)
     )
     assert found.keys() == expected.keys()
-    np.testing.assert_array_equal([found[k] for k in expected], list(expected.values()))
+    # a matrix product rounds its last bit by the shape of the batch
+    np.testing.assert_allclose([found[k] for k in expected], list(expected.values()), rtol=1e-14)
     assert np.isnan(list(expected.values())).any()
     assert result.outcome.plan == alone.outcome.plan
 
@@ -229,7 +230,8 @@ def test_a_mask_is_split_over_windows_when_engines_outnumber_masks(rng, monkeypa
     found = {keys(r.unit.masks_MP)[0]: r.scores.nll_MN[0] for r in done if r.scores}
     assert set(found) == set(keys(masks[-2:]))
     for key_, nll_N in expected.items():
-        np.testing.assert_array_equal(found[key_], nll_N)
+        # a matrix product rounds its last bit by the shape of the batch
+        np.testing.assert_allclose(found[key_], nll_N, rtol=1e-14)
 
 
 def whole_scores(windows, masks):
