@@ -127,7 +127,7 @@ def test_window_stderr_equals_leaving_every_window_out(kind, sizes, with_empty, 
 
 
 def test_window_stderr_follows_the_rows_that_a_large_fit_trained_on(rng, monkeypatch):
-    monkeypatch.setattr("lpserve.surrogate.MAX_TRAINING_MASKS", 20)
+    monkeypatch.setattr("lpserve.surrogate.gaussian.MAX_TRAINING_MASKS", 20)
     masks = masks_with_or_without_empty(7, 60, False, rng)
     utilities = pair_game(7, rng)(masks)
     columns = utilities[:, None] + rng.normal(0, 0.1, (60, 4))

@@ -46,7 +46,7 @@ def test_ridge_equals_bayesian_regression_on_constant_mains_and_pairs(
 ):
     # true of every kernel: one with a nugget keeps the matrix of five masks well conditioned
     kernel = random_kernel(num_players, rng, "ridge")
-    monkeypatch.setattr("lpserve.surrogate.tune", lambda *args: kernel)
+    monkeypatch.setattr("lpserve.surrogate.gaussian.tune", lambda *args: kernel)
     count = min(60, 2**num_players - 3)
     masks = some_masks(num_players, count, rng)
     utilities = rough_game(masks, rng)
@@ -198,7 +198,7 @@ def test_offset_and_scale_of_the_utilities_do_not_matter(kind, rng, monkeypatch)
         return plain.kernel
 
     # all that tuning sees is the same but for rounding, which may send a search up another hill
-    monkeypatch.setattr("lpserve.surrogate.tune", same_kernel)
+    monkeypatch.setattr("lpserve.surrogate.gaussian.tune", same_kernel)
     moved.fit(masks, 8.0 * utilities - 1024.0, 64.0 * noise)
     ((kind_asked, masks_asked, scaled, scaled_noise, start),) = asked
     assert (kind_asked, start) == (kind, None)
@@ -285,7 +285,7 @@ def test_hyperparameters_are_kept_until_the_masks_grew_by_a_quarter(rng):
 
 
 def test_a_large_fit_trains_on_an_evenly_spaced_part(rng, monkeypatch):
-    monkeypatch.setattr("lpserve.surrogate.MAX_TRAINING_MASKS", 30)
+    monkeypatch.setattr("lpserve.surrogate.gaussian.MAX_TRAINING_MASKS", 30)
     masks = some_masks(8, 91, rng)
     utilities = pair_game(8, rng)(masks)
     surrogate, part = KernelSurrogate("ridge"), KernelSurrogate("ridge")
