@@ -91,9 +91,13 @@ def _add_run(commands: Any) -> None:
         help="Shapley coalition sizes before a layer joins (P - max_removed, P - 1)")  # fmt: skip
     add("--utility", help="neg_nll (default) or ppl_ratio, the paper's")
     add("--surrogate", help="auto (default), gp, ridge, gp+ridge, or paper (with ppl_ratio)")
+    add("--goal", help="what masks are chosen for: both (default), plan, or values alone")
     add("--round-size", type=int, help="masks of a search round, at least (number of layers)")
-    add("--stop-when-stable", action="store_true", default=None,
-        help="stop before the budget when no unseen set promises to be better")  # fmt: skip
+    add("--stop-chance", type=float, metavar="X", help="stop before the budget once no unseen set "
+        "has a higher probability than X of beating the plan by more than --stop-gain")  # fmt: skip
+    add("--stop-gain", type=float, metavar="Y", help="share of perplexity (0.001)")
+    add("--stop-width", type=float, metavar="Z",
+        help="stop once every value's 90%% interval is within +-Z of the utility")  # fmt: skip
     add("--engine", help="transformers (default) or vllm")
     add("--engine-option", action="append", metavar="KEY=VALUE", type=_option,
         help="of the engine; may be repeated. For vllm: path=auto|scoring|requests, and any "
@@ -171,6 +175,7 @@ def _add_cost(commands: Any) -> None:
     add("--num-windows", type=int, help="calibration windows in all (10)")
     add("--heldout-windows", type=int, help="held-out windows in all (64)")
     add("--length", type=int, help="tokens of a window (128)")
+    add("--goal", help="what masks are chosen for: both (default), plan, or values alone")
     add("--round-size", type=int, help="masks of a search round, at least (number of layers)")
     add("--seed", type=int, help="seed of the sampled masks (0)")
     add("--dtype", help="float32 (default), bfloat16, float16")

@@ -20,10 +20,11 @@ POOLS = ("local", "ray")
 DTYPES = ("float32", "bfloat16", "float16")
 SURROGATES = ("auto", "gp", "ridge", "gp+ridge", "paper")
 UTILITIES = ("neg_nll", "ppl_ratio")
+GOALS = ("both", "plan", "values")
 
 CHANGEABLE = (
     "budget", "pool", "engines", "engine", "engine_options", "grace_s", "progress_s",
-    "stop_when_stable",
+    "stop_chance", "stop_gain", "stop_width",
 )  # fmt: skip
 """Keys that may differ when a run is resumed in its folder; another engine must play the same
 game."""
@@ -34,6 +35,7 @@ _CHOICES = {
     "dtype": DTYPES,
     "surrogate": SURROGATES,
     "utility": UTILITIES,
+    "goal": GOALS,
 }
 _LEAST = {
     "num_windows": 1,
@@ -77,10 +79,18 @@ class RunConfig:
     """Shapley sizes (before the player joins); default (P - max_removed, P - 1)."""
     utility: str = "neg_nll"
     surrogate: str = "auto"
+    goal: str = "both"
+    """What masks are chosen for: the `plan`, the `values` (then no set is searched), or `both`."""
     round_size: int | None = None
-    """Masks of a mixed round, at least; default: the number of players."""
-    stop_when_stable: bool = False
-    """Stop before the budget when no unseen set promises to be better."""
+    """Masks of a round from the second on, at least; default: the number of players."""
+    stop_chance: float | None = None
+    """Stop before the budget once no unseen set has a higher probability than this of beating the
+    plan by more than `stop_gain`."""
+    stop_gain: float = 0.001
+    """Share of perplexity that `stop_chance` is about."""
+    stop_width: float | None = None
+    """Stop before the budget once every value's 90% interval reaches at most this far to either
+    side, in the utility's units. With `stop_chance`: once both hold."""
     engine: str = "transformers"
     pool: str = "local"
     engines: int | str = 1
@@ -115,9 +125,12 @@ class RunConfig:
         for key in ("grace_s", "progress_s"):
             value = getattr(self, key)
             _require(isinstance(value, int | float) and value > 0, key, value, "seconds above 0")
-        for key in ("bos", "stop_when_stable"):
+        for key, most in (("stop_chance", 1.0), ("stop_gain", 1.0), ("stop_width", float("inf"))):
             value = getattr(self, key)
-            _require(isinstance(value, bool), key, value, "true or false")
+            fits = isinstance(value, int | float) and 0 < value < most
+            above = f"a number above 0 and below {most:g}" if most == 1.0 else "a number above 0"
+            _require(fits or (value is None and key != "stop_gain"), key, value, above)
+        _require(isinstance(self.bos, bool), "bos", self.bos, "true or false")
         for key in ("model", "out", "text_field"):
             value = getattr(self, key)
             _require(isinstance(value, str) and value != "", key, value, "a text")

@@ -40,7 +40,7 @@ from lpserve.outcome import Outcome, ScoredRun, analyse, candidate_masks, make_p
 from lpserve.pool import EnginePool, LocalPool, UnitResult, pinned
 from lpserve.progress import Progress
 from lpserve.report import write_outputs
-from lpserve.rounds import History, RoundPlanner, RoundSettings
+from lpserve.rounds import History, RoundPlanner, RoundSettings, StopRules
 from lpserve.runfolder import CONFIG_FORMAT, RunFolder
 from lpserve.scoreboard import Request, Scoreboard
 from lpserve.signals import Signals, heeded_signals
@@ -362,10 +362,17 @@ class _Job:
             nll_MN=nll_MN,
             num_tokens_N=self.calibration.num_tokens_N,
             sources=tuple(self.planner.sources[key] for key in keys(masks_MP)),
+            passed_by_MP=from_keys(sorted(self.planner.passed_by), info.num_players),
+            stopped=self._why_ended(len(masks_MP)),
             heldout_masks_MP=masks_MP[:0],
             heldout_nll_MN=np.empty((0, self.heldout.num_windows), dtype=np.float32),
             heldout_num_tokens_N=self.heldout.num_tokens_N,
         )
+
+    def _why_ended(self, num_masks: int) -> str:
+        if num_masks >= self.config.budget:
+            return f"the budget of {self.config.budget} masks is spent"
+        return self.planner.stopped or "every mask that plan and values can use is scored"
 
     def write_config(self, stored: dict[str, Any] | None) -> None:
         """config.json and windows.npz: everything needed to repeat the run."""
@@ -433,7 +440,8 @@ def _round_settings(config: RunConfig, num_players: int) -> RoundSettings:
         seed=config.seed,
         surrogate=config.surrogate,
         round_size=config.round_size,
-        stop_when_stable=config.stop_when_stable,
+        goal=config.goal,
+        stop=StopRules(chance=config.stop_chance, gain=config.stop_gain, width=config.stop_width),
     )
 
 

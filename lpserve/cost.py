@@ -16,7 +16,7 @@ Notation: M masks, P players (layers), N windows, T tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from lpserve.checkpoint import Checkpoint, TensorEntry, find_layer_prefix, read_checkpoint
 from lpserve.errors import InputError
-from lpserve.masks import full_mask, sort_distinct, trie_player_forwards
+from lpserve.masks import full_mask, keys, sort_distinct, trie_player_forwards
 from lpserve.plan import ranking_mask
 from lpserve.rounds import History, RoundPlanner, RoundSettings
 from lpserve.types import BoolArray, FloatArray, IntArray
@@ -179,7 +179,6 @@ def cost(settings: CostSettings) -> Cost:
     rounds_settings = RoundSettings(
         num_players=players, max_removed=removed, sizes=(players - removed, players - 1),
         seed=settings.seed, surrogate="ridge", round_size=settings.round_size or players,
-        stop_when_stable=False,
     )  # fmt: skip
     least = rounds_settings.minimum_budget()
     if settings.budget < least:
@@ -327,20 +326,28 @@ class _StandIn(RoundPlanner):
         self._most, self._loss_P = settings.max_removed, loss_P
         self._rng = np.random.default_rng([settings.seed, settings.num_players])
 
-    def _due(self, num_masks: int) -> bool:
-        return False
+    def _fit(self, masks_MP: BoolArray, utilities_M: FloatArray, search_M: FloatArray) -> bool:
+        return True
+
+    def _with_a_chance(
+        self, options_QP: BoolArray, masks_MP: BoolArray, search_M: FloatArray
+    ) -> BoolArray:
+        return options_QP
 
     def _rankings(self, index: int) -> list[BoolArray]:
         return [ranking_mask(self._loss_P, (r + index) % self._most + 1) for r in range(self._most)]
 
-    def _hopes(self, masks_MP: BoolArray, search_M: FloatArray) -> BoolArray:
+    def _hopes(
+        self, masks_MP: BoolArray, search_M: FloatArray, count: int, batch: Sequence[BoolArray]
+    ) -> BoolArray:
         sets = [
             ranking_mask(self._loss_P * self._rng.lognormal(0.0, 0.5, len(self._loss_P)), r)
             for _ in range(_PROPOSALS)
             for r in range(1, self._most + 1)
         ]
         distinct, _ = sort_distinct(np.array(sets))
-        return distinct[self._rng.permutation(len(distinct))]
+        fresh = distinct[[key not in self._seen for key in keys(distinct)]]
+        return fresh[self._rng.permutation(len(fresh))[:count]]
 
 
 def sample_rounds(settings: RoundSettings, budget: int) -> list[BoolArray]:

@@ -31,7 +31,7 @@ from lpserve.types import BoolArray, FloatArray
 COMPONENTS = {"ridge": "ab", "gp": "av", "gp+ridge": "abv"}
 """Kind of surrogate -> components beyond the constant and the nugget."""
 JITTER = 1e-10
-PRIOR_DECAY, PRIOR_GROWTH = 1.0, 0.1
+PRIOR_DECAY, PRIOR_GROWTH = 1.0, 0.3
 """Standard deviations over players of log lambda_i and of g_i."""
 _MAX_STEPS = 60
 _BLOCK = 64
@@ -60,8 +60,12 @@ class MaskKernel:
             if self.pairs:
                 gram_QM += 0.5 * self.pairs * (inner_QM**2 - left.shape[1])
         if self.product:
-            gram_QM += self.product * np.exp(_log_product(self, left, right))
+            gram_QM += self.products(masks_QP, masks_MP)
         return gram_QM
+
+    def products(self, masks_QP: BoolArray, masks_MP: BoolArray) -> FloatArray:
+        """The product part alone, `float64[Q, M]`."""
+        return self.product * np.exp(_log_product(self, _dropped(masks_QP), _dropped(masks_MP)))
 
     def nugget_of(self, masks_MP: BoolArray) -> FloatArray:
         """Variance of each mask's own part, `float64[M]`."""

@@ -119,7 +119,9 @@ def make_plan(
     for player in protected:
         if not 0 <= player < scored.num_players:
             raise InputError(f"protected player {player} is not one of 0..{scored.num_players - 1}")
-    greedy = greedy_path(scored.masks_MP, analysis.utilities_M, most)
+    greedy = greedy_path(
+        scored.masks_MP, analysis.utilities_M, most, set(keys(scored.passed_by_MP))
+    )
     order_P = analysis.values.values_P.copy()
     order_P[list(protected)] = np.inf
     sources = dict(zip(keys(scored.masks_MP), scored.sources, strict=True))

@@ -1,16 +1,15 @@
-"""Choosing sets: the greedy step, the search on a surrogate, the ranking, and the plan itself.
+"""Choosing sets: the greedy step, the ranking, and the plan itself.
 
 Proposes and judges, never scores. A set is given by the mask that keeps the rest. Everything is
 deterministic; ties go to the smaller mask key.
 
-Notation: M masks, P players, Q queried masks, r = number removed.
+Notation: M masks, P players, r = number removed.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,10 @@ from typing import Any
 import numpy as np
 
 from lpserve.errors import InputError
-from lpserve.masks import (
-    all_masks,
-    drop_one,
-    keys,
-    pack,
-    removed_players,
-    sort_distinct,
-    swap_one,
-    without,
-)
+from lpserve.masks import drop_one, keys, removed_players, without
 from lpserve.types import BoolArray, FloatArray
 
 PLAN_FORMAT = 1
-MAX_EXHAUSTIVE = 20_000
-"""Strata up to this size are searched whole; larger ones by beam search over swaps."""
-_BEAM = 8
-_MAX_STEPS = 20
-_SHORTLIST = 64
 
 
 def best_row(masks_MP: BoolArray, utilities_M: FloatArray) -> int | None:
@@ -55,58 +40,32 @@ def ranking_mask(values_P: FloatArray, num_removed: int) -> BoolArray:
     return without(len(values_P), [int(i) for i in order[:num_removed]])
 
 
-def likely_best(
-    mean: Callable[[BoolArray], FloatArray],
-    num_players: int,
-    num_removed: int,
-    starts_MP: BoolArray,
-) -> BoolArray:
-    """The sets of one size that a surrogate likes best, best first, `bool[<=64, P]`.
-
-    Exhaustive where C(P, r) is small, else beam search over swaps from `starts_MP`.
-    """
-    if math.comb(num_players, num_removed) <= MAX_EXHAUSTIVE:
-        pool = all_masks(num_players, num_players - num_removed)
-        return _top(pool, mean(pool), _SHORTLIST)[0]
-    pool, _ = sort_distinct(starts_MP)
-    pool, value = _top(pool, mean(pool), _SHORTLIST)
-    expanded: set[bytes] = set()
-    for _ in range(_MAX_STEPS):
-        fresh = [row for row, key in enumerate(keys(pool[:_BEAM])) if key not in expanded]
-        if not fresh:
-            break
-        expanded.update(keys(pool[fresh]))
-        near, _ = sort_distinct(np.concatenate([swap_one(pool[row]) for row in fresh]))
-        held = set(keys(pool))
-        near = near[[key not in held for key in keys(near)]]
-        merged = np.concatenate([pool, near])
-        pool, value = _top(merged, np.concatenate([value, mean(near)]), _SHORTLIST)
-    return pool
-
-
-def _top(masks_QP: BoolArray, value_Q: FloatArray, count: int) -> tuple[BoolArray, FloatArray]:
-    """The highest values, ties to the smaller key."""
-    order = np.lexsort((*pack(masks_QP).T[::-1], -value_Q))[:count]
-    return masks_QP[order], value_Q[order]
-
-
-def greedy_path(masks_MP: BoolArray, utilities_M: FloatArray, max_removed: int) -> list[BoolArray]:
+def greedy_path(
+    masks_MP: BoolArray,
+    utilities_M: FloatArray,
+    max_removed: int,
+    passed_by: Collection[bytes] = (),
+) -> list[BoolArray]:
     """Drop the player whose loss costs least, again and again, among scored masks (SLEB's rule).
 
     Stops where a step's masks were not all asked for: the path is then shorter than `max_removed`.
+
+    Args:
+        passed_by: keys of masks that a step need not score, since they had no chance to be best.
     """
     row_of = {key: row for row, key in enumerate(keys(masks_MP))}
     current = np.ones(masks_MP.shape[1], dtype=bool)
     path: list[BoolArray] = []
     for _ in range(max_removed):
         options = drop_one(current)
-        rows = [row_of.get(key) for key in keys(options)]
-        if any(row is None for row in rows):
+        found = [(key, row_of.get(key)) for key in keys(options)]
+        if any(row is None and key not in passed_by for key, row in found):
             break
-        best = best_row(options, utilities_M[np.array(rows)])
+        rows = np.array([row for _, row in found if row is not None], dtype=np.int64)
+        best = best_row(masks_MP[rows], utilities_M[rows])
         if best is None:
             break
-        current = options[best]
+        current = masks_MP[rows[best]]
         path.append(current)
     return path
 

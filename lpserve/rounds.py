@@ -1,18 +1,21 @@
-"""Which masks each round asks for.
+"""Which masks each round asks for, and when a run may end before its budget.
 
 The masks of round n depend only on the settings (with their seed) and on the complete results of
 rounds up to n-2, so that the engines work on round n-1 meanwhile; never on arrival order, on the
 number of engines or on what a store already held. The budget cuts the sequence and changes nothing
-else in it. Even rounds walk the greedy path, odd ones mix sets that the surrogate hopes for with
-masks that say most about the values (`lpserve.acquisition`); once the path is walked every round is
-a mix.
+else in it. Even rounds begin with a step of the greedy path until it is walked; what room a round
+has left goes to sets that may beat the best (`lpserve.search`) and to masks that say most about the
+values (`lpserve.acquisition`). Until the path is walked the search comes first: it is then that
+a score says most about the sets.
 
     round 0   all kept; every single player dropped (greedy step 1); none kept where the values
               need it
     round 1   stratified random masks
     round 2   greedy step 2; for every r, the r players whose single loss cost least
-    round 3   hopes for every r, masks for the values
+    round 3   hopes for every r
+    round 4   greedy step 3, but for what has no chance to be its best; hopes
     ...
+    later     hopes, rankings by value, masks for the values
 
 Notation: M masks, P players, N windows.
 """
@@ -24,21 +27,50 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 from lpserve.acquisition import HEAD_COST, candidate_pool, most_telling
 from lpserve.masks import StratifiedDesign, drop_one, full_mask, keys, removed_players, without
-from lpserve.plan import greedy_path, likely_best, ranking_mask
-from lpserve.shapley import kernel_values
+from lpserve.plan import greedy_path, ranking_mask
+from lpserve.search import chance_of_better, hopeful, likely_best, not_hopeless
+from lpserve.shapley import Z90, kernel_values, value_calibration
 from lpserve.surrogate import Surrogate, kernel_of, make_surrogate
 from lpserve.types import BoolArray, FloatArray
 
-_VALUES_SHARE = 3  # at least one in three masks of a mixed round is for the values
+_VALUES_SHARE = 3  # once the path is walked one in three masks is for the values, rounded down
 _RANKING_SHARE = 4  # at most one in four of the others is a ranking's set
-_ROUND_GROWTH = 0.05  # a mixed round asks for at least this share of all masks before it
+_ROUND_GROWTH = 0.05  # a round asks for at least this share of all masks before it
 _PAPER_REFIT_GROWTH = 1.5
-_DOUBT = 1.5  # the search's standard deviations are this much wider than leave-one-out says
-_WORTH = 1e-4  # expected improvement (share of perplexity, or nats) that is worth a score
+_FIRST_JUDGED = 4  # the first round that knows random masks: before it no set is called hopeless
+_STARTS = 4  # sets of each kind that a beam search starts from
+_RULE_ROUNDS = 2  # rounds in a row in which a stop rule must hold: one fit may be a fluke
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopRules:
+    """When a run may end before its budget: every rule that is given must hold."""
+
+    chance: float | None = None
+    """No unseen set has a higher probability than this of beating the plan by more than `gain`."""
+    gain: float = 0.001
+    """Share of perplexity."""
+    width: float | None = None
+    """Every value's 90% interval reaches at most this far to either side, in the utility's units;
+    masks that were not scored alone, not other windows."""
+
+    @property
+    def given(self) -> bool:
+        return self.chance is not None or self.width is not None
+
+    def __str__(self) -> str:
+        said = []
+        if self.chance is not None:
+            said.append(
+                f"no unseen set has a higher probability than {self.chance:g} of beating the plan "
+                f"by more than {100 * self.gain:g}% of perplexity"
+            )
+        if self.width is not None:
+            said.append(f"every value's 90% interval is within +- {self.width:g}")
+        return " and ".join(said)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +83,10 @@ class RoundSettings:
     seed: int
     surrogate: str
     round_size: int
-    """Masks of a mixed round, at least."""
-    stop_when_stable: bool
+    """Masks of a round from the second on, at least."""
+    stop: StopRules = StopRules()
+    goal: str = "both"
+    """What masks are for: `plan`, `values` (no path is walked, no set is searched), or `both`."""
 
     def minimum_budget(self) -> int:
         """Masks of rounds 0 to 2 up to the first scored set for every r."""
@@ -100,8 +134,14 @@ class RoundPlanner:
         self._num_proposed = 0
         self._last = np.empty((0, settings.num_players), dtype=bool)
         """The round proposed last: being scored while the next is chosen."""
-        self._quiet_rounds = 0
+        self._rule_held = 0
         self._fitted_masks = 0
+        self._liked: dict[int, BoolArray] = {}
+        """For every r, what was liked best in the round before: where the next search starts."""
+        self.passed_by: set[bytes] = set()
+        """Masks of greedy steps that were not asked for: they had no chance to be the best."""
+        self.stopped = ""
+        """The rule that ended the run, if one did."""
         self.surrogate: Surrogate = make_surrogate(settings.surrogate, settings.seed)
         self._searcher = self.surrogate
         if search_utility is not None:
@@ -125,42 +165,107 @@ class RoundPlanner:
         if index == 1:
             return self._finish(self._take_design(self._settings.round_size))
         masks_MP, nll_MN = history.upto(index - 1)
-        utilities_M = self._utility(nll_MN)
-        if index % 2 == 0 and index // 2 < self._settings.max_removed:
-            batch = []
-            if index == 2:
-                batch += self._offer(
-                    _single_loss_sets(masks_MP, utilities_M, self._settings), "ranking"
-                )
-            path = greedy_path(masks_MP, utilities_M, index // 2)
-            if len(path) == index // 2:
-                batch += self._offer(drop_one(path[-1]), "greedy")
-            if batch:
-                return self._finish(batch)
-        return self._mixed(index, masks_MP, nll_MN)
-
-    def _mixed(self, index: int, masks_MP: BoolArray, nll_MN: NDArray[np.float32]) -> BoolArray:
         utilities_M, search_M = self._utility(nll_MN), self._search_utility(nll_MN)
-        settings = self._settings
-        size = max(settings.round_size, int(_ROUND_GROWTH * self._num_proposed))
-        walking = index < 2 * settings.max_removed
-        batch: list[BoolArray] = []
-        finite = np.isfinite(utilities_M) & np.isfinite(search_M)
-        if finite.sum() >= 3:
-            if self._due(int(finite.sum())):
-                self.surrogate.fit(masks_MP[finite], utilities_M[finite])
-                if self._searcher is not self.surrogate:
-                    self._searcher.fit(masks_MP[finite], search_M[finite])
-            room = size - max(1, size // _VALUES_SHARE)
-            share = max(1, room // _RANKING_SHARE)
-            batch += self._offer(self._rankings(index), "ranking", most=share)
-            batch += self._offer(self._hopes(masks_MP, search_M), "search", most=room - len(batch))
-        self._quiet_rounds = 0 if batch or walking else self._quiet_rounds + 1
-        if settings.stop_when_stable and self._quiet_rounds >= 2:
-            return np.empty((0, settings.num_players), dtype=bool)
+        fitted = self._fit(masks_MP, utilities_M, search_M)
+        size = max(self._settings.round_size, int(_ROUND_GROWTH * self._num_proposed))
+        goal = self._settings.goal
+        walking = goal != "values" and index < 2 * self._settings.max_removed
+        batch = []
+        if index == 2:
+            sets = _single_loss_sets(masks_MP, utilities_M, self._settings)
+            batch += self._offer(sets, "ranking")
+        if walking and index % 2 == 0:
+            batch += self._walk(index, masks_MP, utilities_M, search_M, judge=fitted)
+        if fitted and not walking and self._may_stop(masks_MP, search_M):
+            return self._finish([])
+        room = size - len(batch)
+        if fitted and room > 0 and goal != "values":
+            found: list[BoolArray] = []
+            if not walking:
+                room -= room // _VALUES_SHARE if goal == "both" else 0
+                share = max(1, room // _RANKING_SHARE)
+                found = self._offer(self._rankings(index), "ranking", most=share)
+            hopes_QP = self._hopes(masks_MP, search_M, room - len(found), [*batch, *found])
+            batch += found + self._offer(hopes_QP, "search")
         batch += self._telling(index, size - len(batch), batch)
         batch += self._take_design(size - len(batch))
         return self._finish(batch)
+
+    def _fit(self, masks_MP: BoolArray, utilities_M: FloatArray, search_M: FloatArray) -> bool:
+        """Refit to the finite scores; False where they are too few."""
+        finite = np.isfinite(utilities_M) & np.isfinite(search_M)
+        if finite.sum() < 3:
+            return False
+        if self._due(int(finite.sum())):
+            self.surrogate.fit(masks_MP[finite], utilities_M[finite])
+            if self._searcher is not self.surrogate:
+                self._searcher.fit(masks_MP[finite], search_M[finite])
+        return True
+
+    def _walk(
+        self,
+        index: int,
+        masks_MP: BoolArray,
+        utilities_M: FloatArray,
+        search_M: FloatArray,
+        *,
+        judge: bool,
+    ) -> list[BoolArray]:
+        """The next greedy step; with `judge`, without what the surrogate calls hopeless."""
+        path = greedy_path(masks_MP, utilities_M, index // 2, self.passed_by)
+        if len(path) < index // 2:
+            return []
+        options = drop_one(path[-1])
+        if judge and index >= _FIRST_JUDGED:
+            options = self._with_a_chance(options, masks_MP, search_M)
+        return self._offer(options, "greedy")
+
+    def _with_a_chance(
+        self, options_QP: BoolArray, masks_MP: BoolArray, search_M: FloatArray
+    ) -> BoolArray:
+        """Those of a greedy step's sets that can be its best; the others are passed by."""
+        row_of = {key: row for row, key in enumerate(keys(masks_MP))}
+        option_keys = keys(options_QP)
+        known_Q = np.array([search_M[row_of[k]] if k in row_of else np.nan for k in option_keys])
+        chance_Q = not_hopeless(self._searcher, options_QP, known_Q)
+        for key, chance in zip(option_keys, chance_Q, strict=True):
+            if not chance and key not in self._seen:
+                self.passed_by.add(key)
+        return options_QP[chance_Q]
+
+    def _may_stop(self, masks_MP: BoolArray, search_M: FloatArray) -> bool:
+        """Whether the stop rules have held for two rounds; notes them."""
+        rules = self._settings.stop
+        if not rules.given:
+            return False
+        holds = (rules.chance is None or self._settled(masks_MP, search_M)) and (
+            rules.width is None or self._narrow(rules.width)
+        )
+        self._rule_held = self._rule_held + 1 if holds else 0
+        if self._rule_held >= _RULE_ROUNDS:
+            self.stopped = str(rules)
+        return bool(self.stopped)
+
+    def _settled(self, masks_MP: BoolArray, search_M: FloatArray) -> bool:
+        rules, best_of = self._settings.stop, self._best_of(masks_MP, search_M)
+        assert rules.chance is not None
+        for r, sets_QP in self._likely(masks_MP, search_M).items():
+            if not np.isfinite(best_of[r]):
+                return False
+            chance_Q = chance_of_better(self._searcher, sets_QP, best_of[r], rules.gain)
+            if chance_Q.max(initial=0.0) > rules.chance:
+                return False
+        return True
+
+    def _narrow(self, width: float) -> bool:
+        kernel = kernel_of(self.surrogate)
+        if kernel is None:
+            return False
+        sizes = self._settings.sizes
+        if Z90 * kernel_values(kernel, sizes).stderr_P.max() > width:
+            return False  # the folds, which take time, would hardly narrow it
+        values = kernel_values(kernel, sizes, calibration=value_calibration(kernel, sizes))
+        return bool(Z90 * values.stderr_P.max() <= width)
 
     def _telling(self, index: int, count: int, batch: Sequence[BoolArray]) -> list[BoolArray]:
         """Masks that say most about the values; none from a surrogate that cannot tell."""
@@ -171,11 +276,9 @@ class RoundPlanner:
         rng = np.random.default_rng([settings.seed, index])
         pool = candidate_pool(settings.num_players, settings.sizes, rng)
         pool = pool[[key not in self._seen for key in keys(pool)]]
-        pending = [*self._last, *batch]
         picks = most_telling(
             kernel, settings.sizes, pool, count,
-            pending_MP=np.array(pending, dtype=bool).reshape(len(pending), settings.num_players),
-            head_cost=HEAD_COST,
+            pending_MP=self._pending(batch), head_cost=HEAD_COST,
         )  # fmt: skip
         return self._offer(picks, "values")
 
@@ -187,34 +290,48 @@ class RoundPlanner:
         self._fitted_masks = num_masks
         return True
 
-    def _hopes(self, masks_MP: BoolArray, search_M: FloatArray) -> BoolArray:
-        """Unseen sets by expected improvement on the best scored set of their size, `bool[Q, P]`.
+    def _best_of(self, masks_MP: BoolArray, search_M: FloatArray) -> dict[int, float]:
+        """Number removed -> best scored search utility, -inf where there is none."""
+        removed_M = (~masks_MP).sum(axis=1)
+        finite_M = np.where(np.isfinite(search_M), search_M, -np.inf)
+        return {
+            r: float(finite_M[removed_M == r].max(initial=-np.inf))
+            for r in range(1, self._settings.max_removed + 1)
+        }
 
-        All r compete; improvements below `_WORTH` are not worth a score.
-        """
+    def _likely(self, masks_MP: BoolArray, search_M: FloatArray) -> dict[int, BoolArray]:
+        """For every r the unseen sets that the search's surrogate likes best, `bool[Q, P]`."""
         settings = self._settings
         removed_M = (~masks_MP).sum(axis=1)
         values_P = current_values(self.surrogate, settings.sizes)
-        sets, gains = [], []
+        likely: dict[int, BoolArray] = {}
         for r in range(1, settings.max_removed + 1):
             rows = np.flatnonzero((removed_M == r) & np.isfinite(search_M))
             starts = [without(settings.num_players, range(r))]
             if values_P is not None:
                 starts.append(ranking_mask(values_P, r))
-            top = rows[np.argsort(-search_M[rows], kind="stable")[:4]]
-            starts += list(masks_MP[top])
-            likely = likely_best(self._searcher.mean, settings.num_players, r, np.array(starts))
-            likely = likely[[key not in self._seen for key in keys(likely)]]
-            if len(likely):
-                mean_Q, std_Q = self._searcher.predict(likely)
-                best = float(search_M[top[0]]) if len(top) else -np.inf
-                sets.append(likely)
-                gains.append(expected_improvement(mean_Q, _DOUBT * std_Q, best))
-        if not sets:
-            return np.empty((0, settings.num_players), dtype=bool)
-        pool_QP, gain_Q = np.concatenate(sets), np.concatenate(gains)
-        order = np.argsort(-gain_Q, kind="stable")
-        return pool_QP[order[gain_Q[order] > _WORTH]]
+            starts += list(masks_MP[rows[np.argsort(-search_M[rows], kind="stable")[:_STARTS]]])
+            starts += list(self._liked.get(r, []))
+            found = likely_best(self._searcher, settings.num_players, r, np.array(starts))
+            self._liked[r] = found[:_STARTS]
+            likely[r] = found[[key not in self._seen for key in keys(found)]]
+        return likely
+
+    def _hopes(
+        self, masks_MP: BoolArray, search_M: FloatArray, count: int, batch: Sequence[BoolArray]
+    ) -> BoolArray:
+        """Unseen sets that may beat the best scored one of their size; all r compete."""
+        likely = self._likely(masks_MP, search_M)
+        return hopeful(
+            self._searcher, np.concatenate(list(likely.values())),
+            self._best_of(masks_MP, search_M), count, pending_MP=self._pending(batch),
+        )  # fmt: skip
+
+    def _pending(self, batch: Sequence[BoolArray]) -> BoolArray:
+        """What is being scored while this round is chosen, and what it has chosen so far."""
+        return np.concatenate(
+            [self._last, np.array(batch, dtype=bool).reshape(-1, self._settings.num_players)]
+        )
 
     def _rankings(self, index: int) -> list[BoolArray]:
         """The sets of lowest values for every r; another r leads in every round."""
@@ -253,15 +370,6 @@ class RoundPlanner:
         self._num_proposed += len(batch)
         self._last = np.array(batch, dtype=bool).reshape(len(batch), self._settings.num_players)
         return self._last
-
-
-def expected_improvement(mean_Q: FloatArray, std_Q: FloatArray, best: float) -> FloatArray:
-    """E max(u - best, 0) for u ~ N(mean, std^2) (Mockus 1975); infinite where nothing is scored."""
-    if not np.isfinite(best):
-        return np.full(len(mean_Q), np.inf)
-    std_Q = np.maximum(std_Q, 1e-12)
-    z_Q = (mean_Q - best) / std_Q
-    return std_Q * (z_Q * norm.cdf(z_Q) + norm.pdf(z_Q))
 
 
 def design_strata(settings: RoundSettings) -> list[list[int]]:

@@ -38,6 +38,10 @@ class ScoredRun:
     heldout_masks_MP: BoolArray
     heldout_nll_MN: NDArray[np.float32]
     heldout_num_tokens_N: IntArray
+    passed_by_MP: BoolArray
+    """Masks of greedy steps that were not scored, since they had no chance to be the best."""
+    stopped: str
+    """Why no more masks were asked for."""
     noise_nll: float = 0.0
     """Noise of a mask's score (`EngineInfo.noise_nll`): nats per token, root mean square."""
 
@@ -84,6 +88,7 @@ def write_scores(path: Path, scored: ScoredRun) -> None:
         "model": scored.model, "model_hash": scored.model_hash, "utility": scored.utility,
         "surrogate": scored.surrogate, "sizes": list(scored.sizes), "seed": scored.seed,
         "max_removed": scored.max_removed, "noise_nll": scored.noise_nll,
+        "stopped": scored.stopped,
         "players": [[p.index, p.layer, p.part] for p in scored.players],
     }  # fmt: skip
     temporary = path.with_name(f".{path.stem}.tmp.npz")
@@ -91,7 +96,7 @@ def write_scores(path: Path, scored: ScoredRun) -> None:
         temporary,
         about=np.array(json.dumps(about)),
         masks=scored.masks_MP, nll=scored.nll_MN, num_tokens=scored.num_tokens_N,
-        sources=np.array(scored.sources),
+        sources=np.array(scored.sources), passed_by=scored.passed_by_MP,
         heldout_masks=scored.heldout_masks_MP, heldout_nll=scored.heldout_nll_MN,
         heldout_num_tokens=scored.heldout_num_tokens_N,
     )  # fmt: skip
@@ -111,6 +116,7 @@ def read_scores(run: str | Path) -> ScoredRun:
                 players=tuple(Player(index=i, layer=n, part=p) for i, n, p in about["players"]),
                 masks_MP=data["masks"], nll_MN=data["nll"], num_tokens_N=data["num_tokens"],
                 sources=tuple(str(s) for s in data["sources"]),
+                passed_by_MP=data["passed_by"], stopped=about["stopped"],
                 heldout_masks_MP=data["heldout_masks"], heldout_nll_MN=data["heldout_nll"],
                 heldout_num_tokens_N=data["heldout_num_tokens"],
             )  # fmt: skip

@@ -243,9 +243,10 @@ def test_the_paper_surrogate_serves_a_whole_run(tmp_path, texts):
     assert result.outcome.plan.utility == "ppl_ratio"
 
 
-def test_stop_when_stable_ends_before_the_budget(tmp_path, texts):
-    result = run(make_config(tmp_path, texts, budget=250, stop_when_stable=True))
+def test_a_stop_rule_ends_before_the_budget_and_is_named(tmp_path, texts):
+    result = run(make_config(tmp_path, texts, budget=250, stop_chance=0.05, stop_gain=0.01))
     assert result.outcome.plan.masks_scored < 163  # all masks of the strata that a run may ask for
+    assert "beating the plan by more than 1%" in result.outcome.scored.stopped
 
 
 def test_engine_errors_are_runtime_errors_too():

@@ -74,7 +74,7 @@ def llama(folder: Path, layers: int, width: int, ffn: int, vocab: int, heads: in
 def round_settings(players: int, removed: int, seed: int, size: int) -> RoundSettings:
     return RoundSettings(
         num_players=players, max_removed=removed, sizes=(players - removed, players - 1),
-        seed=seed, surrogate="ridge", round_size=size, stop_when_stable=False,
+        seed=seed, surrogate="ridge", round_size=size,
     )  # fmt: skip
 
 

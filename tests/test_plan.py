@@ -9,22 +9,19 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from itertools import combinations
 
 import numpy as np
 import pytest
 
 from lpserve.errors import InputError
-from lpserve.masks import all_masks, keys, removed_players, swap_one, without
+from lpserve.masks import all_masks, keys, removed_players, without
 from lpserve.plan import (
-    MAX_EXHAUSTIVE,
     Candidate,
     Plan,
     PlanEntry,
     best_row,
     choose_candidates,
     greedy_path,
-    likely_best,
     load_plan,
     ranking_mask,
     removed_list,
@@ -86,60 +83,6 @@ def test_ranking_gives_ties_to_the_earlier_player():
     assert [removed_players(ranking_mask(values, r)) for r in range(6)] == [
         (), (1,), (1, 2), (1, 2, 4), (0, 1, 2, 4), (0, 1, 2, 3, 4),
     ]  # fmt: skip
-
-
-# -- likely_best -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize(
-    ("num_players", "num_removed"), [(1, 1), (6, 1), (9, 3), (12, 6), (10, 10)]
-)
-def test_small_sizes_are_searched_whole(num_players, num_removed, ties, rng):
-    utility = table_game(num_players, rng, ties=ties)
-    everything = [without(num_players, c) for c in combinations(range(num_players), num_removed)]
-    everything.sort(key=lambda m: (-float(utility(m[None])[0]), text(m)))
-    got = likely_best(utility, num_players, num_removed, np.empty((0, num_players), dtype=bool))
-    assert [text(m) for m in got] == [text(m) for m in everything[:64]]
-
-
-@pytest.mark.parametrize("trial", range(3))
-def test_beam_search_climbs_to_the_best_of_an_additive_function(trial, rng):
-    """From the worst set there is: every swap of a bad for a good player improves on it."""
-    num_players, num_removed = 40, 8
-    assert math.comb(num_players, num_removed) > 1000 * MAX_EXHAUSTIVE
-    weight = rng.normal(size=num_players)
-    calls = []
-
-    def mean(masks: np.ndarray) -> np.ndarray:
-        calls.append(len(masks))
-        return masks @ weight
-
-    worst = without(num_players, np.argsort(-weight)[:num_removed].tolist())
-    got = likely_best(mean, num_players, num_removed, worst[None])
-    assert removed_players(got[0]) == tuple(sorted(np.argsort(weight)[:num_removed].tolist()))
-    values = got @ weight
-    assert (np.diff(values) <= 0).all()
-    assert len(set(keys(got))) == len(got) == 64
-    assert ((~got).sum(axis=1) == num_removed).all()
-    assert sum(calls) < MAX_EXHAUSTIVE * 5
-
-
-def test_beam_search_ends_where_no_swap_of_its_best_improves(rng):
-    num_players, num_removed = 20, 7
-    main, pairs = rng.normal(size=num_players), np.triu(rng.normal(0, 0.3, (20, 20)), 1)
-
-    def mean(masks: np.ndarray) -> np.ndarray:
-        return masks @ main + np.einsum("mi,ij,mj->m", masks * 1.0, pairs, masks * 1.0)
-
-    starts = np.array([without(num_players, range(i, i + num_removed)) for i in (0, 5, 5, 13)])
-    assert math.comb(num_players, num_removed) > MAX_EXHAUSTIVE
-    got = likely_best(mean, num_players, num_removed, starts)
-    best = mean(got[:1])[0]
-    assert best >= mean(starts).max()
-    assert mean(swap_one(got[0])).max() <= best
-    again = likely_best(mean, num_players, num_removed, rng.permutation(starts))
-    np.testing.assert_array_equal(got, again)
 
 
 # -- greedy_path -------------------------------------------------------------------------------

@@ -97,6 +97,50 @@ class KernelSurrogate:
         std_Q = self.scale * max(1.0, self.calibration) * np.sqrt(np.maximum(variance_Q, 0.0))
         return self._or_empty(masks_QP, cross_QM @ self.alpha_M), std_Q
 
+    def joint(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+        """Predicted utilities `float64[Q]` of unscored masks and their covariance `float64[Q, Q]`.
+
+        Widened as `predict`'s standard deviations are.
+        """
+        assert self.kernel is not None
+        cross_QM = self.kernel.smooth(masks_QP, self.masks_MP)
+        half_MQ = self.whiten_MM @ cross_QM.T
+        cov_QQ = self.kernel.smooth(masks_QP, masks_QP) - half_MQ.T @ half_MQ
+        cov_QQ[np.diag_indices_from(cov_QQ)] += self.kernel.nugget_of(masks_QP)
+        cov_QQ *= (self.scale * max(1.0, self.calibration)) ** 2
+        return self.offset + self.scale * (cross_QM @ self.alpha_M), cov_QQ
+
+    def swap_means(self, mask_P: BoolArray) -> FloatArray:
+        """Predicted utility of every swap of a kept for a dropped player, `float64[kept, dropped]`.
+
+        The smooth part alone, which for scored masks leaves out what is their own. Two players
+        change a product by two factors and an inner product by two terms, so that the whole
+        neighbourhood is a few products of matrices, [kept, M] by [M, dropped].
+        """
+        kernel = self.kernel
+        assert kernel is not None
+        kept, dropped = np.flatnonzero(mask_P), np.flatnonzero(~mask_P)
+        coded_MP = 2.0 * self.masks_MP - 1.0
+        inner_M = coded_MP @ (2.0 * mask_P - 1.0)
+        alpha_M = self.alpha_M
+        # dropping i changes the inner product by -2 z_i, bringing j back by 2 z_j
+        out_MK, back_MD = -2.0 * coded_MP[:, kept], 2.0 * coded_MP[:, dropped]
+        pairs = 0.5 * kernel.pairs
+        ridge_M = kernel.constant + kernel.linear * inner_M
+        ridge_M += pairs * (inner_M**2 - len(mask_P) + 8.0)  # + 8: two squared changes of 4
+        slope_M = alpha_M * (kernel.linear + 2.0 * pairs * inner_M)
+        mean_KD = np.full((len(kept), len(dropped)), float(alpha_M @ ridge_M))
+        mean_KD += (slope_M @ out_MK)[:, None] + slope_M @ back_MD
+        if pairs:
+            mean_KD += 2.0 * pairs * ((out_MK * alpha_M[:, None]).T @ back_MD)
+        if kernel.product:
+            here_M = kernel.products(mask_P[None], self.masks_MP)[0]
+            # dropping i: exp(g_i + lambda_i) where the other mask drops it too, else g_i - lambda_i
+            change_MP = np.exp(kernel.growth_P - coded_MP * kernel.decay_P)
+            weighted_MK = change_MP[:, kept] * (alpha_M * here_M)[:, None]
+            mean_KD += weighted_MK.T @ (1.0 / change_MP[:, dropped])
+        return self.offset + self.scale * mean_KD
+
     def _or_empty(self, masks_QP: BoolArray, scaled_Q: FloatArray) -> FloatArray:
         """Utilities from scaled ones; the empty coalition's as it was scored."""
         mean_Q = self.offset + self.scale * scaled_Q

@@ -99,7 +99,7 @@ def play(
     """The masks that a run asks for, in order."""
     settings = RoundSettings(
         num_players=game.num_players, max_removed=max_removed, sizes=sizes, seed=seed,
-        surrogate="auto", round_size=game.num_players, stop_when_stable=False,
+        surrogate="auto", round_size=game.num_players,
     )  # fmt: skip
 
     def of(name: str):  # noqa: ANN202
