@@ -30,12 +30,13 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from lpserve import search
 from lpserve.checkpoint import read_checkpoint
 from lpserve.config import RunConfig, as_json
 from lpserve.dispatcher import Dispatcher, GivenUp
 from lpserve.engine.vllm_options import check_options as check_vllm_options
 from lpserve.errors import EngineError, InputError, LpserveError, RunInterrupted
-from lpserve.masks import from_keys, keys
+from lpserve.masks import from_keys, key_text, keys
 from lpserve.outcome import Outcome, ScoredRun, analyse, candidate_masks, make_plan
 from lpserve.pool import EnginePool, LocalPool, UnitResult, pinned
 from lpserve.progress import Progress
@@ -51,7 +52,6 @@ from lpserve.windows import TokenWindows, WindowRequest, cut_windows
 _POLL_S = 0.2
 _PROPOSAL_POLL_S = 0.01
 _COMMIT_TOGETHER = 64
-SEARCH_UTILITY = "ppl_ratio"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,8 +181,8 @@ class _Job:
         self.planner = RoundPlanner(
             self.settings,
             lambda nll_MN: self.utility(config.utility, nll_MN),
-            None if config.utility == SEARCH_UTILITY
-            else lambda nll_MN: self.utility(SEARCH_UTILITY, nll_MN),
+            None if config.utility == search.UTILITY
+            else lambda nll_MN: self.utility(search.UTILITY, nll_MN),
         )  # fmt: skip
         self.history = History()
         self.signals = signals
@@ -269,7 +269,7 @@ class _Job:
     def accept(self, result: UnitResult | GivenUp) -> None:
         self.board.accept(result)
         if isinstance(result, GivenUp):
-            mask = mask_text(keys(result.unit.masks_MP)[0], self.settings.num_players)
+            mask = key_text(keys(result.unit.masks_MP)[0], self.settings.num_players)
             self.folder.event("quarantined", mask=mask, reason=result.reason)
             self.progress.note(f"mask {mask} cannot be scored and is left out: {result.reason}")
         elif result.scores is not None:
@@ -338,7 +338,7 @@ class _Job:
             scored=scored,
             analysis=analysis,
             plan=make_plan(scored, analysis),
-            quarantined={mask_text(k, self.settings.num_players): reason for k, reason in
+            quarantined={key_text(k, self.settings.num_players): reason for k, reason in
                          {**calibration.quarantined, **self.board.quarantined}.items()},
         )  # fmt: skip
         write_outputs(self.folder, outcome, config_json=self.described)
@@ -361,6 +361,7 @@ class _Job:
             masks_MP=masks_MP,
             nll_MN=nll_MN,
             num_tokens_N=self.calibration.num_tokens_N,
+            corpora=tuple((name, count) for name, count in self.calibration.corpora),
             sources=tuple(self.planner.sources[key] for key in keys(masks_MP)),
             passed_by_MP=from_keys(sorted(self.planner.passed_by), info.num_players),
             stopped=self._why_ended(len(masks_MP)),
@@ -494,8 +495,3 @@ def _refuse_other_windows(
                 f"run folder {folder.path} belongs to another run: the {name} text has changed "
                 "since; choose another --out"
             )
-
-
-def mask_text(key: bytes, num_players: int) -> str:
-    """A mask key as 0 and 1, player 0 first."""
-    return "".join("01"[int(bit)] for bit in from_keys([key], num_players)[0])

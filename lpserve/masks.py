@@ -62,6 +62,11 @@ def from_keys(mask_keys: Sequence[bytes], num_players: int) -> BoolArray:
     return np.unpackbits(packed, axis=1, count=num_players).astype(bool)
 
 
+def key_text(key: bytes, num_players: int) -> str:
+    """A mask key as 0 and 1, player 0 first."""
+    return "".join("01"[int(bit)] for bit in from_keys([key], num_players)[0])
+
+
 def sort_distinct(masks_MP: BoolArray) -> tuple[BoolArray, IntArray]:
     """Distinct masks in key order `bool[D, P]`, and for each input mask its row among them."""
     masks_MP = np.asarray(masks_MP, dtype=bool)

@@ -7,23 +7,26 @@ Notation: M masks, P players, N windows, r = number removed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lpserve import search
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, keys, without
 from lpserve.plan import (
     Candidate,
     Plan,
     PlanEntry,
+    Unseen,
     choose_candidates,
     greedy_path,
     ranking_mask,
     removed_list,
 )
 from lpserve.scored import ScoredRun
+from lpserve.sensitivity import Stability, set_stability
 from lpserve.shapley import (
     Z90,
     ShapleyValues,
@@ -48,6 +51,8 @@ class Analysis:
     heldout: HeldOut
     predicted_M: FloatArray
     """Each mask's utility as predicted from the other masks; NaN where unknown."""
+    searcher: Surrogate
+    """Of the utility that sets are searched on (`lpserve.search.UTILITY`)."""
     values: ShapleyValues
     lowest_probability_P: FloatArray
     """Probability that a player is among the `max_removed` lowest values."""
@@ -73,6 +78,10 @@ def analyse(scored: ScoredRun) -> Analysis:
     masks_MP, finite_M = scored.masks_MP[rows], utilities_M[rows]
     surrogate = make_surrogate(scored.surrogate, scored.seed)
     surrogate.fit(masks_MP, finite_M, scored.noise_of(finite_M))
+    searcher = surrogate
+    if scored.utility != search.UTILITY:
+        searcher = make_surrogate(scored.surrogate, scored.seed)
+        searcher.fit(masks_MP, scored.utility_of(scored.nll_MN[rows], search.UTILITY))
     values = _values(scored, surrogate, rows, finite_M)
     predicted_M = np.full(len(utilities_M), np.nan)
     kernel = kernel_of(surrogate)
@@ -83,6 +92,7 @@ def analyse(scored: ScoredRun) -> Analysis:
         surrogate_name=surrogate.name,
         heldout=surrogate.heldout,
         predicted_M=predicted_M,
+        searcher=searcher,
         values=values,
         lowest_probability_P=lowest_probability(values, scored.max_removed, scored.seed),
     )
@@ -139,7 +149,13 @@ def make_plan(
         warnings = []
         if len(greedy) < r:
             warnings.append("the budget ended before the greedy path reached this size")
-        entries.append(_entry(scored, analysis, r, rows, warnings))
+        unseen = _unseen(scored, analysis, r, [row for row, _ in rows], protected)
+        stability = _stability(scored, rows[0][0], protected)
+        if stability is not None and not stability.settled and stability.rival is not None:
+            warnings.append(stability.warning(len(scored.num_tokens_N)))
+        entry = _entry(scored, analysis, r, rows, warnings)
+        details = asdict(stability) if stability is not None else None
+        entries.append(replace(entry, unseen=unseen, stability=details))
     full = full_mask(scored.num_players)
     return Plan(
         model=scored.model,
@@ -152,6 +168,7 @@ def make_plan(
         full_calibration_ppl=_ppl(scored.nll_MN[0], scored.num_tokens_N),
         full_heldout_ppl=_heldout_ppl(scored, full),
         plans=entries,
+        stopped=scored.stopped,
         protected=sorted(protected),
     )
 
@@ -169,19 +186,63 @@ def _values(
     scored: ScoredRun, surrogate: Surrogate, rows: IntArray, finite_M: FloatArray
 ) -> ShapleyValues:
     masks_MP = scored.masks_MP[rows]
-    left_out = scored.leave_one_out(scored.nll_MN[rows])
+    resampled_MB = scored.resampled(scored.nll_MN[rows])
     kernel = kernel_of(surrogate)
     if is_enumerated(masks_MP, scored.sizes):
         return shapley_values(
             masks_MP, finite_M, scored.sizes,
-            noise_M=scored.noise_of(finite_M), leave_one_out_MN=left_out,
+            noise_M=scored.noise_of(finite_M), resampled_MB=resampled_MB,
         )  # fmt: skip
     if kernel is not None:
         calibration = value_calibration(kernel, scored.sizes)
-        return kernel_values(kernel, scored.sizes, left_out, calibration=calibration)
+        return kernel_values(kernel, scored.sizes, resampled_MB, calibration=calibration)
     return monte_carlo_values(
         surrogate.mean, scored.num_players, scored.sizes, _MONTE_CARLO_COALITIONS, scored.seed
     )
+
+
+def _unseen(
+    scored: ScoredRun,
+    analysis: Analysis,
+    num_removed: int,
+    best_rows: Sequence[int],
+    protected: Sequence[int],
+) -> Unseen | None:
+    """The set that was not scored and is likeliest to beat the best one."""
+    search_M = scored.utility_of(scored.nll_MN, search.UTILITY)
+    likely = search.likely_best(
+        analysis.searcher, scored.num_players, num_removed, scored.masks_MP[list(best_rows)]
+    )
+    seen = set(keys(scored.masks_MP))
+    fresh = [
+        row
+        for row, key in enumerate(keys(likely))
+        if key not in seen and likely[row, list(protected)].all()
+    ]
+    if not fresh:
+        return None
+    best = float(search_M[best_rows[0]])
+    chance_Q = search.chance_of_better(analysis.searcher, likely[fresh], best, search.GAIN)
+    place = int(np.argmax(chance_Q))
+    predicted = float(analysis.searcher.mean(likely[fresh[place]][None])[0])
+    full_ppl = _ppl(scored.nll_MN[0], scored.num_tokens_N)
+    return Unseen(
+        removed=removed_list(likely[fresh[place]]),
+        predicted_ppl=full_ppl / predicted if predicted > 0 else None,
+        chance=float(chance_Q[place]),
+        gain=search.GAIN,
+    )
+
+
+def _stability(scored: ScoredRun, chosen: int, protected: Sequence[int]) -> Stability | None:
+    """Of the best set among those of its size that keep the protected players."""
+    removed_M = (~scored.masks_MP).sum(axis=1)
+    same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.nll_MN).all(axis=1)
+    rows = np.flatnonzero(same_M & scored.masks_MP[:, list(protected)].all(axis=1))
+    return set_stability(
+        scored.masks_MP[rows], scored.nll_MN[rows].astype(np.float64), scored.num_tokens_N,
+        scored.corpora, int(np.flatnonzero(rows == chosen)[0]), scored.seed,
+    )  # fmt: skip
 
 
 def _entry(

@@ -88,6 +88,18 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Unseen:
+    """The set that was not scored and is likeliest to beat the plan's."""
+
+    removed: list[int]
+    predicted_ppl: float | None
+    chance: float
+    """Probability that its calibration perplexity is lower by more than `gain`."""
+    gain: float
+    """Share of perplexity."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlanEntry:
     """What to remove for one number of removed players."""
 
@@ -99,6 +111,10 @@ class PlanEntry:
     heldout_ppl: float | None
     candidates: list[Candidate]
     warnings: list[str] = field(default_factory=list)
+    unseen: Unseen | None = None
+    """None: every set of this size was scored."""
+    stability: dict[str, Any] | None = None
+    """How the choice depends on the windows (`lpserve.sensitivity.Stability`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +131,8 @@ class Plan:
     full_calibration_ppl: float
     full_heldout_ppl: float | None
     plans: list[PlanEntry]
+    stopped: str = ""
+    """Why no more masks were scored."""
     protected: list[int] = field(default_factory=list)
     format: int = PLAN_FORMAT
 
@@ -143,7 +161,13 @@ def load_plan(path: str | Path) -> Plan:
                 f"{path} has plan format {data['format']}; this lpserve reads {PLAN_FORMAT}"
             )
         entries = [
-            PlanEntry(**{**e, "candidates": [Candidate(**c) for c in e["candidates"]]})
+            PlanEntry(
+                **{
+                    **e,
+                    "candidates": [Candidate(**c) for c in e["candidates"]],
+                    "unseen": Unseen(**e["unseen"]) if e.get("unseen") else None,
+                }
+            )
             for e in data.pop("plans")
         ]
         return Plan(**data, plans=entries)

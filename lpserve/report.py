@@ -10,8 +10,10 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lpserve.outcome import Outcome
+from lpserve.plan import Plan, PlanEntry
 from lpserve.runfolder import RunFolder
 from lpserve.scored import write_scores
+from lpserve.sensitivity import SETTLED, Stability
 from lpserve.shapley import Z90
 
 SVG_WIDTH, SVG_HEIGHT, SVG_PAD = 640, 260, 48
@@ -62,11 +64,19 @@ def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
         curve=_curve(outcome),
         bars=_bars(outcome),
         quarantined=outcome.quarantined,
+        stability=stability_rows(outcome.plan),
+        num_windows=len(outcome.scored.num_tokens_N),
+        settled_share=SETTLED,
         z90=Z90,
         width=SVG_WIDTH,
         height=SVG_HEIGHT,
         pad=SVG_PAD,
     )
+
+
+def stability_rows(plan: Plan) -> list[tuple[PlanEntry, Stability]]:
+    """Entries whose dependence on the windows is known."""
+    return [(e, Stability(**e.stability)) for e in plan.plans if e.stability is not None]
 
 
 def _curve(outcome: Outcome) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.errors import InputError
+from lpserve.resample import mean_nll, window_weights
 from lpserve.types import BoolArray, FloatArray, IntArray, Player, utilities
 
 
@@ -33,6 +34,8 @@ class ScoredRun:
     nll_MN: NDArray[np.float32]
     """NaN rows: given up."""
     num_tokens_N: IntArray
+    corpora: tuple[tuple[str, int], ...]
+    """Name and number of calibration windows of each corpus, in order."""
     sources: tuple[str, ...]
     """How each mask was found."""
     heldout_masks_MP: BoolArray
@@ -53,10 +56,11 @@ class ScoredRun:
         """Masks with a score, finite or not (a mask that was given up has NaN alone)."""
         return ~np.asarray(np.isnan(self.nll_MN).all(axis=1))
 
-    def utility_of(self, nll_MN: NDArray[np.float32]) -> FloatArray:
-        """NaN where a score is not finite: never a training point, never chosen."""
+    def utility_of(self, nll_MN: NDArray[np.float32], name: str | None = None) -> FloatArray:
+        """The run's utility, or a named one; NaN where a score is not finite: never a training
+        point, never chosen."""
         value_M = utilities(
-            self.utility, nll_MN.astype(np.float64), self.num_tokens_N,
+            name or self.utility, nll_MN.astype(np.float64), self.num_tokens_N,
             self.nll_MN[0].astype(np.float64),
         )  # fmt: skip
         return np.where(np.isfinite(nll_MN).all(axis=1), value_M, np.nan)
@@ -68,18 +72,25 @@ class ScoredRun:
         slope_M = utilities_M if self.utility == "ppl_ratio" else np.ones(len(utilities_M))
         return (slope_M * self.noise_nll) ** 2
 
-    def leave_one_out(self, nll_MN: NDArray[np.float32]) -> FloatArray | None:
-        """The utility with window n left out, `float64[M, N]`; None for a single window."""
-        num_windows = len(self.num_tokens_N)
-        if num_windows < 2:
+    @property
+    def corpus_sizes(self) -> list[int]:
+        """Calibration windows of each corpus, in order."""
+        return [count for _, count in self.corpora]
+
+    def resampled(self, nll_MN: NDArray[np.float32]) -> FloatArray | None:
+        """The utility under draws of the windows, `float64[M, B]` (`lpserve.resample`).
+
+        None for a single window.
+        """
+        if len(self.num_tokens_N) < 2:
             return None
-        nll = nll_MN.astype(np.float64)
-        columns = []
-        for n in range(num_windows):
-            rest = np.arange(num_windows) != n
-            full_N = self.nll_MN[0].astype(np.float64)[rest]
-            columns.append(utilities(self.utility, nll[:, rest], self.num_tokens_N[rest], full_N))
-        return np.stack(columns, axis=1)
+        weights_BN = window_weights(self.corpus_sizes, seed=self.seed)
+        masks_MB = mean_nll(nll_MN.astype(np.float64), self.num_tokens_N, weights_BN)
+        if self.utility == "neg_nll":
+            return -masks_MB
+        full_1B = mean_nll(self.nll_MN[:1].astype(np.float64), self.num_tokens_N, weights_BN)
+        with np.errstate(under="ignore"):
+            return np.asarray(np.exp(full_1B - masks_MB), dtype=np.float64)
 
 
 def write_scores(path: Path, scored: ScoredRun) -> None:
@@ -88,7 +99,7 @@ def write_scores(path: Path, scored: ScoredRun) -> None:
         "model": scored.model, "model_hash": scored.model_hash, "utility": scored.utility,
         "surrogate": scored.surrogate, "sizes": list(scored.sizes), "seed": scored.seed,
         "max_removed": scored.max_removed, "noise_nll": scored.noise_nll,
-        "stopped": scored.stopped,
+        "stopped": scored.stopped, "corpora": [list(c) for c in scored.corpora],
         "players": [[p.index, p.layer, p.part] for p in scored.players],
     }  # fmt: skip
     temporary = path.with_name(f".{path.stem}.tmp.npz")
@@ -117,6 +128,7 @@ def read_scores(run: str | Path) -> ScoredRun:
                 masks_MP=data["masks"], nll_MN=data["nll"], num_tokens_N=data["num_tokens"],
                 sources=tuple(str(s) for s in data["sources"]),
                 passed_by_MP=data["passed_by"], stopped=about["stopped"],
+                corpora=tuple((str(name), int(count)) for name, count in about["corpora"]),
                 heldout_masks_MP=data["heldout_masks"], heldout_nll_MN=data["heldout_nll"],
                 heldout_num_tokens_N=data["heldout_num_tokens"],
             )  # fmt: skip

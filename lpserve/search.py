@@ -23,12 +23,17 @@ from lpserve.masks import all_masks, keys, pack, sort_distinct, swap_one
 from lpserve.surrogate import KernelSurrogate, Surrogate
 from lpserve.types import BoolArray, FloatArray
 
+UTILITY = "ppl_ratio"
+"""Sets are searched on perplexity ratios: they flatten collapsed masks, whose large losses would
+otherwise rule the fit."""
 MAX_EXHAUSTIVE = 20_000
 """Strata up to this size are searched whole; larger ones by beam search over swaps."""
 DOUBT = 2.0
 """The search's standard deviations are this much wider than leave-one-out says: on an exact game of
 12 layers the best unscored sets of 5 and 6 layers are missed by 1.2 to 2.7 of those (root mean
 square)."""
+GAIN = 0.001
+"""Share of perplexity by which a set is said to beat another."""
 WORTH = 1e-4
 """Expected improvement that is worth a score."""
 _BEAM = 8

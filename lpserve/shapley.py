@@ -45,7 +45,7 @@ class ShapleyValues:
     """(k_min, k_max), sizes before the player joins, inclusive."""
     estimator: str
     window_stderr_P: FloatArray | None = None
-    """What other windows of the same source would change (jackknife); None without them."""
+    """What other windows of the same source would change (paired bootstrap); None without them."""
     heldout: HeldOut | None = None
     """Held-out error of the surrogate, where one was used."""
 
@@ -68,7 +68,7 @@ def shapley_values(
     sizes: tuple[int, int] | None = None,
     *,
     noise_M: FloatArray | None = None,
-    leave_one_out_MN: FloatArray | None = None,
+    resampled_MB: FloatArray | None = None,
 ) -> ShapleyValues:
     """Values from scored masks: exact when every mask needed is there, else by kernel surrogate.
 
@@ -80,14 +80,15 @@ def shapley_values(
         utilities_M: float [M], finite, higher is better.
         sizes: (k_min, k_max), sizes before the player joins; default (0, P-1).
         noise_M: variance of each utility, if it is noisy.
-        leave_one_out_MN: the utilities with window n left out, for `window_stderr_P`.
+        resampled_MB: the utilities under B >= 2 draws of the windows (`lpserve.resample`), for
+            `window_stderr_P`.
 
     Raises:
         InputError: masks repeat, utilities are not finite, an array has another shape, sizes are
             out of range, or there are fewer than 3 masks and they do not enumerate the game.
     """
     masks_MP, utilities_M, sizes = check_game(masks_MP, utilities_M, sizes)
-    for name, array, ndim in (("noise", noise_M, 1), ("leave-one-out", leave_one_out_MN, 2)):
+    for name, array, ndim in (("noise", noise_M, 1), ("resampled", resampled_MB, 2)):
         if array is not None and (np.ndim(array) != ndim or len(array) != len(masks_MP)):
             raise InputError(
                 f"{name} values must have {ndim} dimensions and a row for each of {len(masks_MP)} "
@@ -95,13 +96,13 @@ def shapley_values(
             )
     if is_enumerated(masks_MP, sizes):
         columns = utilities_M[:, None]
-        if leave_one_out_MN is not None:
-            columns = np.concatenate([columns, leave_one_out_MN], axis=1)
+        if resampled_MB is not None:
+            columns = np.concatenate([columns, resampled_MB], axis=1)
         values_PJ = exact_values(masks_MP, columns, sizes)
         return ShapleyValues(
             values_P=values_PJ[:, 0],
             stderr_P=exact_noise(masks_MP, noise_M, sizes),
-            window_stderr_P=_jackknife(values_PJ[:, 1:]) if leave_one_out_MN is not None else None,
+            window_stderr_P=_spread(values_PJ[:, 1:]) if resampled_MB is not None else None,
             sizes=sizes,
             estimator="exact",
         )
@@ -111,7 +112,7 @@ def shapley_values(
     surrogate.fit(masks_MP, utilities_M, noise_M)
     best = surrogate.best
     calibration = value_calibration(best, sizes)
-    return kernel_values(best, sizes, leave_one_out_MN, calibration=calibration)
+    return kernel_values(best, sizes, resampled_MB, calibration=calibration)
 
 
 def check_game(
@@ -193,7 +194,7 @@ def exact_noise(
 def kernel_values(
     surrogate: KernelSurrogate,
     sizes: tuple[int, int],
-    leave_one_out_MN: FloatArray | None = None,
+    resampled_MB: FloatArray | None = None,
     *,
     calibration: float | None = None,
 ) -> ShapleyValues:
@@ -226,8 +227,8 @@ def kernel_values(
         values_P += empty * (surrogate.offset - surrogate.empty)
     factor = max(1.0, surrogate.calibration) if calibration is None else calibration
     window_stderr_P = None
-    if leave_one_out_MN is not None:
-        window_stderr_P = _jackknife(values_of(leave_one_out_MN))
+    if resampled_MB is not None:
+        window_stderr_P = _spread(values_of(resampled_MB))
     return ShapleyValues(
         values_P=values_P,
         stderr_P=surrogate.scale * factor * np.sqrt(variance_P),
@@ -345,10 +346,8 @@ def toggle_differences(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolAr
     return gain_QP
 
 
-def _jackknife(values_PN: FloatArray) -> FloatArray:
-    """Jackknife standard error over windows left out one by one (Efron & Stein 1981)."""
-    num = values_PN.shape[1]
-    if num < 2:
-        return np.full(len(values_PN), np.nan)
-    centred = values_PN - values_PN.mean(axis=1, keepdims=True)
-    return np.sqrt((num - 1) / num * (centred**2).sum(axis=1))
+def _spread(values_PB: FloatArray) -> FloatArray:
+    """Standard deviation over draws of the windows; NaN for a single draw."""
+    if values_PB.shape[1] < 2:
+        return np.full(len(values_PB), np.nan)
+    return values_PB.std(axis=1, ddof=1)

@@ -131,13 +131,6 @@ def as_dict(masks: np.ndarray, utilities: np.ndarray) -> dict[frozenset, float]:
     }
 
 
-def jackknife(left_out: np.ndarray) -> np.ndarray:
-    """float64[P] from one row of values for each window left out."""
-    num = len(left_out)
-    centre = sum(left_out) / num
-    return np.sqrt((num - 1) / num * sum((row - centre) ** 2 for row in left_out))
-
-
 def masks_with_or_without_empty(
     num_players: int, count: int, with_empty: bool, rng: np.random.Generator
 ) -> np.ndarray:

@@ -324,7 +324,7 @@ def test_passed_by_sets_of_a_greedy_step_are_never_its_best(rng):
 def test_a_run_may_have_one_goal_alone(goal, rng):
     settings = settings_of(12, 4, goal=goal)
     played = Played(settings, pair_game(12, rng), 130)
-    counts = {source: 0 for source in ("greedy", "search", "values")}
+    counts = dict.fromkeys(("greedy", "search", "values"), 0)
     for key in keys(np.concatenate(played.rounds[3:])):
         source = played.planner.sources[key]
         counts[source] = counts.get(source, 0) + 1

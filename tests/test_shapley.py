@@ -29,7 +29,7 @@ from lpserve.shapley import (
     value_calibration,
 )
 from lpserve.surrogate import KernelSurrogate, PaperSurrogate
-from tests.kernel_by_hand import KINDS, as_dict, jackknife, naive_values, pair_game
+from tests.kernel_by_hand import KINDS, as_dict, naive_values, pair_game
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
@@ -126,14 +126,13 @@ def test_values_are_linear_in_the_utilities(rng):
         np.testing.assert_allclose(together, 2.5 * split[0] - split[1], rtol=0, atol=1e-12)
 
 
-def test_window_stderr_of_enumerated_games_equals_leaving_every_window_out(rng):
+def test_window_stderr_of_enumerated_games_is_the_spread_of_resampled_values(rng):
     masks = all_masks(4)
     columns = rng.normal(size=(16, 6))
-    utilities = columns.mean(axis=1)
-    values = shapley_values(masks, utilities, (1, 3), leave_one_out_MN=columns)
-    left_out = [naive_values(as_dict(masks, c), 4, (1, 3)) for c in columns.T]
+    values = shapley_values(masks, columns.mean(axis=1), (1, 3), resampled_MB=columns)
+    drawn = np.array([naive_values(as_dict(masks, c), 4, (1, 3)) for c in columns.T])
     assert values.window_stderr_P is not None
-    np.testing.assert_allclose(values.window_stderr_P, jackknife(np.array(left_out)), rtol=1e-10)
+    np.testing.assert_allclose(values.window_stderr_P, drawn.std(axis=0, ddof=1), rtol=1e-10)
     np.testing.assert_array_equal(values.total_stderr_P, values.window_stderr_P)
 
 
@@ -278,7 +277,7 @@ def test_values_are_those_of_the_kernel_with_the_smaller_heldout_error(rng):
     best = min(each, key=lambda s: s.heldout.rmse)
     calibration = value_calibration(best, (1, 4))
     expected = kernel_values(best, (1, 4), columns, calibration=calibration)
-    got = shapley_values(masks, utilities, (1, 4), noise_M=noise, leave_one_out_MN=columns)
+    got = shapley_values(masks, utilities, (1, 4), noise_M=noise, resampled_MB=columns)
     for name in ("values_P", "stderr_P", "window_stderr_P"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
     assert (got.estimator, got.heldout) == (expected.estimator, expected.heldout)
@@ -320,8 +319,8 @@ FIVE = np.arange(5.0)
         (GOOD[:2], FIVE[:2], None, {}, "too few"),
         (GOOD[:0], FIVE[:0], None, {}, "too few"),
         (GOOD, FIVE, None, {"noise_M": FIVE[:4]}, "noise"),
-        (GOOD, FIVE, None, {"leave_one_out_MN": np.zeros((4, 2))}, "leave-one-out"),
-        (GOOD, FIVE, None, {"leave_one_out_MN": FIVE}, "leave-one-out"),
+        (GOOD, FIVE, None, {"resampled_MB": np.zeros((4, 2))}, "resampled"),
+        (GOOD, FIVE, None, {"resampled_MB": FIVE}, "resampled"),
     ],
 )
 def test_bad_input_is_refused_in_words(masks, utilities, sizes, more, message):
@@ -331,7 +330,7 @@ def test_bad_input_is_refused_in_words(masks, utilities, sizes, more, message):
 
 def test_a_single_window_has_no_window_error(rng):
     masks = all_masks(3)
-    values = shapley_values(masks, rng.normal(size=8), leave_one_out_MN=rng.normal(size=(8, 1)))
+    values = shapley_values(masks, rng.normal(size=8), resampled_MB=rng.normal(size=(8, 1)))
     assert values.window_stderr_P is not None
     assert np.isnan(values.window_stderr_P).all()
 
