@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lpserve import search
 from lpserve.errors import InputError
+from lpserve.interaction import exact_interactions, kernel_interactions
 from lpserve.masks import full_mask, keys, without
 from lpserve.plan import (
     Candidate,
@@ -54,6 +55,9 @@ class Analysis:
     searcher: Surrogate
     """Of the utility that sets are searched on (`lpserve.search.UTILITY`)."""
     values: ShapleyValues
+    interactions_PP: FloatArray | None
+    """Pairwise interaction index (`lpserve.interaction`); None: a single size, or a surrogate
+    without a closed form."""
     lowest_probability_P: FloatArray
     """Probability that a player is among the `max_removed` lowest values."""
 
@@ -94,6 +98,7 @@ def analyse(scored: ScoredRun) -> Analysis:
         predicted_M=predicted_M,
         searcher=searcher,
         values=values,
+        interactions_PP=_interactions(scored, surrogate, rows, finite_M),
         lowest_probability_P=lowest_probability(values, scored.max_removed, scored.seed),
     )
 
@@ -199,6 +204,17 @@ def _values(
     return monte_carlo_values(
         surrogate.mean, scored.num_players, scored.sizes, _MONTE_CARLO_COALITIONS, scored.seed
     )
+
+
+def _interactions(
+    scored: ScoredRun, surrogate: Surrogate, rows: IntArray, finite_M: FloatArray
+) -> FloatArray | None:
+    if scored.sizes[0] == scored.sizes[1]:
+        return None
+    if is_enumerated(scored.masks_MP[rows], scored.sizes):
+        return exact_interactions(scored.masks_MP[rows], finite_M, scored.sizes)
+    kernel = kernel_of(surrogate)
+    return kernel_interactions(kernel, scored.sizes) if kernel is not None else None
 
 
 def _unseen(

@@ -16,6 +16,7 @@ from lpserve.scored import write_scores
 from lpserve.sensitivity import SETTLED, Stability
 from lpserve.shapley import Z90
 
+SHOWN_PAIRS = 8
 SVG_WIDTH, SVG_HEIGHT, SVG_PAD = 640, 260, 48
 
 
@@ -23,6 +24,8 @@ def write_outputs(folder: RunFolder, outcome: Outcome, *, config_json: dict[str,
     """Write every result file, each whole or not at all; plan.json last."""
     write_scores(folder.path / "scores.npz", outcome.scored)
     folder.write("shapley.csv", shapley_csv(outcome))
+    if outcome.analysis.interactions_PP is not None:
+        folder.write("interactions.csv", interactions_csv(outcome))
     folder.write("report.html", render(outcome, config_json))
     folder.write("plan.json", outcome.plan.to_json())
 
@@ -49,6 +52,26 @@ def shapley_csv(outcome: Outcome) -> str:
     return text.getvalue()
 
 
+def interactions_csv(outcome: Outcome) -> str:
+    """One row a pair of players and its interaction index, the strongest first."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["player", "other", "interaction", "k_min", "k_max"])
+    sizes = outcome.analysis.values.sizes
+    for i, j, index in _strongest_pairs(outcome):
+        writer.writerow([i, j, repr(index), *sizes])
+    return text.getvalue()
+
+
+def _strongest_pairs(outcome: Outcome) -> list[tuple[int, int, float]]:
+    index_PP = outcome.analysis.interactions_PP
+    if index_PP is None:
+        return []
+    first, second = np.triu_indices(len(index_PP), 1)
+    order = np.argsort(-np.abs(index_PP[first, second]), kind="stable")
+    return [(int(first[n]), int(second[n]), float(index_PP[first[n], second[n]])) for n in order]
+
+
 def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
     """The HTML page; needs no network and no script."""
     environment = Environment(
@@ -64,6 +87,7 @@ def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
         curve=_curve(outcome),
         bars=_bars(outcome),
         quarantined=outcome.quarantined,
+        pairs=_strongest_pairs(outcome)[:SHOWN_PAIRS],
         stability=stability_rows(outcome.plan),
         num_windows=len(outcome.scored.num_tokens_N),
         settled_share=SETTLED,

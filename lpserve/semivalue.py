@@ -51,7 +51,7 @@ def value_covariance(
             part = masks_MP[start : start + _CHUNK]
             covariance_PM[:, start : start + _CHUNK] += _product_covariance(kernel, part, sizes)
     kept_MP = masks_MP.sum(axis=1, keepdims=True) - masks_MP  # size before the player joins
-    weight_MP = coded_MP * _weights(num_players, sizes)[kept_MP]
+    weight_MP = coded_MP * coalition_weights(num_players, sizes)[kept_MP]
     covariance_PM += weight_MP.T * kernel.nugget_of(masks_MP)
     if empty_known and empty_weight(sizes):
         covariance_PM += empty_weight(sizes) * _with_empty(kernel, masks_MP)
@@ -96,7 +96,7 @@ def _product_covariance(
     if_dropped_PC = np.where(masks_CP.T, apart_P[:, None], growth_P[:, None] ** 2)
 
     def insert(state_EC: FloatArray, i: int, n: int) -> FloatArray:
-        keep_E, drop_E = _shares(high, n)
+        keep_E, drop_E = shares(high, n)
         more_EC = keep_E[:, None] * (state_EC * if_kept_PC[i])
         more_EC[1:] += drop_E[1:, None] * (state_EC[:-1] * if_dropped_PC[i])
         return more_EC
@@ -104,7 +104,7 @@ def _product_covariance(
     first_EC = np.zeros((high + 1, len(masks_CP)))
     first_EC[0] = 1.0
     covariance_PC = np.empty((num_players, len(masks_CP)))
-    for i, state_EC in _each_left_out(range(num_players), first_EC, 0, insert):
+    for i, state_EC in each_left_out(range(num_players), first_EC, 0, insert):
         covariance_PC[i] = (if_kept_PC[i] - if_dropped_PC[i]) * state_EC[low:].mean(axis=0)
     return kernel.product * covariance_PC
 
@@ -117,7 +117,7 @@ def _product_variance(kernel: MaskKernel, sizes: tuple[int, int]) -> FloatArray:
     apart_P = np.exp(-kernel.decay_P) * growth_P
 
     def insert(state_EE: FloatArray, i: int, n: int) -> FloatArray:
-        keep_E, drop_E = _shares(high, n)
+        keep_E, drop_E = shares(high, n)
         kept_EE = keep_E[:, None] * state_EE
         dropped_EE = np.zeros_like(state_EE)
         dropped_EE[1:] = drop_E[1:, None] * state_EE[:-1]
@@ -129,7 +129,7 @@ def _product_variance(kernel: MaskKernel, sizes: tuple[int, int]) -> FloatArray:
     first_EE = np.zeros((high + 1, high + 1))
     first_EE[0, 0] = 1.0
     mean_P = np.empty(num_players)
-    for i, state_EE in _each_left_out(range(num_players), first_EE, 0, insert):
+    for i, state_EE in each_left_out(range(num_players), first_EE, 0, insert):
         mean_P[i] = state_EE[low:, low:].mean()
     return kernel.product * (1 - 2 * apart_P + growth_P**2) * mean_P
 
@@ -143,7 +143,7 @@ def _own_variance(kernel: MaskKernel, sizes: tuple[int, int]) -> FloatArray:
     ways_E = np.array([math.comb(num_players - 1, e) for e in dropped_E], dtype=np.float64)
 
     def insert(state_E: FloatArray, i: int, n: int) -> FloatArray:
-        keep_E, drop_E = _shares(high, n)
+        keep_E, drop_E = shares(high, n)
         more_E = keep_E * state_E
         more_E[1:] += drop_E[1:] * squared_P[i] * state_E[:-1]
         return more_E
@@ -151,12 +151,12 @@ def _own_variance(kernel: MaskKernel, sizes: tuple[int, int]) -> FloatArray:
     first_E = np.zeros(high + 1)
     first_E[0] = 1.0
     variance_P = np.empty(num_players)
-    for i, state_E in _each_left_out(range(num_players), first_E, 0, insert):
+    for i, state_E in each_left_out(range(num_players), first_E, 0, insert):
         variance_P[i] = (1 + squared_P[i]) * (state_E[low:] / ways_E).sum()
     return kernel.nugget * variance_P / len(dropped_E) ** 2
 
 
-def _each_left_out(
+def each_left_out(
     todo: Sequence[int],
     state: FloatArray,
     num_in: int,
@@ -174,10 +174,10 @@ def _each_left_out(
         inner = state
         for count, i in enumerate(others, num_in + 1):
             inner = insert(inner, i, count)
-        yield from _each_left_out(part, inner, num_in + len(others), insert)
+        yield from each_left_out(part, inner, num_in + len(others), insert)
 
 
-def _shares(most: int, n: int) -> tuple[FloatArray, FloatArray]:
+def shares(most: int, n: int) -> tuple[FloatArray, FloatArray]:
     """Of the sets that drop e of n players, the shares that keep and that drop the n-th."""
     dropped_E = np.arange(most + 1)
     return np.maximum(n - dropped_E, 0) / n, np.minimum(dropped_E, n) / n
@@ -193,7 +193,7 @@ def _mean_code(num_players: int, sizes: tuple[int, int]) -> float:
     return (sizes[0] + sizes[1]) / (num_players - 1) - 1.0 if num_players > 1 else 0.0
 
 
-def _weights(num_players: int, sizes: tuple[int, int]) -> FloatArray:
+def coalition_weights(num_players: int, sizes: tuple[int, int]) -> FloatArray:
     """|W| of a mask by the number of others that it keeps, `float64[P + 1]`."""
     num_sizes = sizes[1] - sizes[0] + 1
     weight_K = np.zeros(num_players + 1)

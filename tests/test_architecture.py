@@ -38,7 +38,7 @@ FLOW = [
     {"surrogate.base", "semivalue"},
     {"surrogate.gaussian", "surrogate.paper"},
     {"surrogate"},
-    {"acquisition", "shapley", "scored"},
+    {"acquisition", "shapley", "scored", "interaction"},
     {"plan", "search", "shapiq_game"},
     {"rounds", "sensitivity", "baselines"},
     {"outcome"},
