@@ -96,7 +96,7 @@ def analyse(scored: ScoredRun) -> Analysis:
         surrogate_name=surrogate.name,
         heldout=surrogate.heldout,
         predicted_M=predicted_M,
-        searcher=searcher,
+        searcher=kernel_of(searcher) or searcher,
         values=values,
         interactions_PP=_interactions(scored, surrogate, rows, finite_M),
         lowest_probability_P=lowest_probability(values, scored.max_removed, scored.seed),

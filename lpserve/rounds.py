@@ -146,6 +146,9 @@ class RoundPlanner:
         self._searcher = self.surrogate
         if search_utility is not None:
             self._searcher = make_surrogate(settings.surrogate, settings.seed)
+        self._guide: Surrogate = self._searcher
+        """What the search asks: the kernel surrogate where one answers, since it knows how sets
+        depend on each other."""
         self.sources: dict[bytes, str] = {}
         """How each proposed mask was found, by key."""
 
@@ -200,6 +203,7 @@ class RoundPlanner:
             self.surrogate.fit(masks_MP[finite], utilities_M[finite])
             if self._searcher is not self.surrogate:
                 self._searcher.fit(masks_MP[finite], search_M[finite])
+            self._guide = kernel_of(self._searcher) or self._searcher
         return True
 
     def _walk(
@@ -227,7 +231,7 @@ class RoundPlanner:
         row_of = {key: row for row, key in enumerate(keys(masks_MP))}
         option_keys = keys(options_QP)
         known_Q = np.array([search_M[row_of[k]] if k in row_of else np.nan for k in option_keys])
-        chance_Q = not_hopeless(self._searcher, options_QP, known_Q)
+        chance_Q = not_hopeless(self._guide, options_QP, known_Q)
         for key, chance in zip(option_keys, chance_Q, strict=True):
             if not chance and key not in self._seen:
                 self.passed_by.add(key)
@@ -252,7 +256,7 @@ class RoundPlanner:
         for r, sets_QP in self._likely(masks_MP, search_M).items():
             if not np.isfinite(best_of[r]):
                 return False
-            chance_Q = chance_of_better(self._searcher, sets_QP, best_of[r], rules.gain)
+            chance_Q = chance_of_better(self._guide, sets_QP, best_of[r], rules.gain)
             if chance_Q.max(initial=0.0) > rules.chance:
                 return False
         return True
@@ -312,7 +316,7 @@ class RoundPlanner:
                 starts.append(ranking_mask(values_P, r))
             starts += list(masks_MP[rows[np.argsort(-search_M[rows], kind="stable")[:_STARTS]]])
             starts += list(self._liked.get(r, []))
-            found = likely_best(self._searcher, settings.num_players, r, np.array(starts))
+            found = likely_best(self._guide, settings.num_players, r, np.array(starts))
             self._liked[r] = found[:_STARTS]
             likely[r] = found[[key not in self._seen for key in keys(found)]]
         return likely
@@ -323,7 +327,7 @@ class RoundPlanner:
         """Unseen sets that may beat the best scored one of their size; all r compete."""
         likely = self._likely(masks_MP, search_M)
         return hopeful(
-            self._searcher, np.concatenate(list(likely.values())),
+            self._guide, np.concatenate(list(likely.values())),
             self._best_of(masks_MP, search_M), count, pending_MP=self._pending(batch),
         )  # fmt: skip
 

@@ -95,7 +95,25 @@ def test_a_run_finds_the_best_sets_and_writes_everything(tmp_path, texts):
     assert [e["num_removed"] for e in stored["plans"]] == [1, 2, 3, 4]
     assert stored["players"][2] == {"index": 2, "layer": 2, "part": "layer"}
     assert lpserve.load_plan(folder / "plan.json") == plan
-    assert "<svg" in (folder / "report.html").read_text()
+    report = (folder / "report.html").read_text()
+    assert "<svg" in report
+    assert plan.stopped == "the budget of 90 masks is spent"
+    assert plan.stopped in report
+    seen = set(keys(result.outcome.scored.masks_MP))
+    for entry in plan.plans:
+        if entry.unseen is not None:
+            assert 0 <= entry.unseen.chance <= 1
+            assert len(entry.unseen.removed) == entry.num_removed
+            assert keys(without(P, entry.unseen.removed)[None])[0] not in seen
+        # every window weighs all masks of this game alike: nothing depends on the windows
+        assert entry.stability is not None
+        assert entry.stability["stays_best"] == 1.0
+        assert entry.stability["halves_regret"] == pytest.approx(0, abs=1e-6)
+    with (folder / "interactions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == P * (P - 1) // 2
+    strength = [abs(float(row["interaction"])) for row in rows]
+    assert strength == sorted(strength, reverse=True)
 
 
 def test_values_are_those_of_the_known_game(tmp_path, texts):

@@ -2,11 +2,14 @@
 
     PYTHONPATH=. python scripts/bench/estimators.py --game demo12.npz --out estimators.md
     PYTHONPATH=. python scripts/bench/estimators.py             # scores its own game first: minutes
+    PYTHONPATH=. python scripts/bench/estimators.py --model DIR --text FILE --max-removed 6 \
+                                                    --save game.npz --most 400
 
-A game file holds every mask's score: `nll_sum[code, window]` (nats; bit i of `code` is layer i, 1 =
-kept) and `tokens[window, T]`. The rounds of a run are played on it as the coordinator plays them
-(round n from complete rounds up to n-2) and cut at each budget; everything that a budget gives is
-computed from those masks alone.
+A game file holds every mask's score: `nll_sum[row, window]` (nats) and `tokens[window, T]`; bit i
+of a mask's code is layer i, 1 = kept. Row and code are the same, or `codes[row]` says which masks
+were scored: all that keep at least P - max_removed layers. Such a game has truncated values alone.
+The rounds of a run are played on it as the coordinator plays them (round n from complete rounds up
+to n-2) and cut at each budget; everything that a budget gives is computed from those masks alone.
 
 * Values: mean squared error over the mean square of the exact values; medians over seeds, least
   and most in brackets. Coverage: how often a 90% interval (`stderr_P`) holds the exact value on the
@@ -50,25 +53,33 @@ PLAN_BUDGETS = (60, 90, 120, 160, 200)
 
 @dataclass(frozen=True, kw_only=True)
 class ExactGame:
-    """Every mask's NLL: rows by `code`."""
+    """The NLL of every mask that keeps at least `least_kept` players."""
 
     name: str
+    num_players: int
     nll_CN: np.ndarray
+    row_of: np.ndarray
+    """Code -> row, -1 where not scored."""
     tokens_N: np.ndarray
-
-    @property
-    def num_players(self) -> int:
-        return int(self.nll_CN.shape[0]).bit_length() - 1
+    least_kept: int
 
     def nll_of(self, masks_MP: BoolArray) -> np.ndarray:
-        return self.nll_CN[masks_MP @ (1 << np.arange(self.num_players))]
+        rows_M = self.row_of[masks_MP @ (1 << np.arange(self.num_players))]
+        if (rows_M < 0).any():
+            raise ValueError(f"{self.name} holds masks of at least {self.least_kept} layers alone")
+        return self.nll_CN[rows_M]
+
+    def known_masks(self) -> BoolArray:
+        """Every mask of the game, `bool[M, P]`."""
+        strata = range(self.least_kept, self.num_players + 1)
+        return np.concatenate([all_masks(self.num_players, kept) for kept in strata])
 
     def utility(self, name: str, nll_MN: np.ndarray) -> FloatArray:
-        full_N = self.nll_CN[-1].astype(np.float64)
+        full_N = self.nll_CN[self.row_of[-1]].astype(np.float64)
         return utilities(name, nll_MN.astype(np.float64), self.tokens_N, full_N)
 
     def exact(self, name: str, sizes: tuple[int, int]) -> FloatArray:
-        masks_MP = all_masks(self.num_players)
+        masks_MP = self.known_masks()
         utility_M = self.utility(name, self.nll_of(masks_MP))
         return exact_values(masks_MP, utility_M[:, None], sizes)[:, 0]
 
@@ -76,20 +87,32 @@ class ExactGame:
 def read_game(path: Path) -> ExactGame:
     with np.load(path, allow_pickle=False) as data:
         nll_CN, tokens = data["nll_sum"], data["tokens"]
-    if nll_CN.shape[0] & (nll_CN.shape[0] - 1):
-        sys.exit(f"{path}: {nll_CN.shape[0]} rows are no power of two: every mask is needed")
-    tokens_N = np.full(nll_CN.shape[1], tokens.shape[1] - 1)
-    return ExactGame(name=path.stem, nll_CN=nll_CN.astype(np.float32), tokens_N=tokens_N)
+        codes = data["codes"] if "codes" in data else np.arange(len(nll_CN))
+    players = int(codes.max()).bit_length()
+    row_of = np.full(1 << players, -1)
+    row_of[codes] = np.arange(len(codes))
+    kept_C = ((codes[:, None] >> np.arange(players)) & 1).sum(axis=1)
+    least = int(kept_C.min())
+    expected = sum(math.comb(players, kept) for kept in range(least, players + 1))
+    if len(np.unique(codes)) != expected or len(nll_CN) != expected:
+        sys.exit(f"{path}: {len(nll_CN)} rows, but {expected} masks keep {least} or more layers")
+    return ExactGame(
+        name=path.stem, num_players=players, nll_CN=nll_CN.astype(np.float32), row_of=row_of,
+        tokens_N=np.full(nll_CN.shape[1], tokens.shape[1] - 1), least_kept=least,
+    )  # fmt: skip
 
 
-def score_game(model: Path, text: Path, folder: Path) -> ExactGame:
-    """Every mask of a small model, 16 windows of 128 tokens."""
+def score_game(model: Path, text: Path, most_removed: int | None, path: Path) -> ExactGame:
+    """Every mask of a small model (that keeps enough layers), 16 windows of 128 tokens."""
     windows = lpserve.TokenWindows.from_file(text, tokenizer=model, num_windows=16, length=128)
     with lpserve.open_engine(str(model), windows, dtype="float32") as engine:
-        masks_CP = all_masks(engine.info.num_players)[:, ::-1]  # bit i of the code is layer i
+        players = engine.info.num_players
+        least = 0 if most_removed is None else players - most_removed
+        strata = [all_masks(players, kept) for kept in range(least, players + 1)]
+        masks_CP = np.concatenate(strata)
         nll_CN = engine.score(masks_CP).nll_MN.astype(np.float32)
-    path = folder / f"{model.name}.npz"
-    np.savez_compressed(path, nll_sum=nll_CN, tokens=windows.tokens_NT)
+    codes = masks_CP @ (1 << np.arange(players))
+    np.savez_compressed(path, nll_sum=nll_CN, tokens=windows.tokens_NT, codes=codes)
     return read_game(path)
 
 
@@ -159,9 +182,11 @@ def value_lines(game: ExactGame, args: argparse.Namespace) -> list[str]:
     lines = []
     for utility in args.utility or UTILITIES:
         for low in (players - args.max_removed, 0):
+            if low < game.least_kept:
+                continue
             sizes = (low, players - 1)
             exact_P = game.exact(utility, sizes)
-            budgets = [b for b in BUDGETS if b <= args.most and b < 2**players]
+            budgets = [b for b in BUDGETS if b <= args.most and b < len(game.nll_CN)]
             kind = "Shapley values" if low == 0 else "Truncated values"
             lines += [f"## {kind}, sizes {sizes}, utility {utility}", ""]
             for chosen in ("for the values alone", "by a run"):
@@ -247,7 +272,7 @@ def rival_lines(
 
 def plan_lines(game: ExactGame, args: argparse.Namespace) -> list[str]:
     players, most = game.num_players, args.max_removed
-    every_MP = all_masks(players)
+    every_MP = game.known_masks()
     ppl_M = np.exp(-game.utility("neg_nll", game.nll_of(every_MP)))
     removed_M = (~every_MP).sum(axis=1)
     best = [float(ppl_M[removed_M == r].min()) for r in range(1, most + 1)]
@@ -282,6 +307,9 @@ def plan_lines(game: ExactGame, args: argparse.Namespace) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--game", type=Path, help="an exact game (default: the bundled model's)")
+    parser.add_argument("--model", type=Path, help="a checkpoint to score a game of")
+    parser.add_argument("--text", type=Path, help="its calibration text")
+    parser.add_argument("--save", type=Path, help="keep the scored game")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--max-removed", type=int, default=None, help="default: half the players")
     parser.add_argument("--utility", action="append", choices=UTILITIES, help="default: all")
@@ -293,7 +321,9 @@ def main() -> None:
         if args.game is None:
             from lpserve.demo import FOLDER
 
-            game = score_game(FOLDER / "model", FOLDER / "calibration.txt", Path(folder))
+            model, text = args.model or FOLDER / "model", args.text or FOLDER / "calibration.txt"
+            most = args.max_removed if args.model else None
+            game = score_game(model, text, most, args.save or Path(folder) / f"{model.name}.npz")
         else:
             game = read_game(args.game)
         args.max_removed = args.max_removed or game.num_players // 2
