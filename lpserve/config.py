@@ -18,7 +18,7 @@ from lpserve.errors import InputError
 ENGINES = ("transformers", "vllm", "synthetic")
 POOLS = ("local", "ray")
 DTYPES = ("float32", "bfloat16", "float16")
-SURROGATES = ("auto", "gp", "ridge", "gp+ridge", "paper")
+SURROGATES = ("auto", "ridge", "gp", "gp+ridge", "boosting", "ensemble", "paper")
 UTILITIES = ("neg_nll", "ppl_ratio")
 GOALS = ("both", "plan", "values")
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve import search
+from lpserve.correction import corrected
 from lpserve.errors import InputError
 from lpserve.interaction import exact_interactions, kernel_interactions
 from lpserve.masks import full_mask, keys, without
@@ -37,7 +38,7 @@ from lpserve.shapley import (
     shapley_values,
     value_calibration,
 )
-from lpserve.surrogate import HeldOut, Surrogate, kernel_of, make_surrogate
+from lpserve.surrogate import HeldOut, Surrogate, guide_of, kernel_of, make_surrogate
 from lpserve.types import BoolArray, FloatArray, IntArray, perplexity
 
 _MONTE_CARLO_COALITIONS = 80_000  # as many as the paper draws
@@ -88,9 +89,7 @@ def analyse(scored: ScoredRun) -> Analysis:
         searcher.fit(masks_MP, scored.utility_of(scored.nll_MN[rows], search.UTILITY))
     values = _values(scored, surrogate, rows, finite_M)
     predicted_M = np.full(len(utilities_M), np.nan)
-    kernel = kernel_of(surrogate)
-    if kernel is not None:
-        predicted_M[rows[kernel.rows]] = kernel.left_out_M
+    predicted_M[rows[surrogate.rows]] = surrogate.left_out_M
     return Analysis(
         utilities_M=utilities_M,
         surrogate_name=surrogate.name,
@@ -192,18 +191,22 @@ def _values(
 ) -> ShapleyValues:
     masks_MP = scored.masks_MP[rows]
     resampled_MB = scored.resampled(scored.nll_MN[rows])
-    kernel = kernel_of(surrogate)
     if is_enumerated(masks_MP, scored.sizes):
         return shapley_values(
             masks_MP, finite_M, scored.sizes,
             noise_M=scored.noise_of(finite_M), resampled_MB=resampled_MB,
         )  # fmt: skip
+    kernel = guide_of(surrogate)
     if kernel is not None:
         calibration = value_calibration(kernel, scored.sizes)
         return kernel_values(kernel, scored.sizes, resampled_MB, calibration=calibration)
-    return monte_carlo_values(
+    values = monte_carlo_values(
         surrogate.mean, scored.num_players, scored.sizes, _MONTE_CARLO_COALITIONS, scored.seed
     )
+    drawn_M = np.array([scored.sources[row] == "design" for row in rows[surrogate.rows]])
+    residual_M = finite_M[surrogate.rows] - surrogate.left_out_M
+    drawn_MP = masks_MP[surrogate.rows][drawn_M]
+    return corrected(values, drawn_MP, residual_M[drawn_M], scored.seed)
 
 
 def _interactions(
@@ -213,7 +216,7 @@ def _interactions(
         return None
     if is_enumerated(scored.masks_MP[rows], scored.sizes):
         return exact_interactions(scored.masks_MP[rows], finite_M, scored.sizes)
-    kernel = kernel_of(surrogate)
+    kernel = guide_of(surrogate)
     return kernel_interactions(kernel, scored.sizes) if kernel is not None else None
 
 

@@ -5,8 +5,8 @@ rounds up to n-2, so that the engines work on round n-1 meanwhile; never on arri
 number of engines or on what a store already held. The budget cuts the sequence and changes nothing
 else in it. Even rounds begin with a step of the greedy path until it is walked; what room a round
 has left goes to sets that may beat the best (`lpserve.search`) and to masks that say most about the
-values (`lpserve.acquisition`). Until the path is walked the search comes first: it is then that
-a score says most about the sets.
+values (`lpserve.acquisition`). Until the path is walked, rounds
+are half as large and their room is the search's alone, so that greedy's sets are there soon.
 
     round 0   all kept; every single player dropped (greedy step 1); none kept where the values
               need it
@@ -33,14 +33,14 @@ from lpserve.masks import StratifiedDesign, drop_one, full_mask, keys, removed_p
 from lpserve.plan import greedy_path, ranking_mask
 from lpserve.search import chance_of_better, hopeful, likely_best, not_hopeless
 from lpserve.shapley import Z90, kernel_values, value_calibration
-from lpserve.surrogate import Surrogate, kernel_of, make_surrogate
+from lpserve.surrogate import Surrogate, guide_of, kernel_of, make_surrogate
 from lpserve.types import BoolArray, FloatArray
 
 _VALUES_SHARE = 3  # once the path is walked one in three masks is for the values, rounded down
 _RANKING_SHARE = 4  # at most one in four of the others is a ranking's set
 _ROUND_GROWTH = 0.05  # a round asks for at least this share of all masks before it
 _PAPER_REFIT_GROWTH = 1.5
-_FIRST_JUDGED = 4  # the first round that knows random masks: before it no set is called hopeless
+_JUDGING_MASKS = 4  # a player: with fewer no set of a greedy step is called hopeless
 _STARTS = 4  # sets of each kind that a beam search starts from
 _RULE_ROUNDS = 2  # rounds in a row in which a stop rule must hold: one fit may be a fluke
 
@@ -83,7 +83,7 @@ class RoundSettings:
     seed: int
     surrogate: str
     round_size: int
-    """Masks of a round from the second on, at least."""
+    """Masks of a round from the second on, at least; half of it while the greedy path is walked."""
     stop: StopRules = StopRules()
     goal: str = "both"
     """What masks are for: `plan`, `values` (no path is walked, no set is searched), or `both`."""
@@ -147,8 +147,9 @@ class RoundPlanner:
         if search_utility is not None:
             self._searcher = make_surrogate(settings.surrogate, settings.seed)
         self._guide: Surrogate = self._searcher
-        """What the search asks: the kernel surrogate where one answers, since it knows how sets
-        depend on each other."""
+        """Finds sets: the best kernel surrogate, which knows a whole neighbourhood at once."""
+        self._judge: Surrogate = self._searcher
+        """Judges them: what answers, a kernel surrogate or not."""
         self.sources: dict[bytes, str] = {}
         """How each proposed mask was found, by key."""
 
@@ -173,6 +174,8 @@ class RoundPlanner:
         size = max(self._settings.round_size, int(_ROUND_GROWTH * self._num_proposed))
         goal = self._settings.goal
         walking = goal != "values" and index < 2 * self._settings.max_removed
+        if walking:
+            size = max(1, size // 2)
         batch = []
         if index == 2:
             sets = _single_loss_sets(masks_MP, utilities_M, self._settings)
@@ -203,7 +206,8 @@ class RoundPlanner:
             self.surrogate.fit(masks_MP[finite], utilities_M[finite])
             if self._searcher is not self.surrogate:
                 self._searcher.fit(masks_MP[finite], search_M[finite])
-            self._guide = kernel_of(self._searcher) or self._searcher
+            self._guide = guide_of(self._searcher) or self._searcher
+            self._judge = kernel_of(self._searcher) or self._searcher
         return True
 
     def _walk(
@@ -220,7 +224,7 @@ class RoundPlanner:
         if len(path) < index // 2:
             return []
         options = drop_one(path[-1])
-        if judge and index >= _FIRST_JUDGED:
+        if judge and len(masks_MP) >= _JUDGING_MASKS * self._settings.num_players:
             options = self._with_a_chance(options, masks_MP, search_M)
         return self._offer(options, "greedy")
 
@@ -256,13 +260,13 @@ class RoundPlanner:
         for r, sets_QP in self._likely(masks_MP, search_M).items():
             if not np.isfinite(best_of[r]):
                 return False
-            chance_Q = chance_of_better(self._guide, sets_QP, best_of[r], rules.gain)
+            chance_Q = chance_of_better(self._judge, sets_QP, best_of[r], rules.gain)
             if chance_Q.max(initial=0.0) > rules.chance:
                 return False
         return True
 
     def _narrow(self, width: float) -> bool:
-        kernel = kernel_of(self.surrogate)
+        kernel = guide_of(self.surrogate)
         if kernel is None:
             return False
         sizes = self._settings.sizes
@@ -273,7 +277,7 @@ class RoundPlanner:
 
     def _telling(self, index: int, count: int, batch: Sequence[BoolArray]) -> list[BoolArray]:
         """Masks that say most about the values; none from a surrogate that cannot tell."""
-        kernel = kernel_of(self.surrogate)
+        kernel = guide_of(self.surrogate)
         if kernel is None or kernel.kernel is None or count < 1:
             return []
         settings = self._settings
@@ -327,7 +331,7 @@ class RoundPlanner:
         """Unseen sets that may beat the best scored one of their size; all r compete."""
         likely = self._likely(masks_MP, search_M)
         return hopeful(
-            self._guide, np.concatenate(list(likely.values())),
+            self._judge, np.concatenate(list(likely.values())),
             self._best_of(masks_MP, search_M), count, pending_MP=self._pending(batch),
         )  # fmt: skip
 
@@ -391,7 +395,7 @@ def design_strata(settings: RoundSettings) -> list[list[int]]:
 
 def current_values(surrogate: Surrogate, sizes: tuple[int, int]) -> FloatArray | None:
     """Values from the surrogate as it stands, where it has a closed form."""
-    kernel = kernel_of(surrogate)
+    kernel = guide_of(surrogate)
     return kernel_values(kernel, sizes).values_P if kernel is not None else None
 
 

@@ -110,7 +110,7 @@ def shapley_values(
         raise InputError(f"{len(masks_MP)} masks are too few to estimate values: score more")
     surrogate = AutoSurrogate()
     surrogate.fit(masks_MP, utilities_M, noise_M)
-    best = surrogate.best
+    best = surrogate.best_kernel
     calibration = value_calibration(best, sizes)
     return kernel_values(best, sizes, resampled_MB, calibration=calibration)
 

@@ -324,7 +324,7 @@ def test_passed_by_sets_of_a_greedy_step_are_never_its_best(rng):
 def test_a_run_may_have_one_goal_alone(goal, rng):
     settings = settings_of(12, 4, goal=goal)
     played = Played(settings, pair_game(12, rng), 130)
-    counts = dict.fromkeys(("greedy", "search", "values"), 0)
+    counts: dict[str, int] = dict.fromkeys(["greedy", "search", "values"], 0)
     for key in keys(np.concatenate(played.rounds[3:])):
         source = played.planner.sources[key]
         counts[source] = counts.get(source, 0) + 1
@@ -332,10 +332,8 @@ def test_a_run_may_have_one_goal_alone(goal, rng):
         assert counts["values"] >= 80
         assert counts["greedy"] == counts["search"] == 0
     else:
-        assert counts["search"] > 20
+        assert counts["search"] > 10  # what is left goes to the values: no set seems worth a score
         assert counts["greedy"] > 0
-        # the surrogate may see nothing worth a score in a whole round
-        assert counts["values"] < counts["search"]
     removed = set((~played.masks).sum(axis=1).tolist())
     assert set(range(1, 5)) <= removed
 
@@ -379,14 +377,15 @@ def test_the_greedy_path_is_walked_to_its_end(rng):
     game = pair_game(11, rng, pairs=0.2)
     played = Played(settings_of(11, 4), game, 130)
     removed: tuple[int, ...] = ()
-    for step, mask in enumerate(greedy_path(played.masks, played.utilities, 4)):
+    passed = played.planner.passed_by
+    for step, mask in enumerate(greedy_path(played.masks, played.utilities, 4, passed)):
         options = [tuple(sorted((*removed, p))) for p in range(11) if p not in removed]
         scores = [neg_nll(nll_of(game, without(11, o)[None]))[0] for o in options]
         removed = options[int(np.argmax(scores))]
         assert removed_players(mask) == removed
         # step s + 1 is asked for in round 2 s at the latest
         asked = set(keys(np.concatenate(played.rounds[: 2 * step + 1])))
-        assert set(keys(np.array([without(11, o) for o in options]))) <= asked
+        assert set(keys(np.array([without(11, o) for o in options]))) <= asked | passed
     assert len(removed) == 4
 
 
@@ -399,7 +398,7 @@ def test_mixed_rounds_keep_a_third_for_the_values_and_grow_with_the_run(rng):
     for index in range(3, len(played.rounds) - 1):
         size = max(10, int(0.05 * before[index - 1]))
         if index < 2 * settings.max_removed:  # while the path is walked the search comes first
-            assert len(sources[index]) >= size
+            assert len(sources[index]) >= size // 2
             assert "ranking" not in sources[index]
             assert set(sources[index]) <= {"greedy", "search", "values"}
             continue

@@ -24,7 +24,7 @@ from lpserve.search import (
     not_hopeless,
 )
 from lpserve.surrogate import HeldOut, KernelSurrogate
-from lpserve.types import BoolArray, FloatArray
+from lpserve.types import BoolArray, FloatArray, IntArray
 from tests.test_plan import table_game, text
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
@@ -35,9 +35,14 @@ class Fixed:
 
     name = "fixed"
     heldout: HeldOut
+    rows: IntArray
+    left_out_M: FloatArray
 
-    def __init__(self, mean: Callable[[BoolArray], FloatArray], std: float = 1.0) -> None:
-        self.mean, self._std = mean, std
+    def __init__(self, function: Callable[[BoolArray], FloatArray], std: float = 1.0) -> None:
+        self._function, self._std = function, std
+
+    def mean(self, masks_QP: BoolArray) -> FloatArray:
+        return self._function(masks_QP)
 
     def fit(
         self, masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None = None

@@ -335,7 +335,7 @@ def test_every_kind_can_be_made_and_is_deterministic(kind, rng, monkeypatch):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match=r"one of auto, ridge, gp, gp\+ridge, paper"):
+    with pytest.raises(ValueError, match=r"one of auto, ridge, gp, gp\+ridge, boosting"):
         make_surrogate("forest")
 
 
@@ -420,7 +420,7 @@ def test_the_papers_network_has_one_deviation_for_all_masks(rng, monkeypatch):
     left_out = np.empty(40)
     for number in range(5):
         part = PaperSurrogate(seed=2)
-        part._train(masks[fold != number], targets[fold != number])
+        part.train(masks[fold != number], targets[fold != number])
         left_out[fold == number] = part.mean(masks[fold == number])
     np.testing.assert_allclose(std[0], np.sqrt(((targets - left_out) ** 2).mean()), rtol=1e-6)
 

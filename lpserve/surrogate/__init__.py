@@ -5,59 +5,42 @@ Notation: M training masks, Q queried masks.
 
 from __future__ import annotations
 
+from lpserve.config import SURROGATES as KINDS
 from lpserve.kernel import COMPONENTS
-from lpserve.surrogate.base import HeldOut, Surrogate
+from lpserve.surrogate.auto import RIVALS, AutoSurrogate
+from lpserve.surrogate.base import HeldOut, Predictor, Surrogate
+from lpserve.surrogate.crossfit import CrossFitted
 from lpserve.surrogate.gaussian import MAX_TRAINING_MASKS, KernelSurrogate
 from lpserve.surrogate.paper import PaperSurrogate
-from lpserve.types import BoolArray, FloatArray
-
-KINDS = ("auto", *COMPONENTS, "paper")
+from lpserve.surrogate.stack import Stack
 
 __all__ = [
-    "KINDS", "MAX_TRAINING_MASKS", "AutoSurrogate", "HeldOut", "KernelSurrogate", "PaperSurrogate",
-    "Surrogate", "kernel_of", "make_surrogate",
+    "KINDS", "MAX_TRAINING_MASKS", "AutoSurrogate", "CrossFitted", "HeldOut", "KernelSurrogate",
+    "PaperSurrogate", "Predictor", "Stack", "Surrogate", "guide_of", "kernel_of", "make_surrogate",
 ]  # fmt: skip
 
 
 def make_surrogate(kind: str, seed: int = 0) -> Surrogate:
     """A surrogate by name, see `KINDS`."""
     if kind == "auto":
-        return AutoSurrogate()
+        return AutoSurrogate(seed, rivals=tuple(RIVALS))
     if kind in COMPONENTS:
         return KernelSurrogate(kind)
+    if kind in RIVALS:
+        return CrossFitted(kind, RIVALS[kind], seed)
     if kind == "paper":
         return PaperSurrogate(seed)
     raise ValueError(f"unknown surrogate {kind!r}: one of {', '.join(KINDS)}")
 
 
-class AutoSurrogate:
-    """The kernel surrogate with the smaller held-out error at each fit."""
-
-    def __init__(self) -> None:
-        self._candidates = [KernelSurrogate(kind) for kind in COMPONENTS]
-        self.best = self._candidates[0]
-        self.name = "auto"
-
-    def fit(
-        self, masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None = None
-    ) -> None:
-        for candidate in self._candidates:
-            candidate.fit(masks_MP, utilities_M, noise_M)
-        self.best = min(self._candidates, key=lambda candidate: candidate.heldout.rmse)
-        self.name = f"auto:{self.best.name}"
-
-    @property
-    def heldout(self) -> HeldOut:
-        return self.best.heldout
-
-    def mean(self, masks_QP: BoolArray) -> FloatArray:
-        return self.best.mean(masks_QP)
-
-    def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
-        return self.best.predict(masks_QP)
-
-
-def kernel_of(surrogate: Surrogate) -> KernelSurrogate | None:
-    """The kernel surrogate that answers for this one, if one does."""
+def kernel_of(surrogate: Predictor) -> KernelSurrogate | None:
+    """The kernel surrogate that answers for this one, if one alone does."""
     best = surrogate.best if isinstance(surrogate, AutoSurrogate) else surrogate
+    return best if isinstance(best, KernelSurrogate) else None
+
+
+def guide_of(surrogate: Predictor) -> KernelSurrogate | None:
+    """The kernel surrogate that says which masks to score next, if there is one: for `auto` the
+    best of its kernels, whoever answers."""
+    best = surrogate.best_kernel if isinstance(surrogate, AutoSurrogate) else surrogate
     return best if isinstance(best, KernelSurrogate) else None

@@ -11,7 +11,10 @@ from typing import Protocol
 import numpy as np
 from scipy.stats import rankdata
 
-from lpserve.types import BoolArray, FloatArray
+from lpserve.errors import InputError
+from lpserve.types import BoolArray, FloatArray, IntArray
+
+_Z90 = 1.645
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,22 +25,30 @@ class HeldOut:
     spearman: float
     rmse: float
     method: str
-    """`leave-one-out` or `5-fold`."""
+    """`leave-one-out`, `5-fold`, ..."""
     num_masks: int
+    calibration: float
+    """Root mean squared standardised residual: above 1, the deviations are too narrow."""
+    inside90: float
+    """Share of the scores within 1.645 deviations of what was predicted; 0.9 where honest."""
 
 
-class Surrogate(Protocol):
-    """Contract of every surrogate. Fitting again replaces the fit; all are deterministic."""
+class Predictor(Protocol):
+    """What a fitted surrogate says, about masks and about itself."""
 
     name: str
 
     @property
     def heldout(self) -> HeldOut: ...
 
-    def fit(
-        self, masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None = None
-    ) -> None:
-        """Fit to distinct masks with finite utilities, M >= 2; `noise_M` is a known variance."""
+    @property
+    def rows(self) -> IntArray:
+        """Training masks among those of the last fit."""
+        ...
+
+    @property
+    def left_out_M(self) -> FloatArray:
+        """What each training mask was predicted to score without it."""
         ...
 
     def mean(self, masks_QP: BoolArray) -> FloatArray:
@@ -49,16 +60,62 @@ class Surrogate(Protocol):
         ...
 
 
-def heldout(targets_M: FloatArray, predicted_M: FloatArray, method: str) -> HeldOut:
-    """What predictions of masks that a fit has not seen are worth."""
+class Surrogate(Predictor, Protocol):
+    """Contract of every surrogate. Fitting again replaces the fit; all are deterministic."""
+
+    def fit(
+        self, masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None = None
+    ) -> None:
+        """Fit to distinct masks with finite utilities, M >= 2; `noise_M` is a known variance."""
+        ...
+
+
+def heldout(
+    targets_M: FloatArray, predicted_M: FloatArray, method: str, std_M: FloatArray
+) -> HeldOut:
+    """What predictions of masks that a fit has not seen are worth, and `std_M`, the standard
+    deviations of targets from predictions, in the surrogate's own words."""
     residual = targets_M - predicted_M
     spread = float(((targets_M - targets_M.mean()) ** 2).sum())
     ranked = np.ptp(targets_M) > 0 and np.ptp(predicted_M) > 0
     ranks = np.corrcoef(rankdata(targets_M), rankdata(predicted_M)) if ranked else None
+    rounding = 1e-12 * float(np.abs(targets_M).max())
+    standard_M = residual / np.maximum(std_M, rounding or 1.0)
     return HeldOut(
         r2=1.0 - float((residual**2).sum()) / spread if spread > 0 else float("nan"),
         spearman=float(ranks[0, 1]) if ranks is not None else float("nan"),
         rmse=float(np.sqrt((residual**2).mean())),
         method=method,
         num_masks=len(targets_M),
+        calibration=float(np.sqrt((standard_M**2).mean())),
+        inside90=float((np.abs(standard_M) <= _Z90).mean()),
     )
+
+
+def training_set(
+    masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None
+) -> tuple[BoolArray, FloatArray, FloatArray]:
+    """What a surrogate is fitted to, checked: masks, utilities, noise (0 for None).
+
+    Raises:
+        InputError: an array has another shape, masks repeat or are fewer than 2, a number is not
+            finite, or a variance is negative.
+    """
+    masks, utilities = np.asarray(masks_MP), np.asarray(utilities_M, dtype=np.float64)
+    if masks.ndim != 2 or masks.dtype != bool or masks.shape[1] < 1:
+        raise InputError(f"masks must be bool [M, P]: got {masks.dtype} {list(masks.shape)}")
+    if len(masks) < 2:
+        raise InputError(f"a surrogate needs at least 2 masks: got {len(masks)}")
+    noise = np.zeros(len(masks)) if noise_M is None else np.asarray(noise_M, dtype=np.float64)
+    for name, array in (("utilities", utilities), ("noise variances", noise)):
+        if array.shape != (len(masks),):
+            raise InputError(
+                f"{len(masks)} masks need as many {name}: got an array {list(array.shape)}"
+            )
+        if not np.isfinite(array).all():
+            raise InputError(f"{name} must be finite: leave masks without a finite score out")
+    if (noise < 0).any():
+        raise InputError(f"noise variances must be at least 0: got {noise.min():g}")
+    if len(np.unique(masks, axis=0)) != len(masks):
+        raise InputError("masks repeat: give each mask once")
+    return masks, utilities, noise

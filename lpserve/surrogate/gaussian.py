@@ -69,7 +69,8 @@ class KernelSurrogate:
         """Root mean squared standardised residual: above 1, the intervals are too narrow."""
         self.left_out_M = targets_M - self.scale * residual_M
         """What each training mask is predicted to score from all the others."""
-        self.heldout = heldout(targets_M, self.left_out_M, "leave-one-out")
+        std_M = self.scale * max(1.0, self.calibration) * np.sqrt(variance_M)
+        self.heldout = heldout(targets_M, self.left_out_M, "leave-one-out", std_M)
 
     def tuned(self, rows: IntArray) -> MaskKernel:
         """The kernel that some of the training masks alone would make likeliest."""

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from lpserve.surrogate.base import HeldOut, heldout
-from lpserve.types import BoolArray, FloatArray
+from lpserve.errors import InputError
+from lpserve.surrogate.base import HeldOut, heldout, training_set
+from lpserve.types import BoolArray, FloatArray, IntArray
 
 _FOLDS = 5
 
@@ -31,20 +32,24 @@ class PaperSurrogate:
     def fit(
         self, masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None = None
     ) -> None:
-        masks_MP = np.asarray(masks_MP, dtype=bool)
-        targets_M = np.asarray(utilities_M, dtype=np.float64)
+        masks_MP, targets_M, _ = training_set(masks_MP, utilities_M, noise_M)
         if targets_M.min() < 0:
-            raise ValueError("the paper's surrogate needs utilities of at least 0: use ppl_ratio")
+            raise InputError("the paper's surrogate needs utilities of at least 0: use ppl_ratio")
+        self.rows: IntArray = np.arange(len(masks_MP))
+        """Training masks among those of the last fit: all."""
         fold_M = np.random.default_rng(self._seed).permutation(len(masks_MP)) % _FOLDS
-        predicted_M = np.empty(len(masks_MP))
+        self.left_out_M = np.empty(len(masks_MP))
+        """What each training mask is predicted to score without its fold."""
         for fold in range(min(_FOLDS, len(masks_MP))):
             out = fold_M == fold
-            self._train(masks_MP[~out], targets_M[~out])
-            predicted_M[out] = self.mean(masks_MP[out])
-        self.heldout = heldout(targets_M, predicted_M, f"{_FOLDS}-fold")
-        self._train(masks_MP, targets_M)
+            self.train(masks_MP[~out], targets_M[~out])
+            self.left_out_M[out] = self.mean(masks_MP[out])
+        rmse_M = np.full(len(masks_MP), np.sqrt(((targets_M - self.left_out_M) ** 2).mean()))
+        self.heldout = heldout(targets_M, self.left_out_M, f"{_FOLDS}-fold", rmse_M)
+        self.train(masks_MP, targets_M)
 
-    def _train(self, masks_MP: BoolArray, targets_M: FloatArray) -> None:
+    def train(self, masks_MP: BoolArray, targets_M: FloatArray) -> None:
+        """The published training alone, without a held-out error; masks may repeat."""
         import torch
 
         num_players = masks_MP.shape[1]

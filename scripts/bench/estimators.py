@@ -168,7 +168,7 @@ def for_values(
         pool_QP = candidate_pool(players, sizes, np.random.default_rng([seed, batch]))
         pool_QP = pool_QP[[key not in seen for key in keys(pool_QP)]]
         picks = most_telling(
-            surrogate.best, sizes, pool_QP, max(players, len(chosen) // 10),
+            surrogate.best_kernel, sizes, pool_QP, max(players, len(chosen) // 10),
             pending_MP=np.empty((0, players), dtype=bool), head_cost=HEAD_COST,
         )  # fmt: skip
         seen.update(keys(picks))

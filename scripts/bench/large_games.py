@@ -1,0 +1,194 @@
+"""Values, intervals, plans, time and memory on synthetic games of 32 and 80 players.
+
+    PYTHONPATH=. python scripts/bench/large_games.py --players 32,80 --seeds 5 --out large_games.md
+
+The games are those of `synthetic_games.py`: exact truncated values by construction, windows from a
+known distribution, interactions fitted to a real game's. Rounds are played as a run plays them
+(`RoundPlanner`, goal `both`) and cut at each budget.
+
+* Error: of the truncated values of these windows, squared, over the mean square of the exact ones.
+* Inside 90%: how often `stderr_P` holds the exact value of these windows, and `total_stderr_P` that
+  of the distribution that they come from; mean over players and seeds.
+* Regret: perplexity over that of the best known set (multi-start swap descent on the game itself:
+  `reference_best`, not proven best), mean and worst over numbers removed, in percent; beside it the
+  greedy path's, and what greedy would have scored.
+* Time: CPU seconds that choosing a round takes, the last and the longest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from probes import machine_lines, publish
+from synthetic_games import NUM_TOKENS, ProductGame, layer_game, reference_best
+from threadpoolctl import threadpool_limits
+
+import lpserve
+from lpserve.masks import drop_one, full_mask, keys
+from lpserve.resample import mean_nll, window_weights
+from lpserve.rounds import History, RoundPlanner, RoundSettings
+from lpserve.shapley import Z90
+from lpserve.types import BoolArray, FloatArray
+
+BUDGETS = {12: (100, 200, 400), 32: (200, 400, 800, 1600), 80: (500, 1000, 2000, 4000)}
+NUM_WINDOWS = 10
+
+
+@dataclass
+class Played:
+    """A run's masks and what choosing them took."""
+
+    masks_MP: BoolArray
+    seconds: list[float] = field(default_factory=list)
+    """CPU time of choosing each round."""
+    asked: list[int] = field(default_factory=list)
+    """Masks asked for up to each round."""
+
+
+def play(game: ProductGame, max_removed: int, sizes: tuple[int, int], seed: int, budget: int):  # noqa: ANN201
+    """What a run with this budget asks for."""
+    settings = RoundSettings(
+        num_players=game.num_players, max_removed=max_removed, sizes=sizes, seed=seed,
+        surrogate="auto", round_size=game.num_players,
+    )  # fmt: skip
+    full_ppl_nll = game.mean_nll(full_mask(game.num_players)[None])[0]
+
+    def neg_nll(nll_MN: np.ndarray) -> FloatArray:
+        return -nll_MN.astype(np.float64).mean(axis=1) / NUM_TOKENS
+
+    planner = RoundPlanner(settings, neg_nll, lambda nll_MN: np.exp(neg_nll(nll_MN) + full_ppl_nll))
+    history, rounds = History(), []
+    played = Played(masks_MP=np.empty((0, game.num_players), dtype=bool))
+    while sum(map(len, rounds)) < budget:
+        started = time.process_time()
+        masks_MP = planner.propose(len(rounds), history)
+        played.seconds.append(time.process_time() - started)
+        if not len(masks_MP):
+            break
+        rounds.append(masks_MP[: budget - sum(map(len, rounds))])
+        played.asked.append(sum(map(len, rounds)))
+        if len(rounds) > 1:
+            history.masks.append(rounds[-2])
+            history.nll.append(game.nll(rounds[-2]).astype(np.float32))
+    played.masks_MP = np.concatenate(rounds)
+    return played
+
+
+def greedy(game: ProductGame, max_removed: int) -> tuple[BoolArray, int]:
+    """SLEB's path `bool[R, P]` and the masks that it scores."""
+    mask_P, path, scored = full_mask(game.num_players), [], 1
+    for _ in range(max_removed):
+        options_QP = drop_one(mask_P)
+        scored += len(options_QP)
+        mask_P = options_QP[int(np.argmin(game.mean_nll(options_QP)))]
+        path.append(mask_P)
+    return np.array(path), scored
+
+
+def value_row(game: ProductGame, masks_MP: BoolArray, sizes: tuple[int, int]) -> list[float]:
+    """Error; coverage and width of `stderr_P`; coverage of `total_stderr_P`; CPU seconds."""
+    nll_MN = game.nll(masks_MP).astype(np.float32).astype(np.float64)
+    tokens_N = game.tokens_N
+    weights_BN = window_weights([len(tokens_N)])
+    started = time.process_time()
+    values = lpserve.shapley_values(
+        masks_MP, -nll_MN.sum(axis=1) / tokens_N.sum(), sizes,
+        resampled_MB=-mean_nll(nll_MN, tokens_N, weights_BN),
+    )  # fmt: skip
+    seconds = time.process_time() - started
+    exact_P, source_P = game.exact(sizes), game.population.exact(sizes)
+    error_P = values.values_P - exact_P
+    inside = (np.abs(error_P) <= Z90 * values.stderr_P).mean()
+    total = (np.abs(values.values_P - source_P) <= Z90 * values.total_stderr_P).mean()
+    relative = (error_P**2).sum() / (exact_P**2).sum()
+    return [relative, inside, 2 * Z90 * values.stderr_P.mean(), total, seconds]
+
+
+def regret_R(game: ProductGame, masks_MP: BoolArray, best_RP: BoolArray) -> FloatArray:
+    """% of perplexity over the best known set of each size."""
+    nll_M, removed_M = game.mean_nll(masks_MP), (~masks_MP).sum(axis=1)
+    found_R = np.array([
+        nll_M[removed_M == r].min(initial=np.inf) for r in range(1, len(best_RP) + 1)
+    ])  # fmt: skip
+    return 100 * np.expm1(found_R - game.mean_nll(best_RP))
+
+
+def lines_of(players: int, seeds: int, most: int | None) -> list[str]:
+    max_removed = 3 * players // 8
+    sizes = (players - max_removed, players - 1)
+    budgets = [b for b in BUDGETS[players] if most is None or b <= most]
+    rows: dict[int, list[list[float]]] = {b: [] for b in budgets}
+    greedy_rows = []
+    for seed in range(seeds):
+        game = layer_game(players, NUM_WINDOWS, seed=seed)
+        best_RP = reference_best(game, max_removed, seed=seed)
+        path_RP, scored = greedy(game, max_removed)
+        behind_R = regret_R(game, path_RP, best_RP)
+        greedy_rows.append([behind_R.mean(), behind_R.max(), scored])
+        played = play(game, max_removed, sizes, seed, budgets[-1])
+        for budget in budgets:
+            some = played.masks_MP[:budget]
+            last = max(n for n, asked in enumerate(played.asked) if asked <= budget)
+            regret = regret_R(game, some, best_RP)
+            rows[budget].append(
+                [*value_row(game, some, sizes), regret.mean(), regret.max(),
+                 played.seconds[last], max(played.seconds[: last + 1])]
+            )  # fmt: skip
+        assert len(set(keys(played.masks_MP))) == len(played.masks_MP)
+    lines = [
+        f"## {players} players, up to {max_removed} removed, sizes {sizes}, {seeds} games", "",
+        "| masks | error, median [least, most] | inside 90% | width | total inside 90% | regret, "
+        "mean (worst) | a round is chosen in | the longest | values in |",
+        "| ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for budget, found in rows.items():
+        table = np.array(found)
+        error = table[:, 0]
+        mean = table.mean(axis=0)
+        lines.append(
+            f"| {budget} | {np.median(error):.1e} [{error.min():.1e}, {error.max():.1e}] | "
+            f"{mean[1]:.0%} | {mean[2]:.2g} | {mean[3]:.0%} | {mean[5]:.2f}% "
+            f"({table[:, 6].max():.2f}%) | {mean[7]:.1f} s | {table[:, 8].max():.1f} s | "
+            f"{mean[4]:.1f} s |"
+        )
+    table = np.array(greedy_rows)
+    lines.append(
+        f"| greedy: {table[0, 2]:.0f} | | | | | {table[:, 0].mean():.2f}% "
+        f"({table[:, 1].max():.2f}%) | | | |"
+    )
+    print("\n".join(lines), flush=True)
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--players", default="32,80")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--most", type=int, help="largest budget")
+    parser.add_argument("--out", type=Path, help="also write the tables here")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    lines = [
+        "# Large synthetic games", "",
+        f"`PYTHONPATH=. python scripts/bench/large_games.py --players {args.players} --seeds "
+        f"{args.seeds}`; {NUM_WINDOWS} windows of {NUM_TOKENS} tokens; seeds 0 to "
+        f"{args.seeds - 1}.", "", *machine_lines(1), "",
+    ]  # fmt: skip
+    with threadpool_limits(1):
+        for players in map(int, args.players.split(",")):
+            lines += lines_of(players, args.seeds, args.most)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lines.append(
+        f"Times are CPU seconds of one thread. Peak memory of the process {memory:.0f} MiB. Took "
+        f"{time.perf_counter() - started:.0f} s."
+    )
+    publish(lines, args.out)
+
+
+if __name__ == "__main__":
+    main()
