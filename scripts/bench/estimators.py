@@ -48,7 +48,7 @@ from lpserve.surrogate import AutoSurrogate
 from lpserve.types import UTILITIES, BoolArray, FloatArray, utilities
 
 BUDGETS = (60, 100, 200, 400, 800)
-PLAN_BUDGETS = (60, 90, 120, 160, 200)
+PLAN_BUDGETS = (60, 90, 120, 160, 200, 300)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,9 @@ curve of losses keeps its shape over the *share* of layers removed: so losses ar
 number (`SCALES`; by log P in between), the share of the waves shrinks as 1 / P, and there is one
 backup for each 12 layers. The best known sets then cost about what the best in print do
 (`PUBLISHED`; the table's last lines). Unlike real games: nothing collapses beyond the first layer's
-level, as the bundled model does with no layer left (22 nats); windows are Gaussian; greedy removal
-comes within 2% of the best, where searches in print differ by half (12 layers of Llama-2-7B).
+level, as the bundled model does with no layer left (22 nats); windows are Gaussian; in the table's
+deep games greedy removal comes within 2% of the best, where searches in print differ by half (12
+layers of Llama-2-7B).
 
 Notation: M masks, P players, N windows, T terms, R numbers removed, E dropped others.
 """
