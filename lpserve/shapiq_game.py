@@ -2,7 +2,8 @@
 
 shapiq (Muschalik et al., NeurIPS 2024) asks for coalitions, its word for masks, True = kept; this
 module knows what they are worth and what that took. It estimates nothing itself. Needs the extra
-`shapiq`, and is the only module that imports it.
+`shapiq`, and is the only module that imports it. With a vLLM engine open that first: shapiq loads
+llvmlite, and vLLM 0.32 cannot start in a process where that is loaded.
 
 shapiq's values are Shapley values over all sizes, (0, P-1); those of a run are truncated by default
 (`lpserve run --sizes 0,P-1`: not truncated).

@@ -3,11 +3,11 @@
 Kernel surrogates come first: they cost little, give values in closed form and say which mask to
 score next. While the best of them leaves more than a hundredth of the variance of left-out masks
 unexplained, `boosting` and `ensemble` are tried as well: again whenever the masks have grown by
-half, and those that have a part in the answer at every fit. What answers is the one with the
-smallest held-out error, but another than the best kernel only if its error is smaller by a
-twentieth, and a stack only if it beats every single one by as much.
+half, and those that have a part in the answer at every fit. Of them and their stack with the best
+kernel the one with the smallest held-out error answers, if its error is smaller than that kernel's
+by a twentieth; else the kernel does.
 
-Notation: M training masks, Q queried masks.
+Notation: M training masks, Q queried masks, K surrogates.
 """
 
 from __future__ import annotations
@@ -79,18 +79,18 @@ class AutoSurrogate:
     def _winner(
         self, rivals: Sequence[CrossFitted], masks_MP: BoolArray, utilities_M: FloatArray
     ) -> Predictor:
+        """What answers, once all are fitted."""
         singles = [self.best_kernel, *rivals]
         each = [left_out(single, masks_MP) for single in singles]
         rows = np.flatnonzero(masks_MP.any(axis=1))
         targets_M = utilities_M[rows]
         error_K = [float(np.sqrt(((targets_M - one.mean_M) ** 2).mean())) for one in each]
         stack = Stack(singles, each, rows, targets_M)
-        error, place = min(
-            (stack.heldout.rmse, len(rivals)), *((e, k) for k, e in enumerate(error_K[1:]))
-        )
-        if error >= _BETTER * error_K[0]:
+        error_K.append(stack.heldout.rmse)
+        best = int(np.argmin(error_K))
+        if error_K[best] >= _BETTER * error_K[0]:
             return self.best_kernel
-        return [*rivals, stack][place]
+        return [*singles, stack][best]
 
     @property
     def heldout(self) -> HeldOut:
