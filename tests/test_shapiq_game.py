@@ -1,7 +1,7 @@
 """The shapiq game's cases, in a process of their own.
 
-shapiq loads llvmlite, and vLLM 0.32 cannot start in a process where that is loaded (it looks through
-the attributes of every loaded module, and llvmlite's library answers to any name).
+shapiq loads llvmlite, and vLLM 0.32 cannot start in a process where that is loaded: it looks
+through the attributes of every loaded module, and llvmlite's library answers to any name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Boosting, the ensemble, stacks and what `auto` makes of them, against slow and obvious versions.
 
-Games here are exact, so errors are true errors on masks that no fit has seen. Bounds on calibration
-are wide: a hundred residuals know their root mean square to a tenth, a dozen games differ by more.
+Games here are exact, so errors are true errors on masks that no fit has seen. Not covered: speed,
+and how often other surrogates than kernels win on games of layers.
 """
 
 from __future__ import annotations
@@ -354,8 +354,8 @@ def test_boosting_is_one_scikit_learn_model_for_each_member(rng):
 
 
 def test_the_ensemble_equals_networks_trained_one_by_one(rng, monkeypatch):
-    """Two batches an epoch; no step is the best, so the last one is compared (see below)."""
-    monkeypatch.setattr(ensemble, "_STEPS", 24)
+    """Two batches an epoch. The last step is made the best, as the error falls at every check."""
+    monkeypatch.setattr(ensemble, "_STEPS", 20)
     monkeypatch.setattr(ensemble, "_BATCH", 30)
     errors = iter(range(1000, 0, -1))
     monkeypatch.setattr(ensemble, "_left_out_error", lambda *args: float(next(errors)))
@@ -364,7 +364,7 @@ def test_the_ensemble_equals_networks_trained_one_by_one(rng, monkeypatch):
     got = ensemble.train(masks, targets, weights, 5)(every)
     generator = np.random.default_rng(5)
     initial = ensemble._initial(10, 7, generator)
-    orders = [generator.permutation(60) for _ in range(12)]
+    orders = [generator.permutation(60) for _ in range(10)]
     for member in (0, 9):
         layers = [torch.nn.Linear(7, 32), torch.nn.Linear(32, 32), torch.nn.Linear(32, 1)]
         with torch.no_grad():
@@ -384,19 +384,19 @@ def test_the_ensemble_equals_networks_trained_one_by_one(rng, monkeypatch):
         parameters = [p for layer in layers for p in layer.parameters()]
         optimizer = torch.optim.AdamW(parameters, weight_decay=100 / 60)
         share = torch.tensor(weights[member] / weights[member].mean())
-        for step in range(24):
+        for step in range(20):
             # an epoch's halves, the second half first
             order = orders[step // 2]
             rows = order[30:] if step % 2 == 0 else order[:30]
             for group in optimizer.param_groups:
-                group["lr"] = 0.02 * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / 24)))
+                group["lr"] = 0.02 * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / 20)))
             optimizer.zero_grad()
             residual = network(masks[rows]) - torch.tensor(targets[member, rows])
             (share[rows] * residual**2).mean().backward()
             optimizer.step()
         expected = network(every).detach().numpy()
         untrained = np.abs(expected - got[member].mean()).mean()
-        # 24 float32 steps in another order of operations; Adam divides by small gradients
+        # 20 float32 steps in another order of operations; Adam divides by small gradients
         np.testing.assert_allclose(got[member], expected, atol=2e-3)
         assert untrained > 0.05
 
@@ -442,7 +442,10 @@ def test_threads_and_generators_are_left_as_found(kind, rng):
     torch.manual_seed(int(rng.integers(1000)))
     np.random.seed(int(rng.integers(1000)))
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
-    inside, elsewhere = [], []
+    inside, elsewhere, outside = [], [], []
+    first = threading.Thread(target=lambda: outside.append(torch.get_num_threads()))
+    first.start()
+    first.join()
 
     def train(masks, targets, weights, seed):
         inside.append(torch.get_num_threads())
@@ -455,7 +458,7 @@ def test_threads_and_generators_are_left_as_found(kind, rng):
     masks = some_masks(6, 30, rng)
     surrogate.fit(masks, rough_game(masks, rng))
     surrogate.predict(all_masks(6))
-    assert (inside, elsewhere) == ([1], [before])  # engines score on other threads meanwhile
+    assert (inside, elsewhere) == ([1], outside)  # engines score on other threads meanwhile
     assert torch.get_num_threads() == before
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert all(
@@ -481,7 +484,6 @@ def test_additive_games_are_reproduced(kind, rng):
 
 @pytest.mark.parametrize("kind", TRAINS)
 def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, rng):
-    """Of 60 such sets of games measured, see the bounds' comment."""
     squares, inside = [], []
     for make in (exception_game, threshold_game, pair_game):
         masks = some_masks(9, 150, rng)
@@ -494,8 +496,10 @@ def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, rng):
         squares.append((standard**2).mean())
         inside.append((np.abs(standard) < 1.645).mean())
         assert surrogate.heldout.r2 > 0.6
-    assert 0.3 < np.sqrt(np.mean(squares)) < 1.5
-    assert 0.8 < np.mean(inside) <= 1
+    # of 30 such triples of games: 0.76 to 1.35, and 0.86 to 0.96. A threshold between two masks
+    # that all members take for alike is worth many deviations, hence the high bound
+    assert 0.5 < np.sqrt(np.mean(squares)) < 2.5
+    assert 0.8 < np.mean(inside) < 0.99
 
 
 @pytest.mark.parametrize("kind", TRAINS)
@@ -540,7 +544,7 @@ def test_stack_weights_are_the_best_of_the_simplex(rng):
         corners = [loss(corner) for corner in np.eye(size)]
         assert loss(got) <= min(corners) * (1 + 1e-9)
         slsqp = minimize(
-            lambda w, loss=loss, least=min(corners): loss(w) / least, np.full(size, 1 / size),
+            lambda w, loss=loss, corners=corners: loss(w) / min(corners), np.full(size, 1 / size),
             bounds=[(0, 1)] * size, constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
             method="SLSQP", options={"ftol": 1e-12, "maxiter": 500},
         )  # fmt: skip
@@ -679,7 +683,7 @@ def test_another_than_a_kernel_answers_where_it_predicts_better(rng):
         unseen = unseen_masks(masks)
         error = ((surrogate.mean(unseen) - game(unseen)) ** 2).mean()
         shares.append(error / ((surrogate.best_kernel.mean(unseen) - game(unseen)) ** 2).mean())
-        np.testing.assert_allclose(surrogate.mean(masks), game(masks), rtol=1e-6)
+        np.testing.assert_allclose(surrogate.mean(masks), game(masks), atol=1e-6)
         assert 0.5 < surrogate.heldout.calibration < 2
     assert np.mean(shares) < 0.75
 
@@ -763,14 +767,6 @@ def test_the_smallest_held_out_error_answers_if_it_beats_the_kernel_by_a_twentie
         surrogate.fit(masks, utilities)
         name = "kernel" if kernel_of(surrogate) else surrogate.best.name
         assert name == expected
-
-    def apart(single, masks_MP):
-        own = np.random.default_rng(len(single.name)).normal(0, 1, 80)  # their mean is better
-        return stack.LeftOut(mean_M=utilities + own, std_M=np.ones(80))
-
-    monkeypatch.setattr(auto, "left_out", apart)
-    surrogate.fit(masks, utilities)
-    assert isinstance(surrogate.best, Stack)
     assert surrogate.heldout is surrogate.best.heldout
     assert surrogate.left_out_M is surrogate.best.left_out_M
     assert kernel_of(surrogate) is None
