@@ -21,6 +21,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 SURROGATES = ("auto", "ridge", "gp", "gp+ridge", "boosting", "ensemble", "paper")
 UTILITIES = ("neg_nll", "ppl_ratio")
 GOALS = ("both", "plan", "values")
+STOP_GAIN = 0.001
+"""Share of perplexity by which a set is said to beat another, unless the user names one."""
 
 CHANGEABLE = (
     "budget", "pool", "engines", "engine", "engine_options", "grace_s", "progress_s",
@@ -86,7 +88,7 @@ class RunConfig:
     stop_chance: float | None = None
     """Stop before the budget once no unseen set has a higher probability than this of beating the
     plan by more than `stop_gain`."""
-    stop_gain: float = 0.001
+    stop_gain: float = STOP_GAIN
     """Share of perplexity that `stop_chance` is about."""
     stop_width: float | None = None
     """Stop before the budget once every value's 90% interval reaches at most this far to either

@@ -321,7 +321,7 @@ class _Job:
         """Values, plan, held-out check of the candidates; writes every file of the folder."""
         scored = self._scored_run()
         analysis = analyse(scored)
-        wanted = candidate_masks(make_plan(scored, analysis))
+        wanted = candidate_masks(scored, analysis)
         calibration, self.board = (
             self.board,
             Scoreboard(self.store, self.game, self.heldout, self.dispatcher),
@@ -361,7 +361,7 @@ class _Job:
             masks_MP=masks_MP,
             nll_MN=nll_MN,
             num_tokens_N=self.calibration.num_tokens_N,
-            corpora=tuple((name, count) for name, count in self.calibration.corpora),
+            corpora=self.calibration.corpora,
             sources=tuple(self.planner.sources[key] for key in keys(masks_MP)),
             passed_by_MP=from_keys(sorted(self.planner.passed_by), info.num_players),
             stopped=self._why_ended(len(masks_MP)),

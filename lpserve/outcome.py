@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve import search
+from lpserve.config import STOP_GAIN
 from lpserve.correction import corrected
 from lpserve.errors import InputError
 from lpserve.interaction import exact_interactions, kernel_interactions
-from lpserve.masks import full_mask, keys, without
+from lpserve.masks import full_mask, keys
 from lpserve.plan import (
     Candidate,
     Plan,
@@ -30,7 +31,6 @@ from lpserve.plan import (
 from lpserve.scored import ScoredRun
 from lpserve.sensitivity import Stability, set_stability
 from lpserve.shapley import (
-    Z90,
     ShapleyValues,
     is_enumerated,
     kernel_values,
@@ -38,8 +38,8 @@ from lpserve.shapley import (
     shapley_values,
     value_calibration,
 )
-from lpserve.surrogate import HeldOut, Surrogate, guide_of, kernel_of, make_surrogate
-from lpserve.types import BoolArray, FloatArray, IntArray, perplexity
+from lpserve.surrogate import HeldOut, Surrogate, guide_of, make_surrogate
+from lpserve.types import Z90, BoolArray, FloatArray, IntArray, perplexity
 
 _MONTE_CARLO_COALITIONS = 80_000  # as many as the paper draws
 
@@ -95,7 +95,7 @@ def analyse(scored: ScoredRun) -> Analysis:
         surrogate_name=surrogate.name,
         heldout=surrogate.heldout,
         predicted_M=predicted_M,
-        searcher=kernel_of(searcher) or searcher,
+        searcher=searcher,
         values=values,
         interactions_PP=_interactions(scored, surrogate, rows, finite_M),
         lowest_probability_P=lowest_probability(values, scored.max_removed, scored.seed),
@@ -133,23 +133,9 @@ def make_plan(
     for player in protected:
         if not 0 <= player < scored.num_players:
             raise InputError(f"protected player {player} is not one of 0..{scored.num_players - 1}")
-    greedy = greedy_path(
-        scored.masks_MP, analysis.utilities_M, most, set(keys(scored.passed_by_MP))
-    )
-    order_P = analysis.values.values_P.copy()
-    order_P[list(protected)] = np.inf
-    sources = dict(zip(keys(scored.masks_MP), scored.sources, strict=True))
+    greedy = _greedy(scored, analysis, most)
     entries = []
-    for r in range(1, most + 1):
-        rows = choose_candidates(
-            scored.masks_MP, analysis.utilities_M, r,
-            greedy=greedy, ranking=ranking_mask(order_P, r), sources=sources, protected=protected,
-        )  # fmt: skip
-        if not rows:
-            raise InputError(
-                f"no scored set removes {r} players and keeps {list(protected)}: "
-                "protect fewer, lower --max-removed, or run with a larger budget"
-            )
+    for r, rows in enumerate(_candidates(scored, analysis, greedy, most, protected), start=1):
         warnings = []
         if len(greedy) < r:
             warnings.append("the budget ended before the greedy path reached this size")
@@ -177,13 +163,45 @@ def make_plan(
     )
 
 
-def candidate_masks(plan: Plan) -> BoolArray:
-    """All kept, and every candidate of a plan, each once: what held-out windows check."""
-    masks = [full_mask(plan.num_players)]
-    for entry in plan.plans:
-        masks += [without(plan.num_players, c.removed) for c in entry.candidates]
+def candidate_masks(scored: ScoredRun, analysis: Analysis) -> BoolArray:
+    """All kept, and every candidate of the plan, each once: what held-out windows check."""
+    most = scored.max_removed
+    rows = _candidates(scored, analysis, _greedy(scored, analysis, most), most)
+    masks = [full_mask(scored.num_players)]
+    masks += [scored.masks_MP[row] for candidates in rows for row, _ in candidates]
     _, first = np.unique(np.array(masks), axis=0, return_index=True)
     return np.array(masks)[np.sort(first)]
+
+
+def _greedy(scored: ScoredRun, analysis: Analysis, most: int) -> list[BoolArray]:
+    passed_by = set(keys(scored.passed_by_MP))
+    return greedy_path(scored.masks_MP, analysis.utilities_M, most, passed_by)
+
+
+def _candidates(
+    scored: ScoredRun,
+    analysis: Analysis,
+    greedy: Sequence[BoolArray],
+    most: int,
+    protected: Sequence[int] = (),
+) -> list[list[tuple[int, str]]]:
+    """For r = 1..most the rows of the candidates, the best first, with how each was found."""
+    order_P = analysis.values.values_P.copy()
+    order_P[list(protected)] = np.inf
+    sources = dict(zip(keys(scored.masks_MP), scored.sources, strict=True))
+    found = []
+    for r in range(1, most + 1):
+        rows = choose_candidates(
+            scored.masks_MP, analysis.utilities_M, r,
+            greedy=greedy, ranking=ranking_mask(order_P, r), sources=sources, protected=protected,
+        )  # fmt: skip
+        if not rows:
+            raise InputError(
+                f"no scored set removes {r} players and keeps {list(protected)}: "
+                "protect fewer, lower --max-removed, or run with a larger budget"
+            )
+        found.append(rows)
+    return found
 
 
 def _values(
@@ -241,7 +259,7 @@ def _unseen(
     if not fresh:
         return None
     best = float(search_M[best_rows[0]])
-    chance_Q = search.chance_of_better(analysis.searcher, likely[fresh], best, search.GAIN)
+    chance_Q = search.chance_of_better(analysis.searcher, likely[fresh], best, STOP_GAIN)
     place = int(np.argmax(chance_Q))
     predicted = float(analysis.searcher.mean(likely[fresh[place]][None])[0])
     full_ppl = _ppl(scored.nll_MN[0], scored.num_tokens_N)
@@ -249,7 +267,7 @@ def _unseen(
         removed=removed_list(likely[fresh[place]]),
         predicted_ppl=full_ppl / predicted if predicted > 0 else None,
         chance=float(chance_Q[place]),
-        gain=search.GAIN,
+        gain=STOP_GAIN,
     )
 
 

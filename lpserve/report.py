@@ -14,7 +14,7 @@ from lpserve.plan import Plan, PlanEntry
 from lpserve.runfolder import RunFolder
 from lpserve.scored import write_scores
 from lpserve.sensitivity import SETTLED, Stability
-from lpserve.shapley import Z90
+from lpserve.types import Z90
 
 SHOWN_PAIRS = 8
 SVG_WIDTH, SVG_HEIGHT, SVG_PAD = 640, 260, 48

@@ -5,8 +5,8 @@ rounds up to n-2, so that the engines work on round n-1 meanwhile; never on arri
 number of engines or on what a store already held. The budget cuts the sequence and changes nothing
 else in it. Even rounds begin with a step of the greedy path until it is walked; what room a round
 has left goes to sets that may beat the best (`lpserve.search`) and to masks that say most about the
-values (`lpserve.acquisition`). Until the path is walked, rounds
-are half as large and their room is the search's alone, so that greedy's sets are there soon.
+values (`lpserve.acquisition`). Until the path is walked, rounds are half as large and their room is
+the search's alone, so that greedy's sets are there soon.
 
     round 0   all kept; every single player dropped (greedy step 1); none kept where the values
               need it
@@ -29,12 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.acquisition import HEAD_COST, candidate_pool, most_telling
+from lpserve.config import STOP_GAIN
 from lpserve.masks import StratifiedDesign, drop_one, full_mask, keys, removed_players, without
 from lpserve.plan import greedy_path, ranking_mask
 from lpserve.search import chance_of_better, hopeful, likely_best, not_hopeless
-from lpserve.shapley import Z90, kernel_values, value_calibration
-from lpserve.surrogate import Surrogate, guide_of, kernel_of, make_surrogate
-from lpserve.types import BoolArray, FloatArray
+from lpserve.shapley import kernel_values, value_calibration
+from lpserve.surrogate import Surrogate, guide_of, make_surrogate
+from lpserve.types import Z90, BoolArray, FloatArray
 
 _VALUES_SHARE = 3  # once the path is walked one in three masks is for the values, rounded down
 _RANKING_SHARE = 4  # at most one in four of the others is a ranking's set
@@ -51,7 +52,7 @@ class StopRules:
 
     chance: float | None = None
     """No unseen set has a higher probability than this of beating the plan by more than `gain`."""
-    gain: float = 0.001
+    gain: float = STOP_GAIN
     """Share of perplexity."""
     width: float | None = None
     """Every value's 90% interval reaches at most this far to either side, in the utility's units;
@@ -112,9 +113,8 @@ class RoundPlanner:
     """Produces the rounds one after another.
 
     `utility` and `search_utility` map `float32[M, N]` NLLs to `float64[M]`. Values and rankings are
-    about the run's utility; sets are searched on `search_utility` (default: the same). The
-    perplexity ratio suits the search best: it flattens collapsed masks, whose large losses would
-    otherwise rule the fit.
+    about the run's utility; sets are searched on `search_utility` (default: the same;
+    `lpserve.search.UTILITY` suits it best).
     """
 
     def __init__(
@@ -137,7 +137,11 @@ class RoundPlanner:
         self._rule_held = 0
         self._fitted_masks = 0
         self._liked: dict[int, BoolArray] = {}
-        """For every r, what was liked best in the round before: where the next search starts."""
+        """For every r the sets that the search liked best, best first."""
+        self._liked_now = False
+        """Whether those are this round's."""
+        self._values_P: FloatArray | None = None
+        """Values by this round's fit; None: not asked for yet, or no closed form."""
         self.passed_by: set[bytes] = set()
         """Masks of greedy steps that were not asked for: they had no chance to be the best."""
         self.stopped = ""
@@ -146,10 +150,6 @@ class RoundPlanner:
         self._searcher = self.surrogate
         if search_utility is not None:
             self._searcher = make_surrogate(settings.surrogate, settings.seed)
-        self._guide: Surrogate = self._searcher
-        """Finds sets: the best kernel surrogate, which knows a whole neighbourhood at once."""
-        self._judge: Surrogate = self._searcher
-        """Judges them: what answers, a kernel surrogate or not."""
         self.sources: dict[bytes, str] = {}
         """How each proposed mask was found, by key."""
 
@@ -199,6 +199,7 @@ class RoundPlanner:
 
     def _fit(self, masks_MP: BoolArray, utilities_M: FloatArray, search_M: FloatArray) -> bool:
         """Refit to the finite scores; False where they are too few."""
+        self._liked_now, self._values_P = False, None
         finite = np.isfinite(utilities_M) & np.isfinite(search_M)
         if finite.sum() < 3:
             return False
@@ -206,8 +207,6 @@ class RoundPlanner:
             self.surrogate.fit(masks_MP[finite], utilities_M[finite])
             if self._searcher is not self.surrogate:
                 self._searcher.fit(masks_MP[finite], search_M[finite])
-            self._guide = guide_of(self._searcher) or self._searcher
-            self._judge = kernel_of(self._searcher) or self._searcher
         return True
 
     def _walk(
@@ -235,7 +234,7 @@ class RoundPlanner:
         row_of = {key: row for row, key in enumerate(keys(masks_MP))}
         option_keys = keys(options_QP)
         known_Q = np.array([search_M[row_of[k]] if k in row_of else np.nan for k in option_keys])
-        chance_Q = not_hopeless(self._guide, options_QP, known_Q)
+        chance_Q = not_hopeless(self._searcher, options_QP, known_Q)
         for key, chance in zip(option_keys, chance_Q, strict=True):
             if not chance and key not in self._seen:
                 self.passed_by.add(key)
@@ -260,7 +259,7 @@ class RoundPlanner:
         for r, sets_QP in self._likely(masks_MP, search_M).items():
             if not np.isfinite(best_of[r]):
                 return False
-            chance_Q = chance_of_better(self._judge, sets_QP, best_of[r], rules.gain)
+            chance_Q = chance_of_better(self._searcher, sets_QP, best_of[r], rules.gain)
             if chance_Q.max(initial=0.0) > rules.chance:
                 return False
         return True
@@ -308,22 +307,38 @@ class RoundPlanner:
         }
 
     def _likely(self, masks_MP: BoolArray, search_M: FloatArray) -> dict[int, BoolArray]:
-        """For every r the unseen sets that the search's surrogate likes best, `bool[Q, P]`."""
-        settings = self._settings
-        removed_M = (~masks_MP).sum(axis=1)
-        values_P = current_values(self.surrogate, settings.sizes)
-        likely: dict[int, BoolArray] = {}
-        for r in range(1, settings.max_removed + 1):
-            rows = np.flatnonzero((removed_M == r) & np.isfinite(search_M))
-            starts = [without(settings.num_players, range(r))]
-            if values_P is not None:
-                starts.append(ranking_mask(values_P, r))
-            starts += list(masks_MP[rows[np.argsort(-search_M[rows], kind="stable")[:_STARTS]]])
-            starts += list(self._liked.get(r, []))
-            found = likely_best(self._guide, settings.num_players, r, np.array(starts))
-            self._liked[r] = found[:_STARTS]
-            likely[r] = found[[key not in self._seen for key in keys(found)]]
-        return likely
+        """For every r the unseen sets that the search's surrogate likes best, `bool[Q, P]`.
+
+        Searched for once a round, from the best scored sets and what was liked the round before.
+        """
+        if not self._liked_now:
+            removed_M = (~masks_MP).sum(axis=1)
+            for r in range(1, self._settings.max_removed + 1):
+                rows = np.flatnonzero((removed_M == r) & np.isfinite(search_M))
+                best = rows[np.argsort(-search_M[rows], kind="stable")[:_STARTS]]
+                self._liked[r] = self._search(r, list(masks_MP[best]))
+            self._liked_now = True
+        return {
+            r: liked_QP[[key not in self._seen for key in keys(liked_QP)]]
+            for r, liked_QP in self._liked.items()
+        }
+
+    def _search(self, num_removed: int, best: list[BoolArray]) -> BoolArray:
+        """The sets of one size that the search's surrogate likes best, best first, `bool[Q, P]`."""
+        players = self._settings.num_players
+        starts = [without(players, range(num_removed)), *best]
+        values_P = self._current_values()
+        if values_P is not None:
+            starts.append(ranking_mask(values_P, num_removed))
+        starts += list(self._liked.get(num_removed, [])[:_STARTS])
+        return likely_best(self._searcher, players, num_removed, np.array(starts))
+
+    def _current_values(self) -> FloatArray | None:
+        """Values from the surrogate as it stands, where it has a closed form."""
+        kernel = guide_of(self.surrogate)
+        if self._values_P is None and kernel is not None:
+            self._values_P = kernel_values(kernel, self._settings.sizes).values_P
+        return self._values_P
 
     def _hopes(
         self, masks_MP: BoolArray, search_M: FloatArray, count: int, batch: Sequence[BoolArray]
@@ -331,7 +346,7 @@ class RoundPlanner:
         """Unseen sets that may beat the best scored one of their size; all r compete."""
         likely = self._likely(masks_MP, search_M)
         return hopeful(
-            self._judge, np.concatenate(list(likely.values())),
+            self._searcher, np.concatenate(list(likely.values())),
             self._best_of(masks_MP, search_M), count, pending_MP=self._pending(batch),
         )  # fmt: skip
 
@@ -343,7 +358,7 @@ class RoundPlanner:
 
     def _rankings(self, index: int) -> list[BoolArray]:
         """The sets of lowest values for every r; another r leads in every round."""
-        values_P = current_values(self.surrogate, self._settings.sizes)
+        values_P = self._current_values()
         if values_P is None:
             return []
         most = self._settings.max_removed
@@ -391,12 +406,6 @@ def design_strata(settings: RoundSettings) -> list[list[int]]:
     values = [k for k in range(high + 1, low - 1, -1) if k < players]
     plan = range(players - 1, players - settings.max_removed - 1, -1)
     return [strata for strata in (values, [k for k in plan if k not in values]) if strata]
-
-
-def current_values(surrogate: Surrogate, sizes: tuple[int, int]) -> FloatArray | None:
-    """Values from the surrogate as it stands, where it has a closed form."""
-    kernel = guide_of(surrogate)
-    return kernel_values(kernel, sizes).values_P if kernel is not None else None
 
 
 def _single_loss_sets(

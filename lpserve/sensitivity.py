@@ -20,8 +20,7 @@ import numpy as np
 from lpserve.masks import removed_players
 from lpserve.plan import best_row
 from lpserve.resample import mean_nll, window_weights
-from lpserve.shapley import Z90
-from lpserve.types import BoolArray, FloatArray, IntArray
+from lpserve.types import Z90, BoolArray, FloatArray, IntArray
 
 SETTLED = 0.9
 """A set is settled when it is the best scored one in this share of the draws."""

@@ -26,8 +26,6 @@ from lpserve.semivalue import empty_weight, value_covariance, value_variance
 from lpserve.surrogate import AutoSurrogate, HeldOut, KernelSurrogate
 from lpserve.types import BoolArray, FloatArray
 
-Z90 = 1.645
-"""Half-width of a 90% normal interval in standard errors."""
 MAX_EXACT_PLAYERS = 24
 _CALIBRATION_FOLDS, _CALIBRATION_MASKS = 10, 1000
 _TOGGLE_ROWS = 1 << 15  # surrogate rows evaluated at once: keeps the hidden layer in the cache

@@ -153,8 +153,7 @@ def perplexity(mean_nll: Any) -> Any:
 def neg_nll_utility(nll_MN: FloatArray, num_tokens_N: IntArray) -> FloatArray:
     """Utility `neg_nll`: mean log-likelihood in nats per token, higher is better.
 
-    A mask with any non-finite NLL gets NaN; `finite_floor` turns that into a number where one is
-    needed.
+    A mask with any non-finite NLL gets NaN: never a training point, never chosen.
     """
     with np.errstate(invalid="ignore"):
         mean_M = -nll_MN.sum(axis=1) / num_tokens_N.sum()
@@ -172,6 +171,9 @@ def ppl_ratio_utility(
 
 
 UTILITIES = ("neg_nll", "ppl_ratio")
+
+Z90 = 1.645
+"""Half-width of a 90% normal interval in standard errors."""
 
 
 def utilities(

@@ -10,7 +10,8 @@ import pytest
 
 from lpserve.masks import all_masks, removed_players
 from lpserve.resample import mean_nll, window_weights
-from lpserve.sensitivity import Z90, set_stability
+from lpserve.sensitivity import set_stability
+from lpserve.types import Z90
 
 TOKENS = 50
 

@@ -16,7 +16,6 @@ import pytest
 from lpserve.errors import InputError
 from lpserve.masks import all_masks
 from lpserve.shapley import (
-    Z90,
     ShapleyValues,
     exact_noise,
     exact_values,
@@ -29,6 +28,7 @@ from lpserve.shapley import (
     value_calibration,
 )
 from lpserve.surrogate import KernelSurrogate, PaperSurrogate
+from lpserve.types import Z90
 from tests.kernel_by_hand import KINDS, as_dict, naive_values, pair_game
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")

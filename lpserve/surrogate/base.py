@@ -12,9 +12,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from lpserve.errors import InputError
-from lpserve.types import BoolArray, FloatArray, IntArray
-
-_Z90 = 1.645
+from lpserve.types import Z90, BoolArray, FloatArray, IntArray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +86,7 @@ def heldout(
         method=method,
         num_masks=len(targets_M),
         calibration=float(np.sqrt((standard_M**2).mean())),
-        inside90=float((np.abs(standard_M) <= _Z90).mean()),
+        inside90=float((np.abs(standard_M) <= Z90).mean()),
     )
 
 

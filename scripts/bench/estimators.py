@@ -36,16 +36,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from played_rounds import played_rounds
 from probes import machine_lines, publish
 from threadpoolctl import threadpool_limits
 
 import lpserve
 from lpserve.acquisition import HEAD_COST, candidate_pool, most_telling
 from lpserve.masks import StratifiedDesign, all_masks, drop_one, keys, trie_layer_forwards
-from lpserve.rounds import History, RoundPlanner, RoundSettings
-from lpserve.shapley import Z90, exact_values
+from lpserve.rounds import RoundSettings
+from lpserve.shapley import exact_values
 from lpserve.surrogate import AutoSurrogate
-from lpserve.types import UTILITIES, BoolArray, FloatArray, utilities
+from lpserve.types import UTILITIES, Z90, BoolArray, FloatArray, utilities
 
 BUDGETS = (60, 100, 200, 400, 800)
 PLAN_BUDGETS = (60, 90, 120, 160, 200, 300)
@@ -129,19 +130,7 @@ def play(
         return lambda nll_MN: game.utility(name, nll_MN)
 
     search = None if utility == "ppl_ratio" else of("ppl_ratio")
-    planner, history = RoundPlanner(settings, of(utility), search), History()
-    rounds: list[BoolArray] = []
-    asked = 0
-    while asked < budget:
-        masks_MP = planner.propose(len(rounds), history)[: budget - asked]
-        if not len(masks_MP):
-            break
-        asked += len(masks_MP)
-        rounds.append(masks_MP)
-        if len(rounds) > 1:
-            history.masks.append(rounds[-2])
-            history.nll.append(game.nll_of(rounds[-2]))
-    return np.concatenate(rounds)
+    return np.concatenate(list(played_rounds(settings, game.nll_of, of(utility), search, budget)))
 
 
 def for_values(

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from played_rounds import played_rounds
 from probes import machine_lines, publish
 from synthetic_games import NUM_TOKENS, ProductGame, layer_game, reference_best
 from threadpoolctl import threadpool_limits
@@ -31,9 +32,8 @@ from threadpoolctl import threadpool_limits
 import lpserve
 from lpserve.masks import drop_one, full_mask, keys
 from lpserve.resample import mean_nll, window_weights
-from lpserve.rounds import History, RoundPlanner, RoundSettings
-from lpserve.shapley import Z90
-from lpserve.types import BoolArray, FloatArray
+from lpserve.rounds import RoundSettings
+from lpserve.types import Z90, BoolArray, FloatArray
 
 BUDGETS = {12: (100, 200, 400), 32: (200, 400, 800, 1600), 80: (500, 1000, 2000, 4000)}
 NUM_WINDOWS = 10
@@ -50,32 +50,30 @@ class Played:
     """Masks asked for up to each round."""
 
 
-def play(game: ProductGame, max_removed: int, sizes: tuple[int, int], seed: int, budget: int):  # noqa: ANN201
+def play(
+    game: ProductGame, max_removed: int, sizes: tuple[int, int], seed: int, budget: int
+) -> Played:
     """What a run with this budget asks for."""
     settings = RoundSettings(
         num_players=game.num_players, max_removed=max_removed, sizes=sizes, seed=seed,
         surrogate="auto", round_size=game.num_players,
     )  # fmt: skip
-    full_ppl_nll = game.mean_nll(full_mask(game.num_players)[None])[0]
+    full_nll = game.mean_nll(full_mask(game.num_players)[None])[0]
 
     def neg_nll(nll_MN: np.ndarray) -> FloatArray:
         return -nll_MN.astype(np.float64).mean(axis=1) / NUM_TOKENS
 
-    planner = RoundPlanner(settings, neg_nll, lambda nll_MN: np.exp(neg_nll(nll_MN) + full_ppl_nll))
-    history, rounds = History(), []
+    rounds = played_rounds(
+        settings, lambda masks_MP: game.nll(masks_MP).astype(np.float32), neg_nll,
+        lambda nll_MN: np.exp(neg_nll(nll_MN) + full_nll), budget,
+    )  # fmt: skip
     played = Played(masks_MP=np.empty((0, game.num_players), dtype=bool))
-    while sum(map(len, rounds)) < budget:
-        started = time.process_time()
-        masks_MP = planner.propose(len(rounds), history)
+    started = time.process_time()
+    for masks_MP in rounds:
         played.seconds.append(time.process_time() - started)
-        if not len(masks_MP):
-            break
-        rounds.append(masks_MP[: budget - sum(map(len, rounds))])
-        played.asked.append(sum(map(len, rounds)))
-        if len(rounds) > 1:
-            history.masks.append(rounds[-2])
-            history.nll.append(game.nll(rounds[-2]).astype(np.float32))
-    played.masks_MP = np.concatenate(rounds)
+        played.masks_MP = np.concatenate([played.masks_MP, masks_MP])
+        played.asked.append(len(played.masks_MP))
+        started = time.process_time()
     return played
 
 

@@ -22,7 +22,8 @@ from lpserve.config import config_from
 from lpserve.demo import demo_values
 from lpserve.masks import all_masks
 from lpserve.progress import Progress
-from lpserve.shapley import Z90, exact_values
+from lpserve.shapley import exact_values
+from lpserve.types import Z90
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from played_rounds import played_rounds
 from probes import machine_lines, publish
 from threadpoolctl import threadpool_limits
 
@@ -45,7 +46,7 @@ from lpserve.baselines import (
     random_search,
 )
 from lpserve.masks import all_masks, keys, trie_layer_forwards
-from lpserve.rounds import History, RoundPlanner, RoundSettings
+from lpserve.rounds import RoundSettings
 from lpserve.types import BoolArray, FloatArray
 
 BUDGETS = (60, 90, 120, 160, 200, 400, 800)
@@ -85,7 +86,9 @@ class Arena:
 
     @cached_property
     def optimum_R(self) -> FloatArray:
-        return self._lowest(all_masks(self.game.num_players))
+        players = self.game.num_players
+        strata = range(players - self.max_removed, players)
+        return self._lowest(np.concatenate([all_masks(players, kept) for kept in strata]))
 
     def regret_R(self, batches: Sequence[Ask]) -> FloatArray:
         """% of perplexity over the best set of each size, r = 1..max_removed; inf: none scored."""
@@ -173,27 +176,18 @@ class Row:
 
 
 def our_batches(game: Game, max_removed: int, seed: int, budget: int) -> list[BoolArray]:
-    """The rounds of a run, played as the coordinator plays them: round n from those up to n-2."""
+    """The rounds of a run."""
     players = game.num_players
     settings = RoundSettings(
         num_players=players, max_removed=max_removed, sizes=(players - max_removed, players - 1),
         seed=seed, surrogate="auto", round_size=players,
     )  # fmt: skip
-    planner = RoundPlanner(
-        settings,
+    rounds = played_rounds(
+        settings, game.nll_of,
         lambda nll_MN: game.utility("neg_nll", nll_MN),
-        lambda nll_MN: game.utility("ppl_ratio", nll_MN),
-    )
-    history = History()
-    rounds: list[BoolArray] = []
-    asked = 0
-    while asked < budget and len(masks_MP := planner.propose(len(rounds), history)):
-        rounds.append(masks_MP[: budget - asked])
-        asked += len(rounds[-1])
-        if len(rounds) > 1:
-            history.masks.append(rounds[-2])
-            history.nll.append(game.nll_of(rounds[-2]))
-    return rounds
+        lambda nll_MN: game.utility("ppl_ratio", nll_MN), budget,
+    )  # fmt: skip
+    return list(rounds)
 
 
 def rivals(

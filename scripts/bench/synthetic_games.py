@@ -52,6 +52,7 @@ import numpy as np
 from game_statistics import EnumeratedGame, losses, print_table, statistics
 
 from lpserve.masks import without
+from lpserve.semivalue import each_left_out, shares
 from lpserve.types import BoolArray, FloatArray, IntArray
 
 NUM_TOKENS = 127
@@ -161,26 +162,16 @@ class ProductGame:
 
 def _means_without_each(factors_PT: np.ndarray, high: int) -> Iterator[tuple[int, np.ndarray]]:
     """(i, mean of the product over all sets of E = 0..high players that lack i, `[E, T]`)."""
-    sizes_E1 = np.arange(high + 1)[:, None]
 
-    def walk(
-        todo: Sequence[int], mean_ET: np.ndarray, num_in: int
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        if len(todo) == 1:
-            yield todo[0], mean_ET
-            return
-        half = len(todo) // 2
-        for part, others in ((todo[:half], todo[half:]), (todo[half:], todo[:half])):
-            inner_ET = mean_ET
-            for n, j in enumerate(others, num_in + 1):  # of the E-sets of n players, E/n have j
-                more_ET = np.maximum(n - sizes_E1, 0) / n * inner_ET
-                more_ET[1:] += np.minimum(sizes_E1[1:], n) / n * factors_PT[j] * inner_ET[:-1]
-                inner_ET = more_ET
-            yield from walk(part, inner_ET, num_in + len(others))
+    def insert(mean_ET: np.ndarray, j: int, n: int) -> np.ndarray:
+        lack_E, have_E = shares(high, n)
+        more_ET = lack_E[:, None] * mean_ET
+        more_ET[1:] += have_E[1:, None] * factors_PT[j] * mean_ET[:-1]
+        return more_ET
 
     empty_ET = np.zeros((high + 1, factors_PT.shape[1]), dtype=factors_PT.dtype)
     empty_ET[0] = 1.0
-    yield from walk(range(len(factors_PT)), empty_ET, 0)
+    yield from each_left_out(range(len(factors_PT)), empty_ET, 0, insert)
 
 
 @dataclass(frozen=True)
