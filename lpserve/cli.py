@@ -83,6 +83,8 @@ def _add_run(commands: Any) -> None:
     add("--num-windows", type=int, help="calibration windows of each corpus (10)")
     add("--heldout-windows", type=int, help="held-out windows of each corpus (64)")
     add("--length", type=int, help="tokens of a window, BOS included (128)")
+    add("--screen-windows", type=int, metavar="N", help="score sets that the search wants on the "
+        "first N windows of each corpus first (0: on all at once)")  # fmt: skip
     add("--bos", action="store_true", default=None, help="begin every window with BOS")
     add("--text-field", help="the field of a .jsonl that holds the text (text)")
     add("--budget", type=int, help="most masks scored on calibration windows (400)")

@@ -42,6 +42,7 @@ _CHOICES = {
 _LEAST = {
     "num_windows": 1,
     "heldout_windows": 1,
+    "screen_windows": 0,
     "length": 2,
     "budget": 1,
     "engines": 1,
@@ -69,6 +70,9 @@ class RunConfig:
     """Held-out windows of each corpus."""
     length: int = 128
     """Tokens of a window."""
+    screen_windows: int = 0
+    """Sets that the search wants are scored on the first so many windows of each corpus, and on the
+    others only while they may still be the best; 0: every mask on all windows."""
     bos: bool = False
     """Begin every window with the tokenizer's BOS."""
     text_field: str = "text"

@@ -31,22 +31,36 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from lpserve import search
-from lpserve.checkpoint import read_checkpoint
+from lpserve.admission import (
+    check_fit,
+    check_model,
+    engine_spec,
+    open_pool,
+    refuse_other_game,
+    refuse_other_windows,
+    round_settings,
+)
 from lpserve.config import RunConfig, as_json
 from lpserve.dispatcher import Dispatcher, GivenUp
-from lpserve.engine.vllm_options import check_options as check_vllm_options
-from lpserve.errors import EngineError, InputError, LpserveError, RunInterrupted
+from lpserve.errors import EngineError, LpserveError, RunInterrupted
+from lpserve.fidelity import screen_rows
 from lpserve.masks import from_keys, key_text, keys
 from lpserve.outcome import Outcome, ScoredRun, analyse, candidate_masks, make_plan
-from lpserve.pool import EnginePool, LocalPool, UnitResult, pinned
+from lpserve.pool import EnginePool, UnitResult
 from lpserve.progress import Progress
 from lpserve.report import write_outputs
-from lpserve.rounds import History, RoundPlanner, RoundSettings, StopRules
+from lpserve.rounds import History, Round, RoundPlanner
 from lpserve.runfolder import CONFIG_FORMAT, RunFolder
 from lpserve.scoreboard import Request, Scoreboard
 from lpserve.signals import Signals, heeded_signals
 from lpserve.store import Store
-from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, perplexity, utilities
+from lpserve.types import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    perplexity,
+    utilities,
+)
 from lpserve.windows import TokenWindows, WindowRequest, cut_windows
 
 _POLL_S = 0.2
@@ -98,14 +112,14 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         stored = folder.read_config()
         if stored is not None:
             folder.refuse_other(stored, as_json(config))
-            _refuse_other_windows(folder, stored, calibration, heldout)
+            refuse_other_windows(folder, stored, calibration, heldout)
         signals = stack.enter_context(heeded_signals())
         store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
         longest = max(calibration.length, heldout.length)
-        pool = _open_pool(config, _spec(config, stored, longest), calibration, progress.note)
+        pool = open_pool(config, engine_spec(config, stored, longest), calibration, progress.note)
         stack.callback(pool.close)
         if stored is not None:
-            _refuse_other_game(folder, stored, pool.info)
+            refuse_other_game(folder, stored, pool.info)
         started = True
         job = _Job(config, folder, store, pool, calibration, heldout, progress, signals)
         signals.at_work = True
@@ -116,46 +130,21 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         return RunResult(folder=folder.path, outcome=outcome)
 
 
-def check_model(config: RunConfig) -> RunConfig:
-    """The config with its depth-dependent defaults, after the checkpoint's headers are read."""
-    if config.engine == "vllm":
-        check_vllm_options(config.engine_options)
-    if config.engine == "synthetic":
-        num_players = int(config.engine_options.get("num_players", 8))
-    else:
-        from lpserve.engine.base import check_decoder
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A round that is being scored."""
 
-        checkpoint = read_checkpoint(config.model)
-        check_decoder(checkpoint)
-        num_players = num_layers(checkpoint.config)
-    config = config.resolved(num_players)
-    least = _round_settings(config, num_players).minimum_budget()
-    if config.budget < least:
-        raise InputError(
-            f"budget must be at least {least} for {num_players} players and max_removed "
-            f"{config.max_removed}: got {config.budget}"
-        )
-    return config
+    round: Round
+    requests: list[Request]
+    """New masks, and promoted ones if there are any."""
 
+    @property
+    def complete(self) -> bool:
+        return all(request.complete for request in self.requests)
 
-def num_layers(config: dict[str, Any]) -> int:
-    """Decoder layers that a config.json speaks of; raises InputError."""
-    inner = config.get("text_config")
-    for values in (config, inner if isinstance(inner, dict) else {}):
-        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            if isinstance(values.get(name), int):
-                return values[name]
-    raise InputError("the model's config.json names no number of layers")
-
-
-def check_fit(config: RunConfig, calibration: TokenWindows, heldout: TokenWindows) -> None:
-    """Raise InputError when windows do not fit the model."""
-    if config.engine != "synthetic":
-        from lpserve.engine.base import check_windows
-
-        checkpoint = read_checkpoint(config.model)
-        for windows in (calibration, heldout):
-            check_windows(checkpoint, windows)
+    @property
+    def nll_MN(self) -> NDArray[np.float32]:
+        return np.concatenate([request.nll_MN for request in self.requests])
 
 
 class _Job:
@@ -176,47 +165,60 @@ class _Job:
         self.calibration, self.heldout, self.progress = calibration, heldout, progress
         self.dispatcher = Dispatcher(pool)
         self.game = store.game_id(pool.info.game)
-        self.board = Scoreboard(store, self.game, calibration, self.dispatcher)
-        self.settings = _round_settings(config, pool.info.num_players)
+        self.screen = None
+        if config.screen_windows:
+            self.screen = screen_rows(calibration.corpora, config.screen_windows)
+        self.board = Scoreboard(store, self.game, calibration, self.dispatcher, screen=self.screen)
+        self.settings = round_settings(config, pool.info.num_players)
         self.planner = RoundPlanner(
             self.settings,
             lambda nll_MN: self.utility(config.utility, nll_MN),
             None if config.utility == search.UTILITY
             else lambda nll_MN: self.utility(search.UTILITY, nll_MN),
+            None if self.screen is None
+            else lambda nll_MN: self.utility(search.UTILITY, nll_MN, self.screen),
         )  # fmt: skip
         self.history = History()
         self.signals = signals
         self._full_nll_N: NDArray[np.float32] | None = None
 
-    def utility(self, name: str, nll_MN: NDArray[np.float32]) -> FloatArray:
-        """A utility of stored NLLs, NaN where a mask was given up or is not finite."""
+    def utility(
+        self, name: str, nll_MN: NDArray[np.float32], windows: IntArray | None = None
+    ) -> FloatArray:
+        """A utility of stored NLLs on all windows or some, NaN where a score is not finite: a mask
+        was given up, or not scored there."""
         assert self._full_nll_N is not None
+        rows = slice(None) if windows is None else windows
+        some_MN = nll_MN[:, rows]
         value_M = utilities(
-            name, nll_MN.astype(np.float64), self.calibration.num_tokens_N,
-            self._full_nll_N.astype(np.float64),
+            name, some_MN.astype(np.float64), self.calibration.num_tokens_N[rows],
+            self._full_nll_N[rows].astype(np.float64),
         )  # fmt: skip
-        return np.where(np.isfinite(nll_MN).all(axis=1), value_M, np.nan)
+        return np.where(np.isfinite(some_MN).all(axis=1), value_M, np.nan)
 
     # -- scoring -------------------------------------------------------------------------------
 
     def score_rounds(self) -> None:
         """Rounds until the budget is spent, nothing is left to ask, or a signal stops the run."""
         self.progress.begin("scoring", self.config.budget)
-        pending: deque[Request] = deque()
-        proposal: Future[BoolArray] | None = None
+        pending: deque[_Asked] = deque()
+        proposal: Future[Round] | None = None
         next_round, asked, exhausted = 0, 0, False
         while pending or not exhausted:
             due = not exhausted and next_round <= len(self.history.masks) + 1
             if due and proposal is None:
                 proposal = _in_background(self.planner.propose, next_round, self.history)
             if proposal is not None and proposal.done():
-                masks_MP = proposal.result()[: self.config.budget - asked]
+                found = proposal.result().first(self.config.budget - asked)
                 proposal = None
-                asked += len(masks_MP)
-                exhausted = not len(masks_MP) or asked == self.config.budget
-                if len(masks_MP):
-                    pending.append(self.board.request(masks_MP))
-                    self.folder.event("round", round=next_round, masks=len(masks_MP), asked=asked)
+                asked += len(found)
+                exhausted = not len(found.all_masks) or asked == self.config.budget
+                if len(found.all_masks):
+                    pending.append(self._ask(found))
+                    self.folder.event(
+                        "round", round=next_round, masks=len(found), asked=asked,
+                        screened=int((~found.whole_M).sum()), promoted=len(found.promoted_QP),
+                    )  # fmt: skip
                     next_round += 1
             elif proposal is not None and self.dispatcher.idle:
                 wait([proposal], _POLL_S)
@@ -224,13 +226,30 @@ class _Job:
                 self._drain(_POLL_S if proposal is None else _PROPOSAL_POLL_S)
             self._complete(pending)
             self._check_signals()
+        self._settle(pending)
         self.progress.state.total = self.progress.state.done
 
-    def _complete(self, pending: deque[Request]) -> None:
+    def _settle(self, pending: deque[_Asked]) -> None:
+        """Promotions that are still due once no new mask is asked for."""
+        while len((found := self.planner.settle(self.history)).promoted_QP):
+            pending.append(self._ask(found))
+            self.folder.event("round", promoted=len(found.promoted_QP))
+            while pending:
+                self._drain(_POLL_S)
+                self._complete(pending)
+                self._check_signals()
+
+    def _ask(self, asked: Round) -> _Asked:
+        requests = [self.board.request(asked.masks_MP, asked.whole_M)]
+        if len(asked.promoted_QP):
+            requests.append(self.board.request(asked.promoted_QP, again=True))
+        return _Asked(asked, requests)
+
+    def _complete(self, pending: deque[_Asked]) -> None:
         """Move rounds that are complete, in order, to the history."""
         while pending and pending[0].complete:
-            request = pending.popleft()
-            nll_MN = request.nll_MN
+            asked = pending.popleft()
+            nll_MN = asked.nll_MN
             if self._full_nll_N is None:
                 self._full_nll_N = nll_MN[0]
                 if not np.isfinite(nll_MN[0]).all():
@@ -239,8 +258,8 @@ class _Job:
                     )
             # the planner reads rounds by the number of mask arrays: NLLs come first
             self.history.nll.append(nll_MN)
-            self.history.masks.append(request.masks_MP)
-            self._show_best(request.masks_MP, nll_MN)
+            self.history.masks.append(asked.round.all_masks)
+            self._show_best(asked.round.all_masks, nll_MN)
         self._show()
 
     def _drain(self, timeout_s: float) -> None:
@@ -365,6 +384,7 @@ class _Job:
             sources=tuple(self.planner.sources[key] for key in keys(masks_MP)),
             passed_by_MP=from_keys(sorted(self.planner.passed_by), info.num_players),
             stopped=self._why_ended(len(masks_MP)),
+            screen=() if self.screen is None else tuple(self.screen.tolist()),
             heldout_masks_MP=masks_MP[:0],
             heldout_nll_MN=np.empty((0, self.heldout.num_windows), dtype=np.float32),
             heldout_num_tokens_N=self.heldout.num_tokens_N,
@@ -428,70 +448,3 @@ def _in_background(call: Callable[..., Any], *args: Any) -> Future[Any]:
 
     threading.Thread(target=work, name="lpserve-planner", daemon=True).start()
     return future
-
-
-def _round_settings(config: RunConfig, num_players: int) -> RoundSettings:
-    assert config.max_removed
-    assert config.sizes
-    assert config.round_size
-    return RoundSettings(
-        num_players=num_players,
-        max_removed=config.max_removed,
-        sizes=config.sizes,
-        seed=config.seed,
-        surrogate=config.surrogate,
-        round_size=config.round_size,
-        goal=config.goal,
-        stop=StopRules(chance=config.stop_chance, gain=config.stop_gain, width=config.stop_width),
-    )
-
-
-def _open_pool(
-    config: RunConfig, spec: EngineSpec, windows: TokenWindows, tell: Callable[[str], None]
-) -> EnginePool:
-    if config.pool == "local":
-        return LocalPool(spec, windows)
-    try:
-        from lpserve.ray_pool import RayPool
-    except ImportError as error:
-        raise InputError(f"pool ray needs Ray ({error}): install lpserve[ray]") from None
-    engines = None if config.engines == "auto" else int(config.engines)
-    return RayPool(spec, windows, engines, tell=tell)
-
-
-def _spec(config: RunConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:
-    """The engine, with the path, micro-batch and memory settings that the run began with."""
-    spec = EngineSpec(
-        kind=config.engine, model=config.model, dtype=config.dtype, device=config.device,
-        options=dict(config.engine_options),
-    )  # fmt: skip
-    if config.engine == "vllm":
-        spec = replace(spec, options={"max_model_len": longest + 1, **spec.options})
-    engine = (stored or {}).get("engine", {})
-    return pinned(spec, engine["settings"]) if engine.get("kind") == spec.kind else spec
-
-
-def _refuse_other_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo) -> None:
-    if stored["model_hash"] != info.model_hash:
-        raise InputError(
-            f"run folder {folder.path} belongs to another game: the model at {info.model} "
-            "has changed since; choose another --out"
-        )
-    if stored["game"] != info.game.content_hash:
-        engine = stored["engine"]
-        raise InputError(
-            f"run folder {folder.path} belongs to another game: {engine['dtype']} scores of "
-            f"{engine['kind']} ({engine['path']}) do not mix with {info.dtype} scores of "
-            f"{info.kind} ({info.path}); choose another --out, or give the same engine"
-        )
-
-
-def _refuse_other_windows(
-    folder: RunFolder, stored: dict[str, Any], calibration: TokenWindows, heldout: TokenWindows
-) -> None:
-    for name, windows in (("calibration", calibration), ("heldout", heldout)):
-        if stored["windows"][name] != windows.content_hash:
-            raise InputError(
-                f"run folder {folder.path} belongs to another run: the {name} text has changed "
-                "since; choose another --out"
-            )

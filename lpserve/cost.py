@@ -24,9 +24,10 @@ import numpy as np
 
 from lpserve.checkpoint import Checkpoint, TensorEntry, find_layer_prefix, read_checkpoint
 from lpserve.errors import InputError
+from lpserve.history import History
 from lpserve.masks import full_mask, keys, sort_distinct, trie_player_forwards
 from lpserve.plan import ranking_mask
-from lpserve.rounds import History, RoundPlanner, RoundSettings
+from lpserve.rounds import RoundPlanner, RoundSettings
 from lpserve.types import BoolArray, FloatArray, IntArray
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -326,13 +327,13 @@ class _StandIn(RoundPlanner):
         self._most, self._loss_P = settings.max_removed, loss_P
         self._rng = np.random.default_rng([settings.seed, settings.num_players])
 
-    def _fit(self, masks_MP: BoolArray, utilities_M: FloatArray, search_M: FloatArray) -> bool:
+    def _fit(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
-    def _with_a_chance(
-        self, options_QP: BoolArray, masks_MP: BoolArray, search_M: FloatArray
+    def _can_be_best(
+        self, path: list[BoolArray], masks_MP: BoolArray, path_M: FloatArray
     ) -> BoolArray:
-        return options_QP
+        return path[-1][path[-1]]  # all of them: a run asks for fewer
 
     def _rankings(self, index: int) -> list[BoolArray]:
         return [ranking_mask(self._loss_P, (r + index) % self._most + 1) for r in range(self._most)]
@@ -356,7 +357,7 @@ def sample_rounds(settings: RoundSettings, budget: int) -> list[BoolArray]:
     loss_P = rng.gamma(1.0, 1.0, settings.num_players)
     planner, history, asked = _StandIn(settings, loss_P), History(), 0
     while asked < budget:
-        masks_MP = planner.propose(len(history.masks), history)[: budget - asked]
+        masks_MP = planner.propose(len(history.masks), history).masks_MP[: budget - asked]
         if not len(masks_MP):
             break
         asked += len(masks_MP)

@@ -16,6 +16,7 @@ from lpserve import search
 from lpserve.config import STOP_GAIN
 from lpserve.correction import corrected
 from lpserve.errors import InputError
+from lpserve.fidelity import estimated
 from lpserve.interaction import exact_interactions, kernel_interactions
 from lpserve.masks import full_mask, keys
 from lpserve.plan import (
@@ -55,6 +56,8 @@ class Analysis:
     """Each mask's utility as predicted from the other masks; NaN where unknown."""
     searcher: Surrogate
     """Of the utility that sets are searched on (`lpserve.search.UTILITY`)."""
+    guess_M: FloatArray
+    """That utility of every mask; estimated where a mask was scored on the screen alone."""
     values: ShapleyValues
     interactions_PP: FloatArray | None
     """Pairwise interaction index (`lpserve.interaction`); None: a single size, or a surrogate
@@ -83,10 +86,16 @@ def analyse(scored: ScoredRun) -> Analysis:
     masks_MP, finite_M = scored.masks_MP[rows], utilities_M[rows]
     surrogate = make_surrogate(scored.surrogate, scored.seed)
     surrogate.fit(masks_MP, finite_M, scored.noise_of(finite_M))
-    searcher = surrogate
-    if scored.utility != search.UTILITY:
+    searcher, guess_M = surrogate, scored.utility_of(scored.nll_MN, search.UTILITY)
+    noise_M = None
+    if scored.screen:
+        few_M = scored.utility_of(scored.nll_MN, search.UTILITY, scored.screen)
+        guess_M, noise_M = estimated(scored.masks_MP, guess_M, few_M)
+    if scored.utility != search.UTILITY or noise_M is not None:
+        known = np.flatnonzero(np.isfinite(guess_M))
+        noise_K = None if noise_M is None else noise_M[known]
         searcher = make_surrogate(scored.surrogate, scored.seed)
-        searcher.fit(masks_MP, scored.utility_of(scored.nll_MN[rows], search.UTILITY))
+        searcher.fit(scored.masks_MP[known], guess_M[known], noise_K)
     values = _values(scored, surrogate, rows, finite_M)
     predicted_M = np.full(len(utilities_M), np.nan)
     predicted_M[rows[surrogate.rows]] = surrogate.left_out_M
@@ -96,6 +105,7 @@ def analyse(scored: ScoredRun) -> Analysis:
         heldout=surrogate.heldout,
         predicted_M=predicted_M,
         searcher=searcher,
+        guess_M=guess_M,
         values=values,
         interactions_PP=_interactions(scored, surrogate, rows, finite_M),
         lowest_probability_P=lowest_probability(values, scored.max_removed, scored.seed),
@@ -154,6 +164,7 @@ def make_plan(
         players=[{"index": p.index, "layer": p.layer, "part": p.part} for p in scored.players],
         utility=scored.utility,
         masks_scored=int(scored.scored_M().sum()),
+        masks_screened=int(scored.screened_M().sum()),
         heldout_masks=len(scored.heldout_masks_MP),
         full_calibration_ppl=_ppl(scored.nll_MN[0], scored.num_tokens_N),
         full_heldout_ppl=_heldout_ppl(scored, full),
@@ -174,8 +185,10 @@ def candidate_masks(scored: ScoredRun, analysis: Analysis) -> BoolArray:
 
 
 def _greedy(scored: ScoredRun, analysis: Analysis, most: int) -> list[BoolArray]:
+    """The path that the run walked."""
     passed_by = set(keys(scored.passed_by_MP))
-    return greedy_path(scored.masks_MP, analysis.utilities_M, most, passed_by)
+    path_M = analysis.guess_M if scored.screen else analysis.utilities_M
+    return greedy_path(scored.masks_MP, path_M, most, passed_by)
 
 
 def _candidates(
@@ -245,12 +258,12 @@ def _unseen(
     best_rows: Sequence[int],
     protected: Sequence[int],
 ) -> Unseen | None:
-    """The set that was not scored and is likeliest to beat the best one."""
+    """The set that was not scored, or on the screen alone, and is likeliest to beat the best."""
     search_M = scored.utility_of(scored.nll_MN, search.UTILITY)
     likely = search.likely_best(
         analysis.searcher, scored.num_players, num_removed, scored.masks_MP[list(best_rows)]
     )
-    seen = set(keys(scored.masks_MP))
+    seen = set(keys(scored.masks_MP[np.isfinite(search_M)]))
     fresh = [
         row
         for row, key in enumerate(keys(likely))

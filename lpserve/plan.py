@@ -21,6 +21,8 @@ from lpserve.masks import drop_one, keys, removed_players, without
 from lpserve.types import BoolArray, FloatArray
 
 PLAN_FORMAT = 1
+_PASS_BY = 4.0  # standard deviations of how losses change from step to step
+_LEAST_CHANGES = 8  # with fewer known changes no set of a step is passed by
 
 
 def best_row(masks_MP: BoolArray, utilities_M: FloatArray) -> int | None:
@@ -68,6 +70,66 @@ def greedy_path(
         current = masks_MP[rows[best]]
         path.append(current)
     return path
+
+
+def can_be_best(
+    path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
+) -> BoolArray:
+    """Which sets of the next greedy step may be its best, `bool[Q]` in the order of `drop_one`.
+
+    What a player's drop costs changes little from one step to the next: what it cost last predicts
+    what it costs now (as in the lazy greedy of Minoux 1978, but layer games are not submodular, so
+    no old loss is a bound). How far losses move, and together drift, is read off the changes of the
+    cheaper half of the players from the last step to the one before. A set is passed by when it
+    lies behind the least by more than 4 standard deviations of what both may have moved since they
+    were scored; never while fewer than 8 changes are known.
+
+    Args:
+        path: the steps so far, at least one.
+    """
+    loss_SP = _losses([np.ones(masks_MP.shape[1], dtype=bool), *path], masks_MP, utilities_M)
+    options = np.flatnonzero(path[-1])
+    change = _last_changes(loss_SP)
+    if len(change) < _LEAST_CHANGES:
+        return np.ones(len(options), dtype=bool)
+    steps = len(loss_SP)
+    known_SQ = np.isfinite(loss_SP[:, options])
+    age_Q = known_SQ[::-1].argmax(axis=0)
+    predicted_Q = loss_SP[steps - 1 - age_Q, options] + change.mean() * age_Q
+    predicted_Q[~known_SQ.any(axis=0)] = -np.inf  # nothing is known of it
+    if not np.isfinite(predicted_Q).any():
+        return np.ones(len(options), dtype=bool)
+    least = int(np.argmin(np.where(np.isfinite(predicted_Q), predicted_Q, np.inf)))
+    moved_Q = change.std(ddof=1) * np.sqrt(age_Q + age_Q[least])
+    return np.asarray(predicted_Q - predicted_Q[least] <= _PASS_BY * moved_Q)
+
+
+def _losses(path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray) -> FloatArray:
+    """What dropping a player cost at each mask of a path, `float64[S, P]`; NaN: not scored."""
+    row_of = {key: row for row, key in enumerate(keys(masks_MP))}
+    loss_SP = np.full((len(path), masks_MP.shape[1]), np.nan)
+    for step, mask_P in enumerate(path):
+        here = row_of.get(keys(mask_P[None])[0])
+        for player, key in zip(np.flatnonzero(mask_P), keys(drop_one(mask_P)), strict=True):
+            row = row_of.get(key)
+            if here is not None and row is not None:
+                loss_SP[step, player] = utilities_M[here] - utilities_M[row]
+    return loss_SP
+
+
+def _last_changes(loss_SP: FloatArray) -> FloatArray:
+    """How losses changed from step to step, of the cheaper half of the players; the last steps
+    first, until they are enough."""
+    found: list[FloatArray] = []
+    for step in range(len(loss_SP) - 1, 0, -1):
+        before_P = loss_SP[step - 1]
+        both = np.flatnonzero(np.isfinite(before_P) & np.isfinite(loss_SP[step]))
+        both = both[np.argsort(before_P[both], kind="stable")]
+        cheap = both[: max(_LEAST_CHANGES, len(both) // 2)]
+        found.append(loss_SP[step, cheap] - before_P[cheap])
+        if sum(map(len, found)) >= _LEAST_CHANGES:
+            break
+    return np.concatenate([np.empty(0), *found])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +193,8 @@ class Plan:
     full_calibration_ppl: float
     full_heldout_ppl: float | None
     plans: list[PlanEntry]
+    masks_screened: int = 0
+    """Those of `masks_scored` that were scored on a few windows alone (`lpserve.fidelity`)."""
     stopped: str = ""
     """Why no more masks were scored."""
     protected: list[int] = field(default_factory=list)

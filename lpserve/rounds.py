@@ -5,17 +5,22 @@ rounds up to n-2, so that the engines work on round n-1 meanwhile; never on arri
 number of engines or on what a store already held. The budget cuts the sequence and changes nothing
 else in it. Even rounds begin with a step of the greedy path until it is walked; what room a round
 has left goes to sets that may beat the best (`lpserve.search`) and to masks that say most about the
-values (`lpserve.acquisition`). Until the path is walked, rounds are half as large and their room is
-the search's alone, so that greedy's sets are there soon.
+values (`lpserve.acquisition`). Until the path is walked, rounds are smaller and their room is the
+search's alone, so that greedy's sets are there soon.
 
     round 0   all kept; every single player dropped (greedy step 1); none kept where the values
               need it
     round 1   stratified random masks
     round 2   greedy step 2; for every r, the r players whose single loss cost least
     round 3   hopes for every r
-    round 4   greedy step 3, but for what has no chance to be its best; hopes
+    round 4   greedy step 3, but for what cannot be its best; hopes
     ...
     later     hopes, rankings by value, masks for the values
+
+With a screen (`lpserve.fidelity`) greedy's sets, rankings and hopes are scored on a few windows
+first (with goal `plan` whatever comes after round 1), and every round also asks for the other
+windows of those that may still be the best. A promotion is no new mask: the budget counts masks,
+and once it is spent promotions go on until none is due.
 
 Notation: M masks, P players, N windows.
 """
@@ -23,26 +28,32 @@ Notation: M masks, P players, N windows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.acquisition import HEAD_COST, candidate_pool, most_telling
 from lpserve.config import STOP_GAIN
+from lpserve.fidelity import estimated
+from lpserve.history import History, Round
 from lpserve.masks import StratifiedDesign, drop_one, full_mask, keys, removed_players, without
-from lpserve.plan import greedy_path, ranking_mask
-from lpserve.search import chance_of_better, hopeful, likely_best, not_hopeless
+from lpserve.plan import can_be_best, greedy_path, ranking_mask
+from lpserve.search import WORTH, chance_of_better, hopeful, likely_best
 from lpserve.shapley import kernel_values, value_calibration
-from lpserve.surrogate import Surrogate, guide_of, make_surrogate
+from lpserve.surrogate import AutoSurrogate, Surrogate, guide_of, make_surrogate
 from lpserve.types import Z90, BoolArray, FloatArray
 
 _VALUES_SHARE = 3  # once the path is walked one in three masks is for the values, rounded down
 _RANKING_SHARE = 4  # at most one in four of the others is a ranking's set
 _ROUND_GROWTH = 0.05  # a round asks for at least this share of all masks before it
 _PAPER_REFIT_GROWTH = 1.5
-_JUDGING_MASKS = 4  # a player: with fewer no set of a greedy step is called hopeless
+_WALK_SIZE, _WALK_SHARE = 8, 8
+"""Masks of a round while the greedy path is walked, at least, and as a part of `round_size`."""
 _STARTS = 4  # sets of each kind that a beam search starts from
+_PROMOTION_WORTH = 1e-3
+"""Expected improvement (as `search.WORTH`) that is worth a screened set's other windows at once:
+most will look worse when more is known, and the rest is promoted in the end."""
 _RULE_ROUNDS = 2  # rounds in a row in which a stop rule must hold: one fit may be a fluke
 
 
@@ -84,7 +95,7 @@ class RoundSettings:
     seed: int
     surrogate: str
     round_size: int
-    """Masks of a round from the second on, at least; half of it while the greedy path is walked."""
+    """Masks of a round from the second on, at least; fewer while the greedy path is walked."""
     stop: StopRules = StopRules()
     goal: str = "both"
     """What masks are for: `plan`, `values` (no path is walked, no set is searched), or `both`."""
@@ -95,26 +106,13 @@ class RoundSettings:
         return first + self.round_size + self.max_removed - 1
 
 
-@dataclass(slots=True)
-class History:
-    """Complete rounds, in order: masks as proposed and their stored NLLs."""
-
-    masks: list[BoolArray] = field(default_factory=list)
-    """One `bool[M, P]` for each round."""
-    nll: list[NDArray[np.float32]] = field(default_factory=list)
-    """One `float32[M, N]` for each round; NaN rows for quarantined masks."""
-
-    def upto(self, num_rounds: int) -> tuple[BoolArray, NDArray[np.float32]]:
-        """All masks of the first `num_rounds` rounds and their NLLs."""
-        return np.concatenate(self.masks[:num_rounds]), np.concatenate(self.nll[:num_rounds])
-
-
 class RoundPlanner:
     """Produces the rounds one after another.
 
     `utility` and `search_utility` map `float32[M, N]` NLLs to `float64[M]`. Values and rankings are
     about the run's utility; sets are searched on `search_utility` (default: the same;
-    `lpserve.search.UTILITY` suits it best).
+    `lpserve.search.UTILITY` suits it best). `screen_utility` is the latter on the screen alone;
+    None: every mask is scored on all windows.
     """
 
     def __init__(
@@ -122,8 +120,10 @@ class RoundPlanner:
         settings: RoundSettings,
         utility: Callable[[NDArray[np.float32]], FloatArray],
         search_utility: Callable[[NDArray[np.float32]], FloatArray] | None = None,
+        screen_utility: Callable[[NDArray[np.float32]], FloatArray] | None = None,
     ) -> None:
         self._settings = settings
+        self._screen_utility = screen_utility
         self._utility = utility
         self._search_utility = search_utility or utility
         self._designs = [
@@ -131,6 +131,8 @@ class RoundPlanner:
             for strata in design_strata(settings)
         ]
         self._seen: set[bytes] = set()
+        self._screened: set[bytes] = set()
+        """Masks that were asked for on the screen alone."""
         self._num_proposed = 0
         self._last = np.empty((0, settings.num_players), dtype=bool)
         """The round proposed last: being scored while the next is chosen."""
@@ -146,15 +148,15 @@ class RoundPlanner:
         """Masks of greedy steps that were not asked for: they had no chance to be the best."""
         self.stopped = ""
         """The rule that ended the run, if one did."""
-        self.surrogate: Surrogate = make_surrogate(settings.surrogate, settings.seed)
+        self.surrogate: Surrogate = _quick(settings.surrogate, settings.seed)
         self._searcher = self.surrogate
-        if search_utility is not None:
-            self._searcher = make_surrogate(settings.surrogate, settings.seed)
+        if search_utility is not None or screen_utility is not None:
+            self._searcher = _quick(settings.surrogate, settings.seed)
         self.sources: dict[bytes, str] = {}
         """How each proposed mask was found, by key."""
 
-    def propose(self, index: int, history: History) -> BoolArray:
-        """Masks of round `index`, none proposed before; empty when there is nothing left to ask.
+    def propose(self, index: int, history: History) -> Round:
+        """Round `index`; empty when there is nothing left to ask.
 
         Args:
             history: complete rounds 0..index-2 at least; later ones are not read.
@@ -170,82 +172,121 @@ class RoundPlanner:
             return self._finish(self._take_design(self._settings.round_size))
         masks_MP, nll_MN = history.upto(index - 1)
         utilities_M, search_M = self._utility(nll_MN), self._search_utility(nll_MN)
-        fitted = self._fit(masks_MP, utilities_M, search_M)
+        guess_M, noise_M = self._guessed(masks_MP, nll_MN, search_M)
+        fitted = self._fit(masks_MP, utilities_M, guess_M, noise_M)
         size = max(self._settings.round_size, int(_ROUND_GROWTH * self._num_proposed))
         goal = self._settings.goal
         walking = goal != "values" and index < 2 * self._settings.max_removed
         if walking:
-            size = max(1, size // 2)
+            size = max(1, min(size // 2, max(_WALK_SIZE, size // _WALK_SHARE)))
         batch = []
         if index == 2:
             sets = _single_loss_sets(masks_MP, utilities_M, self._settings)
             batch += self._offer(sets, "ranking")
-        if walking and index % 2 == 0:
-            batch += self._walk(index, masks_MP, utilities_M, search_M, judge=fitted)
-        if fitted and not walking and self._may_stop(masks_MP, search_M):
+        # a screened path may turn elsewhere once more is known: then it is walked from there
+        if index % 2 == 0 and (walking or (self._screen_utility and goal != "values")):
+            path_M = utilities_M if self._screen_utility is None else guess_M
+            batch += self._walk(index, masks_MP, path_M)
+        if fitted and not walking and self._may_stop(masks_MP, search_M, guess_M):
             return self._finish([])
+        promoted: list[BoolArray] = []
+        if fitted and goal != "values":
+            promoted = self._promoted(masks_MP, search_M, guess_M, _PROMOTION_WORTH)
         room = size - len(batch)
         if fitted and room > 0 and goal != "values":
             found: list[BoolArray] = []
             if not walking:
                 room -= room // _VALUES_SHARE if goal == "both" else 0
                 share = max(1, room // _RANKING_SHARE)
-                found = self._offer(self._rankings(index), "ranking", most=share)
-            hopes_QP = self._hopes(masks_MP, search_M, room - len(found), [*batch, *found])
-            batch += found + self._offer(hopes_QP, "search")
+                found = self._offer(self._rankings(index), "ranking", most=share, screened=True)
+            chosen = [*batch, *promoted, *found]
+            hopes_QP = self._hopes(masks_MP, search_M, room - len(found), chosen)
+            batch += found + self._offer(hopes_QP, "search", screened=True)
         batch += self._telling(index, size - len(batch), batch)
-        batch += self._take_design(size - len(batch))
-        return self._finish(batch)
+        batch += self._take_design(size - len(batch), screened=goal == "plan")
+        return self._finish(batch, promoted)
 
-    def _fit(self, masks_MP: BoolArray, utilities_M: FloatArray, search_M: FloatArray) -> bool:
-        """Refit to the finite scores; False where they are too few."""
-        self._liked_now, self._values_P = False, None
-        finite = np.isfinite(utilities_M) & np.isfinite(search_M)
-        if finite.sum() < 3:
-            return False
-        if self._due(int(finite.sum())):
-            self.surrogate.fit(masks_MP[finite], utilities_M[finite])
-            if self._searcher is not self.surrogate:
-                self._searcher.fit(masks_MP[finite], search_M[finite])
-        return True
+    def settle(self, history: History) -> Round:
+        """The promotions that are due when nothing new is asked for, from all rounds; empty when
+        none is: no screened set is left that may be the best."""
+        masks_MP, nll_MN = history.upto(len(history.masks))
+        if not self._screened or self._settings.goal == "values":
+            return self._finish([])
+        utilities_M, search_M = self._utility(nll_MN), self._search_utility(nll_MN)
+        guess_M, noise_M = self._guessed(masks_MP, nll_MN, search_M)
+        self._last = self._last[:0]
+        if not self._fit(masks_MP, utilities_M, guess_M, noise_M):
+            return self._finish([])
+        return self._finish([], self._promoted(masks_MP, search_M, guess_M, WORTH))
 
-    def _walk(
+    def _guessed(
+        self, masks_MP: BoolArray, nll_MN: NDArray[np.float32], search_M: FloatArray
+    ) -> tuple[FloatArray, FloatArray | None]:
+        """Search utilities, screened masks' estimated, and their variances (None: no screen)."""
+        if self._screen_utility is None:
+            return search_M, None
+        return estimated(masks_MP, search_M, self._screen_utility(nll_MN))
+
+    def _fit(
         self,
-        index: int,
         masks_MP: BoolArray,
         utilities_M: FloatArray,
-        search_M: FloatArray,
-        *,
-        judge: bool,
+        guess_M: FloatArray,
+        noise_M: FloatArray | None,
+    ) -> bool:
+        """Refit to the finite scores; False where they are too few."""
+        self._liked_now, self._values_P = False, None
+        whole, known = np.isfinite(utilities_M), np.isfinite(guess_M)
+        if whole.sum() < 3:
+            return False
+        if self._due(int(whole.sum())):
+            self.surrogate.fit(masks_MP[whole], utilities_M[whole])
+            if self._searcher is not self.surrogate:
+                noise_K = None if noise_M is None else noise_M[known]
+                self._searcher.fit(masks_MP[known], guess_M[known], noise_K)
+        return True
+
+    def _promoted(
+        self, masks_MP: BoolArray, search_M: FloatArray, guess_M: FloatArray, worth: float
     ) -> list[BoolArray]:
-        """The next greedy step; with `judge`, without what the surrogate calls hopeless."""
-        path = greedy_path(masks_MP, utilities_M, index // 2, self.passed_by)
-        if len(path) < index // 2:
+        """Screened sets that may beat the best one of their size on all windows."""
+        waiting_QP = self._waiting(masks_MP, guess_M)
+        picks_QP = hopeful(
+            self._searcher, waiting_QP, self._best_of(masks_MP, search_M),
+            self._settings.round_size, pending_MP=self._last, worth=worth,
+        )  # fmt: skip
+        self._screened.difference_update(keys(picks_QP))
+        return list(picks_QP)
+
+    def _waiting(self, masks_MP: BoolArray, guess_M: FloatArray) -> BoolArray:
+        """Masks that have a score on the screen alone, `bool[Q, P]`."""
+        if not self._screened:
+            return masks_MP[:0]
+        screened_M = np.array([key in self._screened for key in keys(masks_MP)])
+        return masks_MP[screened_M & np.isfinite(guess_M)]
+
+    def _walk(self, index: int, masks_MP: BoolArray, path_M: FloatArray) -> list[BoolArray]:
+        """The next greedy step, without the sets that cannot be its best."""
+        steps = min(index // 2, self._settings.max_removed - 1)
+        path = greedy_path(masks_MP, path_M, steps, self.passed_by)
+        if not path:
             return []
+        chance_Q = self._can_be_best(path, masks_MP, path_M)
         options = drop_one(path[-1])
-        if judge and len(masks_MP) >= _JUDGING_MASKS * self._settings.num_players:
-            options = self._with_a_chance(options, masks_MP, search_M)
-        return self._offer(options, "greedy")
+        self.passed_by |= {key for key in keys(options[~chance_Q]) if key not in self._seen}
+        return self._offer(options[chance_Q], "greedy", screened=True)
 
-    def _with_a_chance(
-        self, options_QP: BoolArray, masks_MP: BoolArray, search_M: FloatArray
+    def _can_be_best(
+        self, path: list[BoolArray], masks_MP: BoolArray, path_M: FloatArray
     ) -> BoolArray:
-        """Those of a greedy step's sets that can be its best; the others are passed by."""
-        row_of = {key: row for row, key in enumerate(keys(masks_MP))}
-        option_keys = keys(options_QP)
-        known_Q = np.array([search_M[row_of[k]] if k in row_of else np.nan for k in option_keys])
-        chance_Q = not_hopeless(self._searcher, options_QP, known_Q)
-        for key, chance in zip(option_keys, chance_Q, strict=True):
-            if not chance and key not in self._seen:
-                self.passed_by.add(key)
-        return options_QP[chance_Q]
+        return can_be_best(path, masks_MP, path_M)
 
-    def _may_stop(self, masks_MP: BoolArray, search_M: FloatArray) -> bool:
+    def _may_stop(self, masks_MP: BoolArray, search_M: FloatArray, guess_M: FloatArray) -> bool:
         """Whether the stop rules have held for two rounds; notes them."""
         rules = self._settings.stop
         if not rules.given:
             return False
-        holds = (rules.chance is None or self._settled(masks_MP, search_M)) and (
+        holds = (rules.chance is None or self._settled(masks_MP, search_M, guess_M)) and (
             rules.width is None or self._narrow(rules.width)
         )
         self._rule_held = self._rule_held + 1 if holds else 0
@@ -253,13 +294,16 @@ class RoundPlanner:
             self.stopped = str(rules)
         return bool(self.stopped)
 
-    def _settled(self, masks_MP: BoolArray, search_M: FloatArray) -> bool:
+    def _settled(self, masks_MP: BoolArray, search_M: FloatArray, guess_M: FloatArray) -> bool:
         rules, best_of = self._settings.stop, self._best_of(masks_MP, search_M)
         assert rules.chance is not None
+        waiting_QP = self._waiting(masks_MP, guess_M)
+        removed_Q = (~waiting_QP).sum(axis=1)
         for r, sets_QP in self._likely(masks_MP, search_M).items():
             if not np.isfinite(best_of[r]):
                 return False
-            chance_Q = chance_of_better(self._searcher, sets_QP, best_of[r], rules.gain)
+            rivals_QP = np.concatenate([sets_QP, waiting_QP[removed_Q == r]])
+            chance_Q = chance_of_better(self._searcher, rivals_QP, best_of[r], rules.gain)
             if chance_Q.max(initial=0.0) > rules.chance:
                 return False
         return True
@@ -287,7 +331,7 @@ class RoundPlanner:
             kernel, settings.sizes, pool, count,
             pending_MP=self._pending(batch), head_cost=HEAD_COST,
         )  # fmt: skip
-        return self._offer(picks, "values")
+        return self._offer(picks, "values", screened=settings.goal == "plan")
 
     def _due(self, num_masks: int) -> bool:
         """Whether to refit: always, but for the paper's network, whose training takes seconds."""
@@ -364,7 +408,7 @@ class RoundPlanner:
         most = self._settings.max_removed
         return [ranking_mask(values_P, (r + index) % most + 1) for r in range(most)]
 
-    def _take_design(self, count: int) -> list[BoolArray]:
+    def _take_design(self, count: int, *, screened: bool = False) -> list[BoolArray]:
         """The next `count` design masks that no round has asked for; fewer when none are left."""
         batch: list[BoolArray] = []
         for design in self._designs:
@@ -372,11 +416,16 @@ class RoundPlanner:
                 masks_MP = design.take(count - len(batch))
                 if not len(masks_MP):
                     break
-                batch += self._offer(masks_MP, "design")
+                batch += self._offer(masks_MP, "design", screened=screened)
         return batch
 
     def _offer(
-        self, masks: Sequence[BoolArray] | BoolArray, source: str, most: int | None = None
+        self,
+        masks: Sequence[BoolArray] | BoolArray,
+        source: str,
+        most: int | None = None,
+        *,
+        screened: bool = False,
     ) -> list[BoolArray]:
         """The first of the masks that were never proposed; marks them proposed."""
         fresh: list[BoolArray] = []
@@ -386,13 +435,28 @@ class RoundPlanner:
             if key not in self._seen and (most is None or len(fresh) < most):
                 self._seen.add(key)
                 self.sources[key] = source
+                if screened and self._screen_utility is not None:
+                    self._screened.add(key)
                 fresh.append(mask_P)
         return fresh
 
-    def _finish(self, batch: list[BoolArray]) -> BoolArray:
+    def _finish(self, batch: list[BoolArray], promoted: Sequence[BoolArray] = ()) -> Round:
         self._num_proposed += len(batch)
-        self._last = np.array(batch, dtype=bool).reshape(len(batch), self._settings.num_players)
-        return self._last
+        players = self._settings.num_players
+        masks_MP = np.array(batch, dtype=bool).reshape(len(batch), players)
+        found = Round(
+            masks_MP=masks_MP,
+            whole_M=np.array([key not in self._screened for key in keys(masks_MP)], dtype=bool),
+            promoted_QP=np.array(promoted, dtype=bool).reshape(len(promoted), players),
+        )
+        self._last = found.all_masks
+        return found
+
+
+def _quick(name: str, seed: int) -> Surrogate:
+    """A surrogate to choose masks with: of `auto` the kernels alone. Its other members take seconds
+    to fit and found no better sets (`scripts/bench/results/large_games.md`)."""
+    return AutoSurrogate(seed) if name == "auto" else make_surrogate(name, seed)
 
 
 def design_strata(settings: RoundSettings) -> list[list[int]]:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from lpserve.dispatcher import Dispatcher, GivenUp
 from lpserve.masks import keys
 from lpserve.pool import UnitResult
-from lpserve.store import Store
-from lpserve.types import BoolArray
+from lpserve.store import Block, Store
+from lpserve.types import BoolArray, IntArray
 from lpserve.windows import TokenWindows
 
 
@@ -30,7 +30,7 @@ class Request:
     known_MN: BoolArray
     """Which of them the store held before."""
     missing: int = 0
-    """Masks that are neither whole nor given up."""
+    """Masks that lack a score that was asked for, and are not given up."""
 
     @property
     def complete(self) -> bool:
@@ -39,25 +39,45 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """A mask that is not whole yet."""
+    """A mask of which a score is missing."""
 
     request: Request
     row: int
     blocks: int
     """Blocks still to score."""
+    again: bool
+    """Whether it counted as scored before."""
 
 
 class Scoreboard:
     """Scores of one game on one set of windows."""
 
     def __init__(
-        self, store: Store, game: int, windows: TokenWindows, dispatcher: Dispatcher
+        self,
+        store: Store,
+        game: int,
+        windows: TokenWindows,
+        dispatcher: Dispatcher,
+        *,
+        screen: IntArray | None = None,
     ) -> None:
+        """With `screen`, rows of windows, masks may be scored on those alone."""
         self._store = store
         self._game = game
         self._windows = windows
         self._dispatcher = dispatcher
-        self._blocks = store.blocks_for(windows)
+        rows = np.arange(windows.num_windows)
+        self._beyond = np.empty(0, dtype=np.int64) if screen is None else np.setdiff1d(rows, screen)
+        """Rows of the windows that a screened mask is not scored on."""
+        parts = [rows] if screen is None else [screen, self._beyond]
+        self._blocks = [
+            Block(id=block.id, rows=part[block.rows])
+            for part in parts
+            for block in store.blocks_for(windows.select(part))
+        ]
+        self._screened_blocks = {
+            b.id for b in self._blocks if not np.isin(b.rows, self._beyond).any()
+        }
         self._block_windows = {
             block.id: dispatcher.register(windows.select(block.rows)) for block in self._blocks
         }
@@ -69,23 +89,34 @@ class Scoreboard:
         self.quarantined: dict[bytes, str] = {}
         """Masks given up: key -> reason. Their scores are NaN."""
         self.scored = 0
-        """Masks asked for that are whole."""
+        """Masks that have every score that they were first asked for."""
         self.reused = 0
         """Those of them whose scores the store already held."""
 
-    def request(self, masks_MP: BoolArray) -> Request:
+    def request(
+        self, masks_MP: BoolArray, whole_M: BoolArray | None = None, *, again: bool = False
+    ) -> Request:
         """Read what the store holds of these masks and have the rest scored.
 
-        The masks are distinct, and none of them is still open.
+        The masks are distinct, and none of them is still open. Nothing is said of windows that were
+        not asked for, whatever the store holds.
+
+        Args:
+            whole_M: which masks are wanted on all windows, the others on the screen; None: all.
+            again: they were asked for before, on the screen: they do not count as scored again.
         """
+        whole_M = np.ones(len(masks_MP), dtype=bool) if whole_M is None else whole_M
         nll_MN, known_MN = self._store.get(self._game, self._windows, masks_MP)
+        nll_MN[np.ix_(~whole_M, self._beyond)] = np.nan
         request = Request(masks_MP=masks_MP, nll_MN=nll_MN, known_MN=known_MN)
         mask_keys = keys(masks_MP)
         left_M = np.zeros(len(masks_MP), dtype=np.int64)
         wanted: list[tuple[int, list[int]]] = []
         for index, block in enumerate(self._blocks):
             rows = []
-            for row in np.flatnonzero(~known_MN[:, block.rows].all(axis=1)).tolist():
+            wanted_M = whole_M | (block.id in self._screened_blocks)
+            unknown_M = ~known_MN[:, block.rows].all(axis=1)
+            for row in np.flatnonzero(wanted_M & unknown_M).tolist():
                 reason = self._bad.get((block.id, mask_keys[row]))
                 if reason is None:
                     rows.append(row)
@@ -94,12 +125,13 @@ class Scoreboard:
             left_M[rows] += 1
             wanted.append((index, rows))
         for row in np.flatnonzero(left_M).tolist():
-            self._open[mask_keys[row]] = _Open(request, row, int(left_M[row]))
+            self._open[mask_keys[row]] = _Open(request, row, int(left_M[row]), again)
         request.missing = int((left_M > 0).sum())
-        known = np.flatnonzero(left_M == 0).tolist()
-        whole = sum(mask_keys[row] not in self.quarantined for row in known)
-        self.reused += whole
-        self.scored += whole
+        if not again:
+            known = np.flatnonzero(left_M == 0).tolist()
+            whole = sum(mask_keys[row] not in self.quarantined for row in known)
+            self.reused += whole
+            self.scored += whole
         for index, rows in wanted:
             if rows:
                 block = self._blocks[index]
@@ -131,4 +163,4 @@ class Scoreboard:
         if not mask.blocks:
             del self._open[key]
             mask.request.missing -= 1
-            self.scored += key not in self.quarantined
+            self.scored += key not in self.quarantined and not mask.again

@@ -6,6 +6,7 @@ Notation: M masks, P players, N windows.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,9 @@ class ScoredRun:
     """Masks of greedy steps that were not scored, since they had no chance to be the best."""
     stopped: str
     """Why no more masks were asked for."""
+    screen: tuple[int, ...] = ()
+    """Windows that every mask was scored on; some masks on them alone, NaN elsewhere. Empty: no
+    mask was screened."""
     noise_nll: float = 0.0
     """Noise of a mask's score (`EngineInfo.noise_nll`): nats per token, root mean square."""
 
@@ -56,14 +60,30 @@ class ScoredRun:
         """Masks with a score, finite or not (a mask that was given up has NaN alone)."""
         return ~np.asarray(np.isnan(self.nll_MN).all(axis=1))
 
-    def utility_of(self, nll_MN: NDArray[np.float32], name: str | None = None) -> FloatArray:
-        """The run's utility, or a named one; NaN where a score is not finite: never a training
-        point, never chosen."""
+    def screened_M(self) -> BoolArray:
+        """Masks with scores on the screen alone."""
+        finite_MN = np.isfinite(self.nll_MN)
+        if not self.screen:
+            return np.zeros(len(finite_MN), dtype=bool)
+        beyond = np.setdiff1d(np.arange(finite_MN.shape[1]), self.screen)
+        on_screen_M = finite_MN[:, list(self.screen)].all(axis=1)
+        return np.asarray(on_screen_M & np.isnan(self.nll_MN[:, beyond]).all(axis=1))
+
+    def utility_of(
+        self,
+        nll_MN: NDArray[np.float32],
+        name: str | None = None,
+        windows: Sequence[int] | None = None,
+    ) -> FloatArray:
+        """The run's utility, or a named one, on all windows or some; NaN where a score is not
+        finite: never a training point, never chosen."""
+        rows = list(range(len(self.num_tokens_N)) if windows is None else windows)
+        some_MN = nll_MN[:, rows]
         value_M = utilities(
-            name or self.utility, nll_MN.astype(np.float64), self.num_tokens_N,
-            self.nll_MN[0].astype(np.float64),
+            name or self.utility, some_MN.astype(np.float64), self.num_tokens_N[rows],
+            self.nll_MN[0, rows].astype(np.float64),
         )  # fmt: skip
-        return np.where(np.isfinite(nll_MN).all(axis=1), value_M, np.nan)
+        return np.where(np.isfinite(some_MN).all(axis=1), value_M, np.nan)
 
     def noise_of(self, utilities_M: FloatArray) -> FloatArray | None:
         """Variance of each utility from the engine's rounding; None where it has none."""
@@ -108,6 +128,7 @@ def write_scores(path: Path, scored: ScoredRun) -> None:
         about=np.array(json.dumps(about)),
         masks=scored.masks_MP, nll=scored.nll_MN, num_tokens=scored.num_tokens_N,
         sources=np.array(scored.sources), passed_by=scored.passed_by_MP,
+        screen=np.array(scored.screen, dtype=np.int64),
         heldout_masks=scored.heldout_masks_MP, heldout_nll=scored.heldout_nll_MN,
         heldout_num_tokens=scored.heldout_num_tokens_N,
     )  # fmt: skip
@@ -128,6 +149,7 @@ def read_scores(run: str | Path) -> ScoredRun:
                 masks_MP=data["masks"], nll_MN=data["nll"], num_tokens_N=data["num_tokens"],
                 sources=tuple(str(s) for s in data["sources"]),
                 passed_by_MP=data["passed_by"], stopped=about["stopped"],
+                screen=tuple(data["screen"].tolist()) if "screen" in data else (),
                 corpora=tuple((str(name), int(count)) for name, count in about["corpora"]),
                 heldout_masks_MP=data["heldout_masks"], heldout_nll_MN=data["heldout_nll"],
                 heldout_num_tokens_N=data["heldout_num_tokens"],

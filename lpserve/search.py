@@ -38,7 +38,6 @@ _BEAM = 8
 _MAX_STEPS = 20
 _SHORTLIST = 64
 _MOST_JOINT = 512  # candidates of all sizes that a batch is picked from: their covariance is kept
-_PASS_BY = 4.0  # widened standard deviations below the best that make a set hopeless
 _LEAST_VARIANCE = 1e-14
 
 
@@ -101,6 +100,7 @@ def hopeful(
     count: int,
     *,
     pending_MP: BoolArray,
+    worth: float = WORTH,
 ) -> BoolArray:
     """The most promising of some sets, in the order in which they were picked, `bool[<=count, P]`.
 
@@ -113,6 +113,7 @@ def hopeful(
         sets_QP: distinct sets, none scored or pending.
         best_of: number removed -> best scored utility; -inf where none is.
         pending_MP: masks that are being scored.
+        worth: expected improvement below which a set is left.
     """
     surrogate = kernel_of(surrogate) or surrogate
     if not len(sets_QP) or count < 1:
@@ -124,7 +125,7 @@ def hopeful(
         mean_Q, std_Q = surrogate.predict(sets_QP)
         gain_Q = expected_improvement(mean_Q, DOUBT * std_Q, best_Q) / share_Q
         order = np.argsort(-gain_Q, kind="stable")[:count]
-        return sets_QP[order[gain_Q[order] > WORTH]]
+        return sets_QP[order[gain_Q[order] > worth]]
     sets_QP, rows = _shortened(surrogate, sets_QP, best_Q)
     removed_Q, best_Q, share_Q = removed_Q[rows], best_Q[rows], share_Q[rows]
     mean_Q, cov_QQ = surrogate.joint(np.concatenate([pending_MP, sets_QP]))
@@ -144,7 +145,7 @@ def hopeful(
             best_Q = np.where(removed_Q == removed_Q[pick], mean_Q[pick], best_Q)
         else:
             pick = int(np.argmax(np.where(free_Q, gain_Q, -np.inf)))
-            if gain_Q[pick] <= WORTH:
+            if gain_Q[pick] <= worth:
                 break
         picked.append(pick)
         free_Q[pick] = False
@@ -184,18 +185,3 @@ def chance_of_better(
     mean_Q, std_Q = surrogate.predict(sets_QP)
     target = best / (1.0 - gain) if best > 0 else best + gain
     return norm.sf((target - mean_Q) / np.maximum(DOUBT * std_Q, 1e-12))
-
-
-def not_hopeless(surrogate: Surrogate, sets_QP: BoolArray, known_Q: FloatArray) -> BoolArray:
-    """Which of some sets of one size can still be the best of them, `bool[Q]`.
-
-    A set is passed by when its predicted utility lies 4 widened standard deviations (of its own)
-    below what the best of them surely reaches.
-
-    Args:
-        known_Q: utilities of those that are scored, NaN for the others.
-    """
-    mean_Q, std_Q = (guide_of(surrogate) or surrogate).predict(sets_QP)
-    std_Q = DOUBT * std_Q
-    sure_Q = np.where(np.isfinite(known_Q), known_Q, mean_Q - 2.0 * std_Q)
-    return np.asarray(mean_Q + _PASS_BY * std_Q >= sure_Q.max())

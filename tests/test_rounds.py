@@ -13,9 +13,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from lpserve.history import History
 from lpserve.masks import all_masks, drop_one, keys, removed_players, without
 from lpserve.plan import best_row, greedy_path
-from lpserve.rounds import History, RoundPlanner, RoundSettings, StopRules, design_strata
+from lpserve.rounds import RoundPlanner, RoundSettings, StopRules, design_strata
 from lpserve.surrogate import PaperSurrogate
 from lpserve.types import BoolArray, FloatArray
 
@@ -86,7 +87,7 @@ class Played:
         while asked < budget:
             complete = max(len(self.rounds) - 1, 0)
             history = History(masks=self.rounds[:complete], nll=self.nll[:complete])
-            masks = self.planner.propose(len(self.rounds), history)[: budget - asked]
+            masks = self.planner.propose(len(self.rounds), history).masks_MP[: budget - asked]
             if not len(masks):
                 self.ended = True
                 break
@@ -196,12 +197,12 @@ def test_a_round_reads_nothing_beyond_the_round_before_the_last(settings, rng):
     for index, masks in enumerate(played.rounds[:-1]):  # the last one is cut by the budget
         before = max(index - 1, 0)
         history = History(masks=played.rounds[:index], nll=played.nll[:index])
-        np.testing.assert_array_equal(complete.propose(index, history), masks)
+        np.testing.assert_array_equal(complete.propose(index, history).masks_MP, masks)
         nonsense = [
             rng.normal(500, 100, nll.shape).astype(np.float32) for nll in played.nll[before:]
         ]
         history = History(masks=played.rounds, nll=played.nll[:before] + nonsense)
-        np.testing.assert_array_equal(poisoned.propose(index, history), masks)
+        np.testing.assert_array_equal(poisoned.propose(index, history).masks_MP, masks)
 
 
 def test_scores_of_complete_rounds_are_read(rng):
@@ -219,7 +220,7 @@ def test_a_small_game_is_asked_for_to_the_last_mask(rng):
     assert sorted(keys(played.masks)) == keys(all_masks(4))
     history = History(masks=played.rounds, nll=played.nll)
     for index in range(len(played.rounds) + 1, len(played.rounds) + 4):
-        assert played.planner.propose(index, history).shape == (0, 4)
+        assert played.planner.propose(index, history).all_masks.shape == (0, 4)
 
 
 @pytest.mark.parametrize("sizes", [(6, 6), (5, 6), (0, 1), (3, 3)])

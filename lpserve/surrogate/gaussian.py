@@ -99,12 +99,13 @@ class KernelSurrogate:
         return self._or_empty(masks_QP, cross_QM @ self.alpha_M), std_Q
 
     def joint(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
-        """Predicted utilities `float64[Q]` of unscored masks and their covariance `float64[Q, Q]`.
+        """Predicted utilities `float64[Q]` and their covariance `float64[Q, Q]`, of masks that were
+        not scored or with noise. The empty coalition is not among them.
 
         Widened as `predict`'s standard deviations are.
         """
         assert self.kernel is not None
-        cross_QM = self.kernel.smooth(masks_QP, self.masks_MP)
+        cross_QM = self._cross(masks_QP)
         half_MQ = self.whiten_MM @ cross_QM.T
         cov_QQ = self.kernel.smooth(masks_QP, masks_QP) - half_MQ.T @ half_MQ
         cov_QQ[np.diag_indices_from(cov_QQ)] += self.kernel.nugget_of(masks_QP)

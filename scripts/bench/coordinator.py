@@ -40,6 +40,7 @@ import lpserve.ray_pool
 from lpserve.config import config_from
 from lpserve.coordinator import run
 from lpserve.dispatcher import Dispatcher, GivenUp
+from lpserve.history import Round
 from lpserve.pool import Unit
 from lpserve.ray_pool import RayPool
 from lpserve.scoreboard import Request, Scoreboard
@@ -243,11 +244,11 @@ def refits(*, in_loop: bool, budget: int) -> Refits:
     plain_propose = lpserve.coordinator.RoundPlanner.propose
     on_thread = lpserve.coordinator._in_background
 
-    def propose(self: Any, *args: Any) -> BoolArray:
+    def propose(self: Any, *args: Any) -> Round:
         started = time.perf_counter()
-        masks_MP = plain_propose(self, *args)
+        asked = plain_propose(self, *args)
         spent.append(time.perf_counter() - started)
-        return masks_MP
+        return asked
 
     TimedPool.lags = Lags()
     with tempfile.TemporaryDirectory() as folder:

@@ -130,7 +130,8 @@ def play(
         return lambda nll_MN: game.utility(name, nll_MN)
 
     search = None if utility == "ppl_ratio" else of("ppl_ratio")
-    return np.concatenate(list(played_rounds(settings, game.nll_of, of(utility), search, budget)))
+    rounds = played_rounds(settings, game.nll_of, of(utility), search, budget)
+    return np.concatenate([asked.masks_MP for asked in rounds])
 
 
 def for_values(

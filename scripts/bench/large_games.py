@@ -69,9 +69,9 @@ def play(
     )  # fmt: skip
     played = Played(masks_MP=np.empty((0, game.num_players), dtype=bool))
     started = time.process_time()
-    for masks_MP in rounds:
+    for asked in rounds:
         played.seconds.append(time.process_time() - started)
-        played.masks_MP = np.concatenate([played.masks_MP, masks_MP])
+        played.masks_MP = np.concatenate([played.masks_MP, asked.masks_MP])
         played.asked.append(len(played.masks_MP))
         started = time.process_time()
     return played

@@ -187,7 +187,7 @@ def our_batches(game: Game, max_removed: int, seed: int, budget: int) -> list[Bo
         lambda nll_MN: game.utility("neg_nll", nll_MN),
         lambda nll_MN: game.utility("ppl_ratio", nll_MN), budget,
     )  # fmt: skip
-    return list(rounds)
+    return [asked.masks_MP for asked in rounds]
 
 
 def rivals(

@@ -1,0 +1,132 @@
+"""What is checked before a run begins, and what it begins with: settings, engine, pool.
+
+Bad input is refused here, before a model loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lpserve.checkpoint import read_checkpoint
+from lpserve.config import RunConfig
+from lpserve.engine.vllm_options import check_options as check_vllm_options
+from lpserve.errors import InputError
+from lpserve.fidelity import screen_rows
+from lpserve.pool import EnginePool, LocalPool, pinned
+from lpserve.rounds import RoundSettings, StopRules
+from lpserve.runfolder import RunFolder
+from lpserve.types import EngineInfo, EngineSpec
+from lpserve.windows import TokenWindows
+
+
+def check_model(config: RunConfig) -> RunConfig:
+    """The config with its depth-dependent defaults, after the checkpoint's headers are read."""
+    if config.engine == "vllm":
+        check_vllm_options(config.engine_options)
+    if config.engine == "synthetic":
+        num_players = int(config.engine_options.get("num_players", 8))
+    else:
+        from lpserve.engine.base import check_decoder
+
+        checkpoint = read_checkpoint(config.model)
+        check_decoder(checkpoint)
+        num_players = num_layers(checkpoint.config)
+    config = config.resolved(num_players)
+    least = round_settings(config, num_players).minimum_budget()
+    if config.budget < least:
+        raise InputError(
+            f"budget must be at least {least} for {num_players} players and max_removed "
+            f"{config.max_removed}: got {config.budget}"
+        )
+    return config
+
+
+def num_layers(config: dict[str, Any]) -> int:
+    """Decoder layers that a config.json speaks of; raises InputError."""
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, dict) else {}):
+        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+            if isinstance(values.get(name), int):
+                return values[name]
+    raise InputError("the model's config.json names no number of layers")
+
+
+def check_fit(config: RunConfig, calibration: TokenWindows, heldout: TokenWindows) -> None:
+    """Raise InputError when windows do not fit the model, or leave the screen nothing beyond it."""
+    if config.screen_windows:
+        screen_rows(calibration.corpora, config.screen_windows)
+    if config.engine != "synthetic":
+        from lpserve.engine.base import check_windows
+
+        checkpoint = read_checkpoint(config.model)
+        for windows in (calibration, heldout):
+            check_windows(checkpoint, windows)
+
+
+def round_settings(config: RunConfig, num_players: int) -> RoundSettings:
+    assert config.max_removed
+    assert config.sizes
+    assert config.round_size
+    return RoundSettings(
+        num_players=num_players,
+        max_removed=config.max_removed,
+        sizes=config.sizes,
+        seed=config.seed,
+        surrogate=config.surrogate,
+        round_size=config.round_size,
+        goal=config.goal,
+        stop=StopRules(chance=config.stop_chance, gain=config.stop_gain, width=config.stop_width),
+    )
+
+
+def open_pool(
+    config: RunConfig, spec: EngineSpec, windows: TokenWindows, tell: Callable[[str], None]
+) -> EnginePool:
+    if config.pool == "local":
+        return LocalPool(spec, windows)
+    try:
+        from lpserve.ray_pool import RayPool
+    except ImportError as error:
+        raise InputError(f"pool ray needs Ray ({error}): install lpserve[ray]") from None
+    engines = None if config.engines == "auto" else int(config.engines)
+    return RayPool(spec, windows, engines, tell=tell)
+
+
+def engine_spec(config: RunConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:
+    """The engine, with the path, micro-batch and memory settings that the run began with."""
+    spec = EngineSpec(
+        kind=config.engine, model=config.model, dtype=config.dtype, device=config.device,
+        options=dict(config.engine_options),
+    )  # fmt: skip
+    if config.engine == "vllm":
+        spec = replace(spec, options={"max_model_len": longest + 1, **spec.options})
+    engine = (stored or {}).get("engine", {})
+    return pinned(spec, engine["settings"]) if engine.get("kind") == spec.kind else spec
+
+
+def refuse_other_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo) -> None:
+    if stored["model_hash"] != info.model_hash:
+        raise InputError(
+            f"run folder {folder.path} belongs to another game: the model at {info.model} "
+            "has changed since; choose another --out"
+        )
+    if stored["game"] != info.game.content_hash:
+        engine = stored["engine"]
+        raise InputError(
+            f"run folder {folder.path} belongs to another game: {engine['dtype']} scores of "
+            f"{engine['kind']} ({engine['path']}) do not mix with {info.dtype} scores of "
+            f"{info.kind} ({info.path}); choose another --out, or give the same engine"
+        )
+
+
+def refuse_other_windows(
+    folder: RunFolder, stored: dict[str, Any], calibration: TokenWindows, heldout: TokenWindows
+) -> None:
+    for name, windows in (("calibration", calibration), ("heldout", heldout)):
+        if stored["windows"][name] != windows.content_hash:
+            raise InputError(
+                f"run folder {folder.path} belongs to another run: the {name} text has changed "
+                "since; choose another --out"
+            )
