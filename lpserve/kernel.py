@@ -13,8 +13,10 @@ dropped: a model that lost a vital layer collapses, and its score then hangs on 
 `nu`: the part of a mask's own score that no neighbour shares. Games are deterministic, so it is
 known for scored masks and stays as uncertainty for the others; it is no noise.
 
-Hyperparameters maximise the marginal likelihood (Rasmussen & Williams 2006, eq. 5.8 and 5.9) with a
-normal prior that draws every player's lambda_i and g_i towards their means over all players.
+Hyperparameters maximise the marginal likelihood (Rasmussen & Williams 2006, eq. 5.8 and 5.9) with
+normal priors: one draws every player's lambda_i and g_i towards their means over all players; a
+weak one on log nu matters where the rest explains every tuning mask (more pairs than masks) and the
+likelihood no longer depends on it: unopposed, nu would vanish, and every deviation with it.
 
 Notation: M, Q masks, P players.
 """
@@ -33,6 +35,8 @@ COMPONENTS = {"ridge": "ab", "gp": "av", "gp+ridge": "abv"}
 JITTER = 1e-10
 PRIOR_DECAY, PRIOR_GROWTH = 1.0, 0.3
 """Standard deviations over players of log lambda_i and of g_i."""
+PRIOR_NUGGET = (-9.2, 3.0)
+"""Mean and standard deviation of log nu (1e-4 of the utilities' variance)."""
 _MAX_STEPS = 60
 _BLOCK = 64
 _LOGS = 7  # log c, a, b, v, nu, mean log lambda, mean g
@@ -224,7 +228,9 @@ class _Likelihood:
         for index, part in enumerate(parts):
             slope[index] = -0.5 * np.vdot(weight, part)
         own_slope_M = -0.5 * weight.diagonal() * own_M
-        slope[4] = own_slope_M.sum()
+        away = (point[4] - PRIOR_NUGGET[0]) / PRIOR_NUGGET[1]
+        value += 0.5 * away**2
+        slope[4] = own_slope_M.sum() + away / PRIOR_NUGGET[1]
         if not smooth:
             return float(value), slope
         by_pair = weight * parts[3]

@@ -41,7 +41,7 @@ from lpserve.masks import StratifiedDesign, drop_one, full_mask, keys, removed_p
 from lpserve.plan import can_be_best, greedy_path, ranking_mask
 from lpserve.search import WORTH, chance_of_better, hopeful, likely_best
 from lpserve.shapley import kernel_values, value_calibration
-from lpserve.surrogate import AutoSurrogate, Surrogate, guide_of, make_surrogate
+from lpserve.surrogate import Surrogate, guide_of, make_surrogate
 from lpserve.types import Z90, BoolArray, FloatArray
 
 _VALUES_SHARE = 3  # once the path is walked one in three masks is for the values, rounded down
@@ -148,10 +148,10 @@ class RoundPlanner:
         """Masks of greedy steps that were not asked for: they had no chance to be the best."""
         self.stopped = ""
         """The rule that ended the run, if one did."""
-        self.surrogate: Surrogate = _quick(settings.surrogate, settings.seed)
+        self.surrogate: Surrogate = make_surrogate(settings.surrogate, settings.seed, quick=True)
         self._searcher = self.surrogate
         if search_utility is not None or screen_utility is not None:
-            self._searcher = _quick(settings.surrogate, settings.seed)
+            self._searcher = make_surrogate(settings.surrogate, settings.seed, quick=True)
         self.sources: dict[bytes, str] = {}
         """How each proposed mask was found, by key."""
 
@@ -451,12 +451,6 @@ class RoundPlanner:
         )
         self._last = found.all_masks
         return found
-
-
-def _quick(name: str, seed: int) -> Surrogate:
-    """A surrogate to choose masks with: of `auto` the kernels alone. Its other members take seconds
-    to fit and found no better sets (`scripts/bench/results/large_games.md`)."""
-    return AutoSurrogate(seed) if name == "auto" else make_surrogate(name, seed)
 
 
 def design_strata(settings: RoundSettings) -> list[list[int]]:

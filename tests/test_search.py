@@ -21,7 +21,6 @@ from lpserve.search import (
     expected_improvement,
     hopeful,
     likely_best,
-    not_hopeless,
 )
 from lpserve.surrogate import HeldOut, KernelSurrogate
 from lpserve.types import BoolArray, FloatArray, IntArray
@@ -288,22 +287,3 @@ def test_the_chance_to_be_better_is_that_of_draws(rng):
     np.testing.assert_allclose(got, share, atol=0.006)
     below = chance_of_better(surrogate, all_masks(3, 2), -0.4, gain)
     np.testing.assert_allclose(below, norm.sf((-0.4 + gain - mean) / (DOUBT * std)))
-
-
-def test_what_can_be_the_best_of_a_step_is_kept(rng):
-    sets = all_masks(8, 7)
-    mean = np.array([0.9, 0.85, 0.5, 0.1, 0.89, 0.6, 0.7, 0.2])
-    row_of = dict(zip(keys(sets), range(8), strict=True))
-    surrogate = Fixed(lambda masks: mean[[row_of[key] for key in keys(masks)]], 0.02)
-    spread = DOUBT * 0.02
-    none = np.full(8, np.nan)
-    np.testing.assert_array_equal(
-        not_hopeless(surrogate, sets, none), mean + 4 * spread >= 0.9 - 2 * spread
-    )
-    scored = none.copy()
-    scored[3] = 1.2  # a score counts as it is, whatever was predicted
-    assert not not_hopeless(surrogate, sets, scored)[5]
-    scored[3] = 0.3
-    np.testing.assert_array_equal(
-        not_hopeless(surrogate, sets, scored), not_hopeless(surrogate, sets, none)
-    )

@@ -10,7 +10,12 @@ from lpserve.kernel import COMPONENTS
 from lpserve.surrogate.auto import RIVALS, AutoSurrogate
 from lpserve.surrogate.base import HeldOut, Predictor, Surrogate
 from lpserve.surrogate.crossfit import CrossFitted
-from lpserve.surrogate.gaussian import MAX_TRAINING_MASKS, KernelSurrogate
+from lpserve.surrogate.gaussian import (
+    MAX_TRAINING_MASKS,
+    QUICK_TUNING_MASKS,
+    TUNING_MASKS,
+    KernelSurrogate,
+)
 from lpserve.surrogate.paper import PaperSurrogate
 from lpserve.surrogate.stack import Stack
 
@@ -20,12 +25,17 @@ __all__ = [
 ]  # fmt: skip
 
 
-def make_surrogate(kind: str, seed: int = 0) -> Surrogate:
-    """A surrogate by name, see `KINDS`."""
+def make_surrogate(kind: str, seed: int = 0, *, quick: bool = False) -> Surrogate:
+    """A surrogate by name, see `KINDS`.
+
+    `quick`: for choosing masks. Kernels are tuned to fewer of them, and `auto` has no others: those
+    take seconds to fit and found no better sets (`scripts/bench/results/large_games.md`).
+    """
+    tuning_masks = QUICK_TUNING_MASKS if quick else TUNING_MASKS
     if kind == "auto":
-        return AutoSurrogate(seed, rivals=tuple(RIVALS))
+        return AutoSurrogate(seed, () if quick else tuple(RIVALS), tuning_masks)
     if kind in COMPONENTS:
-        return KernelSurrogate(kind)
+        return KernelSurrogate(kind, tuning_masks)
     if kind in RIVALS:
         return CrossFitted(kind, RIVALS[kind], seed)
     if kind == "paper":

@@ -21,7 +21,7 @@ import lpserve.surrogate.ensemble as ensemble
 from lpserve.kernel import COMPONENTS
 from lpserve.surrogate.base import HeldOut, Predictor, training_set
 from lpserve.surrogate.crossfit import CrossFitted
-from lpserve.surrogate.gaussian import KernelSurrogate
+from lpserve.surrogate.gaussian import TUNING_MASKS, KernelSurrogate
 from lpserve.surrogate.stack import Stack, left_out
 from lpserve.types import BoolArray, FloatArray, IntArray
 
@@ -38,10 +38,13 @@ class AutoSurrogate:
 
     Args:
         rivals: which of `RIVALS` may answer; none, and neither torch nor scikit-learn is imported.
+        tuning_masks: see `KernelSurrogate`.
     """
 
-    def __init__(self, seed: int = 0, rivals: Sequence[str] = ()) -> None:
-        self._kernels = [KernelSurrogate(kind) for kind in COMPONENTS]
+    def __init__(
+        self, seed: int = 0, rivals: Sequence[str] = (), tuning_masks: int = TUNING_MASKS
+    ) -> None:
+        self._kernels = [KernelSurrogate(kind, tuning_masks) for kind in COMPONENTS]
         self._rivals = [CrossFitted(kind, RIVALS[kind], seed) for kind in rivals]
         self._playing: list[CrossFitted] = []
         """Rivals that have a part in the answer."""

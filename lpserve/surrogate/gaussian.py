@@ -18,7 +18,10 @@ from lpserve.types import BoolArray, FloatArray, IntArray
 
 MAX_TRAINING_MASKS = 3000
 """A kernel surrogate costs M^3; beyond this many masks it trains on an evenly spaced subset."""
-_TUNING_MASKS = 250
+TUNING_MASKS, QUICK_TUNING_MASKS = 500, 250
+"""Masks that hyperparameters are tuned to, evenly spaced: for answers, and to choose masks. On
+synthetic games of 32 layers, 800 masks, 500 halved the error of the values and took 3 times as
+long."""
 _QUERY_MASKS = 2048  # at once: bounds the memory
 _RETUNE_GROWTH = 1.25
 
@@ -31,8 +34,9 @@ class KernelSurrogate:
     score is known it is used as it is.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, tuning_masks: int = TUNING_MASKS) -> None:
         self.name = kind
+        self._tuning_masks = tuning_masks
         self.heldout: HeldOut
         self.kernel: MaskKernel | None = None
         self._tuned_at = 0
@@ -74,7 +78,7 @@ class KernelSurrogate:
 
     def tuned(self, rows: IntArray) -> MaskKernel:
         """The kernel that some of the training masks alone would make likeliest."""
-        some = rows[_spaced(len(rows), _TUNING_MASKS)]
+        some = rows[_spaced(len(rows), self._tuning_masks)]
         return tune(
             self.name, self.masks_MP[some], self.scaled_M[some], self.noise_M[some], self.kernel
         )
