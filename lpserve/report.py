@@ -90,6 +90,7 @@ def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
         pairs=_strongest_pairs(outcome)[:SHOWN_PAIRS],
         stability=stability_rows(outcome.plan),
         num_windows=len(outcome.scored.num_tokens_N),
+        screen_windows=len(outcome.scored.screen),
         settled_share=SETTLED,
         z90=Z90,
         width=SVG_WIDTH,

@@ -269,3 +269,66 @@ def test_a_stop_rule_ends_before_the_budget_and_is_named(tmp_path, texts):
 
 def test_engine_errors_are_runtime_errors_too():
     assert issubclass(EngineError, RuntimeError)
+
+
+# -- a screen ----------------------------------------------------------------------------------
+
+
+def screened_windows(folder: Path, texts) -> dict[bytes, set[int]]:
+    """Mask -> calibration windows that it is stored on."""
+    windows = lpserve.TokenWindows.from_npz(texts["calibration"])
+    row_of = {name: row for row, name in enumerate(windows.window_hashes)}
+    found: dict[bytes, set[int]] = {}
+    for mask, window in stored_scores(folder / "scores.sqlite"):
+        if window in row_of:
+            found.setdefault(mask, set()).add(row_of[window])
+    return found
+
+
+def test_a_screen_scores_sets_on_few_windows_first(tmp_path, texts):
+    plain = run(make_config(tmp_path, texts, out=str(tmp_path / "plain")))
+    result = run(make_config(tmp_path, texts, screen_windows=1))
+    plan, scored = result.outcome.plan, result.outcome.scored
+    assert plan.masks_scored == 90
+    where = screened_windows(result.folder, texts)
+    alone = [mask for mask, rows in where.items() if rows == {0}]
+    assert all(rows in ({0}, {0, 1, 2, 3}) for rows in where.values())
+    assert len(where) == 90
+    assert plan.masks_screened == len(alone) > 0
+    assert (
+        f"{len(alone)} of them on 1 of 4 windows alone"
+        in (result.folder / "report.html").read_text()
+    )
+    # the windows of this game weigh masks alike: the screen misses nothing
+    assert [e.removed for e in plan.plans] == [e.removed for e in plain.outcome.plan.plans]
+    for entry in plan.plans:
+        assert where[keys(without(P, entry.removed)[None])[0]] == {0, 1, 2, 3}
+    again = read_scores(result.folder)
+    assert again.screen == (0,)
+    np.testing.assert_array_equal(again.screened_M(), scored.screened_M())
+    assert int(scored.screened_M().sum()) == len(alone)
+
+
+def test_a_screen_asks_for_the_same_whatever_a_store_holds(tmp_path, texts):
+    """Scores on more windows than are asked for save time and change nothing."""
+    store = str(tmp_path / "shared.sqlite")
+    fresh = run(make_config(tmp_path, texts, screen_windows=2, out=str(tmp_path / "fresh")))
+    run(make_config(tmp_path, texts, budget=256, store=store, out=str(tmp_path / "all")))
+    known = run(make_config(tmp_path, texts, screen_windows=2, store=store))
+    np.testing.assert_array_equal(known.outcome.scored.nll_MN, fresh.outcome.scored.nll_MN)
+    np.testing.assert_array_equal(known.outcome.scored.masks_MP, fresh.outcome.scored.masks_MP)
+    assert known.outcome.plan == fresh.outcome.plan
+
+
+def test_a_larger_budget_goes_on_from_a_screened_run(tmp_path, texts):
+    run(make_config(tmp_path, texts, screen_windows=1, budget=60))
+    extended = run(make_config(tmp_path, texts, screen_windows=1, budget=90))
+    fresh = run(make_config(tmp_path, texts, screen_windows=1, out=str(tmp_path / "fresh")))
+    np.testing.assert_array_equal(extended.outcome.scored.nll_MN, fresh.outcome.scored.nll_MN)
+    assert extended.outcome.plan == fresh.outcome.plan
+
+
+def test_a_screen_of_all_windows_is_refused_before_anything_starts(tmp_path, texts):
+    with pytest.raises(InputError, match="screen_windows must be below the number of windows"):
+        run(make_config(tmp_path, texts, screen_windows=4))
+    assert not (tmp_path / "run").exists()

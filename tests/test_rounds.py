@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from lpserve.history import History
+from lpserve.history import History, Round
 from lpserve.masks import all_masks, drop_one, keys, removed_players, without
 from lpserve.plan import best_row, greedy_path
 from lpserve.rounds import RoundPlanner, RoundSettings, StopRules, design_strata
@@ -433,3 +433,110 @@ def test_the_papers_surrogate_plays_without_rankings(rng, monkeypatch):
     assert sorted((~played.masks).sum(axis=1).tolist()) == [0] + [1] * 7 + [2] * 21
     late = [played.planner.sources[key] for masks in played.rounds[3:] for key in keys(masks)]
     assert "ranking" not in late
+
+
+# -- a screen ----------------------------------------------------------------------------------
+
+SCREEN = [0]
+"""Of the three windows."""
+
+
+class Screened:
+    """A run whose sets are scored on one window first, played as the coordinator plays it."""
+
+    def __init__(self, settings: RoundSettings, game: Game, other: Game, budget: int) -> None:
+        """`other` is what the windows beyond the screen measure."""
+        self.planner = RoundPlanner(settings, neg_nll, ppl_ratio, self.on_screen)
+        self.rounds: list[Round] = []
+        self.history = History()
+        self._game, self._other = game, other
+        asked = 0
+        while asked < budget:
+            found = self.planner.propose(len(self.rounds), self.history).first(budget - asked)
+            if not len(found.all_masks):
+                break
+            asked += len(found)
+            self.rounds.append(found)
+            if len(self.rounds) > 1:
+                self._score(self.rounds[-2])
+        self._score(self.rounds[-1])
+        while len((found := self.planner.settle(self.history)).promoted_QP):
+            self.rounds.append(found)
+            self._score(found)
+
+    @staticmethod
+    def on_screen(nll: np.ndarray) -> FloatArray:
+        return np.exp(3 - nll[:, 0].astype(np.float64) / (0.9 * TOKENS[0]))
+
+    def true_nll(self, masks: BoolArray) -> np.ndarray:
+        nll = nll_of(self._other, masks)
+        nll[:, SCREEN] = nll_of(self._game, masks)[:, SCREEN]
+        return nll
+
+    def _score(self, asked: Round) -> None:
+        nll = self.true_nll(asked.all_masks)
+        nll[np.ix_(~asked.whole_M, np.array([False, True, True]))] = np.nan
+        self.history.masks.append(asked.all_masks)
+        self.history.nll.append(nll)
+
+
+def test_screened_sets_are_promoted_once_and_only_they(rng):
+    settings = settings_of(12, 5)
+    game, off = pair_game(12, rng), pair_game(12, rng)
+    played = Screened(settings, game, lambda m: game(m) + 0.05 * off(m), 150)
+    new = np.concatenate([r.masks_MP for r in played.rounds])
+    whole = np.concatenate([r.whole_M for r in played.rounds])
+    promoted = np.concatenate([r.promoted_QP for r in played.rounds])
+    assert len(set(keys(new))) == len(new) == 150
+    assert len(set(keys(promoted))) == len(promoted) > 0
+    assert set(keys(promoted)) < set(keys(new[~whole]))  # some are left on the screen
+    screened = {played.planner.sources[key] for key in keys(new[~whole])}
+    assert screened <= {"greedy", "search", "ranking"}
+    first_step = set(keys(drop_one(new[0])))
+    assert first_step <= set(keys(new[whole]))
+    masks, nll = played.history.upto(len(played.history.masks))
+    np.testing.assert_array_equal(masks, new)
+    done = np.isfinite(nll).all(axis=1)
+    assert set(keys(masks[done])) == set(keys(new[whole])) | set(keys(promoted))
+    np.testing.assert_array_equal(nll[done], played.true_nll(masks[done]))
+
+
+def test_a_screened_search_finds_the_best_sets_on_all_windows(rng):
+    """Losses on the screen are off by a sixth of their spread. All of 40 optima were found in
+    simulations, 33 of them by the screen alone; one miss of 10 is let pass."""
+    found = []
+    for _ in range(2):
+        game, off = pair_game(11, rng), pair_game(11, rng)
+        played = Screened(settings_of(11, 5), game, lambda m: game(m) + 0.15 * off(m), 200)  # noqa: B023
+        masks, nll = played.history.upto(len(played.history.masks))
+        done = np.isfinite(nll).all(axis=1)
+        masks, utilities = masks[done], neg_nll(nll[done])
+        for r in range(1, 6):
+            sets = all_masks(11, 11 - r)
+            rows = np.flatnonzero((~masks).sum(axis=1) == r)
+            best = float(neg_nll(played.true_nll(sets)).max())
+            found.append(float(utilities[rows].max()) == best)
+    assert sum(found) >= len(found) - 1
+
+
+def test_a_screened_round_reads_nothing_beyond_the_round_before_the_last(rng):
+    settings = settings_of(12, 5)
+    game, off = pair_game(12, rng), pair_game(12, rng)
+    played = Screened(settings, game, lambda m: game(m) + 0.1 * off(m), 140)
+    again = RoundPlanner(settings, neg_nll, ppl_ratio, Screened.on_screen)
+    proposed = [r for r in played.rounds if len(r)]
+    for index, asked in enumerate(proposed[:-1]):  # the last one is cut by the budget
+        complete = max(index - 1, 0)
+        later = [rng.normal(500, 100, n.shape).astype(np.float32) for n in played.history.nll]
+        nll = played.history.nll[:complete] + later[complete:]
+        found = again.propose(index, History(masks=played.history.masks, nll=nll))
+        np.testing.assert_array_equal(found.masks_MP, asked.masks_MP)
+        np.testing.assert_array_equal(found.whole_M, asked.whole_M)
+        np.testing.assert_array_equal(found.promoted_QP, asked.promoted_QP)
+
+
+def test_with_goal_values_nothing_is_screened(rng):
+    game = pair_game(10, rng)
+    played = Screened(settings_of(10, 4, goal="values"), game, game, 90)
+    assert all(r.whole_M.all() for r in played.rounds)
+    assert not any(len(r.promoted_QP) for r in played.rounds)

@@ -20,8 +20,9 @@ from lpserve.surrogate.paper import PaperSurrogate
 from lpserve.surrogate.stack import Stack
 
 __all__ = [
-    "KINDS", "MAX_TRAINING_MASKS", "AutoSurrogate", "CrossFitted", "HeldOut", "KernelSurrogate",
-    "PaperSurrogate", "Predictor", "Stack", "Surrogate", "guide_of", "kernel_of", "make_surrogate",
+    "KINDS", "MAX_TRAINING_MASKS", "QUICK_TUNING_MASKS", "AutoSurrogate", "CrossFitted", "HeldOut",
+    "KernelSurrogate", "PaperSurrogate", "Predictor", "Stack", "Surrogate", "guide_of", "kernel_of",
+    "make_surrogate",
 ]  # fmt: skip
 
 

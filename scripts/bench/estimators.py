@@ -45,7 +45,7 @@ from lpserve.acquisition import HEAD_COST, candidate_pool, most_telling
 from lpserve.masks import StratifiedDesign, all_masks, drop_one, keys, trie_layer_forwards
 from lpserve.rounds import RoundSettings
 from lpserve.shapley import exact_values
-from lpserve.surrogate import AutoSurrogate
+from lpserve.surrogate import QUICK_TUNING_MASKS, AutoSurrogate
 from lpserve.types import UTILITIES, Z90, BoolArray, FloatArray, utilities
 
 BUDGETS = (60, 100, 200, 400, 800)
@@ -150,7 +150,7 @@ def for_values(
             if keys(mask_P[None])[0] not in seen:
                 seen.update(keys(mask_P[None]))
                 chosen.append(mask_P)
-    surrogate = AutoSurrogate()
+    surrogate = AutoSurrogate(tuning_masks=QUICK_TUNING_MASKS)
     batch = 0
     while len(chosen) < budget:
         masks_MP = np.array(chosen)
