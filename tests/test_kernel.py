@@ -11,7 +11,15 @@ import math
 import numpy as np
 import pytest
 
-from lpserve.kernel import PRIOR_DECAY, PRIOR_GROWTH, MaskKernel, _Likelihood, tune, whitening
+from lpserve.kernel import (
+    PRIOR_DECAY,
+    PRIOR_GROWTH,
+    PRIOR_NUGGET,
+    MaskKernel,
+    _Likelihood,
+    tune,
+    whitening,
+)
 from lpserve.masks import all_masks
 from tests.kernel_by_hand import KINDS, covariance, pair_game, random_kernel, scored_covariance
 
@@ -123,6 +131,7 @@ def test_the_objective_is_the_likelihood_and_the_prior_by_hand(kind, rng):
     kernel = problem.kernel(point)
     gram = scored_covariance(kernel, masks, noise)
     value = 0.5 * target @ np.linalg.solve(gram, target) + 0.5 * np.linalg.slogdet(gram)[1]
+    value += 0.5 * ((point[4] - PRIOR_NUGGET[0]) / PRIOR_NUGGET[1]) ** 2
     if kind != "ridge":
         decay, growth = point[7:13], point[13:]
         np.testing.assert_allclose(kernel.decay_P, np.exp(point[5] + decay), rtol=1e-12)
