@@ -16,6 +16,8 @@ to n-2) and cut at each budget; everything that a budget gives is computed from 
   same windows, mean over players and seeds, and its mean width. Twice: from masks that were chosen
   for the values alone (`lpserve.acquisition`; each batch P masks, or a tenth of those before), and
   from those of a run, which walks the greedy path and searches sets as well.
+* The paper's network (arXiv 2602.07804) on its 8,000 draws stands under the tables of its utility,
+  `ppl_ratio`.
 * Plans: the best scored set of each size against the best of all.
 * With `--shapiq PYTHON` (an interpreter that has shapiq 1.8, Python 3.12 or newer): its
   approximators on the same game, utility and budgets, the empty and the full coalition among them.
@@ -42,10 +44,18 @@ from threadpoolctl import threadpool_limits
 
 import lpserve
 from lpserve.acquisition import HEAD_COST, candidate_pool, most_telling
-from lpserve.masks import StratifiedDesign, all_masks, drop_one, keys, trie_layer_forwards
+from lpserve.baselines import PAPER_COALITIONS, PAPER_DRAWS, paper_draws
+from lpserve.masks import (
+    StratifiedDesign,
+    all_masks,
+    drop_one,
+    keys,
+    paper_kept_counts,
+    trie_layer_forwards,
+)
 from lpserve.rounds import RoundSettings
-from lpserve.shapley import exact_values
-from lpserve.surrogate import QUICK_TUNING_MASKS, AutoSurrogate
+from lpserve.shapley import exact_values, monte_carlo_values
+from lpserve.surrogate import QUICK_TUNING_MASKS, AutoSurrogate, PaperSurrogate
 from lpserve.types import UTILITIES, Z90, BoolArray, FloatArray, utilities
 
 BUDGETS = (60, 100, 200, 400, 800)
@@ -188,6 +198,8 @@ def value_lines(game: ExactGame, args: argparse.Namespace) -> list[str]:
                     for seed in range(args.seeds)
                 ]
                 lines += score_values(game, utility, sizes, exact_P, budgets, tables, chosen)
+            if utility == "ppl_ratio":
+                lines += paper_lines(game, sizes, exact_P, args.seeds)
             if args.shapiq and low == 0 and utility == "neg_nll":
                 lines += rival_lines(game, utility, exact_P, budgets, args)
             lines.append("")
@@ -225,6 +237,30 @@ def score_values(
             f"{np.median(forwards):.0f} | {inside.mean():.0%} | {width.mean():.2g} |"
         )
     lines.append("")
+    print("\n".join(lines), flush=True)
+    return lines
+
+
+def paper_lines(
+    game: ExactGame, sizes: tuple[int, int], exact_P: FloatArray, seeds: int
+) -> list[str]:
+    """The network of arXiv 2602.07804 on its 8,000 draws, its values over the same sizes."""
+    players = game.num_players
+    if min(paper_kept_counts(players)) < game.least_kept:
+        return []
+    errors, distinct = [], []
+    for seed in range(seeds):
+        draws_DP = paper_draws(players, PAPER_DRAWS, np.random.default_rng(seed))
+        surrogate = PaperSurrogate(seed)
+        surrogate.train(draws_DP, game.utility("ppl_ratio", game.nll_of(draws_DP)))
+        values = monte_carlo_values(surrogate.mean, players, sizes, PAPER_COALITIONS, seed)
+        errors.append(((values.values_P - exact_P) ** 2).sum() / (exact_P**2).sum())
+        distinct.append(len(np.unique(draws_DP, axis=0)))
+    lines = [
+        f"The paper's network, {PAPER_DRAWS} draws ({np.median(distinct):.0f} distinct masks), "
+        f"{PAPER_COALITIONS} coalitions: error {np.median(errors):.1e} [{min(errors):.1e}, "
+        f"{max(errors):.1e}].", "",
+    ]  # fmt: skip
     print("\n".join(lines), flush=True)
     return lines
 
