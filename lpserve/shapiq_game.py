@@ -153,7 +153,8 @@ class LayerGame(Game):
 
         `masks_scored` then counts those of the run's masks that were asked for. Non-finite scores:
         `ppl_ratio` is 0; `neg_nll` is the lowest finite utility of the run, with a warning; neither
-        trains the surrogate. Masks that the run gave up have no score.
+        trains the surrogate. Masks that the run gave up, or scored on a screen of a few windows
+        alone, have no score.
 
         Args:
             run: a run folder, or what `lpserve.scored.read_scores` gives.
@@ -165,7 +166,7 @@ class LayerGame(Game):
         """
         scored = run if isinstance(run, ScoredRun) else read_scores(run)
         full_nll_N = _whole_model(scored.nll_MN[0].astype(np.float64))
-        has_score_M = scored.scored_M()
+        has_score_M = scored.scored_M() & ~scored.screened_M()
         masks_MP, nll_MN = scored.masks_MP[has_score_M], scored.nll_MN[has_score_M]
         predict = None
         if surrogate:

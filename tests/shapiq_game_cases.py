@@ -434,6 +434,18 @@ def test_masks_of_a_run_without_a_finite_score_follow_the_utilitys_rule(make_run
     assert (game.masks_scored, game.masks_predicted) == (2, 1)
 
 
+def test_a_mask_of_a_run_that_was_scored_on_a_screen_alone_has_no_score(make_run):
+    scored = read_scores(make_run(utility="ppl_ratio").folder)
+    screened = np.flatnonzero(scored.masks_MP.any(axis=1) & ~scored.masks_MP.all(axis=1))[2]
+    nll = scored.nll_MN.copy()
+    nll[screened, 1:] = np.nan
+    scored = replace(scored, nll_MN=nll, screen=(0,))
+    game = LayerGame.from_run(scored, normalize=False)
+    with pytest.raises(InputError, match="1 of 1 new coalitions"):
+        game(scored.masks_MP[screened])
+    assert game(scored.masks_MP[0])[0] == 1.0
+
+
 # -- the package and its README --------------------------------------------------------------------
 
 
