@@ -22,6 +22,7 @@ TUNING_MASKS, QUICK_TUNING_MASKS = 500, 250
 """Masks that hyperparameters are tuned to, evenly spaced: for answers, and to choose masks. On
 synthetic games of 32 layers, 800 masks, 500 halved the error of the values and took 3 times as
 long."""
+_TUNING_PER_PLAYER = 16  # more hardly help: there are two hyperparameters a player
 _QUERY_MASKS = 2048  # at once: bounds the memory
 _RETUNE_GROWTH = 1.25
 
@@ -78,7 +79,8 @@ class KernelSurrogate:
 
     def tuned(self, rows: IntArray) -> MaskKernel:
         """The kernel that some of the training masks alone would make likeliest."""
-        some = rows[_spaced(len(rows), self._tuning_masks)]
+        enough = max(QUICK_TUNING_MASKS, _TUNING_PER_PLAYER * self.masks_MP.shape[1])
+        some = rows[_spaced(len(rows), min(self._tuning_masks, enough))]
         return tune(
             self.name, self.masks_MP[some], self.scaled_M[some], self.noise_M[some], self.kernel
         )
