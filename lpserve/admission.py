@@ -66,6 +66,7 @@ def check_fit(config: RunConfig, calibration: TokenWindows, heldout: TokenWindow
 
 
 def round_settings(config: RunConfig, num_players: int) -> RoundSettings:
+    """What the rounds depend on, of a config with its depth-dependent defaults."""
     assert config.max_removed
     assert config.sizes
     assert config.round_size
@@ -84,6 +85,7 @@ def round_settings(config: RunConfig, num_players: int) -> RoundSettings:
 def open_pool(
     config: RunConfig, spec: EngineSpec, windows: TokenWindows, tell: Callable[[str], None]
 ) -> EnginePool:
+    """The pool of a config, its engines started; raises InputError where Ray is missing."""
     if config.pool == "local":
         return LocalPool(spec, windows)
     try:
@@ -107,6 +109,7 @@ def engine_spec(config: RunConfig, stored: dict[str, Any] | None, longest: int) 
 
 
 def refuse_other_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo) -> None:
+    """Raise InputError when the folder's scores are of another model or other numerics."""
     if stored["model_hash"] != info.model_hash:
         raise InputError(
             f"run folder {folder.path} belongs to another game: the model at {info.model} "
@@ -124,6 +127,7 @@ def refuse_other_game(folder: RunFolder, stored: dict[str, Any], info: EngineInf
 def refuse_other_windows(
     folder: RunFolder, stored: dict[str, Any], calibration: TokenWindows, heldout: TokenWindows
 ) -> None:
+    """Raise InputError when a text gives other windows than the folder's run had."""
     for name, windows in (("calibration", calibration), ("heldout", heldout)):
         if stored["windows"][name] != windows.content_hash:
             raise InputError(

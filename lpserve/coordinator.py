@@ -44,23 +44,18 @@ from lpserve.config import RunConfig, as_json
 from lpserve.dispatcher import Dispatcher, GivenUp
 from lpserve.errors import EngineError, LpserveError, RunInterrupted
 from lpserve.fidelity import screen_rows
+from lpserve.history import History, Round
 from lpserve.masks import from_keys, key_text, keys
 from lpserve.outcome import Outcome, ScoredRun, analyse, candidate_masks, make_plan
 from lpserve.pool import EnginePool, UnitResult
 from lpserve.progress import Progress
 from lpserve.report import write_outputs
-from lpserve.rounds import History, Round, RoundPlanner
+from lpserve.rounds import RoundPlanner
 from lpserve.runfolder import CONFIG_FORMAT, RunFolder
 from lpserve.scoreboard import Request, Scoreboard
 from lpserve.signals import Signals, heeded_signals
 from lpserve.store import Store
-from lpserve.types import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    perplexity,
-    utilities,
-)
+from lpserve.types import BoolArray, FloatArray, IntArray, known_utilities, perplexity
 from lpserve.windows import TokenWindows, WindowRequest, cut_windows
 
 _POLL_S = 0.2
@@ -185,16 +180,11 @@ class _Job:
     def utility(
         self, name: str, nll_MN: NDArray[np.float32], windows: IntArray | None = None
     ) -> FloatArray:
-        """A utility of stored NLLs on all windows or some, NaN where a score is not finite: a mask
-        was given up, or not scored there."""
+        """See `types.known_utilities`."""
         assert self._full_nll_N is not None
-        rows = slice(None) if windows is None else windows
-        some_MN = nll_MN[:, rows]
-        value_M = utilities(
-            name, some_MN.astype(np.float64), self.calibration.num_tokens_N[rows],
-            self._full_nll_N[rows].astype(np.float64),
-        )  # fmt: skip
-        return np.where(np.isfinite(some_MN).all(axis=1), value_M, np.nan)
+        return known_utilities(
+            name, nll_MN, self.calibration.num_tokens_N, self._full_nll_N, windows
+        )
 
     # -- scoring -------------------------------------------------------------------------------
 

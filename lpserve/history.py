@@ -52,10 +52,9 @@ class History:
         """Distinct masks of the first `num_rounds` rounds, in order, and their last NLLs."""
         masks_MP = np.concatenate(self.masks[:num_rounds])
         nll_MN = np.concatenate(self.nll[:num_rounds])
-        row_of: dict[bytes, int] = {}
-        last_of = {key: row for row, key in enumerate(keys(masks_MP))}
-        for row, key in enumerate(keys(masks_MP)):
-            row_of.setdefault(key, row)
-        if len(row_of) == len(masks_MP):
+        mask_keys = keys(masks_MP)
+        last_of = {key: row for row, key in enumerate(mask_keys)}  # in the order of first asking
+        if len(last_of) == len(masks_MP):
             return masks_MP, nll_MN
-        return masks_MP[list(row_of.values())], nll_MN[[last_of[key] for key in row_of]]
+        last = list(last_of.values())
+        return masks_MP[last], nll_MN[last]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lpserve.errors import InputError
 from lpserve.resample import mean_nll, window_weights
-from lpserve.types import BoolArray, FloatArray, IntArray, Player, utilities
+from lpserve.types import BoolArray, FloatArray, IntArray, Player, known_utilities
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,13 +77,9 @@ class ScoredRun:
     ) -> FloatArray:
         """The run's utility, or a named one, on all windows or some; NaN where a score is not
         finite: never a training point, never chosen."""
-        rows = list(range(len(self.num_tokens_N)) if windows is None else windows)
-        some_MN = nll_MN[:, rows]
-        value_M = utilities(
-            name or self.utility, some_MN.astype(np.float64), self.num_tokens_N[rows],
-            self.nll_MN[0, rows].astype(np.float64),
-        )  # fmt: skip
-        return np.where(np.isfinite(some_MN).all(axis=1), value_M, np.nan)
+        return known_utilities(
+            name or self.utility, nll_MN, self.num_tokens_N, self.nll_MN[0], windows
+        )
 
     def noise_of(self, utilities_M: FloatArray) -> FloatArray | None:
         """Variance of each utility from the engine's rounding; None where it has none."""

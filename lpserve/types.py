@@ -6,7 +6,7 @@ Notation: M masks, P players, N windows, T tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,3 +186,22 @@ def utilities(
     if name == "ppl_ratio":
         return ppl_ratio_utility(nll_MN, num_tokens_N, np.asarray(full_nll_N, dtype=np.float64))
     raise ValueError(f"unknown utility {name!r}: one of {', '.join(UTILITIES)}")
+
+
+def known_utilities(
+    name: str,
+    nll_MN: NDArray[np.float32],
+    num_tokens_N: IntArray,
+    full_nll_N: NDArray[np.float32],
+    windows: Sequence[int] | IntArray | None = None,
+) -> FloatArray:
+    """A utility of stored NLLs on all windows or on some, `float64[M]`.
+
+    NaN where a score is not finite there: the mask was given up, or not scored. Such a mask is
+    never a training point and never chosen.
+    """
+    rows = np.arange(len(num_tokens_N)) if windows is None else np.asarray(windows)
+    some_MN = nll_MN[:, rows].astype(np.float64)
+    full_N = full_nll_N[rows].astype(np.float64)
+    value_M = utilities(name, some_MN, num_tokens_N[rows], full_N)
+    return np.where(np.isfinite(some_MN).all(axis=1), value_M, np.nan)

@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 from estimators import ExactGame, read_game
 from plan_rivals import Arena, Spent
-from played_rounds import played_rounds
+from played_rounds import Utility, played_rounds
 from probes import machine_lines, publish
 from threadpoolctl import threadpool_limits
 
 from lpserve.baselines import Ask
 from lpserve.rounds import RoundSettings
-from lpserve.types import BoolArray, FloatArray, utilities
+from lpserve.types import BoolArray, FloatArray, known_utilities
 
 BUDGETS = (90, 120, 160, 200, 300)
 
@@ -55,21 +55,15 @@ def spend(
         num_players=players, max_removed=most, sizes=(players - most, players - 1), seed=seed,
         surrogate="auto", round_size=players, goal=goal,
     )  # fmt: skip
-    full_N = game.nll_of(np.ones((1, players), dtype=bool))[0].astype(np.float64)
+    full_N = game.nll_of(np.ones((1, players), dtype=bool))[0]
     few, others = range(screen), range(screen, arena.num_windows)
 
-    def on_screen(nll_MN: np.ndarray) -> FloatArray:
-        few_MN = nll_MN[:, few].astype(np.float64)
-        value_M = utilities("ppl_ratio", few_MN, game.tokens_N[few], full_N[few])
-        return np.where(np.isfinite(few_MN).all(axis=1), value_M, np.nan)
-
-    def of(name: str, nll_MN: np.ndarray) -> FloatArray:
-        return np.where(np.isfinite(nll_MN).all(axis=1), game.utility(name, nll_MN), np.nan)
+    def of(name: str, windows: range | None = None) -> Utility:
+        return lambda nll_MN: known_utilities(name, nll_MN, game.tokens_N, full_N, windows)
 
     rounds = played_rounds(
-        settings, game.nll_of, lambda nll_MN: of("neg_nll", nll_MN),
-        lambda nll_MN: of("ppl_ratio", nll_MN), budget,
-        screen=(np.array(few), on_screen) if screen else None,
+        settings, game.nll_of, of("neg_nll"), of("ppl_ratio"), budget,
+        screen=(np.array(few), of("ppl_ratio", few)) if screen else None,
     )  # fmt: skip
     spent = Spent(arena.num_windows)
     whole: list[BoolArray] = []
