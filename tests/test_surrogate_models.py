@@ -459,26 +459,29 @@ def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, rng):
 
 @pytest.mark.parametrize("kind", TRAINS)
 def test_scores_said_to_be_noise_change_little(kind, rng):
-    masks = some_masks(8, 120, rng)
-    game = pair_game(8, rng)
-    utilities = game(masks)
-    noise = np.zeros(120)
-    wrong = rng.choice(120, 12, replace=False)
-    noise[wrong] = 1e4 * utilities.var()
-    utilities[wrong] += rng.normal(0, 10 * utilities.std(), 12)
-    told, untold = make_surrogate(kind), make_surrogate(kind)
-    told.fit(masks, utilities, noise)
-    untold.fit(masks, utilities)
-    unseen = unseen_masks(masks)
-    truth = game(unseen)
-    error = np.sqrt(((told.mean(unseen) - truth) ** 2).mean())
-    assert error < 0.5 * truth.std()
-    assert error < 0.3 * np.sqrt(((untold.mean(unseen) - truth) ** 2).mean())
-    mean, std = told.predict(masks[wrong])
-    assert np.abs(mean - game(masks[wrong])).max() < truth.std()  # not what they scored
-    assert (std > 0).all()
-    np.testing.assert_array_equal(untold.predict(masks[wrong])[1], 0)
-    np.testing.assert_allclose(untold.mean(masks[wrong]), utilities[wrong], rtol=1e-9)
+    shares = []
+    for _ in range(3):
+        masks = some_masks(8, 120, rng)
+        game = pair_game(8, rng)
+        utilities = game(masks)
+        noise = np.zeros(120)
+        wrong = rng.choice(120, 12, replace=False)
+        noise[wrong] = 1e4 * utilities.var()
+        utilities[wrong] += rng.normal(0, 10 * utilities.std(), 12)
+        told, untold = make_surrogate(kind), make_surrogate(kind)
+        told.fit(masks, utilities, noise)
+        untold.fit(masks, utilities)
+        unseen = unseen_masks(masks)
+        truth = game(unseen)
+        error = np.sqrt(((told.mean(unseen) - truth) ** 2).mean())
+        shares.append(error / truth.std())
+        assert error < 0.3 * np.sqrt(((untold.mean(unseen) - truth) ** 2).mean())
+        mean, std = told.predict(masks[wrong])
+        assert np.abs(mean - game(masks[wrong])).max() < truth.std()  # not what they scored
+        assert (std > 0).all()
+        np.testing.assert_array_equal(untold.predict(masks[wrong])[1], 0)
+        np.testing.assert_allclose(untold.mean(masks[wrong]), utilities[wrong], rtol=1e-9)
+    assert np.mean(shares) < 0.3  # of one game it was 0.08 to 0.32
 
 
 # -- stacks ----------------------------------------------------------------------------------------
@@ -640,7 +643,7 @@ def test_another_than_a_kernel_answers_where_it_predicts_better(rng):
         shares.append(error / ((surrogate.best_kernel.mean(unseen) - game(unseen)) ** 2).mean())
         np.testing.assert_allclose(surrogate.mean(masks), game(masks), atol=1e-6)
         assert 0.5 < surrogate.heldout.calibration < 2
-    assert np.mean(shares) < 0.95
+    assert np.mean(shares) < 0.75
 
 
 def test_a_kernel_that_explains_the_game_is_not_challenged(rng, monkeypatch):
