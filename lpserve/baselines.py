@@ -269,7 +269,14 @@ def _distinct(
     return np.array(list(made.values()))
 
 
-def paper(num_players: int, max_removed: int, *, budget: int, seed: int) -> Proposer:
+def paper(
+    num_players: int,
+    max_removed: int,
+    *,
+    budget: int,
+    seed: int,
+    strata: Sequence[int] | None = None,
+) -> Proposer:
     """The pipeline of arXiv 2602.07804: random masks, a network, values, the r lowest removed.
 
     Masks are drawn with replacement, as many from each stratum (`paper_kept_counts`); the published
@@ -277,6 +284,9 @@ def paper(num_players: int, max_removed: int, *, budget: int, seed: int) -> Prop
     counts as one of the 8,000 and trains the network again, as published, but is scored once.
     Utility is the perplexity ratio; failed masks train nothing. Values come from 80,000 coalitions
     of the same strata, and their ranking is scored for every r last.
+
+    Args:
+        strata: kept counts to draw from, where the published ones are not all to be had.
 
     Raises:
         InputError: the budget does not hold all kept, `PAPER_LEAST_DRAWS` draws and a set for every
@@ -289,8 +299,8 @@ def paper(num_players: int, max_removed: int, *, budget: int, seed: int) -> Prop
             f"{1 + PAPER_LEAST_DRAWS + max_removed} masks: got {budget}"
         )
     rng = np.random.default_rng(seed)
-    draws_DP = paper_draws(num_players, PAPER_DRAWS, rng)
-    coalitions_QP = paper_draws(num_players, PAPER_COALITIONS, rng)
+    draws_DP = paper_draws(num_players, PAPER_DRAWS, rng, strata)
+    coalitions_QP = paper_draws(num_players, PAPER_COALITIONS, rng, strata)
     draws_DP = draws_DP[_distinct_so_far(draws_DP) <= room]
     known = _Known()
     nll_M = yield from known.score(np.concatenate([full_mask(num_players)[None], draws_DP]))
@@ -305,9 +315,15 @@ def paper(num_players: int, max_removed: int, *, budget: int, seed: int) -> Prop
     yield from known.score(sets_MP)
 
 
-def paper_draws(num_players: int, count: int, rng: np.random.Generator) -> BoolArray:
-    """Random masks of the paper's strata, dealt in turn, with replacement, `bool[count, P]`."""
-    strata = paper_kept_counts(num_players)
+def paper_draws(
+    num_players: int,
+    count: int,
+    rng: np.random.Generator,
+    strata: Sequence[int] | None = None,
+) -> BoolArray:
+    """Random masks of strata (None: the paper's), dealt in turn, with replacement,
+    `bool[count, P]`."""
+    strata = paper_kept_counts(num_players) if strata is None else strata
     share = -(-count // len(strata))
     masks_SDP = np.array([draw(num_players, kept, share, rng) for kept in strata])
     return masks_SDP.swapaxes(0, 1).reshape(-1, num_players)[:count]

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError
+from lpserve.types import UTILITIES
 
 ENGINES = ("transformers", "vllm", "synthetic")
 POOLS = ("local", "ray")
 DTYPES = ("float32", "bfloat16", "float16")
 SURROGATES = ("auto", "ridge", "gp", "gp+ridge", "boosting", "ensemble", "paper")
-UTILITIES = ("neg_nll", "ppl_ratio")
 GOALS = ("both", "plan", "values")
 STOP_GAIN = 0.001
 """Share of perplexity by which a set is said to beat another, unless the user names one."""

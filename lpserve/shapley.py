@@ -24,7 +24,7 @@ from lpserve.errors import InputError
 from lpserve.masks import draw
 from lpserve.semivalue import empty_weight, value_covariance, value_variance
 from lpserve.surrogate import AutoSurrogate, HeldOut, KernelSurrogate
-from lpserve.types import BoolArray, FloatArray
+from lpserve.types import BoolArray, FloatArray, scored_masks
 
 MAX_EXACT_PLAYERS = 24
 _CALIBRATION_FOLDS, _CALIBRATION_MASKS = 10, 1000
@@ -118,17 +118,7 @@ def check_game(
     masks_MP: BoolArray, utilities_M: FloatArray, sizes: tuple[int, int] | None
 ) -> tuple[BoolArray, FloatArray, tuple[int, int]]:
     """Validated masks, utilities and sizes; raises InputError."""
-    masks = np.asarray(masks_MP)
-    utilities = np.asarray(utilities_M, dtype=np.float64)
-    if masks.ndim != 2 or masks.dtype != bool or masks.shape[1] < 1:
-        raise InputError(f"masks must be bool [M, P]: got {masks.dtype} {list(masks.shape)}")
-    if utilities.shape != (len(masks),):
-        raise InputError(f"{len(masks)} masks need as many utilities: got {list(utilities.shape)}")
-    if not np.isfinite(utilities).all():
-        row = int(np.flatnonzero(~np.isfinite(utilities))[0])
-        raise InputError(f"utility {row} is not finite: leave such masks out")
-    if len(np.unique(masks, axis=0)) != len(masks):
-        raise InputError("masks repeat: give each mask once")
+    masks, utilities = scored_masks(masks_MP, utilities_M)
     num_players = masks.shape[1]
     low, high = sizes if sizes is not None else (0, num_players - 1)
     if not 0 <= low <= high <= num_players - 1:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lpserve.errors import InputError
+
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -205,3 +207,31 @@ def known_utilities(
     full_N = full_nll_N[rows].astype(np.float64)
     value_M = utilities(name, some_MN, num_tokens_N[rows], full_N)
     return np.where(np.isfinite(some_MN).all(axis=1), value_M, np.nan)
+
+
+def scored_masks(masks_MP: BoolArray, utilities_M: FloatArray) -> tuple[BoolArray, FloatArray]:
+    """Masks `bool[M, P]` and their utilities `float64[M]`, checked.
+
+    Raises:
+        InputError: an array has another shape or dtype, masks repeat, a utility is not finite.
+    """
+    masks, utilities = np.asarray(masks_MP), np.asarray(utilities_M, dtype=np.float64)
+    if masks.ndim != 2 or masks.dtype != bool or masks.shape[1] < 1:
+        raise InputError(f"masks must be bool [M, P]: got {masks.dtype} {list(masks.shape)}")
+    check_per_mask("utilities", utilities, len(masks))
+    if len(np.unique(masks, axis=0)) != len(masks):
+        raise InputError("masks repeat: give each mask once")
+    return masks, utilities
+
+
+def check_per_mask(name: str, numbers_M: FloatArray, num_masks: int) -> None:
+    """Raise InputError unless there is a finite number for every mask."""
+    if numbers_M.shape != (num_masks,):
+        shape = list(numbers_M.shape)
+        raise InputError(f"{num_masks} masks need as many {name}: got an array {shape}")
+    if not np.isfinite(numbers_M).all():
+        row = int(np.flatnonzero(~np.isfinite(numbers_M))[0])
+        raise InputError(
+            f"{name} must be finite, that of mask {row} is not: leave masks without a finite "
+            "score out"
+        )

@@ -421,6 +421,14 @@ def test_draws_are_dealt_from_the_papers_strata_and_repeat(rng):
     assert np.abs((~singles).sum(axis=0) - 1000 / 12).max() < 5 * (1000 / 12) ** 0.5
 
 
+def test_the_papers_pipeline_draws_from_the_strata_that_it_is_given(rng):
+    game = TableGame(10, rng)
+    record = drive(paper(10, 3, budget=60, seed=1, strata=[9, 7]), game.score, 60)
+    assert set(record[0].ask.masks_MP.sum(axis=1).tolist()) == {10, 9, 7}
+    draws = paper_draws(10, 5, rng, [9, 7])
+    assert draws.sum(axis=1).tolist() == [9, 7, 9, 7, 9]
+
+
 def test_with_room_for_them_all_8000_draws_are_made():
     draws = paper_draws(9, PAPER_DRAWS, np.random.default_rng(4))
     ask = next(paper(9, 3, budget=1 << 9, seed=4))

@@ -146,7 +146,10 @@ print(*[name for name in ("torch", "sklearn") if name in sys.modules])
     [
         ({"masks": np.ones((6, 4))}, r"masks must be bool \[M, P\]: got float64 \[6, 4\]"),
         ({"masks": np.ones(6, dtype=bool)}, r"masks must be bool \[M, P\]"),
-        ({"masks": np.ones((1, 4), dtype=bool)}, "at least 2 masks: got 1"),
+        (
+            {"masks": np.ones((1, 4), dtype=bool), "utilities": np.zeros(1)},
+            "at least 2 masks: got 1",
+        ),
         ({"masks": np.ones((6, 4), dtype=bool)}, "masks repeat"),
         ({"utilities": np.zeros(5)}, r"6 masks need as many utilities: got an array \[5\]"),
         ({"utilities": np.array([0.1, 0.2, np.nan, 0.3, 0.4, 0.5])}, "utilities must be finite"),

@@ -12,7 +12,14 @@ import numpy as np
 from scipy.stats import rankdata
 
 from lpserve.errors import InputError
-from lpserve.types import Z90, BoolArray, FloatArray, IntArray
+from lpserve.types import (
+    Z90,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    check_per_mask,
+    scored_masks,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,21 +106,11 @@ def training_set(
         InputError: an array has another shape, masks repeat or are fewer than 2, a number is not
             finite, or a variance is negative.
     """
-    masks, utilities = np.asarray(masks_MP), np.asarray(utilities_M, dtype=np.float64)
-    if masks.ndim != 2 or masks.dtype != bool or masks.shape[1] < 1:
-        raise InputError(f"masks must be bool [M, P]: got {masks.dtype} {list(masks.shape)}")
+    masks, utilities = scored_masks(masks_MP, utilities_M)
     if len(masks) < 2:
         raise InputError(f"a surrogate needs at least 2 masks: got {len(masks)}")
     noise = np.zeros(len(masks)) if noise_M is None else np.asarray(noise_M, dtype=np.float64)
-    for name, array in (("utilities", utilities), ("noise variances", noise)):
-        if array.shape != (len(masks),):
-            raise InputError(
-                f"{len(masks)} masks need as many {name}: got an array {list(array.shape)}"
-            )
-        if not np.isfinite(array).all():
-            raise InputError(f"{name} must be finite: leave masks without a finite score out")
+    check_per_mask("noise variances", noise, len(masks))
     if (noise < 0).any():
         raise InputError(f"noise variances must be at least 0: got {noise.min():g}")
-    if len(np.unique(masks, axis=0)) != len(masks):
-        raise InputError("masks repeat: give each mask once")
     return masks, utilities, noise

@@ -13,6 +13,8 @@ known distribution, interactions fitted to a real game's. Rounds are played as a
   `reference_best`, not proven best), mean and worst over numbers removed, in percent; beside it the
   greedy path's, and what greedy would have scored.
 * Time: CPU seconds that choosing a round takes, the last and the longest.
+* Refits: CPU seconds of fitting what masks are chosen with to random masks, for the first time and
+  again with a round more.
 """
 
 from __future__ import annotations
@@ -30,12 +32,15 @@ from synthetic_games import NUM_TOKENS, ProductGame, layer_game, reference_best
 from threadpoolctl import threadpool_limits
 
 import lpserve
-from lpserve.masks import drop_one, full_mask, keys
+from lpserve.masks import StratifiedDesign, drop_one, full_mask, keys
 from lpserve.resample import mean_nll, window_weights
 from lpserve.rounds import RoundSettings
+from lpserve.surrogate import make_surrogate
 from lpserve.types import Z90, BoolArray, FloatArray
 
 BUDGETS = {12: (100, 200, 400), 32: (200, 400, 800, 1600), 80: (500, 1000, 2000, 4000)}
+REFITS = {12: (), 32: (2000, 8000), 80: (2000, 8000)}
+"""Masks of the table of refits."""
 NUM_WINDOWS = 10
 
 
@@ -116,9 +121,14 @@ def regret_R(game: ProductGame, masks_MP: BoolArray, best_RP: BoolArray) -> Floa
     return 100 * np.expm1(found_R - game.mean_nll(best_RP))
 
 
-def lines_of(players: int, seeds: int, most: int | None) -> list[str]:
+def reach(players: int) -> tuple[int, tuple[int, int]]:
+    """Most removed, and the sizes of the values."""
     max_removed = 3 * players // 8
-    sizes = (players - max_removed, players - 1)
+    return max_removed, (players - max_removed, players - 1)
+
+
+def lines_of(players: int, seeds: int, most: int | None) -> list[str]:
+    max_removed, sizes = reach(players)
     budgets = [b for b in BUDGETS[players] if most is None or b <= most]
     rows: dict[int, list[list[float]]] = {b: [] for b in budgets}
     greedy_rows = []
@@ -163,6 +173,37 @@ def lines_of(players: int, seeds: int, most: int | None) -> list[str]:
     return [*lines, ""]
 
 
+def refit_lines(players: int) -> list[str]:
+    """What it takes to fit the surrogate that masks are chosen with."""
+    _, sizes = reach(players)
+    most = max(REFITS[players]) + players
+    game = layer_game(players, NUM_WINDOWS, seed=0)
+    design = StratifiedDesign(players, list(range(sizes[1], sizes[0] - 1, -1)), seed=0)
+    masks_MP = design.take(most)
+    utilities_M = -game.mean_nll(masks_MP)
+    lines = [
+        f"Refits with {players} players:", "",
+        "| masks | first fit | with a round more | peak memory |", "| ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for count in REFITS[players]:
+        surrogate = make_surrogate("auto", quick=True)
+        seconds = []
+        for some in (count, count + players):
+            started = time.process_time()
+            surrogate.fit(masks_MP[:some], utilities_M[:some])
+            seconds.append(time.process_time() - started)
+        lines.append(
+            f"| {count} | {seconds[0]:.1f} s | {seconds[1]:.1f} s | {peak_memory():.0f} MiB |"
+        )
+    print("\n".join(lines), flush=True)
+    return [*lines, ""]
+
+
+def peak_memory() -> float:
+    """Of the process, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--players", default="32,80")
@@ -180,10 +221,11 @@ def main() -> None:
     with threadpool_limits(1):
         for players in map(int, args.players.split(",")):
             lines += lines_of(players, args.seeds, args.most)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            if REFITS[players]:
+                lines += refit_lines(players)
     lines.append(
-        f"Times are CPU seconds of one thread. Peak memory of the process {memory:.0f} MiB. Took "
-        f"{time.perf_counter() - started:.0f} s."
+        f"Times are CPU seconds of one thread. Peak memory of the process {peak_memory():.0f} MiB. "
+        f"Took {time.perf_counter() - started:.0f} s."
     )
     publish(lines, args.out)
 

@@ -11,8 +11,9 @@ Every search is a list of batches of masks, in order, and is cut and counted in 
 
 What a search has found is the best set of each size that it scored on all windows; its regret is
 that set's perplexity over the best one's of that size. The paper's pipeline knows its budget and
-leaves room for the sets that it scores last; every other search is cut wherever the budget ends.
-A search that ended before a budget is listed once. Game files: `estimators.py`; seeds are 0..N-1.
+leaves room for the sets that it scores last, and draws from those of its strata that the game
+holds; every other search is cut wherever the budget ends. A search that ended before a budget is
+listed once. Game files: `estimators.py`; seeds are 0..N-1.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from lpserve.baselines import (
     paper,
     random_search,
 )
-from lpserve.masks import all_masks, keys, trie_layer_forwards
+from lpserve.masks import all_masks, keys, paper_kept_counts, trie_layer_forwards
 from lpserve.rounds import RoundSettings
 from lpserve.types import BoolArray, FloatArray
 
@@ -60,6 +61,9 @@ class Game(Protocol):
 
     @property
     def num_players(self) -> int: ...
+
+    @property
+    def least_kept(self) -> int: ...
 
     def nll_of(self, masks_MP: BoolArray) -> np.ndarray:
         """`float32[M, N]`."""
@@ -83,6 +87,11 @@ class Arena:
         windows = range(self.num_windows) if ask.windows is None else ask.windows
         nll_MN = self.game.nll_of(ask.masks_MP)[:, windows].astype(np.float64)
         return nll_MN.sum(axis=1) / self.game.tokens_N[windows].sum()
+
+    @property
+    def paper_strata(self) -> list[int]:
+        strata = paper_kept_counts(self.game.num_players)
+        return [kept for kept in strata if kept >= self.game.least_kept]
 
     @cached_property
     def optimum_R(self) -> FloatArray:
@@ -244,13 +253,19 @@ def rival_rows(
             for seed, most in zip(seeds, forwards[b], strict=True)
         ]
         _append(by_forwards, _row(arena, "the paper's pipeline", b, cut))
+    everything = 2**game.num_players
+    cut = [_paper(arena, everything, seed) for seed in seeds]
+    by_masks.append(_row(arena, f"the paper's pipeline, {PAPER_DRAWS} draws", everything, cut))
     return by_masks, by_forwards
 
 
 def _paper(arena: Arena, budget: int, seed: int) -> tuple[list[Ask], Spent]:
     if budget < 1 + PAPER_LEAST_DRAWS + arena.max_removed:
         return [], Spent(arena.num_windows)
-    proposer = paper(arena.game.num_players, arena.max_removed, budget=budget, seed=seed)
+    proposer = paper(
+        arena.game.num_players, arena.max_removed,
+        budget=budget, seed=seed, strata=arena.paper_strata,
+    )  # fmt: skip
     return within([s.ask for s in drive(proposer, arena.score, budget)], arena.num_windows)
 
 
@@ -258,7 +273,9 @@ def _paper_budget(arena: Arena, forwards: float, seed: int) -> int:
     """Masks that it can pay for: as many of its draws as leave enough for the sets of its ranking,
     should none of them be drawn."""
     players, most = arena.game.num_players, arena.max_removed
-    draws = next(paper(players, most, budget=PAPER_DRAWS + 1 + most, seed=seed))
+    draws = next(
+        paper(players, most, budget=PAPER_DRAWS + 1 + most, seed=seed, strata=arena.paper_strata)
+    )
     last = sum(players - r + HEAD_COST for r in range(1, most + 1))
     return within([draws], arena.num_windows, forwards=forwards - last)[1].masks + most
 
