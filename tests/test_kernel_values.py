@@ -7,6 +7,8 @@ is asked for. A mistake in a weight or a sign is worth 1e-2 and more.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -160,10 +162,20 @@ def values_and_variances(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("sizes", "with_empty"), [((0, 5), False), ((0, 5), True), ((2, 4), True)])
 def test_value_calibration_equals_really_leaving_every_fold_out(kind, sizes, with_empty, rng):
-    surrogate = fitted(kind, 6, with_empty, True, rng)
+    every = all_masks(6)
+    drawn = masks_with_or_without_empty(6, 40, with_empty, rng)
+    five_or_six = every[every.sum(axis=1) >= 5]
+    masks = rng.permutation(np.unique(np.concatenate([drawn, five_or_six]), axis=0))
+    surrogate = KernelSurrogate(kind)
+    surrogate.fit(masks, rough_game(masks, rng), rng.uniform(0, 0.02, len(masks)))
     num_masks = len(surrogate.masks_MP)
     everything = np.arange(num_masks)
-    fold_of = np.random.default_rng(0).permutation(num_masks) % 10
+    kept = surrogate.masks_MP.sum(axis=1).tolist()
+    # sizes scored whole stay in every fold
+    partly = [row for row in everything if kept.count(kept[row]) < math.comb(6, kept[row])]
+    assert len(partly) <= num_masks - 7
+    fold_of = np.full(num_masks, -1)
+    fold_of[partly] = np.random.default_rng(0).permutation(len(partly)) % 10
     squares = []
     for fold in range(10):
         rest = everything[fold_of != fold]
@@ -178,7 +190,10 @@ def test_value_calibration_equals_really_leaving_every_fold_out(kind, sizes, wit
 
 def test_value_calibration_takes_evenly_spaced_masks_of_many(rng, monkeypatch):
     monkeypatch.setattr("lpserve.shapley._CALIBRATION_MASKS", 30)
-    surrogate = fitted("ridge", 7, False, True, rng)
+    every = all_masks(7)
+    masks = rng.permutation(every[np.isin(every.sum(axis=1), [3, 4])])[:40]
+    surrogate = KernelSurrogate("ridge")
+    surrogate.fit(masks, rough_game(masks, rng), rng.uniform(0, 0.02, 40))
     rows = np.linspace(0, 39, 30).astype(int)
     asked = []
 
@@ -198,6 +213,12 @@ def test_too_few_masks_are_calibrated_by_leaving_one_out(rng):
     masks = masks_with_or_without_empty(6, 19, False, rng)
     surrogate = KernelSurrogate("gp")
     surrogate.fit(masks, rough_game(masks, rng))
-    for calibration in (0.3, 2.5):
-        surrogate.calibration = calibration
-        assert value_calibration(surrogate, (0, 5)) == max(1.0, calibration)
+    every = all_masks(6)
+    whole = KernelSurrogate("gp")  # none but 18 masks of sizes that are scored in part
+    few = [every[every.sum(axis=1) == 3][:18], every[np.isin(every.sum(axis=1), [1, 2, 5, 6])]]
+    masks = np.concatenate(few)
+    whole.fit(masks, rough_game(masks, rng))
+    for one in (surrogate, whole):
+        for calibration in (0.3, 2.5):
+            one.calibration = calibration
+            assert value_calibration(one, (0, 5)) == max(1.0, calibration)
