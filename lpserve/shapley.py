@@ -28,7 +28,7 @@ from lpserve.types import BoolArray, FloatArray, scored_masks
 
 MAX_EXACT_PLAYERS = 24
 _CALIBRATION_FOLDS, _CALIBRATION_MASKS = 10, 1000
-_SHARED = 1.1  # what calibration falls short by: its folds share most masks with all the others
+_SHARED = 1.15  # what calibration falls short by: its folds share most masks with all the others
 _TOGGLE_ROWS = 1 << 15  # surrogate rows evaluated at once: keeps the hidden layer in the cache
 
 
@@ -234,7 +234,7 @@ def value_calibration(surrogate: KernelSurrogate, sizes: tuple[int, int]) -> flo
     A kernel tuned to the masks that it explains is too sure of itself. So in each of 10 folds it is
     tuned to the other masks alone, and the change of every value when the fold is added, over the
     standard deviation that this kernel gives the change, should be a standard normal; the factor is
-    the root mean square over folds and players, and a tenth more: masks never scored lie farther
+    the root mean square over folds and players, and 15% more: masks never scored lie farther
     from the others than a fold's do. With K the covariance of all masks, A = C K^-1 the values'
     weights, alpha = K^-1 y and B the fold,
 

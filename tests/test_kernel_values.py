@@ -183,7 +183,7 @@ def test_value_calibration_equals_really_leaving_every_fold_out(kind, sizes, wit
         with_fold, variance_with = values_and_variances(kernel, surrogate, everything, sizes)
         without, variance_without = values_and_variances(kernel, surrogate, rest, sizes)
         squares.append((with_fold - without) ** 2 / (variance_without - variance_with))
-    expected = 1.1 * np.sqrt(np.mean(squares))  # folds fall short by a tenth on real games
+    expected = 1.15 * np.sqrt(np.mean(squares))  # folds fall short by that on real games
     # a fold that hardly says anything leaves a small difference of variances
     np.testing.assert_allclose(value_calibration(surrogate, sizes), expected, rtol=1e-4)
 
