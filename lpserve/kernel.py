@@ -33,6 +33,8 @@ from lpserve.types import BoolArray, FloatArray
 COMPONENTS = {"ridge": "ab", "gp": "av", "gp+ridge": "abv"}
 """Kind of surrogate -> components beyond the constant and the nugget."""
 JITTER = 1e-10
+"""Of each mask's own variance. As a share of the largest, which grows with every dropped player, it
+would hide what is told of masks that keep most: nugget 1e-8, variances up to 8e3."""
 PRIOR_DECAY, PRIOR_GROWTH = 1.0, 0.3
 """Standard deviations over players of log lambda_i and of g_i."""
 PRIOR_NUGGET = (-9.2, 3.0)
@@ -75,6 +77,10 @@ class MaskKernel:
         """Variance of each mask's own part, `float64[M]`."""
         return self.nugget * np.exp(2 * _dropped(masks_MP) @ self.growth_P)
 
+    def jitter_of(self, masks_MP: BoolArray) -> FloatArray:
+        """What keeps the covariance of scored masks invertible, `float64[M]`."""
+        return JITTER * (self.variance(masks_MP) - self.nugget_of(masks_MP))
+
     def variance(self, masks_MP: BoolArray) -> FloatArray:
         """Prior variance with the nugget, `float64[M]`."""
         num_players = masks_MP.shape[1]
@@ -86,8 +92,8 @@ class MaskKernel:
     def gram(self, masks_MP: BoolArray, noise_M: FloatArray) -> FloatArray:
         """Covariance of scored masks, nugget and noise included, `float64[M, M]`."""
         gram_MM = self.smooth(masks_MP, masks_MP)
-        own_M = self.nugget_of(masks_MP) + noise_M
-        gram_MM[np.diag_indices_from(gram_MM)] += own_M + JITTER * gram_MM.diagonal().max()
+        own_M = self.nugget_of(masks_MP) + self.jitter_of(masks_MP) + noise_M
+        gram_MM[np.diag_indices_from(gram_MM)] += own_M
         return gram_MM
 
 
@@ -215,7 +221,7 @@ class _Likelihood:
         own_M = kernel.nugget * np.exp(2 * drop_MP @ kernel.growth_P)
         gram = sum(parts)
         assert isinstance(gram, np.ndarray)
-        gram[np.diag_indices_from(gram)] += own_M + self._noise_M + JITTER * gram.diagonal().max()
+        gram[np.diag_indices_from(gram)] += own_M + self._noise_M + JITTER * gram.diagonal()
         try:
             half = whitening(gram)
         except np.linalg.LinAlgError:

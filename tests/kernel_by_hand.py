@@ -45,11 +45,11 @@ def covariance(kernel: MaskKernel, left: np.ndarray, right: np.ndarray) -> np.nd
 
 
 def scored_covariance(kernel: MaskKernel, masks: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Of scored masks: with noise, and the jitter of 1e-10 of the largest variance beyond the
-    masks' own parts."""
+    """Of scored masks: with noise, and the jitter of 1e-10 of each variance beyond the
+    mask's own part."""
     gram = covariance(kernel, masks, masks)
     own = kernel.nugget * np.exp(2 * (~masks) @ kernel.growth_P)
-    return gram + np.diag(noise + 1e-10 * (gram.diagonal() - own).max())
+    return gram + np.diag(noise + 1e-10 * (gram.diagonal() - own))
 
 
 def posterior(surrogate: KernelSurrogate, every: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -341,7 +341,7 @@ def test_utilities_that_shapiq_cannot_take_are_refused(windows, rng):
     ("change", "line"),
     [
         (lambda m, u: (np.concatenate([m, m[:1]]), np.append(u, u[0])), "masks repeat"),
-        (lambda m, u: (m, np.where(np.arange(len(u)) == 4, np.nan, u)), "utility 4 is not finite"),
+        (lambda m, u: (m, np.where(np.arange(len(u)) == 4, np.nan, u)), "that of mask 4 is not"),
         (lambda m, u: (m.astype(int), u), "masks must be bool"),
     ],
 )

@@ -15,7 +15,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each module may import those named before it in the flow. Sets on one line stand side by side.
 FLOW = [
     {"errors"},
-    {"types", "locks", "config", "mounts", "lease", "signals"},
+    {"types"},
+    {"locks", "config", "mounts", "lease", "signals"},
     {"resample"},
     {"checkpoint", "windows", "masks", "runfolder", "progress"},
     {"history"},
