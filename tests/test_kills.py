@@ -19,7 +19,7 @@ import pytest
 from lpserve.demo import FOLDER
 from tests.test_coordinator import stored_count, stored_scores
 
-FEW, MANY = 90, 240  # masks of the short and the long test
+FEW, MANY = 60, 240  # masks of the short and the long test
 
 
 def command(out: Path, budget: int) -> list[str]:

@@ -126,7 +126,8 @@ def test_libraries_are_imported_only_when_used(make, unused):
 import sys
 import numpy as np
 from lpserve.masks import all_masks
-from lpserve.surrogate import AutoSurrogate, make_surrogate
+from lpserve.surrogate import AutoSurrogate, ensemble, make_surrogate
+ensemble._STEPS = 2
 masks = all_masks(7)[1::2]
 dropped = 1.0 - masks
 surrogate = {make}

@@ -54,7 +54,17 @@ def open_vllm(model, windows, dtype: str = "float32", **options) -> VllmEngine:
     return VllmEngine(spec, windows)
 
 
-@pytest.mark.parametrize("family", VLLM_FAMILIES)
+ALIKE = ("llama-mha", "mixtral", "olmo2", "opt", "gpt-neox", "phi3", "qwen2", "qwen3")
+"""Each close to one that stays among the fast tests, and a start of vLLM."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name
+        for name in VLLM_FAMILIES
+    ],
+)
 def test_both_paths_equal_deleting_layers(family, model_dir, rng):
     path, windows = model_dir(family), some_windows(rng, num=6)
     masks = np.concatenate([edge_masks(), rng.random((6, NUM_LAYERS)) < 0.6])
