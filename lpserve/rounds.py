@@ -47,7 +47,8 @@ from lpserve.types import Z90, BoolArray, FloatArray
 _VALUES_SHARE = 3  # once the path is walked one in three masks is for the values, rounded down
 _RANKING_SHARE = 4  # at most one in four of the others is a ranking's set
 _ROUND_GROWTH = 0.05  # a round asks for at least this share of all masks before it
-_PAPER_REFIT_GROWTH = 1.5
+_REFIT_GROWTH = {"paper": 1.5, "boosting": 1.2, "ensemble": 1.2}
+"""Surrogates whose training takes seconds are refitted when the masks have grown by so much."""
 _WALK_SIZE, _WALK_SHARE = 8, 8
 """Masks of a round while the greedy path is walked, at least, and as a part of `round_size`."""
 _STARTS = 4  # sets of each kind that a beam search starts from
@@ -334,9 +335,8 @@ class RoundPlanner:
         return self._offer(picks, "values", screened=settings.goal == "plan")
 
     def _due(self, num_masks: int) -> bool:
-        """Whether to refit: always, but for the paper's network, whose training takes seconds."""
-        growth = _PAPER_REFIT_GROWTH if self._settings.surrogate == "paper" else 1.0
-        if num_masks < growth * self._fitted_masks:
+        """Whether to refit."""
+        if num_masks < _REFIT_GROWTH.get(self._settings.surrogate, 1.0) * self._fitted_masks:
             return False
         self._fitted_masks = num_masks
         return True

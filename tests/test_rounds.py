@@ -435,6 +435,33 @@ def test_the_papers_surrogate_plays_without_rankings(rng, monkeypatch):
     assert "ranking" not in late
 
 
+@pytest.mark.parametrize(("kind", "growth"), [("gp", 1.0), ("boosting", 1.2), ("paper", 1.5)])
+def test_slow_surrogates_wait_until_masks_have_grown(kind, growth, rng, monkeypatch):
+    monkeypatch.setattr(PaperSurrogate, "EPOCHS", 1)
+    monkeypatch.setattr("lpserve.surrogate.boosting._MOST_TREES", 2)
+    settings = settings_of(9, 3, surrogate=kind)
+    planner = RoundPlanner(settings, ppl_ratio, None)
+    fitted: list[int] = []
+    fit = planner.surrogate.fit
+    monkeypatch.setattr(
+        planner.surrogate,
+        "fit",
+        lambda masks, *rest: (fitted.append(len(masks)), fit(masks, *rest)),
+    )
+    game, history = pair_game(9, rng), History()
+    for index in range(12):
+        batch_MP = planner.propose(index, history).masks_MP
+        history.masks.append(batch_MP)
+        history.nll.append(nll_of(game, batch_MP))
+    expected: list[int] = []
+    for index in range(2, 12):  # from all rounds but the last one
+        count = sum(map(len, history.masks[: index - 1]))
+        if not expected or count >= growth * expected[-1]:
+            expected.append(count)
+    assert fitted == expected
+    assert len(expected) > 2
+
+
 # -- a screen ----------------------------------------------------------------------------------
 
 SCREEN = [0]
