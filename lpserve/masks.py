@@ -254,6 +254,14 @@ def drop_one(mask_P: BoolArray) -> BoolArray:
     return masks_MP
 
 
+def add_one(mask_P: BoolArray) -> BoolArray:
+    """Every mask that brings one player back, `bool[dropped, P]`."""
+    dropped = np.flatnonzero(~mask_P)
+    masks_MP = np.repeat(mask_P[None], len(dropped), axis=0)
+    masks_MP[np.arange(len(dropped)), dropped] = True
+    return masks_MP
+
+
 def swap_one(mask_P: BoolArray) -> BoolArray:
     """Every mask that exchanges one kept for one dropped player, `bool[kept * dropped, P]`."""
     kept, dropped = np.flatnonzero(mask_P), np.flatnonzero(~mask_P)

@@ -261,7 +261,10 @@ def _unseen(
     """The set that was not scored, or on the screen alone, and is likeliest to beat the best."""
     search_M = scored.utility_of(scored.nll_MN, search.UTILITY)
     likely = search.likely_best(
-        analysis.searcher, scored.num_players, num_removed, scored.masks_MP[list(best_rows)]
+        analysis.searcher,
+        scored.num_players,
+        num_removed,
+        search.starts(scored.masks_MP, search_M, num_removed),
     )
     seen = set(keys(scored.masks_MP[np.isfinite(search_M)]))
     fresh = [

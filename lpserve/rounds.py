@@ -39,7 +39,7 @@ from lpserve.fidelity import estimated
 from lpserve.history import History, Round
 from lpserve.masks import StratifiedDesign, drop_one, full_mask, keys, removed_players, without
 from lpserve.plan import can_be_best, greedy_path, ranking_mask
-from lpserve.search import WORTH, chance_of_better, hopeful, likely_best
+from lpserve.search import WORTH, chance_of_better, hopeful, likely_best, starts
 from lpserve.shapley import kernel_values, value_calibration
 from lpserve.surrogate import Surrogate, guide_of, make_surrogate
 from lpserve.types import Z90, BoolArray, FloatArray
@@ -51,7 +51,7 @@ _REFIT_GROWTH = {"paper": 1.5, "boosting": 1.2, "ensemble": 1.2}
 """Surrogates whose training takes seconds are refitted when the masks have grown by so much."""
 _WALK_SIZE, _WALK_SHARE = 8, 8
 """Masks of a round while the greedy path is walked, at least, and as a part of `round_size`."""
-_STARTS = 4  # sets of each kind that a beam search starts from
+_LIKED = 4  # sets liked the round before that a beam search starts from
 _PROMOTION_WORTH = 1e-3
 """Expected improvement (as `search.WORTH`) that is worth a screened set's other windows at once:
 most will look worse when more is known, and the rest is promoted in the end."""
@@ -356,26 +356,23 @@ class RoundPlanner:
         Searched for once a round, from the best scored sets and what was liked the round before.
         """
         if not self._liked_now:
-            removed_M = (~masks_MP).sum(axis=1)
             for r in range(1, self._settings.max_removed + 1):
-                rows = np.flatnonzero((removed_M == r) & np.isfinite(search_M))
-                best = rows[np.argsort(-search_M[rows], kind="stable")[:_STARTS]]
-                self._liked[r] = self._search(r, list(masks_MP[best]))
+                self._liked[r] = self._search(r, starts(masks_MP, search_M, r))
             self._liked_now = True
         return {
             r: liked_QP[[key not in self._seen for key in keys(liked_QP)]]
             for r, liked_QP in self._liked.items()
         }
 
-    def _search(self, num_removed: int, best: list[BoolArray]) -> BoolArray:
+    def _search(self, num_removed: int, near_QP: BoolArray) -> BoolArray:
         """The sets of one size that the search's surrogate likes best, best first, `bool[Q, P]`."""
         players = self._settings.num_players
-        starts = [without(players, range(num_removed)), *best]
+        begin = [without(players, range(num_removed)), *near_QP]
         values_P = self._current_values()
         if values_P is not None:
-            starts.append(ranking_mask(values_P, num_removed))
-        starts += list(self._liked.get(num_removed, [])[:_STARTS])
-        return likely_best(self._searcher, players, num_removed, np.array(starts))
+            begin.append(ranking_mask(values_P, num_removed))
+        begin += list(self._liked.get(num_removed, [])[:_LIKED])
+        return likely_best(self._searcher, players, num_removed, np.array(begin))
 
     def _current_values(self) -> FloatArray | None:
         """Values from the surrogate as it stands, where it has a closed form."""

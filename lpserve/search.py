@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.stats import norm
 
-from lpserve.masks import all_masks, keys, pack, sort_distinct, swap_one
+from lpserve.masks import add_one, all_masks, drop_one, keys, pack, sort_distinct, swap_one
 from lpserve.surrogate import KernelSurrogate, Surrogate, guide_of, kernel_of
 from lpserve.types import BoolArray, FloatArray
 
@@ -34,6 +34,7 @@ DOUBT = 2.0
 square)."""
 WORTH = 1e-4
 """Expected improvement that is worth a score."""
+_STARTS = 4  # best scored sets of a size that a beam search starts from or beside
 _BEAM = 8
 _MAX_STEPS = 20
 _SHORTLIST = 64
@@ -41,13 +42,38 @@ _MOST_JOINT = 512  # candidates of all sizes that a batch is picked from: their 
 _LEAST_VARIANCE = 1e-14
 
 
+def starts(masks_MP: BoolArray, utilities_M: FloatArray, num_removed: int) -> BoolArray:
+    """Where a beam search for sets of one size begins, `bool[Q, P]`.
+
+    At the best scored sets of that size and, one player more or less removed, at those of the sizes
+    next to it: the best sets of two sizes may have no player in common, and no swap that helps
+    leads from one to the other.
+
+    Args:
+        utilities_M: NaN where a mask was not scored.
+    """
+    removed_M = (~masks_MP).sum(axis=1)
+    found = [np.empty((0, masks_MP.shape[1]), dtype=bool)]
+    for r in (num_removed - 1, num_removed, num_removed + 1):
+        rows = np.flatnonzero((removed_M == r) & np.isfinite(utilities_M))
+        best_QP = masks_MP[rows[np.argsort(-utilities_M[rows], kind="stable")[:_STARTS]]]
+        if r == num_removed:
+            found.append(best_QP)
+        else:
+            found += [
+                drop_one(mask_P) if r < num_removed else add_one(mask_P) for mask_P in best_QP
+            ]
+    return np.concatenate(found)
+
+
 def likely_best(
     surrogate: Surrogate, num_players: int, num_removed: int, starts_MP: BoolArray
 ) -> BoolArray:
     """The sets of one size that a surrogate likes best, best first, `bool[<=64, P]`.
 
-    Exhaustive where C(P, r) is small, else beam search over swaps from `starts_MP`. Of `auto` the
-    best kernel surrogate is asked, whoever answers: it knows a whole neighbourhood at once.
+    Exhaustive where C(P, r) is small, else beam search over swaps from `starts_MP` (see `starts`).
+    Of `auto` the best kernel surrogate is asked, whoever answers: it knows a whole neighbourhood at
+    once.
     """
     surrogate = guide_of(surrogate) or surrogate
     if math.comb(num_players, num_removed) <= MAX_EXHAUSTIVE:

@@ -75,7 +75,7 @@ def test_removed_players_and_without_are_inverse(rng):
     assert masks.removed_players(masks.full_mask(9)) == ()
 
 
-def test_neighbours_are_all_masks_one_removal_or_one_exchange_away(rng):
+def test_neighbours_are_all_masks_one_step_or_one_exchange_away(rng):
     for mask in (rng.random((5, 9)) < 0.6).tolist():
         everything = list(itertools.product((False, True), repeat=9))
 
@@ -84,8 +84,10 @@ def test_neighbours_are_all_masks_one_removal_or_one_exchange_away(rng):
             return pairs.count((True, False)), pairs.count((False, True))
 
         dropped = masks.drop_one(np.array(mask))
+        added = masks.add_one(np.array(mask))
         swapped = masks.swap_one(np.array(mask))
         assert sorted(as_tuples(dropped)) == [m for m in everything if changes(m) == (1, 0)]
+        assert sorted(as_tuples(added)) == [m for m in everything if changes(m) == (0, 1)]
         assert sorted(as_tuples(swapped)) == [m for m in everything if changes(m) == (1, 1)]
 
 

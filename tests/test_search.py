@@ -21,6 +21,7 @@ from lpserve.search import (
     expected_improvement,
     hopeful,
     likely_best,
+    starts,
 )
 from lpserve.surrogate import HeldOut, KernelSurrogate
 from lpserve.types import BoolArray, FloatArray, IntArray
@@ -124,6 +125,51 @@ def test_beam_search_ends_where_no_swap_of_its_best_improves(rng):
     assert mean(swap_one(got[0])).max() <= best
     again = likely_best(Fixed(mean), num_players, num_removed, rng.permutation(starts))
     np.testing.assert_array_equal(got, again)
+
+
+# -- starts --------------------------------------------------------------------------------------
+
+
+def test_starts_are_the_best_sets_and_those_one_player_from_the_next_sizes_best(rng):
+    masks = np.unique(rng.random((400, 12)) < 0.7, axis=0)
+    utilities = rng.normal(size=len(masks))
+    utilities[rng.random(len(masks)) < 0.2] = np.nan
+    best = {
+        r: [removed_players(masks[row]) for row in sorted(
+            np.flatnonzero(((~masks).sum(axis=1) == r) & np.isfinite(utilities)),
+            key=lambda row: -utilities[row],
+        )[:4]]
+        for r in (2, 3, 4)
+    }  # fmt: skip
+    expected = {frozenset(some) for some in best[3]}
+    expected |= {frozenset({*some, p}) for some in best[2] for p in range(12) if p not in some}
+    expected |= {frozenset(some) - {p} for some in best[4] for p in some}
+    got = starts(masks, utilities, 3)
+    assert {frozenset(removed_players(mask)) for mask in got} == expected
+    assert starts(masks[:0], utilities[:0], 3).shape == (0, 12)
+
+
+def test_a_search_leaves_the_valley_of_its_best_scored_sets(rng):
+    """Seven players are cheap together, and seven others cheaper; of those six were scored, while
+    the best scored set of seven is the first."""
+    num_players = 24
+    group = rng.permutation(num_players)
+    cheap = [group[:7], group[-7:]]
+
+    def mean(masks: np.ndarray) -> np.ndarray:
+        dropped = 1.0 - masks
+        inside = [dropped[:, some].sum(axis=1) for some in cheap]
+        return 1.0 * inside[0] ** 2 + 1.1 * inside[1] ** 2 - 3.0 * dropped.sum(axis=1)
+
+    first, last = (without(num_players, some.tolist()) for some in cheap)
+    six = without(num_players, cheap[1][:6].tolist())
+    assert math.comb(num_players, 7) > MAX_EXHAUSTIVE
+    assert mean(swap_one(first)).max() < mean(first[None])[0] < mean(last[None])[0]
+    scored = np.stack([first, six])
+    alone = likely_best(Fixed(mean), num_players, 7, first[None])
+    found = likely_best(Fixed(mean), num_players, 7, starts(scored, mean(scored), 7))
+    assert mean(alone[:1])[0] < mean(last[None])[0]
+    np.testing.assert_allclose(mean(found[:1]), mean(last[None]))
 
 
 # -- expected improvement ----------------------------------------------------------------------
