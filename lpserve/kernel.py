@@ -222,9 +222,12 @@ class _Likelihood:
         gram = sum(parts)
         assert isinstance(gram, np.ndarray)
         gram[np.diag_indices_from(gram)] += own_M + self._noise_M + JITTER * gram.diagonal()
+        # steps of the search may end where numbers overflow; some LAPACKs factorise NaN in silence
         try:
             half = whitening(gram)
         except np.linalg.LinAlgError:
+            return 1e12, np.zeros_like(point)
+        if not (half.diagonal() > 0).all():
             return 1e12, np.zeros_like(point)
         inverse = half.T @ half
         alpha_M = inverse @ self._target_M
