@@ -4,7 +4,7 @@
 #     scripts/bench/answers.sh OUT
 #
 # SEEDS (20), MOST (largest budget on the exact games, 800) and LARGE (largest budget on the synthetic
-# ones, 2000) shorten it; hours with the defaults. SHAPIQ names a Python with shapiq 1.8, for its
+# ones, 2000, at least 500) shorten it; hours with the defaults. SHAPIQ names a Python with shapiq 1.8, for its
 # approximators. The bundled model's exact game is scored first (a few minutes), the 16-layer GPT-2's
 # lies in games/.
 set -euo pipefail
@@ -28,4 +28,4 @@ bench plan_rivals --game "$gpt2" --max-removed 6 --seeds "$seeds" --most "$most"
   --out "$out/rivals_gpt2.md"
 bench fidelity --game "$out/demo12.npz" --seeds "$seeds" --out "$out/fidelity.md"
 bench fidelity --game "$gpt2" --max-removed 6 --seeds "$seeds" --out "$out/fidelity_gpt2.md"
-bench large_games --seeds 5 --most "$large" --out "$out/large_games.md"
+bench large_games --seeds "$((seeds < 5 ? seeds : 5))" --most "$large" --out "$out/large_games.md"

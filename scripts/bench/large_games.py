@@ -225,6 +225,10 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="largest budget")
     parser.add_argument("--out", type=Path, help="also write the tables here")
     args = parser.parse_args()
+    sizes = [int(players) for players in args.players.split(",")]
+    least = max(BUDGETS[players][0] for players in sizes)
+    if args.most is not None and args.most < least:
+        parser.error(f"--most must be at least {least}, the smallest budget of these games")
     started = time.perf_counter()
     lines = [
         "# Large synthetic games", "",
@@ -233,7 +237,7 @@ def main() -> None:
         f"{args.seeds - 1}.", "", *machine_lines(1), "",
     ]  # fmt: skip
     with threadpool_limits(1):
-        for players in map(int, args.players.split(",")):
+        for players in sizes:
             lines += lines_of(players, args.seeds, args.most)
             if REFITS[players]:
                 lines += refit_lines(players)
