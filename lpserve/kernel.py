@@ -77,10 +77,6 @@ class MaskKernel:
         """Variance of each mask's own part, `float64[M]`."""
         return self.nugget * np.exp(2 * _dropped(masks_MP) @ self.growth_P)
 
-    def jitter_of(self, masks_MP: BoolArray) -> FloatArray:
-        """What keeps the covariance of scored masks invertible, `float64[M]`."""
-        return JITTER * (self.variance(masks_MP) - self.nugget_of(masks_MP))
-
     def variance(self, masks_MP: BoolArray) -> FloatArray:
         """Prior variance with the nugget, `float64[M]`."""
         num_players = masks_MP.shape[1]
@@ -92,8 +88,8 @@ class MaskKernel:
     def gram(self, masks_MP: BoolArray, noise_M: FloatArray) -> FloatArray:
         """Covariance of scored masks, nugget and noise included, `float64[M, M]`."""
         gram_MM = self.smooth(masks_MP, masks_MP)
-        own_M = self.nugget_of(masks_MP) + self.jitter_of(masks_MP) + noise_M
-        gram_MM[np.diag_indices_from(gram_MM)] += own_M
+        own_M = self.nugget_of(masks_MP) + noise_M
+        gram_MM[np.diag_indices_from(gram_MM)] += own_M + JITTER * gram_MM.diagonal()
         return gram_MM
 
 

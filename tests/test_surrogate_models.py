@@ -645,7 +645,9 @@ def test_another_than_a_kernel_answers_where_it_predicts_better(rng):
         unseen = unseen_masks(masks)
         error = ((surrogate.mean(unseen) - game(unseen)) ** 2).mean()
         shares.append(error / ((surrogate.best_kernel.mean(unseen) - game(unseen)) ** 2).mean())
-        np.testing.assert_allclose(surrogate.mean(masks), game(masks), atol=1e-6)
+        # the kernel in a stack has a jitter of 1e-10 of each variance: up to 1e-5 where hardly a
+        # nugget is left; without the masks' own parts the miss would be 1e-2 and more
+        np.testing.assert_allclose(surrogate.mean(masks), game(masks), rtol=0, atol=1e-4)
         assert 0.5 < surrogate.heldout.calibration < 2
     assert np.mean(shares) < 0.75
 

@@ -1,8 +1,8 @@
 """Gaussian processes on masks (`lpserve.kernel`): `gp`, `ridge` and `gp+ridge`.
 
 One posterior, one leave-one-out formula and one exact form for values (`lpserve.semivalue`) serve
-all. The game is deterministic: scored masks are reproduced, unseen ones keep the part of a score
-that no neighbour shares as uncertainty.
+all. The game is deterministic: scored masks are reproduced (but for a jitter of 1e-10 of their
+variance), unseen ones keep the part of a score that no neighbour shares as uncertainty.
 
 Notation: M training masks, Q queried masks, P players.
 """
@@ -164,10 +164,7 @@ class KernelSurrogate:
         known = [(q, row_of[key]) for q, key in enumerate(keys(masks_QP)) if key in row_of]
         if known:
             rows_Q, rows_M = np.array(known).T
-            own_MP = self.masks_MP[rows_M]
-            cross_QM[rows_Q, rows_M] += self.kernel.nugget_of(own_MP) + self.kernel.jitter_of(
-                own_MP
-            )
+            cross_QM[rows_Q, rows_M] += self.kernel.nugget_of(self.masks_MP[rows_M])
         return cross_QM
 
 
