@@ -357,7 +357,9 @@ def test_boosting_is_one_scikit_learn_model_for_each_member(rng):
         trees = int(np.argmin(errors)) + 1
         assert errors[trees - 1] < 1e-9
         # stopped because ten trees in a row (the first ten) were no help, or at the limit
-        assert trees in (10, 100) or loss[trees - 10 : trees].min() >= loss[: trees - 10].min() - 1e-6
+        assert (
+            trees in (10, 100) or loss[trees - 10 : trees].min() >= loss[: trees - 10].min() - 1e-6
+        )
 
 
 def test_the_ensemble_stops_where_left_out_masks_were_predicted_best(rng, monkeypatch):
@@ -481,7 +483,8 @@ def test_scores_said_to_be_noise_change_little(kind, rng):
         shares.append(error / truth.std())
         ratios.append(error / np.sqrt(((untold.mean(unseen) - truth) ** 2).mean()))
         mean, std = told.predict(masks[wrong])
-        assert np.abs(mean - game(masks[wrong])).max() < truth.std()  # not what they scored
+        # not what they scored, which is off by some ten of these
+        assert np.abs(mean - game(masks[wrong])).max() < 3 * truth.std()
         assert (std > 0).all()
         np.testing.assert_array_equal(untold.predict(masks[wrong])[1], 0)
         np.testing.assert_allclose(untold.mean(masks[wrong]), utilities[wrong], rtol=1e-9)
