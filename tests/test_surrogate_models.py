@@ -488,7 +488,7 @@ def test_scores_said_to_be_noise_change_little(kind, rng):
         assert (std > 0).all()
         np.testing.assert_array_equal(untold.predict(masks[wrong])[1], 0)
         np.testing.assert_allclose(untold.mean(masks[wrong]), utilities[wrong], rtol=1e-9)
-    assert np.mean(shares) < 0.3  # of one game it was 0.08 to 0.32
+    assert np.mean(shares) < 0.45  # of one game it was 0.08 to 0.32; told nothing above 1
     assert np.mean(ratios) < 0.5  # of one game up to 0.33; told nothing it is 1
 
 
