@@ -356,10 +356,10 @@ def test_boosting_is_one_scikit_learn_model_for_each_member(rng):
         errors = [np.abs(stage - got[member]).max() for stage in model.staged_predict(every)]
         trees = int(np.argmin(errors)) + 1
         assert errors[trees - 1] < 1e-9
-        # stopped because ten trees in a row (the first ten) were no help, or at the limit
-        assert (
-            trees in (10, 100) or loss[trees - 10 : trees].min() >= loss[: trees - 10].min() - 1e-6
-        )
+        # stopped because ten trees in a row were no help, or at the limit
+        constant = np.average(targets[member, use], weights=weights[member, use])
+        before = np.append(((constant - targets[member, ~use]) ** 2).mean(), loss[: trees - 10])
+        assert trees == 100 or loss[trees - 10 : trees].min() >= before.min() - 1e-6
 
 
 def test_the_ensemble_stops_where_left_out_masks_were_predicted_best(rng, monkeypatch):
@@ -465,8 +465,9 @@ def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, rng):
 
 @pytest.mark.parametrize("kind", TRAINS)
 def test_scores_said_to_be_noise_change_little(kind, rng):
-    shares, ratios = [], []
-    for _ in range(3):
+    """Medians of five games: in one game of twenty either kind may miss such a bound."""
+    shares, ratios, misses = [], [], []
+    for _ in range(5):
         masks = some_masks(8, 120, rng)
         game = pair_game(8, rng)
         utilities = game(masks)
@@ -483,13 +484,13 @@ def test_scores_said_to_be_noise_change_little(kind, rng):
         shares.append(error / truth.std())
         ratios.append(error / np.sqrt(((untold.mean(unseen) - truth) ** 2).mean()))
         mean, std = told.predict(masks[wrong])
-        # not what they scored, which is off by some ten of these
-        assert np.abs(mean - game(masks[wrong])).max() < 3 * truth.std()
+        misses.append(np.abs(mean - game(masks[wrong])).max() / truth.std())
         assert (std > 0).all()
         np.testing.assert_array_equal(untold.predict(masks[wrong])[1], 0)
         np.testing.assert_allclose(untold.mean(masks[wrong]), utilities[wrong], rtol=1e-9)
-    assert np.mean(shares) < 0.45  # of one game it was 0.08 to 0.32; told nothing above 1
-    assert np.mean(ratios) < 0.5  # of one game up to 0.33; told nothing it is 1
+    assert np.median(shares) < 0.3
+    assert np.median(ratios) < 0.3
+    assert np.median(misses) < 1  # what they scored is 9 to 30 off
 
 
 # -- stacks ----------------------------------------------------------------------------------------
@@ -649,8 +650,8 @@ def test_another_than_a_kernel_answers_where_it_predicts_better(rng):
         unseen = unseen_masks(masks)
         error = ((surrogate.mean(unseen) - game(unseen)) ** 2).mean()
         shares.append(error / ((surrogate.best_kernel.mean(unseen) - game(unseen)) ** 2).mean())
-        # the kernel in a stack has a jitter of 1e-10 of each variance: up to 1e-5 where hardly a
-        # nugget is left; without the masks' own parts the miss would be 1e-2 and more
+        # a kernel in a stack has a jitter of 1e-10 of each variance: 120 kernels on such games
+        # missed by up to 2e-5; without the masks' own parts half of them would by 6e-2 and more
         np.testing.assert_allclose(surrogate.mean(masks), game(masks), rtol=0, atol=1e-4)
         assert 0.5 < surrogate.heldout.calibration < 2
     assert np.mean(shares) < 0.75
