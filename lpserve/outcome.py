@@ -149,7 +149,7 @@ def make_plan(
         warnings = []
         if len(greedy) < r:
             warnings.append("the budget ended before the greedy path reached this size")
-        unseen = _unseen(scored, analysis, r, [row for row, _ in rows], protected)
+        unseen = _unseen(scored, analysis, r, rows[0][0], protected)
         stability = _stability(scored, rows[0][0], protected)
         if stability is not None and not stability.settled and stability.rival is not None:
             warnings.append(stability.warning(len(scored.num_tokens_N)))
@@ -255,17 +255,13 @@ def _unseen(
     scored: ScoredRun,
     analysis: Analysis,
     num_removed: int,
-    best_rows: Sequence[int],
+    best_row: int,
     protected: Sequence[int],
 ) -> Unseen | None:
     """The set that was not scored, or on the screen alone, and is likeliest to beat the best."""
     search_M = scored.utility_of(scored.nll_MN, search.UTILITY)
-    likely = search.likely_best(
-        analysis.searcher,
-        scored.num_players,
-        num_removed,
-        search.starts(scored.masks_MP, search_M, num_removed),
-    )
+    begin_QP = search.starts(scored.masks_MP, search_M, num_removed)
+    likely = search.likely_best(analysis.searcher, scored.num_players, num_removed, begin_QP)
     seen = set(keys(scored.masks_MP[np.isfinite(search_M)]))
     fresh = [
         row
@@ -274,7 +270,7 @@ def _unseen(
     ]
     if not fresh:
         return None
-    best = float(search_M[best_rows[0]])
+    best = float(search_M[best_row])
     chance_Q = search.chance_of_better(analysis.searcher, likely[fresh], best, STOP_GAIN)
     place = int(np.argmax(chance_Q))
     predicted = float(analysis.searcher.mean(likely[fresh[place]][None])[0])

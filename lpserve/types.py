@@ -1,4 +1,4 @@
-"""The values that cross module boundaries. Imports numpy alone.
+"""The values that cross module boundaries. Imports numpy and `errors` alone.
 
 Notation: M masks, P players, N windows, T tokens.
 """

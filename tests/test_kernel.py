@@ -114,6 +114,14 @@ def test_whitening_makes_a_covariance_the_identity(num_masks, rng):
     )
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_covariance_that_overflowed_is_not_factorised(bad, rng):
+    gram = random_kernel(8, rng).gram(all_masks(8), rng.uniform(0, 1, 256))
+    gram[3] = gram[:, 3] = bad
+    with np.errstate(invalid="ignore"), pytest.raises(np.linalg.LinAlgError):
+        whitening(gram)
+
+
 def fresh_problem(kind: str, rng: np.random.Generator):
     """Objective of 30 masks of 6 players with noise, and a point of ordinary size."""
     masks = all_masks(6)[rng.choice(64, 30, replace=False)]

@@ -306,20 +306,8 @@ FIVE = np.arange(5.0)
     ("masks", "utilities", "sizes", "more", "message"),
     [
         (GOOD[[0, 1, 2, 1, 3]], FIVE, None, {}, "repeat"),
-        (
-            GOOD,
-            np.array([0, 1, np.nan, 3, 4]),
-            None,
-            {},
-            "that of mask 2 is not",
-        ),
-        (
-            GOOD,
-            np.array([0, 1, 2, 3, -np.inf]),
-            None,
-            {},
-            "that of mask 4 is not",
-        ),
+        (GOOD, np.array([0, 1, np.nan, 3, 4]), None, {}, "that of mask 2 is not"),
+        (GOOD, np.array([0, 1, 2, 3, -np.inf]), None, {}, "that of mask 4 is not"),
         (GOOD, FIVE, (0, 3), {}, "sizes"),
         (GOOD, FIVE, (-1, 1), {}, "sizes"),
         (GOOD, FIVE, (2, 1), {}, "sizes"),

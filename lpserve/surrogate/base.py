@@ -12,14 +12,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from lpserve.errors import InputError
-from lpserve.types import (
-    Z90,
-    BoolArray,
-    FloatArray,
-    IntArray,
-    check_per_mask,
-    scored_masks,
-)
+from lpserve.types import Z90, BoolArray, FloatArray, IntArray, check_per_mask, scored_masks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

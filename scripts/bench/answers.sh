@@ -4,9 +4,9 @@
 #     scripts/bench/answers.sh OUT
 #
 # SEEDS (20), MOST (largest budget on the exact games, 800) and LARGE (largest budget on the synthetic
-# ones, 2000, at least 500) shorten it; hours with the defaults. SHAPIQ names a Python with shapiq 1.8, for its
-# approximators. The bundled model's exact game is scored first (a few minutes), the 16-layer GPT-2's
-# lies in games/.
+# ones, 2000, at least 500) shorten it; hours with the defaults. SHAPIQ names a Python with shapiq 1.8,
+# for its approximators. The bundled model's exact game is scored first (a few minutes), the 16-layer
+# GPT-2's lies in games/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:?usage: scripts/bench/answers.sh OUT}

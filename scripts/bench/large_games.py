@@ -11,7 +11,7 @@ known distribution, interactions fitted to a real game's. Rounds are played as a
   of the distribution that they come from; mean over players and seeds.
 * Regret: perplexity over that of the best known set (multi-start swap descent on the game itself:
   `reference_best`, not proven best), mean and worst over numbers removed, in percent; below it that
-  of greedy's path and of all that the paper's pipeline scores with 8,000 draws.
+  of what greedy and the paper's pipeline with its 8,000 draws score.
 * Time: CPU seconds that choosing a round takes, the last and the longest.
 * Refits: CPU seconds of fitting what masks are chosen with to random masks, for the first time and
   again with a round more.
@@ -32,8 +32,8 @@ from synthetic_games import NUM_TOKENS, ProductGame, layer_game, reference_best
 from threadpoolctl import threadpool_limits
 
 import lpserve
-from lpserve.baselines import PAPER_DRAWS, drive, paper
-from lpserve.masks import StratifiedDesign, drop_one, full_mask, keys
+from lpserve.baselines import PAPER_DRAWS, Proposer, drive, greedy, paper
+from lpserve.masks import StratifiedDesign, full_mask, keys
 from lpserve.resample import mean_nll, window_weights
 from lpserve.rounds import RoundSettings
 from lpserve.surrogate import make_surrogate
@@ -83,24 +83,12 @@ def play(
     return played
 
 
-def greedy(game: ProductGame, max_removed: int) -> tuple[BoolArray, int]:
-    """SLEB's path `bool[R, P]` and the masks that it scores."""
-    mask_P, path, scored = full_mask(game.num_players), [], 1
-    for _ in range(max_removed):
-        options_QP = drop_one(mask_P)
-        scored += len(options_QP)
-        mask_P = options_QP[int(np.argmin(game.mean_nll(options_QP)))]
-        path.append(mask_P)
-    return np.array(path), scored
-
-
-def paper_masks(game: ProductGame, max_removed: int, seed: int) -> tuple[BoolArray, int]:
-    """All that the paper's pipeline scores: its draws, then its ranking's sets."""
-    budget = PAPER_DRAWS + 1 + max_removed
-    proposer = paper(game.num_players, max_removed, budget=budget, seed=seed)
-    record = drive(proposer, lambda ask: game.mean_nll(ask.masks_MP), budget)
-    masks_MP = np.concatenate([scored.ask.masks_MP for scored in record])
-    return masks_MP, len(masks_MP)
+def everything_asked(game: ProductGame, search: Proposer) -> BoolArray:
+    """All that a rival scores to its end, the whole model first, `bool[M, P]`."""
+    record = drive(search, lambda ask: game.mean_nll(ask.masks_MP), 2**game.num_players)
+    asked_MP = np.concatenate([scored.ask.masks_MP for scored in record])
+    full_1P = full_mask(game.num_players)[None]
+    return np.concatenate([full_1P, asked_MP[~asked_MP.all(axis=1)]])
 
 
 def value_row(game: ProductGame, masks_MP: BoolArray, sizes: tuple[int, int]) -> list[float]:
@@ -141,16 +129,20 @@ def lines_of(players: int, seeds: int, most: int | None) -> list[str]:
     max_removed, sizes = reach(players)
     budgets = [b for b in BUDGETS[players] if most is None or b <= most]
     rows: dict[int, list[list[float]]] = {b: [] for b in budgets}
-    path_rows: dict[str, list[list[float]]] = {}
+    published = 1 + PAPER_DRAWS + max_removed
+    rival_rows: dict[str, list[list[float]]] = {}
     for seed in range(seeds):
         game = layer_game(players, NUM_WINDOWS, seed=seed)
         best_RP = reference_best(game, max_removed, seed=seed)
-        for name, (sets_RP, scored) in (
-            ("greedy", greedy(game, max_removed)),
-            ("the paper's pipeline", paper_masks(game, max_removed, seed)),
+        for name, search in (
+            ("greedy", greedy(players, max_removed)),
+            ("the paper's pipeline", paper(players, max_removed, budget=published, seed=seed)),
         ):
-            behind_R = regret_R(game, sets_RP, best_RP)
-            path_rows.setdefault(name, []).append([behind_R.mean(), behind_R.max(), scored])
+            scored_MP = everything_asked(game, search)
+            behind_R = regret_R(game, scored_MP, best_RP)
+            rival_rows.setdefault(name, []).append(
+                [behind_R.mean(), behind_R.max(), len(scored_MP)]
+            )
         played = play(game, max_removed, sizes, seed, budgets[-1])
         for budget in budgets:
             some = played.masks_MP[:budget]
@@ -177,7 +169,7 @@ def lines_of(players: int, seeds: int, most: int | None) -> list[str]:
             f"({table[:, 6].max():.2f}%) | {mean[7]:.1f} s | {table[:, 8].max():.1f} s | "
             f"{mean[4]:.1f} s |"
         )
-    for name, found in path_rows.items():
+    for name, found in rival_rows.items():
         table = np.array(found)
         lines.append(
             f"| {name}: {np.median(table[:, 2]):.0f} | | | | | {table[:, 0].mean():.2f}% "
