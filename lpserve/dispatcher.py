@@ -79,7 +79,8 @@ class _Split:
     """A unit of one mask whose windows are scored apart, and what has come of it so far."""
 
     job: _Job
-    nll_N: FloatArray
+    values_CN: FloatArray
+    """Metrics of the windows, NLL first."""
     missing: int
     work: Work = field(default_factory=Work)
     ended: bool = False
@@ -157,11 +158,13 @@ class Dispatcher:
         self._known[key] = windows
         return key
 
-    def add(self, masks_MP: BoolArray, block: Block, windows: str) -> None:
+    def add(
+        self, masks_MP: BoolArray, block: Block, windows: str, also: tuple[str, ...] = ()
+    ) -> None:
         """Queue masks for registered windows; neighbours in key order stay together, since they
-        share prefixes."""
+        share prefixes. `also` names metrics beside the NLL."""
         sorted_DP, _ = sort_distinct(masks_MP)
-        self._wait(_Job(masks_MP=sorted_DP, block=block, windows=windows), first=False)
+        self._wait(_Job(masks_MP=sorted_DP, block=block, windows=windows, also=also), first=False)
         self._pump()
 
     @property
@@ -371,7 +374,8 @@ class Dispatcher:
     def _split(self, job: _Job, num_parts: int) -> _Job:
         """Split a mask over windows, for more engines than masks; returns the first part."""
         num_windows = len(job.block.rows)
-        split = _Split(job=job, nll_N=np.empty(num_windows), missing=num_parts)
+        values_CN = np.empty((1 + len(job.also), num_windows))
+        split = _Split(job=job, values_CN=values_CN, missing=num_parts)
         bounds = np.linspace(0, num_windows, num_parts + 1).astype(int).tolist()
         parts = []
         for start, stop in pairwise(bounds):
@@ -389,7 +393,8 @@ class Dispatcher:
         if job.part is None or scores is None:
             return result
         split = job.part.split
-        split.nll_N[job.part.rows] = scores.nll_MN[0]
+        for values_N, metric in zip(split.values_CN, ("nll", *job.also), strict=True):
+            values_N[job.part.rows] = scores.of(metric)[0]
         split.missing -= 1
         split.work += scores.work
         if split.missing or split.ended:
@@ -397,7 +402,11 @@ class Dispatcher:
         num_tokens_N = self._known[split.job.windows].num_tokens_N
         # one mask was scored: a layer-forward is one over all windows
         work = replace(scores.work, tokens=split.work.tokens, seconds=split.work.seconds)
-        whole = Scores(nll_MN=split.nll_N[None], num_tokens_N=num_tokens_N, work=work)
+        nll_1N, *others = split.values_CN[:, None]
+        whole = Scores(
+            nll_MN=nll_1N, num_tokens_N=num_tokens_N, work=work,
+            others=dict(zip(job.also, others, strict=True)),
+        )  # fmt: skip
         return replace(result, unit=split.job, scores=whole)
 
     # -- time ------------------------------------------------------------------------------------

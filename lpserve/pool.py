@@ -34,6 +34,8 @@ class Unit:
     block: Block
     windows: str
     """Hash under which the engines know the windows."""
+    also: tuple[str, ...] = ()
+    """Metrics beside the NLL."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,10 +172,13 @@ class LocalPool:
             with self._busy:
                 self._done.put(self._scored(unit))
 
+    def _score(self, unit: Unit) -> Scores:
+        return self._engine.score(unit.masks_MP, unit.windows, unit.also)
+
     def _scored(self, unit: Unit) -> UnitResult | EngineError:
         result = UnitResult(unit=unit, scores=None, engine="local")
         try:
-            return replace(result, scores=self._engine.score(unit.masks_MP, unit.windows))
+            return replace(result, scores=self._score(unit))
         except Exception as error:  # the failure policy is the dispatcher's
             reason = first_line(error)
         if still_works(self._engine, unit.windows):

@@ -89,6 +89,8 @@ class EngineInfo:
     versions: Mapping[str, str]
     settings: Mapping[str, Any]
     """Resolved settings that set arithmetic or memory: micro-batch, state budget, threads."""
+    metrics: tuple[str, ...] = ("nll",)
+    """What it can score (`check_metric`); `kl` stands for `kl_topK` too."""
 
     @property
     def num_players(self) -> int:
@@ -137,6 +139,13 @@ class Scores:
     num_tokens_N: IntArray
     """Scored positions of each window."""
     work: Work
+    others: Mapping[str, FloatArray] = field(default_factory=dict)
+    """Further metrics that were asked for: name -> `float64[M, N]`, summed over the scored
+    positions of each window; see `check_metric`."""
+
+    def of(self, metric: str) -> FloatArray:
+        """The sums of a metric, `float64[M, N]`."""
+        return self.nll_MN if metric == "nll" else self.others[metric]
 
     def mean_nll_M(self) -> FloatArray:
         """Nats per scored token over all windows."""
@@ -170,6 +179,34 @@ def ppl_ratio_utility(
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         ratio_M = np.exp((full_nll_N.sum() - nll_MN.sum(axis=1)) / total)
     return np.where(np.isfinite(nll_MN).all(axis=1), ratio_M, 0.0)
+
+
+METRICS = ("nll", "misses", "kl")
+
+
+def check_metric(name: str) -> None:
+    """Raise InputError unless a metric is known. All are summed over a window's scored positions:
+
+    * `nll`: negative log-likelihood of the token, nats;
+    * `misses`: 1 where another token has the highest logit (of equals, the first);
+    * `kl`: Kullback-Leibler divergence from the whole model's prediction to the masked one's, nats;
+    * `kl_topK` (a number in place of K): the same with all tokens but the whole model's K likeliest
+      taken as one. Never above `kl` (data processing inequality), and cheaper: the whole model's
+      prediction is kept, not computed again beside every mask's.
+    """
+    if name not in METRICS and top_of(name) is None:
+        raise InputError(f"unknown metric {name!r}: one of {', '.join(METRICS)}, kl_top64")
+
+
+def top_of(metric: str) -> int | None:
+    """K of `kl_topK`; None for other metrics."""
+    number = metric.removeprefix("kl_top")
+    return int(number) if number != metric and number.isdecimal() and int(number) else None
+
+
+def needs_whole_model(metric: str) -> bool:
+    """Whether a metric compares with the whole model's prediction."""
+    return metric.startswith("kl")
 
 
 UTILITIES = ("neg_nll", "ppl_ratio")

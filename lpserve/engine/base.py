@@ -1,18 +1,28 @@
 """The two contracts of this package: what an engine does, and what the trie executor drives.
 
 Notation: M masks, P players, N windows, T tokens, B rows of a micro-batch (a multiple
-of N), d width.
+of N), d width, C metrics (NLL first).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from lpserve.checkpoint import Checkpoint
 from lpserve.errors import InputError
-from lpserve.types import BoolArray, EngineInfo, Scores
+from lpserve.types import (
+    BoolArray,
+    EngineInfo,
+    FloatArray,
+    IntArray,
+    Scores,
+    Work,
+    check_metric,
+    needs_whole_model,
+)
 from lpserve.windows import TokenWindows
 
 if TYPE_CHECKING:
@@ -33,12 +43,18 @@ class Engine(Protocol):
         """Make more windows known; returns their content hash. Weights are not loaded again."""
         ...
 
-    def score(self, masks_MP: BoolArray, windows: str | None = None) -> Scores:
+    def score(
+        self, masks_MP: BoolArray, windows: str | None = None, also: Sequence[str] = ()
+    ) -> Scores:
         """Summed NLL of every window under every mask.
 
         Args:
             masks_MP: bool [M, P], True = kept; repeats are scored once.
             windows: hash of registered windows; None: those given at opening.
+            also: further metrics, from the same pass (`types.check_metric`).
+
+        Raises:
+            InputError: the engine has no such metric (`info.metrics`).
         """
         ...
 
@@ -72,10 +88,18 @@ class LayerStack(Protocol):
         """The state after one player, same shape."""
         ...
 
-    def reduce(self, state_BTd: torch.Tensor, block: TokenWindows, metric: str) -> torch.Tensor:
-        """Head and metric: `float64[B]` on the state's device, B = k * N for k stacked masks.
+    def reduce(
+        self,
+        state_BTd: torch.Tensor,
+        block: TokenWindows,
+        also: Sequence[str] = (),
+        whole_NTd: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Head and metrics: `float64[B, C]` on the state's device, B = k * N for k stacked masks.
 
-        `metric` is `nll`: nats summed over each window's scored positions.
+        Args:
+            also: metrics beside the NLL, which comes first (`types.check_metric`).
+            whole_NTd: the state after all players, for metrics that compare with the whole model.
         """
         ...
 
@@ -89,6 +113,26 @@ def check_masks(masks_MP: Any, num_players: int) -> BoolArray:
             f"got {masks.dtype} {list(masks.shape)}"
         )
     return masks
+
+
+def check_also(info: EngineInfo, also: Sequence[str]) -> tuple[str, ...]:
+    """Raise InputError unless an engine has all these metrics beside the NLL."""
+    for name in also:
+        check_metric(name)
+        if name == "nll" or ("kl" if needs_whole_model(name) else name) not in info.metrics:
+            raise InputError(
+                f"metric {name!r} cannot be had from engine {info.kind} ({info.path}) beside nll: "
+                f"it has {', '.join(info.metrics)}"
+            )
+    return tuple(also)
+
+
+def scores_of(
+    values_MNC: FloatArray, also: Sequence[str], num_tokens_N: IntArray, work: Work
+) -> Scores:
+    """Scores from metrics side by side, the NLL first."""
+    others = {name: values_MNC[..., 1 + column] for column, name in enumerate(also)}
+    return Scores(nll_MN=values_MNC[..., 0], num_tokens_N=num_tokens_N, work=work, others=others)
 
 
 def check_decoder(checkpoint: Checkpoint) -> None:

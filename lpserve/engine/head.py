@@ -1,21 +1,27 @@
-"""From final hidden states to the summed NLL of each window; shared by every LayerStack.
+"""From final hidden states to the summed metrics of each window; shared by every LayerStack.
 
 Logits are never kept: they come in chunks of bounded memory and are reduced at once.
 
-Shapes: B rows (k stacked masks times N windows), T tokens, d width, n scored targets, V vocabulary.
+Shapes: B rows (k stacked masks times N windows), T tokens, d width, n scored targets, V vocabulary,
+C metrics (NLL first).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from lpserve.errors import InputError
+from lpserve.types import top_of
 from lpserve.windows import TokenWindows
 
 _MAX_CACHED = 64
+
+TokenMetrics = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
+"""(states before the targets [k * n, ...], their ids [n], which targets) -> float32[k * n, C]."""
 
 
 class Targets:
@@ -44,31 +50,193 @@ class TargetCache:
         return self._known[key]
 
 
-def summed_nll(
+class Vocabulary(Protocol):
+    """Logits over a vocabulary, or over the part of it that a rank holds, and what they say.
+
+    Shapes: k stacked masks, `k * n` rows.
+    """
+
+    def logits(self, rows_nd: torch.Tensor, /) -> torch.Tensor:
+        """float32 logits of states before the targets, `[n, V]`."""
+        ...
+
+    def nll(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
+        """`float32[n]` nats."""
+        ...
+
+    def misses(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
+        """`float32[n]`: 1 where another token is the first choice."""
+        ...
+
+    def divergence(self, whole_nV: torch.Tensor, logits_knV: torch.Tensor, /) -> torch.Tensor:
+        """`float32[k, n]` nats from the whole model's prediction."""
+        ...
+
+
+class WholeVocabulary:
+    """A vocabulary that one device holds."""
+
+    def __init__(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._logits = logits
+
+    def logits(self, rows_nd: torch.Tensor, /) -> torch.Tensor:
+        return self._logits(rows_nd)
+
+    def nll(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits_nV, ids_n, reduction="none")
+
+    def misses(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
+        return (logits_nV.argmax(-1) != ids_n).float()
+
+    def divergence(self, whole_nV: torch.Tensor, logits_knV: torch.Tensor, /) -> torch.Tensor:
+        return _divergence(whole_nV.log_softmax(-1), logits_knV.log_softmax(-1))
+
+
+class Head:
+    """Reduces final states to metrics, chunk by chunk.
+
+    Args:
+        vocab_size: logits of a target that are held at once.
+        logit_bytes: what a logit takes while it is turned into an NLL.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        vocab_size: int,
+        chunk_bytes: int,
+        logit_bytes: int,
+        device: torch.device,
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._vocab_size = vocab_size
+        self._chunk_bytes = chunk_bytes
+        self._logit_bytes = logit_bytes
+        self._targets = TargetCache(device)
+        self._tables: dict[tuple[str, int], _TopTable] = {}
+
+    def reduce(
+        self,
+        state_BTd: torch.Tensor,
+        block: TokenWindows,
+        also: Sequence[str] = (),
+        whole_NTd: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `lpserve.engine.base.LayerStack.reduce`."""
+        vocabulary, targets = self._vocabulary, self._targets.of(block)
+        tables = {
+            k: self._table(block, k, targets, whole_NTd) for name in also if (k := top_of(name))
+        }
+
+        def metrics(rows_knd: torch.Tensor, ids_n: torch.Tensor, part: slice) -> torch.Tensor:
+            num_stacked = len(rows_knd) // len(ids_n)
+            logits = vocabulary.logits(rows_knd)
+            ids_kn = ids_n.repeat(num_stacked)
+            columns = [vocabulary.nll(logits, ids_kn)]
+            stacked = logits.view(num_stacked, len(ids_n), -1)
+            for name in also:
+                if name == "misses":
+                    columns.append(vocabulary.misses(logits, ids_kn))
+                elif name == "kl":
+                    assert whole_NTd is not None
+                    rows_nd = whole_NTd.flatten(0, 1)[targets.flat_n[part]]
+                    found = vocabulary.divergence(vocabulary.logits(rows_nd), stacked)
+                    columns.append(found.flatten())
+                else:
+                    columns.append(tables[top_of(name) or 0].divergence(stacked, part).flatten())
+            return torch.stack(columns, dim=1)
+
+        # beside the logits: log-probabilities of both, and their products
+        factor = 5 if "kl" in also else 2 if tables else 1
+        return summed(
+            state_BTd, block.num_windows, targets, self._chunk(state_BTd, block, factor),
+            1 + len(also), metrics,
+        )  # fmt: skip
+
+    def _chunk(self, state_BTd: torch.Tensor, block: TokenWindows, factor: int) -> int:
+        """Targets of a mask that may be worked on at once."""
+        num_stacked = state_BTd.shape[0] // block.num_windows
+        target_bytes = self._logit_bytes * factor * self._vocab_size * num_stacked
+        return max(1, self._chunk_bytes // target_bytes)
+
+    def _table(
+        self, block: TokenWindows, k: int, targets: Targets, whole_NTd: torch.Tensor | None
+    ) -> _TopTable:
+        key = (block.content_hash, k)
+        if key not in self._tables:
+            assert whole_NTd is not None
+            if len(self._tables) >= _MAX_CACHED:
+                self._tables.clear()
+            if not isinstance(self._vocabulary, WholeVocabulary):
+                raise InputError("kl_topK needs tensor_parallel_size 1; kl does not")
+            rows = whole_NTd.flatten(0, 1)[targets.flat_n]
+            chunk, k = self._chunk(whole_NTd, block, 2), min(k, self._vocab_size)
+            parts = [
+                self._vocabulary.logits(rows[start : start + chunk]).log_softmax(-1).topk(k)
+                for start in range(0, len(rows), chunk)
+            ]
+            self._tables[key] = _TopTable(
+                torch.cat([part.values for part in parts]),
+                torch.cat([part.indices for part in parts]),
+            )
+        return self._tables[key]
+
+
+class _TopTable:
+    """The whole model's likeliest tokens before every target of a block, `[n, K]`."""
+
+    def __init__(self, log_p_nK: torch.Tensor, ids_nK: torch.Tensor) -> None:
+        self._log_p_nK = log_p_nK
+        self._ids_nK = ids_nK
+
+    def divergence(self, logits_knV: torch.Tensor, part: slice) -> torch.Tensor:
+        """`float32[k, n]` nats: the K likeliest one by one, all others as one token."""
+        log_p = self._log_p_nK[part]
+        ids_knK = self._ids_nK[part].expand(len(logits_knV), -1, -1)
+        log_q = logits_knV.gather(-1, ids_knK) - logits_knV.logsumexp(-1, keepdim=True)
+        rest_p, rest_q = _rest(log_p), _rest(log_q)
+        rest = torch.where(
+            rest_p > 0, rest_p * (rest_p.clamp(min=1e-30).log() - rest_q.clamp(min=1e-30).log()), 0
+        )
+        return _divergence(log_p, log_q) + rest
+
+
+def _rest(log_p: torch.Tensor) -> torch.Tensor:
+    """Probability of what is not among the likeliest."""
+    return (1 - log_p.double().exp().sum(-1)).clamp(min=0).float()
+
+
+def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Sum over the last axis of p (log p - log q); tokens without probability add nothing."""
+    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0).sum(-1)
+
+
+def summed(
     state_BTd: torch.Tensor,
     num_windows: int,
     targets: Targets,
     chunk: int,
-    token_nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    num_metrics: int,
+    token_metrics: TokenMetrics,
 ) -> torch.Tensor:
-    """`float64[B]`: nats summed over each row's scored positions.
+    """`float64[B, C]`: metrics summed over each row's scored positions.
 
     Args:
         state_BTd: states of k masks, stacked; axes after T are the stack's own.
-        chunk: most targets of one mask given to `token_nll` at once.
-        token_nll: (rows [n, ...], ids [n]) -> float32[n] nats.
+        chunk: most targets of one mask given to `token_metrics` at once.
     """
     num_stacked = state_BTd.shape[0] // num_windows
     states = state_BTd.view(num_stacked, -1, *state_BTd.shape[2:])
-    sums_B = torch.zeros(state_BTd.shape[0], dtype=torch.float64, device=state_BTd.device)
+    sums_BC = state_BTd.new_zeros((state_BTd.shape[0], num_metrics), dtype=torch.float64)
     for start in range(0, len(targets.flat_n), chunk):
         part = slice(start, start + chunk)
         # one row for each scored target: the state just before it
         rows = states[:, targets.flat_n[part]].flatten(0, 1)
-        nll_n = token_nll(rows, targets.ids_n[part].repeat(num_stacked))
+        values_nC = token_metrics(rows, targets.ids_n[part], part)
         window_n = torch.cat([targets.window_n[part] + k * num_windows for k in range(num_stacked)])
-        sums_B.index_add_(0, window_n, nll_n.double())
-    return sums_B
+        sums_BC.index_add_(0, window_n, values_nC.double())
+    return sums_BC
 
 
 def plain_nll(logits: torch.Tensor, windows: TokenWindows, device: torch.device) -> torch.Tensor:

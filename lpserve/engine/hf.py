@@ -8,7 +8,7 @@ config entries (float32 on CPU: within 1e-5 relative a window).
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,13 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from lpserve.checkpoint import Checkpoint, attention_needed, checkpoint_hash, read_checkpoint
-from lpserve.engine.base import check_decoder, check_masks, check_windows
+from lpserve.engine.base import (
+    check_also,
+    check_decoder,
+    check_masks,
+    check_windows,
+    scores_of,
+)
 from lpserve.engine.hf_stack import RecordedStack
 from lpserve.engine.scorer import (
     HEAD_CHUNK_BYTES,
@@ -30,7 +36,7 @@ from lpserve.engine.scorer import (
     trie_settings,
 )
 from lpserve.errors import EngineError, InputError
-from lpserve.types import BoolArray, EngineInfo, EngineSpec, Player, Scores
+from lpserve.types import METRICS, BoolArray, EngineInfo, EngineSpec, Player, Scores
 from lpserve.windows import TokenWindows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,6 +86,7 @@ class TransformersEngine:
             device=str(device),
             noise_nll=self._scorer.batch_noise(self._default) if settings.pack_states else 0.0,
             vocab_size=stack.vocab_size,
+            metrics=METRICS,
             versions={"torch": torch.__version__, "transformers": transformers.__version__},
             settings={
                 "state_budget_bytes": settings.state_budget_bytes,
@@ -95,11 +102,14 @@ class TransformersEngine:
         check_windows(self._checkpoint, windows)
         return self._scorer.register(windows)
 
-    def score(self, masks_MP: BoolArray, windows: str | None = None) -> Scores:
+    def score(
+        self, masks_MP: BoolArray, windows: str | None = None, also: Sequence[str] = ()
+    ) -> Scores:
         key = self._default if windows is None else windows
         masks_MP = check_masks(masks_MP, self.info.num_players)
-        nll_MN, work = self._scorer.score(masks_MP, key)
-        return Scores(nll_MN=nll_MN, num_tokens_N=self._scorer.num_tokens(key), work=work)
+        also = check_also(self.info, also)
+        values_MNC, work = self._scorer.score(masks_MP, key, also)
+        return scores_of(values_MNC, also, self._scorer.num_tokens(key), work)
 
     def close(self) -> None:
         if hasattr(self, "_model"):

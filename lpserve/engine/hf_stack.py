@@ -14,7 +14,7 @@ Shapes: N windows, T tokens, B rows, d width, n scored targets, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from lpserve.engine.head import TargetCache, on_device, plain_nll, summed_nll
+from lpserve.engine.head import Head, WholeVocabulary, on_device, plain_nll
 from lpserve.engine.recorded import same_value
 from lpserve.errors import EngineError
 from lpserve.windows import TokenWindows
@@ -42,7 +42,6 @@ class RecordedStack:
         self.base = model.base_model
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
-        self._head_chunk_bytes = head_chunk_bytes
         config = model.config.get_text_config()
         self.num_players = int(config.num_hidden_layers)
         self.width = int(config.hidden_size)
@@ -53,7 +52,13 @@ class RecordedStack:
             self._run = [torch.compile(layer) for layer in self.layers]
         self._calls: dict[int, list[_LayerCall]] = {}
         self._tail: tuple[nn.Module, ...] = ()
-        self._targets = TargetCache(self.device)
+        self._reducer = Head(
+            WholeVocabulary(self._logits),
+            vocab_size=self.vocab_size,
+            chunk_bytes=head_chunk_bytes,
+            logit_bytes=8 if self.dtype == torch.float32 else 10,  # logits, float32, log-softmax
+            device=self.device,
+        )
         self._inputs_survive = True
         self._returns_tuple = False
 
@@ -88,22 +93,21 @@ class RecordedStack:
         hidden = state_BTd if self._inputs_survive else state_BTd.clone()
         return _hidden(call.replay(self._run[player], hidden))
 
-    def reduce(self, state_BTd: torch.Tensor, block: TokenWindows, metric: str) -> torch.Tensor:
-        if metric != "nll":
-            raise ValueError(f"metric {metric!r} is not known to this stack")
-        num_stacked = state_BTd.shape[0] // block.num_windows
-        logit_bytes = 8 if self.dtype == torch.float32 else 10  # logits, float32, log-softmax
-        chunk = max(1, self._head_chunk_bytes // (logit_bytes * self.vocab_size * num_stacked))
-        targets = self._targets.of(block)
-        return summed_nll(state_BTd, block.num_windows, targets, chunk, self._token_nll)
+    def reduce(
+        self,
+        state_BTd: torch.Tensor,
+        block: TokenWindows,
+        also: Sequence[str] = (),
+        whole_NTd: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._reducer.reduce(state_BTd, block, also, whole_NTd)
 
-    def _token_nll(self, rows_nd: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
-        """float32[n] nats."""
+    def _logits(self, rows_nd: torch.Tensor) -> torch.Tensor:
+        """float32[n, V]."""
         rows_1nd = rows_nd[None]
         for module in self._tail:
             rows_1nd = module(rows_1nd)
-        logits_nV = self._head(rows_1nd).squeeze(0).float()
-        return torch.nn.functional.cross_entropy(logits_nV, ids_n, reduction="none")
+        return self._head(rows_1nd).squeeze(0).float()
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Whatever the model does to its decoder's output: projection, scale, soft cap."""
@@ -197,7 +201,7 @@ class RecordedStack:
                     f"from {list(state.shape)} to {list(after.shape)}"
                 )
             state = after
-        got_N = self.reduce(state, pair, "nll")
+        got_N = self.reduce(state, pair)[:, 0]
         tolerance = PARITY_TOLERANCE[str(self.dtype).removeprefix("torch.")]
         worst = float(((got_N - expected_N).abs() / expected_N.abs().clamp(min=1e-6)).max())
         if torch.isfinite(expected_N).all() and not worst <= tolerance:

@@ -10,7 +10,7 @@ before hands on its states.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -94,17 +94,21 @@ class StackScorer:
             raise InputError(f"windows {key!r} are not registered with this engine")
         return self._sizes[key]
 
-    def score(self, masks_MP: BoolArray, key: str) -> tuple[FloatArray, Work]:
-        """Summed NLL `float64[M, N]` of registered windows, and the work it took."""
+    def score(
+        self, masks_MP: BoolArray, key: str, also: Sequence[str] = ()
+    ) -> tuple[FloatArray, Work]:
+        """Metrics `float64[M, N, C]` of registered windows, the NLL and those of `also`, and the
+        work it took."""
         started = time.perf_counter()
         sorted_DP, inverse_M = sort_distinct(masks_MP)
-        nll_DN = np.empty((len(sorted_DP), len(self.num_tokens(key))))
+        values_DNC = np.empty((len(sorted_DP), len(self.num_tokens(key)), 1 + len(also)))
         layer_forwards = tokens = 0
         with full_precision():
             for group in self._groups[key]:
-                nll_DN[:, group.rows_n], layer_forwards = self._walk(sorted_DP, group.block)
+                values, layer_forwards = self._walk(sorted_DP, group.block, also)
+                values_DNC[:, group.rows_n] = values
                 tokens += len(sorted_DP) * group.block.tokens_NT.size
-        return nll_DN[inverse_M], Work(
+        return values_DNC[inverse_M], Work(
             masks=len(masks_MP),
             distinct_masks=len(sorted_DP),
             layer_forwards=layer_forwards,
@@ -113,9 +117,11 @@ class StackScorer:
             seconds=time.perf_counter() - started,
         )
 
-    def _walk(self, sorted_DP: BoolArray, block: TokenWindows) -> tuple[FloatArray, int]:
-        """NLL [D, N] of one block, and its layer-forwards."""
-        nll_DN = np.empty((len(sorted_DP), block.num_windows))
+    def _walk(
+        self, sorted_DP: BoolArray, block: TokenWindows, also: Sequence[str]
+    ) -> tuple[FloatArray, int]:
+        """Metrics [D, N, C] of one block, and its layer-forwards."""
+        values_DNC = np.empty((len(sorted_DP), block.num_windows, 1 + len(also)))
         mine = slice(self._first, self._first + self.stack.num_players)
         bounds = prefix_bounds(sorted_DP, self._first)
         rows = self._rows(block)
@@ -125,10 +131,10 @@ class StackScorer:
             part = block if rows == block.num_windows else block.select(np.arange(start, stop))
             layer_forwards = 0
             for low, high in pairwise(bounds):
-                nll, work = self.executor.score(sorted_DP[low:high, mine], part)
-                nll_DN[low:high, start:stop] = nll
+                values, work = self.executor.score(sorted_DP[low:high, mine], part, also)
+                values_DNC[low:high, start:stop] = values
                 layer_forwards += work.layer_forwards
-        return nll_DN, layer_forwards
+        return values_DNC, layer_forwards
 
     def _rows(self, block: TokenWindows) -> int:
         """Windows of a state: every stage cuts alike, whatever its own number of players."""
@@ -144,7 +150,7 @@ class StackScorer:
         masks_MP = rng.random((NOISE_MASKS, self._num_players)) < 0.8
         together, _ = self.score(masks_MP, key)
         alone = np.concatenate([self.score(mask_P[None], key)[0] for mask_P in masks_MP])
-        difference_M = (together - alone).sum(axis=1) / self.num_tokens(key).sum()
+        difference_M = (together - alone)[..., 0].sum(axis=1) / self.num_tokens(key).sum()
         return float(np.sqrt(np.mean(difference_M**2)))
 
     def _split(self, windows: TokenWindows) -> list[_Group]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
-from lpserve.engine.base import check_masks
+from lpserve.engine.base import check_also, check_masks
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct, trie_layer_forwards
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
@@ -73,7 +74,10 @@ class SyntheticEngine:
         self._windows[windows.content_hash] = windows
         return windows.content_hash
 
-    def score(self, masks_MP: BoolArray, windows: str | None = None) -> Scores:
+    def score(
+        self, masks_MP: BoolArray, windows: str | None = None, also: Sequence[str] = ()
+    ) -> Scores:
+        check_also(self.info, also)
         block = self._windows[self._default if windows is None else windows]
         masks_MP = check_masks(masks_MP, self.info.num_players)
         sorted_DP, inverse_M = sort_distinct(masks_MP)

@@ -7,12 +7,14 @@ state, uncopied. The walk goes breadth first while the live states fit the memor
 first beyond it: a frontier that would outgrow the budget is halved and the halves are walked in
 turn. A state is freed when its last child is done; the head runs once for each distinct mask.
 
-Knows no model library. Shapes: D distinct masks, N windows of a row group, T tokens, d width.
+Knows no model library. Shapes: D distinct masks, N windows of a row group, T tokens, d width, C
+metrics (NLL first).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from lpserve.engine.base import LayerStack
 from lpserve.errors import InputError
 from lpserve.masks import sort_distinct
-from lpserve.types import BoolArray, FloatArray, Work
+from lpserve.types import BoolArray, FloatArray, Work, needs_whole_model
 from lpserve.windows import TokenWindows
 
 
@@ -58,6 +60,7 @@ class TrieExecutor:
         self._free: list[torch.Tensor] = []
         self._num_buffers = 0
         self._batch: torch.Tensor | None = None
+        self._whole: dict[str, torch.Tensor] = {}
 
     def group_rows(self, num_windows: int, length: int, num_players: int | None = None) -> int:
         """Windows that one state holds: all of them, or fewer so that a path of states fits.
@@ -80,19 +83,20 @@ class TrieExecutor:
         return int(min(num_windows, fitting, wanted))
 
     def score(
-        self, masks_MP: BoolArray, block: TokenWindows, metric: str = "nll"
+        self, masks_MP: BoolArray, block: TokenWindows, also: Sequence[str] = ()
     ) -> tuple[FloatArray, Work]:
-        """Scores of every mask on windows of one padded length, `float64[M, N]`, and the work."""
+        """Metrics of every mask on windows of one padded length, `float64[M, N, C]`: the NLL, then
+        those of `also`; and the work."""
         started = time.perf_counter()
         sorted_DP, inverse_M = sort_distinct(masks_MP)
         rows = self.group_rows(block.num_windows, block.length)
-        nll_DN = np.empty((len(sorted_DP), block.num_windows))
+        values_DNC = np.empty((len(sorted_DP), block.num_windows, 1 + len(also)))
         layer_forwards = 0
         for start in range(0, block.num_windows, rows):
             group = block.select(np.arange(start, min(start + rows, block.num_windows)))
-            walk = _Walk(self, sorted_DP, group, metric)
+            walk = _Walk(self, sorted_DP, group, also)
             try:
-                nll_DN[:, start : start + group.num_windows] = walk.run()
+                values_DNC[:, start : start + group.num_windows] = walk.run()
             except BaseException:
                 self._drop_buffers()  # a walk cut short cannot say which of them are free
                 raise
@@ -105,7 +109,7 @@ class TrieExecutor:
             tokens=len(sorted_DP) * block.tokens_NT.size,
             seconds=time.perf_counter() - started,
         )
-        return nll_DN[inverse_M], work
+        return values_DNC[inverse_M], work
 
     def prepare(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> int:
         """Drop buffers of another shape; returns how many of this one the budget allows."""
@@ -119,6 +123,21 @@ class TrieExecutor:
         self._free.clear()
         self._batch = None
         self._num_buffers = 0
+
+    def whole(self, block: TokenWindows, embedded: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The state of these windows after all players, and the layer-forwards that it took: kept
+        for the calls to come, as long as all that are kept fit the memory budget."""
+        key = block.content_hash
+        if key in self._whole:
+            return self._whole[key], 0
+        state = embedded
+        for player in range(self._stack.num_players):
+            state = self._stack.run_player(player, state)
+        size = state.numel() * state.element_size()
+        if size * (len(self._whole) + 1) > self._settings.state_budget_bytes:
+            self._whole.clear()
+        self._whole[key] = state.clone()
+        return self._whole[key], self._stack.num_players
 
     def states_per_batch(self, shape: torch.Size) -> int:
         if not self._settings.pack_states:
@@ -152,29 +171,38 @@ class _Walk:
     """One pass over the trie of one set of masks and one row group."""
 
     def __init__(
-        self, executor: TrieExecutor, sorted_DP: BoolArray, block: TokenWindows, metric: str
+        self,
+        executor: TrieExecutor,
+        sorted_DP: BoolArray,
+        block: TokenWindows,
+        also: Sequence[str],
     ) -> None:
         self._ex = executor
         self._stack = executor._stack
         self._bits_DP = sorted_DP
         self._block = block
-        self._metric = metric
-        self._nll_DN = torch.empty(0)
+        self._also = tuple(also)
+        self._whole: torch.Tensor | None = None
+        self._values_DNC = torch.empty(0)
         self.layer_forwards = 0
 
     def run(self) -> FloatArray:
-        """`float64[D, N]`."""
+        """`float64[D, N, C]`."""
         embedded = self._stack.embed(self._block)
+        if any(needs_whole_model(name) for name in self._also):
+            self._whole, self.layer_forwards = self._ex.whole(self._block, embedded)
         self._limit = self._ex.prepare(embedded.shape, embedded.dtype, embedded.device)
         self._per_batch = self._ex.states_per_batch(embedded.shape)
         root = self._ex.take()
         root.copy_(embedded)
         del embedded
-        self._nll_DN = torch.empty(
-            (len(self._bits_DP), self._block.num_windows), dtype=torch.float64, device=root.device
+        self._values_DNC = torch.empty(
+            (len(self._bits_DP), self._block.num_windows, 1 + len(self._also)),
+            dtype=torch.float64,
+            device=root.device,
         )
         self._walk([_Node(0, len(self._bits_DP), root)], 0)
-        return self._nll_DN.cpu().numpy()
+        return self._values_DNC.cpu().numpy()
 
     def _walk(self, nodes: list[_Node], player: int) -> None:
         num_players = self._stack.num_players
@@ -225,8 +253,10 @@ class _Walk:
         for start in range(0, len(nodes), self._per_batch):
             batch = nodes[start : start + self._per_batch]
             stacked = self._ex.stacked([node.state_NTd for node in batch])
-            values = self._stack.reduce(stacked, self._block, self._metric)
+            values_BC = self._stack.reduce(stacked, self._block, self._also, self._whole)
             # leaves of a frontier are neighbours in key order
-            self._nll_DN[batch[0].low : batch[-1].high] = values.view(len(batch), -1)
+            self._values_DNC[batch[0].low : batch[-1].high] = values_BC.view(
+                len(batch), -1, values_BC.shape[1]
+            )
         for node in nodes:
             self._ex.give(node.state_NTd)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,13 @@ import numpy as np
 import torch
 
 from lpserve.checkpoint import checkpoint_hash, read_checkpoint
-from lpserve.engine.base import check_decoder, check_masks, check_windows
+from lpserve.engine.base import (
+    check_also,
+    check_decoder,
+    check_masks,
+    check_windows,
+    scores_of,
+)
 from lpserve.engine.scorer import HEAD_CHUNK_BYTES, trie_settings
 from lpserve.engine.trie import TrieSettings
 from lpserve.engine.vllm_options import (
@@ -38,7 +44,16 @@ from lpserve.engine.vllm_process import GlobalState, start, stop
 from lpserve.engine.vllm_stack import STATE_KINDS
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct
-from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
+from lpserve.types import (
+    METRICS,
+    BoolArray,
+    EngineInfo,
+    EngineSpec,
+    FloatArray,
+    Player,
+    Scores,
+    Work,
+)
 from lpserve.windows import TokenWindows
 
 PATH_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
@@ -119,6 +134,7 @@ class VllmEngine:
             quantization=quantization_of(spec, first["quantization"]),
             device=first["device"],
             vocab_size=first["vocab_size"],
+            metrics=self._metrics(),
             versions={
                 "torch": torch.__version__, "vllm": vllm.__version__,
                 "transformers": importlib.metadata.version("transformers"),
@@ -139,6 +155,12 @@ class VllmEngine:
             },
         )  # fmt: skip
 
+    def _metrics(self) -> tuple[str, ...]:
+        if self.path == "requests":
+            return ("nll", "misses")
+        # no stage of a pipeline sees the whole model's last state but the last one
+        return METRICS if self._ranks[0]["pipeline_parallel_size"] == 1 else ("nll", "misses")
+
     def register(self, windows: TokenWindows) -> str:
         key = windows.content_hash
         if key in self._windows:
@@ -154,20 +176,26 @@ class VllmEngine:
         self._windows[key] = windows
         return key
 
-    def score(self, masks_MP: BoolArray, windows: str | None = None) -> Scores:
+    def score(
+        self, masks_MP: BoolArray, windows: str | None = None, also: Sequence[str] = ()
+    ) -> Scores:
         key = self._default if windows is None else windows
         if key not in self._windows:
             raise InputError(f"windows {key!r} are not registered with this engine")
         masks_MP = check_masks(masks_MP, self._num_players)
+        also = check_also(self.info, also)
         score = self._score_scoring if self.path == "scoring" else self._score_requests
-        nll_MN, work = score(masks_MP, self._windows[key])
-        return Scores(nll_MN=nll_MN, num_tokens_N=self._windows[key].num_tokens_N, work=work)
+        values_MNC, work = score(masks_MP, self._windows[key], also)
+        return scores_of(values_MNC, also, self._windows[key].num_tokens_N, work)
 
-    def score_by_requests(self, masks_MP: BoolArray, windows: TokenWindows) -> Scores:
-        """Scores by the requests path, whichever path this engine runs: the slow reference."""
+    def score_by_requests(
+        self, masks_MP: BoolArray, windows: TokenWindows, also: Sequence[str] = ()
+    ) -> Scores:
+        """Scores by the requests path, whichever path this engine runs: the slow reference. `also`
+        may be `misses`."""
         masks_MP = check_masks(masks_MP, self._num_players)
-        nll_MN, work = self._score_requests(masks_MP, windows)
-        return Scores(nll_MN=nll_MN, num_tokens_N=windows.num_tokens_N, work=work)
+        values_MNC, work = self._score_requests(masks_MP, windows, also)
+        return scores_of(values_MNC, also, windows.num_tokens_N, work)
 
     def layer_calls(self) -> list[dict[str, Any]]:
         """For each rank: how often each of its layers ran so far, and the modules they are of."""
@@ -260,8 +288,8 @@ class VllmEngine:
         probe = windows.select(np.arange(1))
         if path == "scoring":
             self._register_scoring(probe)
-        nll_MN, _ = score(self._probe_masks(), probe)
-        if nll_MN[0, 0] == nll_MN[1, 0] or nll_MN[0, 0] == nll_MN[2, 0]:
+        nll_M = score(self._probe_masks(), probe)[0][:, 0, 0]
+        if nll_M[0] == nll_M[1] or nll_M[0] == nll_M[2]:
             raise EngineError(
                 f"vLLM's {path} path gives one score to different masks: they have no effect "
                 "(a compiled model, or layers that do nothing)"
@@ -274,8 +302,8 @@ class VllmEngine:
         probe = windows.select(np.arange(min(PROBE_WINDOWS, windows.num_windows)))
         self._register_scoring(probe)
         tokens = probe.num_tokens_N.sum()
-        mine_M = self._score_scoring(masks_MP, probe)[0].sum(axis=1) / tokens
-        theirs_M = self._score_requests(masks_MP, probe)[0].sum(axis=1) / tokens
+        mine_M = self._score_scoring(masks_MP, probe)[0][..., 0].sum(axis=1) / tokens
+        theirs_M = self._score_requests(masks_MP, probe)[0][..., 0].sum(axis=1) / tokens
         difference = float(np.max(np.abs(mine_M - theirs_M) / np.abs(theirs_M)))
         # two roundings of the same numbers: each has half of the variance of their difference
         rounding = 0.0 if self._exact else _rms(mine_M - theirs_M) / np.sqrt(2)
@@ -294,10 +322,10 @@ class VllmEngine:
             return 0.0
         masks_MP = self._probe_masks()
         probe = windows.select(np.arange(min(PROBE_WINDOWS, windows.num_windows)))
-        together_MN, _ = self._score_requests(masks_MP, probe)
+        together_MN = self._score_requests(masks_MP, probe)[0][..., 0]
         alone_MN = np.concatenate(
             [
-                self._score_requests(masks_MP, probe.select([n]))[0]
+                self._score_requests(masks_MP, probe.select([n]))[0][..., 0]
                 for n in range(len(together_MN[0]))
             ],
             axis=1,
@@ -314,14 +342,17 @@ class VllmEngine:
         if any(reply["key"] != windows.content_hash for reply in replies):
             raise EngineError("a worker received other windows than were sent")
 
-    def _score_scoring(self, masks_MP: BoolArray, windows: TokenWindows) -> tuple[FloatArray, Work]:
+    def _score_scoring(
+        self, masks_MP: BoolArray, windows: TokenWindows, also: Sequence[str] = ()
+    ) -> tuple[FloatArray, Work]:
+        """Metrics `float64[M, N, C]`, the NLL first, and the work."""
         replies = self._call(
-            "lpserve_score", windows.content_hash, masks_MP.tobytes(), len(masks_MP)
+            "lpserve_score", windows.content_hash, masks_MP.tobytes(), len(masks_MP), list(also)
         )
         # the last pipeline stage reduces; its tensor-parallel ranks must agree
         stages = self._ranks[0]["pipeline_parallel_size"]
         per_stage = len(replies) // stages
-        arrays = [np.frombuffer(r["nll"]).reshape(r["shape"]) for r in replies[-per_stage:]]
+        arrays = [np.frombuffer(r["values"]).reshape(r["shape"]) for r in replies[-per_stage:]]
         if any(not np.array_equal(array, arrays[0], equal_nan=True) for array in arrays):
             raise EngineError("ranks disagree about the scores of the same masks")
         works = [Work(*reply["work"]) for reply in replies[::per_stage]]
@@ -331,8 +362,9 @@ class VllmEngine:
     # -- requests path ---------------------------------------------------------------------------
 
     def _score_requests(
-        self, masks_MP: BoolArray, windows: TokenWindows
+        self, masks_MP: BoolArray, windows: TokenWindows, also: Sequence[str] = ()
     ) -> tuple[FloatArray, Work]:
+        """The same; `also` may be `misses`."""
         from vllm import SamplingParams
 
         started = time.perf_counter()
@@ -345,14 +377,15 @@ class VllmEngine:
         parameters = SamplingParams(
             max_tokens=1, prompt_logprobs=0, temperature=0, detokenize=False
         )
-        nll_DN = np.empty((len(sorted_DP), windows.num_windows))
+        values_DNC = np.empty((len(sorted_DP), windows.num_windows, 1 + len(also)))
         for row, mask_P in enumerate(sorted_DP):
             self._set_mask(mask_P)
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
             for window, output in enumerate(outputs):
-                nll_DN[row, window] = _prompt_nll(output, windows.scored_NT[window])
+                nll, misses = _prompt_metrics(output, windows.scored_NT[window])
+                values_DNC[row, window] = [nll, *[misses for _ in also]]
         self._set_mask(np.ones(self._num_players, dtype=bool))
-        return nll_DN[inverse_M], Work(
+        return values_DNC[inverse_M], Work(
             masks=len(masks_MP),
             distinct_masks=len(sorted_DP),
             layer_forwards=int(sorted_DP.sum()),
@@ -381,12 +414,14 @@ class VllmEngine:
         return replies
 
 
-def _prompt_nll(output: Any, scored_T: BoolArray) -> float:
-    """Nats summed over the scored positions of one finished request."""
-    tokens, total = output.prompt_token_ids, 0.0
+def _prompt_metrics(output: Any, scored_T: BoolArray) -> tuple[float, float]:
+    """NLL in nats and misses, summed over the scored positions of one finished request."""
+    tokens, nll, misses = output.prompt_token_ids, 0.0, 0.0
     for position in np.flatnonzero(scored_T[: len(tokens)]):
-        total -= output.prompt_logprobs[position][tokens[position]].logprob
-    return total
+        found = output.prompt_logprobs[position][tokens[position]]
+        nll -= found.logprob
+        misses += found.rank != 1
+    return nll, misses
 
 
 def _rms(values: FloatArray) -> float:

@@ -17,14 +17,14 @@ Shapes: B rows, T tokens, n = B * T flat tokens, d width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from lpserve.engine.head import TargetCache, on_device, summed_nll
+from lpserve.engine.head import Head, Vocabulary, on_device
 from lpserve.engine.recorded import same_value
 from lpserve.errors import EngineError
 from lpserve.windows import TokenWindows
@@ -142,7 +142,7 @@ class DrivenModel(Protocol):
 
     def run(self, ids_n: torch.Tensor, positions_n: torch.Tensor) -> torch.Tensor: ...
 
-    def token_nll(self, rows_nd: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor: ...
+    def vocabulary(self) -> Vocabulary: ...
 
 
 class VllmStack:
@@ -151,8 +151,13 @@ class VllmStack:
     def __init__(self, model: DrivenModel, *, head_chunk_bytes: int) -> None:
         self._model = model
         self._tap = model.tap
-        self._head_chunk_bytes = head_chunk_bytes
-        self._targets = TargetCache(model.device)
+        self._head = Head(
+            model.vocabulary(),
+            vocab_size=-(-model.vocab_size // model.tensor_parallel_size),
+            chunk_bytes=head_chunk_bytes,
+            logit_bytes=8 if model.dtype == torch.float32 else 10,
+            device=model.device,
+        )
         self._calls: dict[tuple[int, int], _Recorded] = {}
         self._prepared: set[int] = set()
         self._probe_length = 0
@@ -206,23 +211,26 @@ class VllmStack:
             out = out + left
         return out.view(state_BTd.shape)
 
-    def reduce(self, state_BTd: torch.Tensor, block: TokenWindows, metric: str) -> torch.Tensor:
-        if metric != "nll":
-            raise ValueError(f"metric {metric!r} is not known to this stack")
-        rows, length = state_BTd.shape[:2]
+    def reduce(
+        self,
+        state_BTd: torch.Tensor,
+        block: TokenWindows,
+        also: Sequence[str] = (),
+        whole_NTd: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows = len(state_BTd)
         if not self._model.link.is_last:
             for state in state_BTd.split(block.num_windows):
                 self._model.link.send(state)
-            return torch.zeros(rows, dtype=torch.float64, device=state_BTd.device)
+            return state_BTd.new_zeros((rows, 1 + len(also)), dtype=torch.float64)
+        whole = None if whole_NTd is None else self._final(whole_NTd)
+        return self._head.reduce(self._final(state_BTd), block, also, whole)
+
+    def _final(self, state_BTd: torch.Tensor) -> torch.Tensor:
+        """What the model gives its head, `[B, T, d]`."""
+        rows, length = state_BTd.shape[:2]
         record = self._recorded(length, rows)
-        final = self._tail(record, *self._unpack(state_BTd, record))
-        final = final.view(rows, length, -1)
-        num_stacked = rows // block.num_windows
-        logit_bytes = 8 if self._model.dtype == torch.float32 else 10
-        vocabulary = -(-self._model.vocab_size // self._model.tensor_parallel_size)
-        chunk = max(1, self._head_chunk_bytes // (logit_bytes * vocabulary * num_stacked))
-        targets = self._targets.of(block)
-        return summed_nll(final, block.num_windows, targets, chunk, self._model.token_nll)
+        return self._tail(record, *self._unpack(state_BTd, record)).view(rows, length, -1)
 
     # -- calls ---------------------------------------------------------------------------------
 

@@ -173,7 +173,7 @@ class RayPool:
         if unit.windows not in member.windows:
             member.windows.add(unit.windows)
             member.actor.register.remote(self._windows[unit.windows])
-        answer = member.actor.score.remote(unit.masks_MP, unit.windows)
+        answer = member.actor.score.remote(unit.masks_MP, unit.windows, unit.also)
         task = _Task(unit, answer, expected_s, time.monotonic())
         member.tasks.append(task)
         self._when_done(answer, lambda f: self._answered(member, task, f))

@@ -71,11 +71,11 @@ class EngineActor:
             failure = Failure(type(error).__name__, first_line(error), refused=True)
             self._refused[windows.content_hash] = failure
 
-    def score(self, masks_MP: BoolArray, windows: str) -> Scores | Failure:
+    def score(self, masks_MP: BoolArray, windows: str, also: tuple[str, ...]) -> Scores | Failure:
         if windows in self._refused:
             return self._refused[windows]
         try:
-            return self._engine.score(masks_MP, windows)
+            return self._engine.score(masks_MP, windows, also)
         except Exception as error:
             broken = not still_works(self._engine, windows)
             return Failure(type(error).__name__, first_line(error), broken)

@@ -31,7 +31,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -340,9 +340,12 @@ def measure_flat(folder: Path, windows: TokenWindows, args: argparse.Namespace) 
         reduce, done = engine._scorer.stack.reduce, 0
         part = len(masks_MP) * windows.num_windows / FLAT_STEPS
 
-        def counted(state_BTd: torch.Tensor, block: TokenWindows, metric: str) -> torch.Tensor:
+        def counted(
+            state_BTd: torch.Tensor, block: TokenWindows, also: Sequence[str] = (),
+            whole_NTd: torch.Tensor | None = None,
+        ) -> torch.Tensor:  # fmt: skip
             nonlocal done
-            result = reduce(state_BTd, block, metric)
+            result = reduce(state_BTd, block, also, whole_NTd)
             done += state_BTd.shape[0]
             while done >= part * (len(flat.points) + 1):
                 flat.points.append(memory_now(device))

@@ -49,9 +49,16 @@ class AffineStack:
         self.rows_run.append(len(state_BTd))
         return state_BTd * self.scale_P[player] + self.shift_P[player]
 
-    def reduce(self, state_BTd, block, metric):
-        assert metric == "nll"
-        return state_BTd.sum(dim=(1, 2))
+    def reduce(self, state_BTd, block, also=(), whole_NTd=None):
+        columns = [state_BTd.sum(dim=(1, 2))]
+        for name in also:
+            if name == "kl":  # what is left of the whole model's sum
+                assert whole_NTd is not None
+                whole_B = whole_NTd.sum(dim=(1, 2)).repeat(len(state_BTd) // block.num_windows)
+                columns.append(whole_B - columns[0])
+            else:
+                columns.append(2 * columns[0])
+        return torch.stack(columns, dim=1)
 
     def expected(self, mask_P, tokens_NT):
         state = tokens_NT.astype(float)
@@ -87,11 +94,28 @@ def test_scores_are_right_at_any_budget_and_micro_batch(
         masks = rng.random((60, num_players)) < rng.uniform(0.2, 0.9)
         got, work = executor.score(masks, windows)
         expected = np.array([stack.expected(mask, windows.tokens_NT) for mask in masks])
-        assert np.abs(got - expected).max() < 1e-9 * np.abs(expected).max()
+        assert np.abs(got[..., 0] - expected).max() < 1e-9 * np.abs(expected).max()
         assert work.layer_forwards == trie_layer_forwards(masks)
         assert work.distinct_masks == len(np.unique(masks, axis=0))
         assert executor.num_live == 0  # so all buffers are among the free ones
         assert sum(state.nbytes for state in executor._free) <= budget
+
+
+def test_further_metrics_stand_beside_the_first_and_the_whole_model_runs_once(rng):
+    stack = AffineStack(6, int(rng.integers(1 << 30)))
+    windows = lpserve.TokenWindows.from_tokens(rng.integers(0, 9, (5, 6)))
+    executor = TrieExecutor(stack, settings(micro_batch_tokens=12, pack_states=True))
+    masks = rng.random((30, 6)) < 0.6
+    plain, without = executor.score(masks, windows)
+    got, first = executor.score(masks, windows, ("misses", "kl"))
+    again, second = executor.score(masks, windows, ("kl",))
+    whole = stack.expected(np.ones(6, dtype=bool), windows.tokens_NT)
+    assert (got[..., :1] == plain).all()
+    assert (got[..., 1] == 2 * plain[..., 0]).all()
+    assert np.abs(got[..., 2] - (whole - plain[..., 0])).max() < 1e-9 * np.abs(whole).max()
+    assert (again[..., 1] == got[..., 2]).all()
+    assert first.layer_forwards == without.layer_forwards + 6
+    assert second.layer_forwards == without.layer_forwards
 
 
 def test_each_prefix_and_player_is_computed_once(rng):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.engine.test_hf_parity import NUM_LAYERS, edge_masks, some_windows
+from tests.engine.test_metrics import by_hand
 from tests.reference import reference_model, relative, window_nll, with_layers_deleted
 
 pytestmark = pytest.mark.slow
@@ -32,11 +33,13 @@ if __name__ == "__main__":
         folder, windows, kind="vllm", dtype=dtype, **json.loads(options)
     ) as engine:
         before = engine.layer_calls()
-        scores = engine.score(data["masks"])
+        also = ("misses", "kl") if "kl" in engine.info.metrics else ("misses",)
+        scores = engine.score(data["masks"], also=also)
         calls = engine.layer_calls()
         requests = engine.score_by_requests(data["masks"], windows).nll_MN
         print("RESULT", json.dumps({
             "scoring": scores.nll_MN.tolist(), "requests": requests.tolist(),
+            "others": {name: scores.of(name).tolist() for name in also},
             "path": engine.info.path, "layer_forwards": scores.work.layer_forwards,
             "calls": [
                 [b - a for a, b in zip(x["calls"], y["calls"])] for x, y in zip(before, calls)
@@ -91,6 +94,13 @@ def test_two_ranks_equal_deleting_layers_on_both_paths(family, options, model_di
         nll_MN = np.array(got[path])
         assert relative(nll_MN.sum(axis=1), expected.sum(axis=1)) < 1e-5, path
         assert relative(nll_MN, expected) < 1e-4, path
+    others, close_MN = by_hand(folder, masks, windows)
+    assert set(got["others"]) == {"misses", *(["kl"] * ("tensor_parallel_size" in options))}
+    assert (np.abs(np.array(got["others"]["misses"]) - others["misses"]) <= close_MN).all()
+    if "kl" in got["others"]:
+        assert (
+            np.abs(np.array(got["others"]["kl"]) - others["kl"]).max() < 1e-5 * others["kl"].max()
+        )
     groups = len({-(-n // 32) for n in windows.lengths_N})
     if "tensor_parallel_size" in options:  # every rank runs every layer
         assert all(sum(calls) == got["layer_forwards"] * groups for calls in got["calls"])

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import lpserve
+from lpserve.engine.head import WholeVocabulary
 from lpserve.engine.scorer import StackScorer, prefix_bounds
 from lpserve.engine.trie import TrieSettings
 from lpserve.engine.vllm_stack import LayerTap, VllmStack
@@ -94,10 +95,12 @@ class Model:
             kept = hidden + residual
         return kept / kept.norm(dim=-1, keepdim=True)
 
-    def token_nll(self, rows_nd: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
+    def vocabulary(self) -> WholeVocabulary:
+        return WholeVocabulary(self.logits)
+
+    def logits(self, rows_nd: torch.Tensor) -> torch.Tensor:
         self.largest_rows = max(self.largest_rows, len(rows_nd))
-        logits = rows_nd @ self.embedding.T
-        return torch.nn.functional.cross_entropy(logits, ids_n, reduction="none")
+        return rows_nd @ self.embedding.T
 
 
 def settings(**changes) -> TrieSettings:
@@ -113,7 +116,8 @@ def slow_nll(kind: str, mask_P: np.ndarray, windows: lpserve.TokenWindows) -> np
     for tokens_T, scored_T in zip(windows.tokens_NT, windows.scored_NT, strict=True):
         ids = torch.from_numpy(tokens_T.astype(np.int64))
         final = model.run(ids, torch.arange(len(ids)))
-        nll = model.token_nll(final[:-1], ids[1:])
+        logits = model.logits(final[:-1])
+        nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
         sums.append(float(nll[torch.from_numpy(scored_T[1:])].sum()))
     return np.array(sums)
 
@@ -132,7 +136,7 @@ def test_the_probe_finds_what_a_state_carries_and_scores_are_right(kind, rng):
     assert kinds[0] == kind
     stack.state_kind = kinds[0]
     masks = rng.random((20, PLAYERS)) < 0.6
-    got, _ = scorer.score(masks, key)
+    got = scorer.score(masks, key)[0][..., 0]
     expected = np.array([slow_nll(kind, mask, windows) for mask in masks])
     assert np.abs(got - expected).max() < 1e-5  # losses are summed in float64, computed in float32
 
@@ -145,9 +149,13 @@ def test_pairs_carry_what_a_sum_cannot(rng):
         assert stack.probe() == ["pair"]
     stack.state_kind = "pair"
     full = np.ones((1, PLAYERS), dtype=bool)
-    assert np.abs(scorer.score(full, key)[0] - slow_nll("pair", full[0], windows)).max() < 1e-5
+    assert (
+        np.abs(scorer.score(full, key)[0][..., 0] - slow_nll("pair", full[0], windows)).max() < 1e-5
+    )
     stack.state_kind = "sum"
-    assert np.abs(scorer.score(full, key)[0] - slow_nll("pair", full[0], windows)).max() > 1e-4
+    assert (
+        np.abs(scorer.score(full, key)[0][..., 0] - slow_nll("pair", full[0], windows)).max() > 1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["hidden", "sum", "pair"])

@@ -111,14 +111,17 @@ class WorkerExtension:
         """The kind of state that all ranks use."""
         self._lpserve_stack.state_kind = kind
 
-    def lpserve_score(self, key: str, masks: bytes, num_masks: int) -> dict[str, Any]:
-        """NLL of registered windows under masks (bool bytes of [M, P]), scoring path."""
+    def lpserve_score(
+        self, key: str, masks: bytes, num_masks: int, also: list[str]
+    ) -> dict[str, Any]:
+        """NLL and other metrics of registered windows under masks (bool bytes of [M, P]), scoring
+        path."""
         masks_MP = np.frombuffer(masks, dtype=bool).reshape(num_masks, -1)
 
         def score() -> dict[str, Any]:
             with self._lpserve_stack.session():
-                nll_MN, work = self._lpserve_scorer.score(masks_MP, key)
-            return {"nll": nll_MN.tobytes(), "shape": list(nll_MN.shape),
+                values_MNC, work = self._lpserve_scorer.score(masks_MP, key, also)
+            return {"values": values_MNC.tobytes(), "shape": list(values_MNC.shape),
                     "work": [work.masks, work.distinct_masks, work.layer_forwards,
                              work.skip_layer_forwards, work.tokens, work.seconds]}  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lpserve.engine.head import Vocabulary, WholeVocabulary
 from lpserve.engine.vllm_attention import AttentionSpec
 from lpserve.engine.vllm_stack import LayerTap
 from lpserve.engine.vllm_worker.contract import IMPL_ATTRIBUTES
@@ -76,29 +77,13 @@ class VllmModel:
         )
         return self.model(input_ids=None, positions=positions_n, intermediate_tensors=received)
 
-    def token_nll(self, rows_nd: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
-        """float32[n] nats. Under tensor parallelism each rank reduces its own part of the
-        vocabulary; three numbers a token travel, never logits."""
-        if self.tensor_parallel_size == 1:
-            logits_nV = self.model.compute_logits(rows_nd).float()
-            return torch.nn.functional.cross_entropy(logits_nV, ids_n, reduction="none")
-        from vllm.distributed import tensor_model_parallel_all_gather
+    def vocabulary(self) -> Vocabulary:
+        """The whole of it, or, under tensor parallelism, this rank's part."""
+        if self.tensor_parallel_size > 1:
+            return _VocabularyPart(self)
+        return WholeVocabulary(lambda rows_nd: self.model.compute_logits(rows_nd).float())
 
-        shard = self._shard_indices(rows_nd)
-        start, size = shard.org_vocab_start_index, shard.num_org_elements
-        logits_nV = self.model.compute_logits(rows_nd)[:, :size].float()
-        here_n = (ids_n >= start) & (ids_n < start + size)
-        local_n = (ids_n - start).clamp(0, max(size - 1, 0))
-        most_n = logits_nV.amax(dim=1)
-        sums_n = (logits_nV - most_n[:, None]).exp().sum(dim=1)
-        target_n = torch.where(here_n, logits_nV.gather(1, local_n[:, None])[:, 0], 0.0)
-        parts = tensor_model_parallel_all_gather(torch.stack([most_n, sums_n, target_n]), dim=1)
-        most_Rn, sums_Rn, target_Rn = parts.view(3, self.tensor_parallel_size, -1)
-        top_n = most_Rn.amax(dim=0)
-        total_n = (sums_Rn * (most_Rn - top_n).exp()).sum(dim=0)
-        return top_n + total_n.log() - target_Rn.sum(dim=0)
-
-    def _shard_indices(self, rows_nd: torch.Tensor) -> Any:
+    def shard_indices(self, rows_nd: torch.Tensor) -> Any:
         """Which rows of the vocabulary this rank's head holds."""
         if self._shard is None:
             processor = self._processors[0]
@@ -174,6 +159,71 @@ class VllmModel:
             return spec.attend(q, key, value, self.length)
 
         return forward
+
+
+class _VocabularyPart:
+    """The part of a vocabulary that one tensor-parallel rank holds. A few numbers a target travel
+    between ranks, never logits; every rank has the same results.
+
+    Shapes: R ranks.
+    """
+
+    def __init__(self, model: VllmModel) -> None:
+        self._model = model
+        self._start = self._size = 0
+
+    def logits(self, rows_nd: torch.Tensor) -> torch.Tensor:
+        shard = self._model.shard_indices(rows_nd)
+        self._start, self._size = shard.org_vocab_start_index, shard.num_org_elements
+        return self._model.model.compute_logits(rows_nd)[:, : self._size].float()
+
+    def nll(self, logits_nV: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
+        here_n = (ids_n >= self._start) & (ids_n < self._start + self._size)
+        local_n = (ids_n - self._start).clamp(0, max(self._size - 1, 0))
+        most_n, sums_n = _most_and_sum(logits_nV)
+        target_n = torch.where(here_n, logits_nV.gather(1, local_n[:, None])[:, 0], 0.0)
+        most_Rn, sums_Rn, target_Rn = self._gathered(most_n, sums_n, target_n)
+        return _log_sum(most_Rn, sums_Rn) - target_Rn.sum(dim=0)
+
+    def misses(self, logits_nV: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
+        most_n, at_n = logits_nV.max(dim=1)
+        # vocabulary rows are exact in float64
+        most_Rn, at_Rn = self._gathered(most_n.double(), (at_n + self._start).double())
+        # ranks hold the vocabulary in order: of equals, the first
+        first_n = at_Rn.gather(0, most_Rn.argmax(dim=0, keepdim=True))[0]
+        return (first_n != ids_n).float()
+
+    def divergence(self, whole_nV: torch.Tensor, logits_knV: torch.Tensor) -> torch.Tensor:
+        num_stacked, num_targets = logits_knV.shape[:2]
+        most_p, sums_p = _most_and_sum(whole_nV)
+        most_q, sums_q = _most_and_sum(logits_knV.flatten(0, 1))
+        gaps = (whole_nV - most_p[:, None]).exp() * (whole_nV - logits_knV)
+        parts = self._gathered(
+            most_p.repeat(num_stacked), sums_p.repeat(num_stacked), most_q, sums_q,
+            gaps.sum(-1).flatten(),
+        )  # fmt: skip
+        log_p, log_q = _log_sum(parts[0], parts[1]), _log_sum(parts[2], parts[3])
+        gap = (parts[4] * (parts[0] - log_p).exp()).sum(dim=0)  # sum of p (logit p - logit q)
+        return (gap - log_p + log_q).view(num_stacked, num_targets)
+
+    def _gathered(self, *numbers_n: torch.Tensor) -> torch.Tensor:
+        """Numbers of every rank, `[len(numbers_n), R, n]`."""
+        from vllm.distributed import tensor_model_parallel_all_gather
+
+        parts = tensor_model_parallel_all_gather(torch.stack(numbers_n), dim=1)
+        return parts.view(len(numbers_n), self._model.tensor_parallel_size, -1)
+
+
+def _most_and_sum(logits_nV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit of each row, and the sum of exponentials beside it."""
+    most_n = logits_nV.amax(dim=1)
+    return most_n, (logits_nV - most_n[:, None]).exp().sum(dim=1)
+
+
+def _log_sum(most_Rn: torch.Tensor, sums_Rn: torch.Tensor) -> torch.Tensor:
+    """log of the sum of exponentials over all ranks, `float32[n]`."""
+    top_n = most_Rn.amax(dim=0)
+    return top_n + (sums_Rn * (most_Rn - top_n).exp()).sum(dim=0).log()
 
 
 class _Link:
