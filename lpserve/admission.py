@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from lpserve.checkpoint import read_checkpoint
-from lpserve.config import RunConfig
+from lpserve.config import EngineConfig, RunConfig
 from lpserve.engine.vllm_options import check_options as check_vllm_options
 from lpserve.errors import InputError
 from lpserve.fidelity import screen_rows
@@ -21,18 +21,22 @@ from lpserve.types import EngineInfo, EngineSpec
 from lpserve.windows import TokenWindows
 
 
-def check_model(config: RunConfig) -> RunConfig:
-    """The config with its depth-dependent defaults, after the checkpoint's headers are read."""
+def num_players_of(config: EngineConfig) -> int:
+    """The model's number of players, after its headers and the engine's options are checked."""
     if config.engine == "vllm":
         check_vllm_options(config.engine_options)
     if config.engine == "synthetic":
-        num_players = int(config.engine_options.get("num_players", 8))
-    else:
-        from lpserve.engine.base import check_decoder
+        return int(config.engine_options.get("num_players", 8))
+    from lpserve.engine.base import check_decoder
 
-        checkpoint = read_checkpoint(config.model)
-        check_decoder(checkpoint)
-        num_players = num_layers(checkpoint.config)
+    checkpoint = read_checkpoint(config.model)
+    check_decoder(checkpoint)
+    return num_layers(checkpoint.config)
+
+
+def check_model(config: RunConfig) -> RunConfig:
+    """The config with its depth-dependent defaults, after the checkpoint's headers are read."""
+    num_players = num_players_of(config)
     config = config.resolved(num_players)
     least = round_settings(config, num_players).minimum_budget()
     if config.budget < least:
@@ -83,7 +87,7 @@ def round_settings(config: RunConfig, num_players: int) -> RoundSettings:
 
 
 def open_pool(
-    config: RunConfig, spec: EngineSpec, windows: TokenWindows, tell: Callable[[str], None]
+    config: EngineConfig, spec: EngineSpec, windows: TokenWindows, tell: Callable[[str], None]
 ) -> EnginePool:
     """The pool of a config, its engines started; raises InputError where Ray is missing."""
     if config.pool == "local":
@@ -96,8 +100,12 @@ def open_pool(
     return RayPool(spec, windows, engines, tell=tell)
 
 
-def engine_spec(config: RunConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:
-    """The engine, with the path, micro-batch and memory settings that the run began with."""
+def engine_spec(config: EngineConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:
+    """The engine, with the path, micro-batch and memory settings that the run began with.
+
+    Args:
+        longest: tokens of the longest window that will be scored.
+    """
     spec = EngineSpec(
         kind=config.engine, model=config.model, dtype=config.dtype, device=config.device,
         options=dict(config.engine_options),

@@ -55,11 +55,50 @@ _OPTIONAL = ("max_removed", "round_size")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything a run depends on. Keys are the flags of `lpserve run`."""
+class EngineConfig:
+    """Which engines score: what a run, an evaluation and a comparison have in common."""
 
     model: str
     """Checkpoint folder."""
+    engine: str = "transformers"
+    pool: str = "local"
+    engines: int | str = 1
+    """How many, or `auto`: as many as the cluster can hold."""
+    dtype: str = "float32"
+    device: str = "auto"
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the engine kind, such as state_budget_mb; for vllm any argument of vllm.LLM."""
+    grace_s: float = 30.0
+    """Seconds that an interrupted job waits for scores in flight."""
+    progress_s: float = 10.0
+    """Seconds between progress lines outside a terminal."""
+
+    def __post_init__(self) -> None:
+        for key, choices in _CHOICES.items():
+            if hasattr(self, key):
+                rule = f"one of {', '.join(choices)}"
+                _require(getattr(self, key) in choices, key, getattr(self, key), rule)
+        for key, least in _LEAST.items():
+            value: Any = getattr(self, key, least)
+            if (value is None and key in _OPTIONAL) or (key == "engines" and value == "auto"):
+                continue
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            _require(fits, key, value, f"a whole number, at least {least}")
+        for key in ("grace_s", "progress_s"):
+            value = getattr(self, key)
+            _require(isinstance(value, int | float) and value > 0, key, value, "seconds above 0")
+        for key in ("model", "out", "text_field"):
+            value = getattr(self, key, "-")
+            _require(isinstance(value, str) and value != "", key, value, "a text")
+        _require(isinstance(self.engine_options, dict), "engine_options", "no table", "a table")
+        local = self.pool == "local"
+        _require(not local or self.engines == 1, "engines", self.engines, "1 with the local pool")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(EngineConfig):
+    """Everything a run depends on. Keys are the flags of `lpserve run`."""
+
     calibration: dict[str, str]
     """Corpus name -> text, folder of .txt, .jsonl or .npz."""
     heldout: dict[str, str] = field(default_factory=dict)
@@ -97,14 +136,6 @@ class RunConfig:
     stop_width: float | None = None
     """Stop before the budget once every value's 90% interval reaches at most this far to either
     side, in the utility's units. With `stop_chance`: once both hold."""
-    engine: str = "transformers"
-    pool: str = "local"
-    engines: int | str = 1
-    """How many, or `auto`: as many as the cluster can hold."""
-    dtype: str = "float32"
-    device: str = "auto"
-    engine_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the engine kind, such as state_budget_mb; for vllm any argument of vllm.LLM."""
     seed: int = 0
     """Seed of the sampled masks."""
     window_seed: int = 0
@@ -113,37 +144,16 @@ class RunConfig:
     """Score store; default: scores.sqlite in the run folder."""
     out: str = "run"
     """Run folder."""
-    grace_s: float = 30.0
-    """Seconds that an interrupted run waits for scores in flight."""
-    progress_s: float = 10.0
-    """Seconds between progress lines outside a terminal."""
 
     def __post_init__(self) -> None:
-        for key, choices in _CHOICES.items():
-            rule = f"one of {', '.join(choices)}"
-            _require(getattr(self, key) in choices, key, getattr(self, key), rule)
-        for key, least in _LEAST.items():
-            value: Any = getattr(self, key)
-            if (value is None and key in _OPTIONAL) or (key == "engines" and value == "auto"):
-                continue
-            fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            _require(fits, key, value, f"a whole number, at least {least}")
-        for key in ("grace_s", "progress_s"):
-            value = getattr(self, key)
-            _require(isinstance(value, int | float) and value > 0, key, value, "seconds above 0")
+        super().__post_init__()
         for key, most in (("stop_chance", 1.0), ("stop_gain", 1.0), ("stop_width", float("inf"))):
             value = getattr(self, key)
             fits = isinstance(value, int | float) and 0 < value < most
             above = f"a number above 0 and below {most:g}" if most == 1.0 else "a number above 0"
             _require(fits or (value is None and key != "stop_gain"), key, value, above)
         _require(isinstance(self.bos, bool), "bos", self.bos, "true or false")
-        for key in ("model", "out", "text_field"):
-            value = getattr(self, key)
-            _require(isinstance(value, str) and value != "", key, value, "a text")
-        _require(isinstance(self.engine_options, dict), "engine_options", "no table", "a table")
         _require(bool(self.calibration), "calibration", "nothing", "a text to calibrate on")
-        local = self.pool == "local"
-        _require(not local or self.engines == 1, "engines", self.engines, "1 with the local pool")
         _require(
             self.surrogate != "paper" or self.utility == "ppl_ratio",
             "surrogate",

@@ -17,11 +17,10 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,8 @@ from lpserve.admission import (
     round_settings,
 )
 from lpserve.config import RunConfig, as_json
-from lpserve.dispatcher import Dispatcher, GivenUp
-from lpserve.errors import EngineError, LpserveError, RunInterrupted
+from lpserve.dispatcher import GivenUp
+from lpserve.errors import LpserveError
 from lpserve.fidelity import screen_rows
 from lpserve.history import History, Round
 from lpserve.masks import from_keys, key_text, keys
@@ -53,14 +52,13 @@ from lpserve.report import write_outputs
 from lpserve.rounds import RoundPlanner
 from lpserve.runfolder import CONFIG_FORMAT, RunFolder
 from lpserve.scoreboard import Request, Scoreboard
+from lpserve.scoring import POLL_S, Scoring
 from lpserve.signals import Signals, heeded_signals
 from lpserve.store import Store
 from lpserve.types import BoolArray, FloatArray, IntArray, known_utilities, perplexity
 from lpserve.windows import TokenWindows, WindowRequest, cut_windows
 
-_POLL_S = 0.2
 _PROPOSAL_POLL_S = 0.01
-_COMMIT_TOGETHER = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,8 +156,8 @@ class _Job:
     ) -> None:
         self.config, self.folder, self.store, self.pool = config, folder, store, pool
         self.calibration, self.heldout, self.progress = calibration, heldout, progress
-        self.dispatcher = Dispatcher(pool)
-        self.game = store.game_id(pool.info.game)
+        self.scoring = Scoring(store, pool, signals, progress, config.grace_s)
+        self.dispatcher, self.game = self.scoring.dispatcher, self.scoring.game
         self.screen = None
         if config.screen_windows:
             self.screen = screen_rows(calibration.corpora, config.screen_windows)
@@ -174,7 +172,6 @@ class _Job:
             else lambda nll_MN: self.utility(search.UTILITY, nll_MN, self.screen),
         )  # fmt: skip
         self.history = History()
-        self.signals = signals
         self._full_nll_N: NDArray[np.float32] | None = None
 
     def utility(
@@ -211,9 +208,9 @@ class _Job:
                     )  # fmt: skip
                     next_round += 1
             elif proposal is not None and self.dispatcher.idle:
-                wait([proposal], _POLL_S)
+                wait([proposal], POLL_S)
             else:
-                self._drain(_POLL_S if proposal is None else _PROPOSAL_POLL_S)
+                self._drain(POLL_S if proposal is None else _PROPOSAL_POLL_S)
             self._complete(pending)
             self._check_signals()
         self._settle(pending)
@@ -225,7 +222,7 @@ class _Job:
             pending.append(self._ask(found))
             self.folder.event("round", promoted=len(found.promoted_QP))
             while pending:
-                self._drain(_POLL_S)
+                self._drain(POLL_S)
                 self._complete(pending)
                 self._check_signals()
 
@@ -253,27 +250,7 @@ class _Job:
         self._show()
 
     def _drain(self, timeout_s: float) -> None:
-        """Store the results that are there, waiting at most `timeout_s` for the first.
-
-        Those that came meanwhile share its commit: many engines do not wait for the disk one after
-        the other.
-        """
-        results: list[UnitResult | GivenUp] = []
-        ended: LpserveError | None = None
-        try:
-            while len(results) < _COMMIT_TOGETHER:
-                result = self.dispatcher.next(0.0 if results else timeout_s)
-                if result is None:
-                    break
-                results.append(result)
-        except LpserveError as error:  # what has come is kept
-            ended = error
-        if results:
-            with self.store.together():
-                for result in results:
-                    self.accept(result)
-        if ended is not None:
-            raise ended
+        self.scoring.drain(timeout_s, self.accept)
 
     def accept(self, result: UnitResult | GivenUp) -> None:
         self.board.accept(result)
@@ -285,21 +262,11 @@ class _Job:
             self.progress.state.work += result.scores.work
 
     def _check_signals(self) -> None:
-        if not self.signals.count:
-            return
-        self.dispatcher.stop()
-        deadline = time.monotonic() + self.config.grace_s
-        self.progress.note(f"stopping: up to {self.config.grace_s:g} s for scores in flight")
-        with suppress(EngineError):  # engines lost meanwhile are not what ended the run
-            while (
-                self.dispatcher.in_flight and time.monotonic() < deadline and self.signals.count < 2
-            ):
-                self._drain(_POLL_S)
+        self.scoring.check_signals(self.accept, self._interrupted)
+
+    def _interrupted(self) -> int:
         self.folder.event("interrupted", scored=self.board.scored)
-        raise RunInterrupted(
-            f"interrupted; {self.board.scored} masks are scored and kept in "
-            f"{self.store.path}: give the same command again to resume"
-        )
+        return self.board.scored
 
     # -- progress ------------------------------------------------------------------------------
 
@@ -338,7 +305,7 @@ class _Job:
         self.progress.begin("held-out", len(wanted))
         request = self.board.request(wanted)
         while not request.complete:
-            self._drain(_POLL_S)
+            self._drain(POLL_S)
             self._show()
             self._check_signals()
         self._show()

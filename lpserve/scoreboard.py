@@ -25,12 +25,17 @@ class Request:
     """Masks that were asked for together."""
 
     masks_MP: BoolArray
-    nll_MN: NDArray[np.float32]
-    """Stored NLLs in nats; NaN where a mask was given up, or is not scored yet."""
-    known_MN: BoolArray
+    values: dict[str, NDArray[np.float32]]
+    """Metric -> stored sums `[M, N]`; NaN where a mask was given up, or is not scored yet."""
+    known: dict[str, BoolArray]
     """Which of them the store held before."""
     missing: int = 0
     """Masks that lack a score that was asked for, and are not given up."""
+
+    @property
+    def nll_MN(self) -> NDArray[np.float32]:
+        """Stored NLLs in nats."""
+        return self.values["nll"]
 
     @property
     def complete(self) -> bool:
@@ -60,8 +65,14 @@ class Scoreboard:
         dispatcher: Dispatcher,
         *,
         screen: IntArray | None = None,
+        also: tuple[str, ...] = (),
     ) -> None:
-        """With `screen`, rows of windows, masks may be scored on those alone."""
+        """
+        Args:
+            screen: rows of windows; masks may be scored on those alone.
+            also: metrics that are scored and stored beside the NLL.
+        """
+        self._also = also
         self._store = store
         self._game = game
         self._windows = windows
@@ -106,9 +117,13 @@ class Scoreboard:
             again: they were asked for before, on the screen: they do not count as scored again.
         """
         whole_M = np.ones(len(masks_MP), dtype=bool) if whole_M is None else whole_M
-        nll_MN, known_MN = self._store.get(self._game, self._windows, masks_MP)
-        nll_MN[np.ix_(~whole_M, self._beyond)] = np.nan
-        request = Request(masks_MP=masks_MP, nll_MN=nll_MN, known_MN=known_MN)
+        request = Request(masks_MP=masks_MP, values={}, known={})
+        known_MN = np.ones((len(masks_MP), self._windows.num_windows), dtype=bool)
+        for metric in ("nll", *self._also):
+            values_MN, held_MN = self._store.get(self._game, self._windows, masks_MP, metric)
+            values_MN[np.ix_(~whole_M, self._beyond)] = np.nan
+            request.values[metric], request.known[metric] = values_MN, held_MN
+            known_MN &= held_MN
         mask_keys = keys(masks_MP)
         left_M = np.zeros(len(masks_MP), dtype=np.int64)
         wanted: list[tuple[int, list[int]]] = []
@@ -135,7 +150,8 @@ class Scoreboard:
         for index, rows in wanted:
             if rows:
                 block = self._blocks[index]
-                self._dispatcher.add(masks_MP[rows], block, self._block_windows[block.id])
+                windows = self._block_windows[block.id]
+                self._dispatcher.add(masks_MP[rows], block, windows, self._also)
         return request
 
     def accept(self, result: UnitResult | GivenUp) -> None:
@@ -148,13 +164,17 @@ class Scoreboard:
             self._one_block_less(key)
             return
         assert result.scores is not None
-        self._store.put(self._game, unit.block, unit.masks_MP, result.scores.nll_MN)
-        with np.errstate(over="ignore"):  # beyond float32 is inf, as in the store
-            stored_MN = result.scores.nll_MN.astype(np.float32)
-        for key, nll_N in zip(keys(unit.masks_MP), stored_MN, strict=True):
-            mask = self._open[key]
-            new_N = ~mask.request.known_MN[mask.row, unit.block.rows]  # the older score counts
-            mask.request.nll_MN[mask.row, unit.block.rows[new_N]] = nll_N[new_N]
+        mask_keys = keys(unit.masks_MP)
+        for metric in ("nll", *self._also):
+            values_MN = result.scores.of(metric)
+            self._store.put(self._game, unit.block, unit.masks_MP, values_MN, metric)
+            with np.errstate(over="ignore"):  # beyond float32 is inf, as in the store
+                stored_MN = values_MN.astype(np.float32)
+            for key, value_N in zip(mask_keys, stored_MN, strict=True):
+                request, row = self._open[key].request, self._open[key].row
+                new_N = ~request.known[metric][row, unit.block.rows]  # the older score counts
+                request.values[metric][row, unit.block.rows[new_N]] = value_N[new_N]
+        for key in mask_keys:
             self._one_block_less(key)
 
     def _one_block_less(self, key: bytes) -> None:

@@ -47,8 +47,11 @@ FLOW = [
     {"rounds", "sensitivity", "baselines"},
     {"outcome"},
     {"export", "report", "cost", "admission"},
-    {"coordinator"},
-    {"demo"},
+    {"scoring", "layer_sets", "protocols"},
+    {"coordinator", "lm_eval_model"},
+    {"demo", "evaluate", "demo.tasks.documents"},
+    {"cli.arguments"},
+    {"cli.evaluate"},
     {"cli"},
     {"__main__", ""},
 ]

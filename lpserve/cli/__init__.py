@@ -1,4 +1,4 @@
-"""The command line: `lpserve run`, `plan`, `export`, `scores` and `cost`. Thin: flags to the API.
+"""The command line. Thin: flags to the API. `evaluate.py` has the commands that compare sets.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 """
@@ -6,12 +6,19 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lpserve.cli.arguments import (
+    ENGINE_OPTION_FLAGS,
+    add_engine_flags,
+    engine_options,
+    numbers,
+    pair,
+)
+from lpserve.cli.evaluate import add_eval
 from lpserve.errors import InputError, LpserveError, RunInterrupted
 
 _RUN_HELP = """\
@@ -58,10 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="lpserve", description="Which layers of this LLM can go?",
         epilog="Start with `lpserve run --demo`, or read `lpserve run --help`.",
     )  # fmt: skip
-    commands = parser.add_subparsers(required=True, metavar="run | plan | export | scores | cost")
+    commands = parser.add_subparsers(
+        required=True, metavar="run | plan | export | eval | lm-eval | scores | cost"
+    )
     _add_run(commands)
     _add_plan(commands)
     _add_export(commands)
+    add_eval(commands)
     _add_scores(commands)
     _add_cost(commands)
     return parser
@@ -89,7 +99,7 @@ def _add_run(commands: Any) -> None:
     add("--text-field", help="the field of a .jsonl that holds the text (text)")
     add("--budget", type=int, help="most masks scored on calibration windows (400)")
     add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
-    add("--sizes", metavar="K_MIN,K_MAX", type=_pair,
+    add("--sizes", metavar="K_MIN,K_MAX", type=pair,
         help="Shapley coalition sizes before a layer joins (P - max_removed, P - 1)")  # fmt: skip
     add("--utility", help="neg_nll (default) or ppl_ratio, the paper's")
     add("--surrogate", help="auto (default), gp, ridge, gp+ridge, or paper (with ppl_ratio)")
@@ -100,22 +110,11 @@ def _add_run(commands: Any) -> None:
     add("--stop-gain", type=float, metavar="Y", help="share of perplexity (0.001)")
     add("--stop-width", type=float, metavar="Z",
         help="stop once every value's 90%% interval is within +-Z of the utility")  # fmt: skip
-    add("--engine", help="transformers (default) or vllm")
-    add("--engine-option", action="append", metavar="KEY=VALUE", type=_option,
-        help="of the engine; may be repeated. For vllm: path=auto|scoring|requests, and any "
-        "argument of vllm.LLM, such as tensor_parallel_size=2")  # fmt: skip
-    add("--pool", help="local (default) or ray")
-    add("--engines", type=_engines, help="number of engines, or auto: what the cluster holds (1)")
-    add("--dtype", help="float32 (default), bfloat16, float16")
-    add("--device", help="auto (default), cpu, cuda, cuda:1")
-    add("--state-budget-mb", type=float, help="memory for hidden states (1/4 of what is free)")
-    add("--micro-batch-tokens", type=int, help="most tokens a layer is given at once")
+    add_engine_flags(run)
     add("--seed", type=int, help="seed of the sampled masks (0)")
     add("--window-seed", type=int, help="seed of the windows (0)")
     add("--store", metavar="FILE", help="score store to share between runs (OUT/scores.sqlite)")
     add("--out", metavar="DIR", help="run folder (run)")
-    add("--grace-s", type=float, help="wait for scores in flight when stopped (30)")
-    add("--progress-s", type=float, help="seconds between plain progress lines (10)")
 
 
 def _add_plan(commands: Any) -> None:
@@ -126,7 +125,7 @@ def _add_plan(commands: Any) -> None:
     )  # fmt: skip
     plan.set_defaults(run=_plan)
     plan.add_argument("folder", metavar="RUN", help="folder of a finished run")
-    plan.add_argument("--protect", metavar="I,J,...", type=_numbers, default=[],
+    plan.add_argument("--protect", metavar="I,J,...", type=numbers, default=[],
                       help="layers that must stay")  # fmt: skip
     plan.add_argument("--max-removed", type=int, help="stop at this many removed layers")
     plan.add_argument("--out", metavar="FILE", help="write the plan here, as plan.json is written")
@@ -200,13 +199,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.config:
         source = f"config {arguments.config}"
         values |= load_config_file(arguments.config)
-    skipped = {"run", "demo", "config", "state_budget_mb", "micro_batch_tokens", "engine_option"}
+    skipped = {"run", "demo", "config", *ENGINE_OPTION_FLAGS}
     flags = {k: v for k, v in vars(arguments).items() if k not in skipped and v is not None}
-    options = dict(arguments.engine_option or []) | {
-        k: getattr(arguments, k)
-        for k in ("state_budget_mb", "micro_batch_tokens")
-        if getattr(arguments, k) is not None
-    }
+    options = engine_options(arguments)
     if options:
         flags["engine_options"] = {**values.get("engine_options", {}), **options}
     config = config_from(values | flags, source)
@@ -302,40 +297,6 @@ def _print_plan(plan: Any) -> None:
         for warning in entry.warnings:
             print(f"{'':>6}  note: {warning}")
     print()
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"whole numbers separated by commas: got {text!r}"
-        ) from None
-
-
-def _engines(text: str) -> int | str:
-    try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a whole number or auto: got {text!r}") from None
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, the value as JSON where it is JSON (numbers, true, {...}), else as text."""
-    key, found, value = text.partition("=")
-    if not found or not key:
-        raise argparse.ArgumentTypeError(f"KEY=VALUE: got {text!r}")
-    try:
-        return key.replace("-", "_"), json.loads(value)
-    except ValueError:
-        return key.replace("-", "_"), value
-
-
-def _pair(text: str) -> list[int]:
-    numbers = _numbers(text)
-    if len(numbers) != 2:
-        raise argparse.ArgumentTypeError(f"two whole numbers, K_MIN,K_MAX: got {text!r}")
-    return numbers
 
 
 if __name__ == "__main__":

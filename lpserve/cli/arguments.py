@@ -1,0 +1,77 @@
+"""Flags that commands share, and what their values look like."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+ENGINE_OPTION_FLAGS = ("state_budget_mb", "micro_batch_tokens", "engine_option")
+"""Flags that become `engine_options`."""
+
+
+def add_engine_flags(command: argparse.ArgumentParser) -> None:
+    """Which engines score: the keys of `config.EngineConfig` beside the model."""
+    add = command.add_argument
+    add("--engine", help="transformers (default) or vllm")
+    add("--engine-option", action="append", metavar="KEY=VALUE", type=option,
+        help="of the engine; may be repeated. For vllm: path=auto|scoring|requests, and any "
+        "argument of vllm.LLM, such as tensor_parallel_size=2")  # fmt: skip
+    add("--pool", help="local (default) or ray")
+    add("--engines", type=engines, help="number of engines, or auto: what the cluster holds (1)")
+    add("--dtype", help="float32 (default), bfloat16, float16")
+    add("--device", help="auto (default), cpu, cuda, cuda:1")
+    add("--state-budget-mb", type=float, help="memory for hidden states (1/4 of what is free)")
+    add("--micro-batch-tokens", type=int, help="most tokens a layer is given at once")
+    add("--grace-s", type=float, help="wait for scores in flight when stopped (30)")
+    add("--progress-s", type=float, help="seconds between plain progress lines (10)")
+
+
+def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of the engine kind that flags name."""
+    return dict(arguments.engine_option or []) | {
+        k: getattr(arguments, k)
+        for k in ("state_budget_mb", "micro_batch_tokens")
+        if getattr(arguments, k) is not None
+    }
+
+
+def engine_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keys of `config.EngineConfig` that flags name."""
+    keys = ("model", "engine", "pool", "engines", "dtype", "device", "grace_s", "progress_s")
+    values = {k: getattr(arguments, k) for k in keys if getattr(arguments, k) is not None}
+    return values | {"engine_options": engine_options(arguments)}
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"whole numbers separated by commas: got {text!r}"
+        ) from None
+
+
+def engines(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a whole number or auto: got {text!r}") from None
+
+
+def option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE, the value as JSON where it is JSON (numbers, true, {...}), else as text."""
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise argparse.ArgumentTypeError(f"KEY=VALUE: got {text!r}")
+    try:
+        return key.replace("-", "_"), json.loads(value)
+    except ValueError:
+        return key.replace("-", "_"), value
+
+
+def pair(text: str) -> list[int]:
+    both = numbers(text)
+    if len(both) != 2:
+        raise argparse.ArgumentTypeError(f"two whole numbers, K_MIN,K_MAX: got {text!r}")
+    return both
