@@ -12,6 +12,7 @@ Notation: M masks, P players, D random draws, Q coalitions of the paper's second
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
@@ -19,7 +20,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lpserve import search
 from lpserve.errors import InputError
+from lpserve.history import History
 from lpserve.masks import (
     StratifiedDesign,
     draw,
@@ -28,11 +31,13 @@ from lpserve.masks import (
     keys,
     paper_kept_counts,
     removed_players,
+    without,
 )
 from lpserve.plan import best_row, ranking_mask
+from lpserve.rounds import RoundPlanner, RoundSettings
 from lpserve.shapley import paper_values
 from lpserve.surrogate import PaperSurrogate
-from lpserve.types import BoolArray, FloatArray, IntArray
+from lpserve.types import BoolArray, FloatArray, IntArray, known_utilities
 
 RANDOM_BATCH = 256
 """Masks of an `Ask` of `random_search`: no choice depends on a score, so batches may be large."""
@@ -45,6 +50,8 @@ EVOPRESS_FIRST_SHARE = 2048 / 32768
 """Tokens of the first selection over those of the last."""
 EVOPRESS_DIVISOR = 1.5
 """Generations for r removed of P are r (P - r) over this, rounded down."""
+
+TAYLOR_SPARED_FIRST, TAYLOR_SPARED_LAST = 4, 2
 
 PAPER_DRAWS = 8_000
 PAPER_COALITIONS = 80_000
@@ -74,18 +81,24 @@ class Scored:
 Proposer = Generator[Ask, FloatArray, None]
 
 
-def drive(proposer: Proposer, score: Callable[[Ask], FloatArray], budget: int) -> list[Scored]:
+def drive(
+    proposer: Proposer,
+    score: Callable[[Ask], FloatArray],
+    budget: int,
+    num_windows: int | None = None,
+) -> list[Scored]:
     """Run a proposer to its end or to a number of masks; all that was scored, in order.
 
     Args:
         budget: distinct masks scored on any windows, as a run counts them. The `Ask` that would
             exceed it is cut where it does, and the proposer is closed without its answer.
+        num_windows: of the game; a mask on some of them then counts for its share.
     """
     record: list[Scored] = []
-    seen: set[bytes] = set()
+    seen: dict[bytes, set[int]] = {}
     with closing(proposer), suppress(StopIteration):
         ask = next(proposer)
-        while len(masks_MP := _within(ask.masks_MP, seen, budget)):
+        while len(masks_MP := _within(ask, seen, budget, num_windows)):
             part = Ask(masks_MP, ask.windows)
             record.append(Scored(part, score(part)))
             if len(masks_MP) < len(ask.masks_MP):
@@ -94,13 +107,21 @@ def drive(proposer: Proposer, score: Callable[[Ask], FloatArray], budget: int) -
     return record
 
 
-def _within(masks_MP: BoolArray, seen: set[bytes], budget: int) -> BoolArray:
-    """The masks before the first one that a budget does not allow; they are added to `seen`."""
-    for row, key in enumerate(keys(masks_MP)):
-        if key not in seen and len(seen) == budget:
-            return masks_MP[:row]
-        seen.add(key)
-    return masks_MP
+def _within(
+    ask: Ask, seen: dict[bytes, set[int]], budget: int, num_windows: int | None
+) -> BoolArray:
+    """The masks before the first one that a budget does not allow; they are added to `seen`, with
+    the windows that they were scored on."""
+    parts = num_windows or 1
+    windows = range(parts) if num_windows is None or ask.windows is None else ask.windows
+    used = sum(map(len, seen.values()))
+    for row, key in enumerate(keys(ask.masks_MP)):
+        new = set(windows) - seen.get(key, set())
+        used += len(new)
+        if used > budget * parts:
+            return ask.masks_MP[:row]
+        seen.setdefault(key, set()).update(new)
+    return ask.masks_MP
 
 
 def best_sets(record: Sequence[Scored]) -> dict[int, tuple[BoolArray, float]]:
@@ -145,6 +166,79 @@ def one_shot(num_players: int, max_removed: int) -> Proposer:
     sets = [ranking_mask(cost_P, r) for r in range(2, most + 1)]
     if sets:
         yield Ask(np.array(sets))
+
+
+def last_layers(num_players: int, max_removed: int) -> Proposer:
+    """The last r players; a strong start for fine-tuning (Lu et al., arXiv 2411.15558)."""
+    yield from _ranked(-np.arange(num_players, dtype=np.float64), max_removed)
+
+
+def block_influence(influence_P: FloatArray, max_removed: int) -> Proposer:
+    """ShortGPT (Men et al., arXiv 2403.03853): the r players that turn the hidden state least.
+
+    Args:
+        influence_P: 1 - mean cosine of a player's input and output
+            (`engine.criteria.HiddenStates`).
+    """
+    yield from _ranked(influence_P, max_removed)
+
+
+def best_block(distance_LL: FloatArray, max_removed: int) -> Proposer:
+    """Gromov et al. (arXiv 2403.17887): the r players in a row whose two ends are most alike.
+
+    Args:
+        distance_LL: angular distance of the states entering players i and j, `float64[P+1, P+1]`
+            (`engine.criteria.HiddenStates`).
+    """
+    num_players = len(distance_LL) - 1
+    sets = []
+    for r in range(1, min(max_removed, num_players) + 1):
+        start = int(np.argmin([distance_LL[i, i + r] for i in range(num_players - r + 1)]))
+        sets.append(without(num_players, list(range(start, start + r))))
+    yield Ask(np.array(sets))
+
+
+def taylor(importance_P: FloatArray, max_removed: int) -> Proposer:
+    """Shortened-LLaMA's Taylor+ (Kim et al., arXiv 2402.02834): the r players whose weights matter
+    least to first order, the first 4 and last 2 spared as long as others are left.
+
+    Args:
+        importance_P: sum of |weight x gradient| over a player (`engine.criteria`).
+    """
+    spared_P = np.ones(len(importance_P), dtype=bool)
+    spared_P[TAYLOR_SPARED_FIRST : len(importance_P) - TAYLOR_SPARED_LAST] = False
+    # the spared ones come last, in the same order
+    yield from _ranked(np.where(spared_P, importance_P + importance_P.sum(), importance_P),
+                       max_removed)  # fmt: skip
+
+
+def _ranked(values_P: FloatArray, max_removed: int) -> Proposer:
+    most = min(max_removed, len(values_P))
+    yield Ask(np.array([ranking_mask(values_P, r) for r in range(1, most + 1)]))
+
+
+def ours(settings: RoundSettings) -> Proposer:
+    """lpserve's own rounds, as a run plays them: round n is chosen from rounds up to n - 2."""
+    full: list[np.ndarray] = []
+
+    def utility(name: str) -> Callable[[np.ndarray], FloatArray]:
+        one = np.array([1])
+        return lambda nll_MN: known_utilities(name, nll_MN, one, full[0])
+
+    planner = RoundPlanner(settings, utility("neg_nll"), utility(search.UTILITY))
+    history, last = History(), None
+    for index in itertools.count():
+        asked = planner.propose(index, history)
+        if not len(asked.all_masks):
+            return
+        if last is not None:
+            history.masks.append(last[0])
+            history.nll.append(last[1])
+        nll_M = yield Ask(asked.all_masks)
+        nll_M1 = nll_M[:, None]
+        if not full:
+            full.append(nll_M1[0])
+        last = asked.all_masks, nll_M1
 
 
 def greedy(num_players: int, max_removed: int) -> Proposer:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -155,6 +155,11 @@ class LocalPool:
         if isinstance(result, EngineError):
             raise result
         return result
+
+    def with_engine(self, call: Callable[[Engine], Any]) -> Any:
+        """Call something on the engine itself, while it scores nothing."""
+        with self._busy:
+            return call(self._engine)
 
     def publish(self, state: RunState) -> None:
         """The progress line is all there is."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +22,10 @@ from threadpoolctl import threadpool_limits
 from lpserve.admission import engine_spec, open_pool
 from lpserve.config import EngineConfig
 from lpserve.dispatcher import Dispatcher, GivenUp
-from lpserve.engine.base import check_also
+from lpserve.engine.base import Engine, check_also
 from lpserve.errors import EngineError, LpserveError, RunInterrupted
 from lpserve.masks import key_text, keys, sort_distinct
-from lpserve.pool import EnginePool, UnitResult
+from lpserve.pool import EnginePool, LocalPool, UnitResult
 from lpserve.progress import Progress
 from lpserve.scoreboard import Scoreboard
 from lpserve.signals import Signals, heeded_signals
@@ -146,6 +147,11 @@ class ScoringSession:
     def work(self) -> Work:
         """What the engines did so far."""
         return self.progress.state.work
+
+    def with_engine(self, call: Callable[[Engine], Any]) -> Any:
+        """Call something on the engine itself; None where engines are in other processes."""
+        pool = self._scoring.pool
+        return pool.with_engine(call) if isinstance(pool, LocalPool) else None
 
     def score(
         self,

@@ -26,6 +26,7 @@ from lpserve.engine.base import (
     check_windows,
     scores_of,
 )
+from lpserve.engine.criteria import HiddenStates, hidden_states, taylor_importance
 from lpserve.engine.hf_stack import RecordedStack
 from lpserve.engine.scorer import (
     HEAD_CHUNK_BYTES,
@@ -36,7 +37,7 @@ from lpserve.engine.scorer import (
     trie_settings,
 )
 from lpserve.errors import EngineError, InputError
-from lpserve.types import METRICS, BoolArray, EngineInfo, EngineSpec, Player, Scores
+from lpserve.types import METRICS, BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores
 from lpserve.windows import TokenWindows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,6 +111,18 @@ class TransformersEngine:
         also = check_also(self.info, also)
         values_MNC, work = self._scorer.score(masks_MP, key, also)
         return scores_of(values_MNC, also, self._scorer.num_tokens(key), work)
+
+    def hidden_states(self, windows: str | None = None) -> HiddenStates:
+        """How hidden states turn in the whole model, on registered windows."""
+        with full_precision():
+            return hidden_states(self._scorer.stack, self._scorer.blocks(windows or self._default))
+
+    def taylor_importance(self, windows: str | None = None) -> FloatArray:
+        """First-order importance of every layer's weights, `float64[P]`; takes gradients."""
+        stack = self._scorer.stack
+        assert isinstance(stack, RecordedStack)
+        blocks = self._scorer.blocks(windows or self._default)
+        return taylor_importance(self._model, list(stack.layers), blocks)
 
     def close(self) -> None:
         if hasattr(self, "_model"):

@@ -94,6 +94,11 @@ class StackScorer:
             raise InputError(f"windows {key!r} are not registered with this engine")
         return self._sizes[key]
 
+    def blocks(self, key: str) -> list[TokenWindows]:
+        """Registered windows by padded length."""
+        self.num_tokens(key)
+        return [group.block for group in self._groups[key]]
+
     def score(
         self, masks_MP: BoolArray, key: str, also: Sequence[str] = ()
     ) -> tuple[FloatArray, Work]:

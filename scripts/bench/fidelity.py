@@ -23,13 +23,14 @@ from pathlib import Path
 
 import numpy as np
 from estimators import ExactGame, read_game
-from plan_rivals import Arena, Spent
+from plan_rivals import Arena
 from played_rounds import Utility, played_rounds
 from probes import machine_lines, publish
 from threadpoolctl import threadpool_limits
 
 from lpserve.baselines import Ask
 from lpserve.rounds import RoundSettings
+from lpserve.spending import Spent
 from lpserve.types import BoolArray, FloatArray, known_utilities
 
 BUDGETS = (90, 120, 160, 200, 300)

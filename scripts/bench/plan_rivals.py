@@ -2,12 +2,8 @@
 
     PYTHONPATH=. python scripts/bench/plan_rivals.py --game demo12.npz --out rivals.md
 
-Every search is a list of batches of masks, in order, and is cut and counted in the same way:
-
-* Masks: distinct ones, on however few windows they were scored.
-* Layer-forwards: those that the trie of each batch takes (prefixes are shared inside a batch alone,
-  whatever earlier batches ran), and `HEAD_COST` for each mask, weighted by the windows that the
-  masks had not been scored on.
+Every search is a list of batches of masks, in order, and is cut and counted in the same way: see
+`lpserve.spending`.
 
 What a search has found is the best set of each size that it scored on all windows; its regret is
 that set's perplexity over the best one's of that size. The paper's pipeline knows its budget and
@@ -19,11 +15,9 @@ listed once. Game files: `estimators.py`; seeds are 0..N-1.
 from __future__ import annotations
 
 import argparse
-import math
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -46,8 +40,9 @@ from lpserve.baselines import (
     paper,
     random_search,
 )
-from lpserve.masks import all_masks, keys, paper_kept_counts, trie_layer_forwards
+from lpserve.masks import all_masks, paper_kept_counts
 from lpserve.rounds import RoundSettings
+from lpserve.spending import Spent, within
 from lpserve.types import BoolArray, FloatArray
 
 BUDGETS = (60, 90, 120, 160, 200, 400, 800)
@@ -109,67 +104,6 @@ class Arena:
         nll_M, removed_M = self.score(Ask(masks_MP)), (~masks_MP).sum(axis=1)
         sizes = range(1, self.max_removed + 1)
         return np.array([nll_M[removed_M == r].min(initial=np.inf) for r in sizes])
-
-
-@dataclass
-class Spent:
-    """What batches cost; one after another."""
-
-    num_windows: int
-    forwards: float = 0.0
-    scored: dict[bytes, BoolArray] = field(default_factory=dict)
-    """Mask key -> the windows on which it was scored, `bool[N]`."""
-
-    @property
-    def masks(self) -> int:
-        return len(self.scored)
-
-    def after(self, ask: Ask) -> tuple[int, float]:
-        """Masks and layer-forwards once this batch has run, too."""
-        mask_keys = keys(ask.masks_MP)
-        nothing_N = np.zeros(self.num_windows, dtype=bool)
-        have_MN = np.array([self.scored.get(key, nothing_N) for key in mask_keys])
-        # windows that the same masks lack are run together
-        lacking_MW = ~have_MN if ask.windows is None else ~have_MN[:, ask.windows]
-        runs_MJ, count_J = np.unique(lacking_MW, axis=1, return_counts=True)
-        forwards = self.forwards
-        for run_M, count in zip(runs_MJ.T, count_J, strict=True):
-            layers = trie_layer_forwards(ask.masks_MP[run_M]) + HEAD_COST * run_M.sum()
-            forwards += count / self.num_windows * layers
-        return self.masks + sum(key not in self.scored for key in mask_keys), forwards
-
-    def add(self, ask: Ask) -> None:
-        _, self.forwards = self.after(ask)
-        for key in keys(ask.masks_MP):
-            scored_N = self.scored.setdefault(key, np.zeros(self.num_windows, dtype=bool))
-            scored_N[slice(None) if ask.windows is None else ask.windows] = True
-
-
-def within(
-    batches: Sequence[Ask],
-    num_windows: int,
-    *,
-    masks: float = math.inf,
-    forwards: float = math.inf,
-) -> tuple[list[Ask], Spent]:
-    """The batches before the first mask that a budget does not allow, and what they cost."""
-    spent, kept = Spent(num_windows), []
-
-    def too_much(ask: Ask) -> bool:
-        masks_then, forwards_then = spent.after(ask)
-        return masks_then > masks or forwards_then > forwards
-
-    for ask in batches:
-        if too_much(ask):
-            parts = [Ask(ask.masks_MP[:count], ask.windows) for count in range(len(ask.masks_MP))]
-            last = bisect_left(parts, True, lo=1, key=too_much) - 1
-            if last:
-                kept.append(parts[last])
-                spent.add(parts[last])
-            break
-        kept.append(ask)
-        spent.add(ask)
-    return kept, spent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,125 @@
+"""`lpserve baselines`: the rivals on the same engines and windows."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from lpserve.cli.arguments import add_engine_flags, engine_values
+from lpserve.errors import InputError
+
+_HELP = """\
+The rivals' searches and ours on the same engines and windows, one table: for every number of
+removed layers the best set that each found within --budget masks, and what that cost it.
+
+  lpserve baselines --demo
+  lpserve baselines --model Llama-2-7b --calibration c4.txt --heldout wiki.txt --max-removed 12
+  lpserve baselines --model Llama-2-7b --calibration c4.txt --rivals lpserve,greedy,evopress \\
+                    --sets layer_drop_config.txt
+
+rivals: lpserve, random, last, shortgpt, angular, oneshot, taylor, greedy, evopress, paper (all).
+"""
+
+
+def add_baselines(commands: Any) -> None:
+    command = commands.add_parser(
+        "baselines", help="rivals' searches and ours on the same engines and windows",
+        description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    command.set_defaults(run=_baselines)
+    add = command.add_argument
+    add("--demo", action="store_true", help="the bundled model and texts")
+    add("--model", metavar="DIR", help="checkpoint folder")
+    text = {"action": "append", "metavar": "[NAME=]PATH"}
+    add("--calibration", **text, help="text, folder of .txt, .jsonl or .npz; may be repeated")
+    add("--heldout", **text, help="the same, for checking (last fifth of the calibration text)")
+    add("--num-windows", type=int, help="calibration windows of each corpus (10)")
+    add("--heldout-windows", type=int, help="held-out windows of each corpus (64)")
+    add("--length", type=int, help="tokens of a window, BOS included (128)")
+    add("--bos", action="store_true", default=None, help="begin every window with BOS")
+    add("--text-field", help="the field of a .jsonl that holds the text (text)")
+    add("--rivals", metavar="A,B", help="whom to compare (all)")
+    add("--sets", action="append", default=[], metavar="PATH",
+        help="sets from elsewhere, as for lpserve eval; may be repeated")  # fmt: skip
+    add("--max-removed", type=int, help="sets of 1..N removed layers (3/8 of the layers)")
+    add("--budget", type=int,
+        help="most masks of each rival, those on few windows by their share (400)")  # fmt: skip
+    add("--seed", type=int, help="seed of random searches (0)")
+    add("--window-seed", type=int, help="seed of the windows (0)")
+    add("--out", metavar="DIR", help="scores and results (baselines)")
+    add_engine_flags(command)
+
+
+def _baselines(arguments: argparse.Namespace) -> int:
+    from lpserve.compare import SOURCES, CompareConfig, compare
+    from lpserve.config import EngineConfig, corpora
+    from lpserve.evaluate import sets_from
+
+    keys = ("num_windows", "heldout_windows", "length", "bos", "text_field", "max_removed",
+            "budget", "seed", "window_seed", "out")  # fmt: skip
+    values: dict[str, Any] = {}
+    if arguments.demo:
+        from lpserve.demo import demo_values
+
+        demo = demo_values()
+        names = ("model", "calibration", "heldout", "num_windows", "heldout_windows", "length",
+                 "max_removed")  # fmt: skip
+        values = {name: demo[name] for name in names}
+    values |= engine_values(arguments)
+    values |= {k: getattr(arguments, k) for k in keys if getattr(arguments, k) is not None}
+    for key in ("calibration", "heldout"):
+        if getattr(arguments, key):
+            values[key] = corpora(getattr(arguments, key), f"--{key}")
+    for key in ("model", "calibration"):
+        if not values.get(key):
+            raise InputError(f"flags: {key} is missing (--{key})")
+    if arguments.rivals:
+        values["rivals"] = tuple(r.strip() for r in arguments.rivals.split(",") if r.strip())
+    engine = EngineConfig(**{"model": values["model"], **engine_values(arguments)})
+    values["sets"] = tuple(sets_from(arguments.sets, engine))
+    config = CompareConfig(**values)
+    comparison = compare(config)
+    print("\n".join(table(comparison)))
+    print()
+    for cost in comparison.costs:
+        told = [
+            f"{cost.masks:,} masks, {cost.tokens:,} tokens, "
+            f"{cost.layer_forwards:,.0f} layer-forwards"
+        ] * bool(cost.masks)
+        told += [cost.note] * bool(cost.note)
+        print(f"{cost.rival:>9}: {'; '.join(told)}  [{SOURCES[cost.rival]}]")
+    print(
+        f"\n{comparison.masks_scored} masks scored, {comparison.masks_read} read from the store; "
+        f"results: {config.out}/results.csv, costs.csv"
+    )
+    return 0
+
+
+def table(comparison: Any) -> list[str]:
+    """Calibration perplexity (held out in brackets): a rival a row, layers removed a column; the
+    best of each column is starred."""
+    sizes = sorted({f.num_removed for f in comparison.found})
+    best = {r: min(f.calibration_ppl for f in comparison.found if f.num_removed == r)
+            for r in sizes}  # fmt: skip
+    rows = [["removed", *(str(r) for r in sizes)]]
+    names = list(dict.fromkeys(f.rival for f in comparison.found))
+    for name in names:
+        cells = {
+            f.num_removed: f"{f.calibration_ppl:.4g}"
+            + ("*" if f.calibration_ppl <= best[f.num_removed] else "")
+            + f" ({f.heldout_ppl:.4g})"
+            for f in comparison.found
+            if f.rival == name
+        }
+        rows.append([name, *(cells.get(r, "-") for r in sizes)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    head = (
+        f"perplexity on calibration windows (held out), all layers "
+        f"{comparison.full_calibration_ppl:.4g} ({comparison.full_heldout_ppl:.4g}); * best"
+    )
+    return [head, "", *(_line(row, widths) for row in rows)]
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

@@ -1,0 +1,95 @@
+"""What single layers do to hidden states and to the loss: the criteria of one-shot rivals.
+
+Measured on the whole model, once. Shapes: P players, L = P + 1 places between them, N windows, T
+tokens, d width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lpserve.engine.base import LayerStack
+from lpserve.engine.head import on_device, plain_nll
+from lpserve.types import FloatArray
+from lpserve.windows import TokenWindows
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """How hidden states turn on their way through the model."""
+
+    influence_P: FloatArray
+    """ShortGPT's block influence (arXiv 2403.03853, eq. 1): 1 - mean cosine of a player's input and
+    output, over all tokens."""
+    distance_LL: FloatArray
+    """Angular distance (arXiv 2403.17887, eq. 3) of the states entering players i and j (L - 1: the
+    state after the last), at each window's last token: mean of arccos(cosine) / pi."""
+
+
+def hidden_states(stack: LayerStack, blocks: list[TokenWindows]) -> HiddenStates:
+    """Measure them on windows, in blocks of one padded length that the stack is prepared for."""
+    players = stack.num_players
+    cosines_P, angles_LL = np.zeros(players), np.zeros((players + 1, players + 1))
+    tokens = windows = 0
+    for block in blocks:
+        device_rows = torch.arange(block.num_windows)
+        last_N = torch.from_numpy(block.lengths_N - 1)
+        real_NT = torch.arange(block.length)[None] <= last_N[:, None]
+        state = stack.embed(block)
+        real = real_NT.to(state.device)
+        ends = [_normal(state[device_rows, last_N])]
+        for player in range(players):
+            after = stack.run_player(player, state)
+            cosine_NT = torch.nn.functional.cosine_similarity(state.float(), after.float(), dim=-1)
+            cosines_P[player] += float((cosine_NT.double() * real).sum())
+            state = after
+            ends.append(_normal(state[device_rows, last_N]))
+        ends_LNd = torch.stack(ends)
+        cosine_LLN = torch.einsum("ind,jnd->ijn", ends_LNd, ends_LNd).clamp(-1, 1)
+        angles_LL += (cosine_LLN.arccos() / torch.pi).sum(-1).cpu().numpy()
+        tokens += int(real_NT.sum())
+        windows += block.num_windows
+    distance_LL = angles_LL / windows
+    np.fill_diagonal(distance_LL, 0.0)
+    return HiddenStates(1 - cosines_P / tokens, distance_LL)
+
+
+def _normal(states_Nd: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(states_Nd.double(), dim=-1)
+
+
+def taylor_importance(model: Any, layers: list[Any], blocks: list[TokenWindows]) -> FloatArray:
+    """Shortened-LLaMA's Taylor criterion (arXiv 2402.02834, eq. 3), `float64[P]`: the sum of
+    |weight x gradient| over a layer's matrices, of the mean NLL over all windows.
+
+    Gradients of all layers are held at once: as much memory again as their weights take.
+    """
+    weights = [[p for p in layer.parameters() if p.ndim > 1] for layer in layers]
+    tokens = sum(int(block.num_tokens_N.sum()) for block in blocks)
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        for parameter in (p for some in weights for p in some):
+            parameter.requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            for block in blocks:
+                for row in range(block.num_windows):
+                    window = block.select(np.array([row]))
+                    ids = on_device(window.tokens_NT, model.device)
+                    logits = model(input_ids=ids, use_cache=False).logits
+                    (plain_nll(logits, window, model.device).sum() / tokens).backward()
+        return np.array(
+            [
+                sum(float((p.detach() * p.grad).abs().double().sum()) for p in some)
+                for some in weights
+            ]
+        )
+    finally:
+        for parameter, required in before:
+            parameter.grad = None
+            parameter.requires_grad_(required)
