@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -233,7 +234,7 @@ def ours(settings: RoundSettings) -> Proposer:
             return
         if last is not None:
             history.masks.append(last[0])
-            history.nll.append(last[1])
+            history.nll.append(cast("Any", last[1]))  # means, not rounded as a store would
         nll_M = yield Ask(asked.all_masks)
         nll_M1 = nll_M[:, None]
         if not full:

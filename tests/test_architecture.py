@@ -22,6 +22,7 @@ FLOW = [
     {"history"},
     {"engine.base"},
     {"engine.head", "engine.recorded", "engine.trie", "engine.synthetic", "engine.reload"},
+    {"speed", "speed_worker"},
     {"engine.criteria"},
     {"engine.scorer", "engine.hf_stack", "engine.vllm_stack", "engine.vllm_attention"},
     {"engine.vllm_worker.contract"},
@@ -53,7 +54,7 @@ FLOW = [
     {"coordinator", "lm_eval_model"},
     {"demo", "evaluate", "compare", "demo.tasks.documents"},
     {"cli.arguments"},
-    {"cli.evaluate", "cli.compare"},
+    {"cli.evaluate", "cli.compare", "cli.speed"},
     {"cli"},
     {"__main__", ""},
 ]

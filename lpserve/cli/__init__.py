@@ -20,6 +20,7 @@ from lpserve.cli.arguments import (
 )
 from lpserve.cli.compare import add_baselines
 from lpserve.cli.evaluate import add_eval
+from lpserve.cli.speed import add_speed
 from lpserve.errors import InputError, LpserveError, RunInterrupted
 
 _RUN_HELP = """\
@@ -67,13 +68,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with `lpserve run --demo`, or read `lpserve run --help`.",
     )  # fmt: skip
     commands = parser.add_subparsers(
-        required=True, metavar="run | plan | export | eval | baselines | lm-eval | scores | cost"
+        required=True,
+        metavar="run | plan | export | eval | baselines | speed | lm-eval | scores | cost",
     )
     _add_run(commands)
     _add_plan(commands)
     _add_export(commands)
     add_eval(commands)
     add_baselines(commands)
+    add_speed(commands)
     _add_scores(commands)
     _add_cost(commands)
     return parser

@@ -1,0 +1,73 @@
+"""Checkpoints measured in use: what is told is what ran. Timings are not asserted."""
+
+from __future__ import annotations
+
+import pytest
+
+import lpserve
+from lpserve.checkpoint import read_checkpoint
+from lpserve.cli import main
+from lpserve.demo import FOLDER
+from lpserve.errors import EngineError
+from lpserve.speed import SpeedConfig, measure, table
+from tests.engine.test_hf_parity import NUM_LAYERS
+
+SHORT = {"dtype": "float32", "prompt_tokens": 8, "new_tokens": 3, "batch": 2, "repeats": 1}
+
+
+def test_dense_and_pruned_in_both_engines(model_dir, tmp_path):
+    dense, pruned = model_dir("llama"), tmp_path / "pruned"
+    lpserve.export_checkpoint(dense, removed=[1, 4], out=pruned)
+    options = {"enforce_eager": True, "kv_cache_memory_bytes": 4 << 20}
+    config = SpeedConfig(
+        models=(str(dense), str(pruned)), engines=("transformers", "vllm"), vllm_options=options,
+        **SHORT,
+    )  # fmt: skip
+    speeds = measure(config)
+    told = [(s.engine, s.model, s.num_layers) for s in speeds]
+    assert told == [
+        ("transformers", str(dense), NUM_LAYERS), ("transformers", str(pruned), NUM_LAYERS - 2),
+        ("vllm", str(dense), NUM_LAYERS), ("vllm", str(pruned), NUM_LAYERS - 2),
+    ]  # fmt: skip
+    for s in speeds:
+        entries = read_checkpoint(s.model).tensors
+        assert s.weight_bytes == sum(entry.num_bytes for entry in entries)
+        assert s.first_token_s > 0
+        low, high = s.batch_tokens_per_s_range
+        assert 0 < low <= s.batch_tokens_per_s <= high
+        assert s.peak_bytes > s.weight_bytes / 2  # the process holds them
+    assert speeds[1].weight_bytes < speeds[0].weight_bytes
+    lines = table(speeds)
+    assert len(lines) == 2 + 4
+    assert lines[2].endswith("| 1.00 x / 1.00 x / 1.00 x |")
+
+
+def test_an_engine_that_fails_is_told_in_one_line(model_dir):
+    config = SpeedConfig(
+        models=(str(model_dir("llama")),), engines=("vllm",), vllm_options={"no_such": 1}, **SHORT
+    )
+    with pytest.raises(EngineError, match=r"cannot be measured with vllm: .*no_such") as caught:
+        measure(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--engines", "tgi"], "engines must be of transformers, vllm"),
+        (["--dtype", "int8"], "dtype must be of float32"),
+        (["--device", "tpu"], "device must be of auto, cpu"),
+        (["--batch", "0"], "batch must be a whole number above 0"),
+        (["--new-tokens", "500"], "has 512 positions (max_position_embeddings)"),
+        (["/no/model"], "'/no/model' "),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_loads(flags, reason, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("lpserve.speed.subprocess.run", refuse)
+    assert main(["speed", str(FOLDER / "model"), *flags]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert reason in lines[0]
