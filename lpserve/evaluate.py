@@ -14,8 +14,8 @@ import io
 import json
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,8 @@ from lpserve.types import perplexity
 from lpserve.windows import TokenWindows, load_tokenizer
 
 RESULTS_FORMAT = 1
+SERVED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+"""Kinds of tasks that ask for likelihoods alone."""
 BOOTSTRAP_DRAWS = 1000
 """For standard errors of metrics that are no means (lm-eval's perplexity): 2% of them is noise."""
 
@@ -187,36 +189,57 @@ class _Tasks:
                     f"task {name!r} is not known to lm-eval{hint} (own task files: --include-path)"
                 )
         try:
-            self._manager.load(list(config.tasks))
+            loaded = self._manager.load(list(config.tasks))["tasks"]
         except Exception as error:  # of datasets, the hub, yaml, ...
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"the data of tasks {', '.join(config.tasks)} cannot be had: {line}"
             ) from None
+        for name, task in loaded.items():
+            kind = task.get_config("output_type")
+            if kind not in SERVED:
+                raise InputError(
+                    f"task {name!r} is of kind {kind!r}: under masks only {', '.join(SERVED)} are "
+                    "served; export the checkpoint and evaluate it with lm-eval's own models"
+                )
 
     def run(
         self, session: ScoringSession, tokenizer: Any, sets: Sequence[LayerSet], masks_MP: Any
     ) -> list[Result]:
         import lm_eval
 
-        from lpserve.lm_eval_model import SetsLM
+        from lpserve.lm_eval_model import NotFiniteError, SetsLM
 
-        # lm-eval forks for its bootstrap: beside an engine's threads, a fork may never end
-        os.environ["DISABLE_MULTIPROC"] = "1"
         lm = SetsLM(session, tokenizer, masks_MP, max_length=self.max_length)
         results = []
         for row, layer_set in enumerate(sets):
             lm.current = row
-            with redirect_stdout(io.StringIO()):  # lm-eval prints what it bootstraps
-                found: Any = cast("Any", lm_eval.simple_evaluate)(
-                    lm, tasks=list(self._config.tasks), num_fewshot=self._config.num_fewshot,
-                    limit=self._config.limit, task_manager=self._manager, log_samples=False,
-                    bootstrap_iters=BOOTSTRAP_DRAWS,
-                )  # fmt: skip
-            assert found is not None
+            try:
+                with _in_one_process(), redirect_stdout(io.StringIO()):
+                    found: Any = cast("Any", lm_eval.simple_evaluate)(
+                        lm, tasks=list(self._config.tasks), num_fewshot=self._config.num_fewshot,
+                        limit=self._config.limit, task_manager=self._manager, log_samples=False,
+                        bootstrap_iters=BOOTSTRAP_DRAWS,
+                    )  # fmt: skip
+            except NotFiniteError as error:
+                session.progress.note(f"{layer_set.name}: {error}; its tasks are left out")
+                continue
             for task, metrics in found["results"].items():
                 results += _figures(layer_set, task, metrics)
         return results
+
+
+@contextmanager
+def _in_one_process() -> Iterator[None]:
+    """lm-eval forks for its bootstrap: beside an engine's threads, a fork may never end."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("DISABLE_MULTIPROC")
+        if before is not None:
+            os.environ["DISABLE_MULTIPROC"] = before
 
 
 def _task_manager(config: EvalConfig) -> tuple[Any, set[str]]:
@@ -261,9 +284,7 @@ def _write(
     about = {
         "format": RESULTS_FORMAT,
         "model": info.model,
-        "model_hash": info.model_hash
-        if config.engine == "synthetic"
-        else checkpoint_hash(read_checkpoint(config.model)),
+        "model_hash": info.model_hash,
         "engine": {"kind": info.kind, "path": info.path, "dtype": info.dtype},
         "protocols": evaluation.protocols,
         "tasks": list(config.tasks),

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from lpserve.admission import num_players_of
 from lpserve.checkpoint import read_checkpoint
 from lpserve.config import EngineConfig
-from lpserve.errors import InputError
+from lpserve.errors import EngineError, InputError
 from lpserve.layer_sets import layer_set, mask_set, read_sets, whole_model
 from lpserve.scoring import ScoringSession
 from lpserve.types import BoolArray
@@ -37,6 +37,11 @@ REQUESTS_TOGETHER = 4096
 """Requests of one scoring call, sorted by length: padding and memory stay small."""
 DEFAULT_MAX_LENGTH = 2048
 """Where the config names no number of positions, as lm-eval has it."""
+
+
+class NotFiniteError(EngineError):
+    """A mask could not be scored on every request, so that tasks have no figure for it."""
+
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -158,7 +163,7 @@ class SetsLM(TemplateLM):
             self._answers[key] = values["nll"], values["misses"]
         nll_MN, misses_MN = self._answers[key]
         if not np.isfinite(nll_MN[self.current]).all():
-            raise InputError("a request's log-likelihood is not finite under this set of layers")
+            raise NotFiniteError("log-likelihoods of requests are not finite under this mask")
         return nll_MN[self.current], misses_MN[self.current]
 
     def loglikelihood_rolling(

@@ -261,6 +261,34 @@ def test_lm_evals_command_line_knows_the_model(tmp_path):
     assert "acc_norm" in done.stdout
 
 
+def test_a_set_without_finite_scores_is_left_out_and_said(
+    short_text, tmp_path, monkeypatch, capsys
+):
+    """One set whose scores are NaN: the others keep their figures."""
+    from lpserve.engine.hf import TransformersEngine
+
+    original = TransformersEngine.score
+
+    def score(self, masks_MP, *args, **kwargs):
+        scores = original(self, masks_MP, *args, **kwargs)
+        scores.nll_MN[~masks_MP[:, 3]] = np.nan
+        return scores
+
+    monkeypatch.setattr(TransformersEngine, "score", score)
+    config = EvalConfig(
+        model=MODEL, sets=(LayerSet("bad", (3,)), LayerSet("good", (8,))), tasks=TASKS[:1], limit=4,
+        texts={"novel": short_text}, protocol=Protocol(length=64), out=str(tmp_path / "eval"),
+        include_path=str(FOLDER / "tasks"),
+    )  # fmt: skip
+    found = evaluate(config)
+    assert "bad: log-likelihoods of requests are not finite" in capsys.readouterr().err
+    measured = {(r.layer_set, r.measure) for r in found.results}
+    assert ("good", f"{TASKS[0]} acc") in measured
+    assert ("bad", f"{TASKS[0]} acc") not in measured
+    assert math.isnan(found.value("bad", "ppl novel"))
+    assert math.isfinite(found.value("good", "ppl novel"))
+
+
 def test_sets_come_from_plans_and_files(tmp_path, rng):
     engine = EngineConfig(model=MODEL)
     lists = tmp_path / "sets.txt"
@@ -298,6 +326,7 @@ def no_engine(monkeypatch):
         (["--text", "{text}", "--length", "64", "--sets", "/no/plan.json"], "does not exist"),
         (["--text", "{text}", "--length", "64", "--removed", "1", "--removed", "1"], "two sets"),
         (["--tasks", "broken", "--include-path", "{tasks}"], "the data of tasks broken"),
+        (["--tasks", "writes", "--include-path", "{tasks}"], "of kind 'generate_until'"),
         (["--tasks", "x", "--include-path", "/no/tasks"], "task folder /no/tasks does not exist"),
         (["--text", "{text}", "--length", "64", "--sets", "{plan}"], "for another model"),
     ],
@@ -310,6 +339,10 @@ def test_bad_input_is_one_line_before_any_engine(
     (tasks / "broken.yaml").write_text(
         "task: broken\ncustom_dataset: !function documents.nothing\noutput_type: loglikelihood\n"
         "test_split: test\ndoc_to_text: a\ndoc_to_target: b\n"
+    )
+    (tasks / "writes.yaml").write_text(
+        "task: writes\ncustom_dataset: !function documents.last_word\noutput_type: generate_until\n"
+        "test_split: test\ndoc_to_text: context\ndoc_to_target: word\n"
     )
     plan = tmp_path / "plan.json"
     plan.write_text(_plan_of_another_model())
