@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from lpserve.export import export_run as export_run
     from lpserve.plan import Plan as Plan
     from lpserve.plan import load_plan as load_plan
+    from lpserve.plots import plot_interactions as plot_interactions
+    from lpserve.plots import plot_plan as plot_plan
+    from lpserve.plots import plot_values as plot_values
     from lpserve.shapley import ShapleyValues as ShapleyValues
     from lpserve.shapley import shapley_values as shapley_values
     from lpserve.store import Store as Store
@@ -37,6 +40,9 @@ _HOMES = {
     "export_run": "lpserve.export",
     "load_plan": "lpserve.plan",
     "open_engine": "lpserve.engine",
+    "plot_interactions": "lpserve.plots",
+    "plot_plan": "lpserve.plots",
+    "plot_values": "lpserve.plots",
     "run": "lpserve.coordinator",
     "shapley_values": "lpserve.shapley",
 }

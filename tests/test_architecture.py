@@ -49,7 +49,7 @@ FLOW = [
     {"rounds", "sensitivity"},
     {"baselines", "outcome"},
     {"spending"},
-    {"export", "report", "cost", "admission"},
+    {"export", "report", "cost", "admission", "plots"},
     {"scoring", "layer_sets", "protocols"},
     {"coordinator", "lm_eval_model"},
     {"demo", "evaluate", "compare", "demo.tasks.documents"},
