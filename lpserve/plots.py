@@ -55,6 +55,8 @@ def plot_plan(plan: Plan) -> Figure:
         known = [np.nan if value is None else value for value in ppl]
         axes.plot(removed, known, marker="o", markersize=4, color=colour, label=name)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.4g}")
+    axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.set_xticks(removed)
     axes.set_xlabel("layers removed")
     axes.set_ylabel("perplexity")
