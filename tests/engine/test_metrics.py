@@ -90,8 +90,9 @@ def test_targets_are_worked_on_in_chunks_of_bounded_memory(model_dir, rng):
         head._vocabulary = WholeVocabulary(lambda rows: largest.append(len(rows)) or original(rows))
         chunked = engine.score(masks, also=also)
     assert max(largest) == 7
-    for name in ("nll", *also):
-        assert relative(chunked.of(name), whole.of(name)) < TOLERANCE
+    for name in ("nll", *also):  # a divergence of the whole model from itself is 0
+        difference = np.abs(chunked.of(name) - whole.of(name)).max()
+        assert difference < TOLERANCE * max(1.0, whole.of(name).max())
 
 
 @pytest.mark.parametrize("path", ["scoring", "requests"])
