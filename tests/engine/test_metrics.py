@@ -70,7 +70,8 @@ def test_metrics_equal_those_of_the_model_without_the_layers(family, pack, model
         plain = engine.score(masks)
     assert relative(scores.nll_MN, plain.nll_MN) < TOLERANCE
     assert (np.abs(scores.of("misses") - expected["misses"]) <= close_MN).all()
-    assert scores.of("kl")[0] == pytest.approx(0, abs=1e-6)  # the whole model from itself
+    # the whole model from itself: two roundings of the same log-probabilities, 1e-6 a target
+    assert (np.abs(scores.of("kl")[0]) < 1e-6 * windows.num_tokens_N).all()
     for name in ("kl", f"kl_top{TOP}"):
         got, wanted = scores.of(name)[1:], expected[name][1:]
         assert np.abs(got - wanted).max() < TOLERANCE * wanted.max()
