@@ -10,15 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from lpserve.checkpoint import read_checkpoint
-from lpserve.config import EngineConfig, RunConfig
+from lpserve.config import EngineConfig, RunConfig, WindowConfig
 from lpserve.engine.vllm_options import check_options as check_vllm_options
 from lpserve.errors import InputError
-from lpserve.fidelity import screen_rows
 from lpserve.pool import EnginePool, LocalPool, pinned
 from lpserve.rounds import RoundSettings, StopRules
 from lpserve.runfolder import RunFolder
 from lpserve.types import EngineInfo, EngineSpec
-from lpserve.windows import TokenWindows
+from lpserve.windows import TokenWindows, WindowRequest, cut_windows
 
 
 def num_players_of(config: EngineConfig) -> int:
@@ -57,16 +56,27 @@ def num_layers(config: dict[str, Any]) -> int:
     raise InputError("the model's config.json names no number of layers")
 
 
-def check_fit(config: RunConfig, calibration: TokenWindows, heldout: TokenWindows) -> None:
-    """Raise InputError when windows do not fit the model, or leave the screen nothing beyond it."""
-    if config.screen_windows:
-        screen_rows(calibration.corpora, config.screen_windows)
+def windows_of(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:
+    """The calibration and held-out windows of a config; raises InputError where they do not fit
+    the model."""
+    request = WindowRequest(
+        calibration=config.calibration,
+        heldout=config.heldout,
+        num_windows=config.num_windows,
+        heldout_windows=config.heldout_windows,
+        length=config.length,
+        seed=config.window_seed,
+        bos=config.bos,
+        field=config.text_field,
+    )
+    sides = cut_windows(request, config.model)
     if config.engine != "synthetic":
         from lpserve.engine.base import check_windows
 
         checkpoint = read_checkpoint(config.model)
-        for windows in (calibration, heldout):
+        for windows in sides:
             check_windows(checkpoint, windows)
+    return sides
 
 
 def round_settings(config: RunConfig, num_players: int) -> RoundSettings:

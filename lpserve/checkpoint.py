@@ -77,6 +77,21 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
     return Checkpoint(path=path, config=config, shards=shards, tensors=tuple(tensors))
 
 
+def position_limit(config: dict[str, Any]) -> tuple[str, int] | None:
+    """The config field that bounds a model's positions, and its value; the lowest, if several."""
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else {}
+    limits = [
+        (limit, name)
+        for name in ("max_position_embeddings", "n_positions")
+        if isinstance(limit := config.get(name) or text.get(name), int)
+    ]
+    if not limits:
+        return None
+    limit, name = min(limits)
+    return name, limit
+
+
 def checkpoint_hash(checkpoint: Checkpoint) -> str:
     """SHA-256 over the config, every tensor's header and at least 4 KiB sampled of every tensor.
 

@@ -13,18 +13,16 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lpserve import baselines
-from lpserve.admission import num_players_of
+from lpserve.admission import num_players_of, windows_of
 from lpserve.baselines import Ask, Proposer, Scored, best_sets, drive
-from lpserve.checkpoint import read_checkpoint
-from lpserve.config import EngineConfig
-from lpserve.engine.base import check_windows
+from lpserve.config import WindowConfig, resolved_max_removed
 from lpserve.errors import InputError
 from lpserve.layer_sets import LayerSet, masks_of
 from lpserve.masks import full_mask, removed_players
@@ -33,7 +31,7 @@ from lpserve.rounds import RoundSettings
 from lpserve.scoring import ScoringSession
 from lpserve.spending import Spent
 from lpserve.types import BoolArray, FloatArray, perplexity
-from lpserve.windows import TokenWindows, WindowRequest, cut_windows
+from lpserve.windows import TokenWindows
 
 RESULTS_FORMAT = 1
 SOURCES = {
@@ -54,17 +52,9 @@ NEEDS_ENGINE = ("shortgpt", "angular", "taylor")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(EngineConfig):
-    """Whom to compare, on what, with which engines. Texts and windows are as in `RunConfig`."""
+class CompareConfig(WindowConfig):
+    """Whom to compare, on what, with which engines."""
 
-    calibration: dict[str, str]
-    heldout: dict[str, str] = field(default_factory=dict)
-    num_windows: int = 10
-    heldout_windows: int = 64
-    length: int = 128
-    bos: bool = False
-    text_field: str = "text"
-    window_seed: int = 0
     rivals: tuple[str, ...] = tuple(SOURCES)
     sets: tuple[LayerSet, ...] = ()
     """Sets from elsewhere, scored beside the rivals'."""
@@ -127,20 +117,8 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
         RunInterrupted: a signal came; what was scored is kept.
     """
     num_players = num_players_of(config)
-    most = config.max_removed or max(1, min(num_players - 1, (3 * num_players) // 8))
-    if most >= num_players:
-        raise InputError(
-            f"max_removed must be at most {num_players - 1} for {num_players} players: got {most}"
-        )
-    request = WindowRequest(
-        calibration=config.calibration, heldout=config.heldout, num_windows=config.num_windows,
-        heldout_windows=config.heldout_windows, length=config.length, seed=config.window_seed,
-        bos=config.bos, field=config.text_field,
-    )  # fmt: skip
-    calibration, heldout = cut_windows(request, config.model)
-    if config.engine != "synthetic":
-        for windows in (calibration, heldout):
-            check_windows(read_checkpoint(config.model), windows)
+    most = resolved_max_removed(config.max_removed, num_players)
+    calibration, heldout = windows_of(config)
     _check_budget(config, num_players, most)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -74,21 +74,22 @@ class EngineConfig:
     """Seconds between progress lines outside a terminal."""
 
     def __post_init__(self) -> None:
-        for key, choices in _CHOICES.items():
-            if hasattr(self, key):
-                rule = f"one of {', '.join(choices)}"
-                _require(getattr(self, key) in choices, key, getattr(self, key), rule)
-        for key, least in _LEAST.items():
-            value: Any = getattr(self, key, least)
+        """Checks of every key that more than one kind of job has."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for key in values.keys() & _CHOICES.keys():
+            rule = f"one of {', '.join(_CHOICES[key])}"
+            _require(values[key] in _CHOICES[key], key, values[key], rule)
+        for key in values.keys() & _LEAST.keys():
+            value, least = values[key], _LEAST[key]
             if (value is None and key in _OPTIONAL) or (key == "engines" and value == "auto"):
                 continue
             fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
             _require(fits, key, value, f"a whole number, at least {least}")
         for key in ("grace_s", "progress_s"):
-            value = getattr(self, key)
+            value = values[key]
             _require(isinstance(value, int | float) and value > 0, key, value, "seconds above 0")
-        for key in ("model", "out", "text_field"):
-            value = getattr(self, key, "-")
+        for key in values.keys() & {"model", "out", "text_field"}:
+            value = values[key]
             _require(isinstance(value, str) and value != "", key, value, "a text")
         _require(isinstance(self.engine_options, dict), "engine_options", "no table", "a table")
         local = self.pool == "local"
@@ -96,8 +97,8 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(EngineConfig):
-    """Everything a run depends on. Keys are the flags of `lpserve run`."""
+class WindowConfig(EngineConfig):
+    """And on which windows: what a run and a comparison have in common."""
 
     calibration: dict[str, str]
     """Corpus name -> text, folder of .txt, .jsonl or .npz."""
@@ -109,13 +110,26 @@ class RunConfig(EngineConfig):
     """Held-out windows of each corpus."""
     length: int = 128
     """Tokens of a window."""
-    screen_windows: int = 0
-    """Sets that the search wants are scored on the first so many windows of each corpus, and on the
-    others only while they may still be the best; 0: every mask on all windows."""
     bos: bool = False
     """Begin every window with the tokenizer's BOS."""
     text_field: str = "text"
     """The jsonl field that holds the text."""
+    window_seed: int = 0
+    """Seed of the windows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(isinstance(self.bos, bool), "bos", self.bos, "true or false")
+        _require(bool(self.calibration), "calibration", "nothing", "a text to calibrate on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(WindowConfig):
+    """Everything a run depends on. Keys are the flags of `lpserve run`."""
+
+    screen_windows: int = 0
+    """Sets that the search wants are scored on the first so many windows of each corpus, and on the
+    others only while they may still be the best; 0: every mask on all windows."""
     budget: int = 400
     """Most masks scored on calibration windows."""
     max_removed: int | None = None
@@ -138,8 +152,6 @@ class RunConfig(EngineConfig):
     side, in the utility's units. With `stop_chance`: once both hold."""
     seed: int = 0
     """Seed of the sampled masks."""
-    window_seed: int = 0
-    """Seed of the windows."""
     store: str | None = None
     """Score store; default: scores.sqlite in the run folder."""
     out: str = "run"
@@ -152,8 +164,6 @@ class RunConfig(EngineConfig):
             fits = isinstance(value, int | float) and 0 < value < most
             above = f"a number above 0 and below {most:g}" if most == 1.0 else "a number above 0"
             _require(fits or (value is None and key != "stop_gain"), key, value, above)
-        _require(isinstance(self.bos, bool), "bos", self.bos, "true or false")
-        _require(bool(self.calibration), "calibration", "nothing", "a text to calibrate on")
         _require(
             self.surrogate != "paper" or self.utility == "ppl_ratio",
             "surrogate",
@@ -168,11 +178,7 @@ class RunConfig(EngineConfig):
     def resolved(self, num_players: int) -> RunConfig:
         """With every default that depends on the number of players filled in, and checked."""
         most = num_players - 1
-        removed = self.max_removed or max(1, min(most, (3 * num_players) // 8))
-        _require(most >= 1, "model", f"{num_players} players", "a model of at least 2 players")
-        _require(
-            removed <= most, "max_removed", removed, f"at most {most} for {num_players} players"
-        )
+        removed = resolved_max_removed(self.max_removed, num_players)
         sizes = self.sizes or (num_players - removed, most)
         _require(
             0 <= sizes[0] <= sizes[1] <= most,
@@ -183,6 +189,15 @@ class RunConfig(EngineConfig):
         return replace(
             self, max_removed=removed, sizes=sizes, round_size=self.round_size or num_players
         )
+
+
+def resolved_max_removed(max_removed: int | None, num_players: int) -> int:
+    """The most players to remove: 3/8 of them where none is given; raises InputError."""
+    most = num_players - 1
+    removed = max_removed or max(1, min(most, (3 * num_players) // 8))
+    _require(most >= 1, "model", f"{num_players} players", "a model of at least 2 players")
+    _require(removed <= most, "max_removed", removed, f"at most {most} for {num_players} players")
+    return removed
 
 
 def config_from(values: Mapping[str, Any], source: str) -> RunConfig:

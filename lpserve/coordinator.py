@@ -31,13 +31,13 @@ from threadpoolctl import threadpool_limits
 
 from lpserve import search
 from lpserve.admission import (
-    check_fit,
     check_model,
     engine_spec,
     open_pool,
     refuse_other_game,
     refuse_other_windows,
     round_settings,
+    windows_of,
 )
 from lpserve.config import RunConfig, as_json
 from lpserve.dispatcher import GivenUp
@@ -56,7 +56,7 @@ from lpserve.scoring import POLL_S, Scoring
 from lpserve.signals import Signals, heeded_signals
 from lpserve.store import Store
 from lpserve.types import BoolArray, FloatArray, IntArray, known_utilities, perplexity
-from lpserve.windows import TokenWindows, WindowRequest, cut_windows
+from lpserve.windows import TokenWindows
 
 _PROPOSAL_POLL_S = 0.01
 
@@ -81,18 +81,9 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         EngineError: no engine could start.
     """
     config = check_model(config)
-    request = WindowRequest(
-        calibration=config.calibration,
-        heldout=config.heldout,
-        num_windows=config.num_windows,
-        heldout_windows=config.heldout_windows,
-        length=config.length,
-        seed=config.window_seed,
-        bos=config.bos,
-        field=config.text_field,
-    )
-    calibration, heldout = cut_windows(request, config.model)
-    check_fit(config, calibration, heldout)
+    calibration, heldout = windows_of(config)
+    if config.screen_windows:
+        screen_rows(calibration.corpora, config.screen_windows)  # refused before an engine starts
     progress = progress or Progress(interval_s=config.progress_s)
     with ExitStack() as stack:
         folder = RunFolder(config.out)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from lpserve.checkpoint import Checkpoint, TensorEntry, find_layer_prefix, read_checkpoint
+from lpserve.config import resolved_max_removed
 from lpserve.errors import InputError
 from lpserve.history import History
 from lpserve.masks import full_mask, keys, sort_distinct, trie_player_forwards
@@ -172,11 +173,7 @@ def cost(settings: CostSettings) -> Cost:
     checkpoint = read_checkpoint(settings.model)
     size = model_size(checkpoint)
     players = len(size.layer_parameters_P)
-    removed = settings.max_removed or max(1, min(players - 1, (3 * players) // 8))
-    if not 1 <= removed < players:
-        raise InputError(
-            f"max_removed must be at most {players - 1} for {players} layers: got {removed}"
-        )
+    removed = resolved_max_removed(settings.max_removed, players)
     rounds_settings = RoundSettings(
         num_players=players, max_removed=removed, sizes=(players - removed, players - 1),
         seed=settings.seed, surrogate="ridge", round_size=settings.round_size or players,

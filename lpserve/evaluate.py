@@ -313,6 +313,8 @@ def sets_from(
 ) -> list[LayerSet]:
     """The sets of plans, run folders and other tools' files; of plans, only those that remove as
     many layers as `remove` says, if it says anything."""
+    if not paths:
+        return []
     num_players = num_players_of(config)
     model_hash = None
     if config.engine != "synthetic":

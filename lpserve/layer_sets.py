@@ -74,7 +74,7 @@ def mask_set(text: str, num_players: int, source: str) -> LayerSet:
             "(kept) for each"
         )
     removed = [i for i, bit in enumerate(text) if bit == "0"]
-    return LayerSet(_joined(removed), tuple(removed))
+    return LayerSet(set_name(removed), tuple(removed))
 
 
 def read_sets(path: str | Path, num_players: int, model_hash: str | None = None) -> list[LayerSet]:
@@ -132,7 +132,7 @@ def _from_json(path: Path, num_players: int, model_hash: str | None) -> list[Lay
             layer_set(str(n), _as_list(v, path), num_players, str(path)) for n, v in data.items()
         ]
     rows = data if isinstance(data, list) and data and isinstance(data[0], list) else [data]
-    return [layer_set(_joined(row), _as_list(row, path), num_players, str(path)) for row in rows]
+    return [layer_set(set_name(row), _as_list(row, path), num_players, str(path)) for row in rows]
 
 
 def _as_list(value: Any, path: Path) -> list[Any]:
@@ -199,12 +199,13 @@ def _from_lists(text: str, num_players: int, source: str) -> list[LayerSet]:
             removed = [int(word) for word in words if word]
         except ValueError:
             raise InputError(f"{where}: {numbers.strip()!r} is no list of layer numbers") from None
-        sets.append(layer_set(name.strip() if found else _joined(removed), removed, num_players,
+        sets.append(layer_set(name.strip() if found else set_name(removed), removed, num_players,
                               where))  # fmt: skip
     if not sets:
         raise InputError(f"{source} holds no set of layers")
     return sets
 
 
-def _joined(removed: Sequence[int]) -> str:
+def set_name(removed: Sequence[int]) -> str:
+    """What a set is called where nobody named it: `-3,7`."""
     return "-" + ",".join(map(str, sorted(removed))) if removed else "all layers"

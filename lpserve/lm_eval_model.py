@@ -7,7 +7,7 @@ together, so that they share prefixes, and every score is in the store before it
 `SetsLM` answers for one of several masks at a time. `LpserveLM` is the same from plain arguments,
 under the name `lpserve` in lm-eval's registry (importing this module registers it).
 
-Knows lm-eval; alone with `evaluate` and `demo_tasks`.
+Of the package, this module and `evaluate` alone know lm-eval.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lm_eval.api.registry import register_model
 from numpy.typing import NDArray
 
 from lpserve.admission import num_players_of
-from lpserve.checkpoint import read_checkpoint
+from lpserve.checkpoint import position_limit, read_checkpoint
 from lpserve.config import EngineConfig
 from lpserve.errors import EngineError, InputError
-from lpserve.layer_sets import layer_set, mask_set, read_sets, whole_model
+from lpserve.layer_sets import layer_set, read_sets, whole_model
 from lpserve.scoring import ScoringSession
 from lpserve.types import BoolArray
 from lpserve.windows import TokenWindows, load_tokenizer
@@ -49,13 +49,8 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 def max_input_length(model: str) -> int:
     """Tokens that lm-eval may give a model at once: one less than it has positions, since the last
     scored token is part of a window here."""
-    config = read_checkpoint(model).config
-    inner = config.get("text_config")
-    for values in (config, inner if isinstance(inner, dict) else {}):
-        for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-            if isinstance(values.get(name), int):
-                return values[name] - 1
-    return DEFAULT_MAX_LENGTH
+    found = position_limit(read_checkpoint(model).config)
+    return DEFAULT_MAX_LENGTH if found is None else found[1] - 1
 
 
 class SetsLM(TemplateLM):
@@ -123,10 +118,8 @@ class SetsLM(TemplateLM):
         self, requests: Sequence[Request], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         rows = [self._window(context, continuation) for _, context, continuation in requests]
-        where: dict[tuple[tuple[int, ...], int], int] = {}
-        for row in rows:  # a request that repeats is scored once
-            where.setdefault(row, len(where))
-        order = sorted(where, key=lambda row: (len(row[0]), row))
+        # a request that repeats is scored once
+        order = sorted(set(rows), key=lambda row: (len(row[0]), row))
         found: dict[tuple[tuple[int, ...], int], tuple[float, bool]] = {}
         for start in range(0, len(order), REQUESTS_TOGETHER):
             part = order[start : start + REQUESTS_TOGETHER]
@@ -196,8 +189,8 @@ class LpserveLM(SetsLM):
 
     Args:
         model: checkpoint folder.
-        removed: layers to remove, `3+7+8`; or `mask`, 0 and 1 for each layer; or `plan` with
-            `remove`, the number of layers. None: the whole model.
+        removed: layers to remove, `3+7+8`; or `plan` with `remove`, the number of layers. None:
+            the whole model.
         store: where scores are kept (lpserve-eval.sqlite).
         engine, dtype, device, pool, engines: as for `lpserve run`.
     """
@@ -206,7 +199,6 @@ class LpserveLM(SetsLM):
         self,
         model: str,
         removed: str | int | None = None,
-        mask: str | int | None = None,
         plan: str | None = None,
         remove: int | None = None,
         store: str = "lpserve-eval.sqlite",
@@ -228,18 +220,14 @@ class LpserveLM(SetsLM):
             device="auto" if device in (None, "cuda", "cuda:0") else device,
         )  # fmt: skip
         num_players = num_players_of(config)
-        given = [name for name, value in (("removed", removed), ("mask", mask), ("plan", plan))
-                 if value is not None]  # fmt: skip
-        if len(given) > 1:
-            raise InputError(f"--model lpserve: give one of {' and '.join(given)}")
+        if removed is not None and plan is not None:
+            raise InputError("--model lpserve: give one of removed and plan")
         chosen = whole_model()
         if removed is not None:
             words = str(removed).split("+")
             if not all(word.strip().isdecimal() for word in words):
                 raise InputError(f"--model lpserve: removed is layers such as 3+7: got {removed!r}")
             chosen = layer_set("removed", [int(w) for w in words], num_players, "removed")
-        elif mask is not None:
-            chosen = mask_set(str(mask).zfill(num_players), num_players, "mask")
         elif plan is not None:
             sets = {len(s.removed): s for s in read_sets(Path(plan), num_players)}
             if remove not in sets:

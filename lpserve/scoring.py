@@ -121,7 +121,6 @@ class ScoringSession:
         longest: int | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self._stack = ExitStack()
         self.progress = progress or Progress(interval_s=config.progress_s)
         with ExitStack() as stack:
             signals = stack.enter_context(heeded_signals())

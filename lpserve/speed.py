@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lpserve.checkpoint import read_checkpoint
+from lpserve.checkpoint import position_limit, read_checkpoint
 from lpserve.config import DTYPES
 from lpserve.engine.base import check_decoder
 from lpserve.errors import EngineError, InputError
@@ -97,13 +97,12 @@ def measure(config: SpeedConfig) -> list[Speed]:
         checkpoint = read_checkpoint(model)
         check_decoder(checkpoint)
         length = config.prompt_tokens + config.new_tokens
-        for name in ("max_position_embeddings", "n_positions"):
-            limit = checkpoint.config.get(name)
-            if isinstance(limit, int) and length > limit:
-                raise InputError(
-                    f"model {model} has {limit} positions ({name}): prompt_tokens + new_tokens is "
-                    f"{length}"
-                )
+        found = position_limit(checkpoint.config)
+        if found is not None and length > found[1]:
+            raise InputError(
+                f"model {model} has {found[1]} positions ({found[0]}): prompt_tokens + new_tokens "
+                f"is {length}"
+            )
         weights[model] = sum(entry.num_bytes for entry in checkpoint.tensors)
     if "vllm" in config.engines:
         from importlib.util import find_spec

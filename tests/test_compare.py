@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lpserve
+from lpserve.admission import windows_of
 from lpserve.baselines import Ask, best_block, best_sets, drive, last_layers, ours, taylor
 from lpserve.cli import main
 from lpserve.compare import SOURCES, CompareConfig, compare
@@ -22,7 +23,7 @@ from lpserve.layer_sets import LayerSet
 from lpserve.masks import removed_players
 from lpserve.rounds import RoundSettings
 from lpserve.spending import Spent
-from tests.engine.test_hf_parity import NUM_LAYERS, some_windows
+from tests.engine.test_hf_parity import NUM_LAYERS, some_windows, without_padding_token
 from tests.reference import decoder_list, reference_model
 from tests.test_coordinator import known_game, make_config, texts
 
@@ -64,10 +65,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_hidden_states_turn_as_in_transformers(family, model_dir, rng):
-    folder, some = model_dir(family), some_windows(rng, num=4)
-    # transformers makes the padding token's embedding zero, and zero has no direction
-    tokens = np.where(some.tokens_NT == 1, 2, some.tokens_NT)
-    windows = lpserve.TokenWindows.from_tokens(tokens, some.scored_NT)
+    folder, windows = model_dir(family), without_padding_token(some_windows(rng, num=4))
     with lpserve.open_engine(folder, windows) as engine:
         got = cast("Any", engine).hidden_states()
     states = states_by_hand(folder, windows)
@@ -217,13 +215,7 @@ def test_what_is_found_scores_what_the_table_says(table):
 
 
 def cut_again(config: CompareConfig) -> str:
-    from lpserve.windows import WindowRequest, cut_windows
-
-    request = WindowRequest(
-        calibration=config.calibration, heldout=config.heldout, num_windows=config.num_windows,
-        heldout_windows=config.heldout_windows, length=config.length, seed=config.window_seed,
-    )  # fmt: skip
-    calibration, heldout = cut_windows(request, config.model)
+    calibration, heldout = windows_of(config)
     path = f"{config.out}/check.npz"
     np.savez(path, calibration=calibration.tokens_NT, heldout=heldout.tokens_NT)
     return path

@@ -345,7 +345,7 @@ def test_bad_input_is_one_line_before_any_engine(
         "test_split: test\ndoc_to_text: context\ndoc_to_target: word\n"
     )
     plan = tmp_path / "plan.json"
-    plan.write_text(_plan_of_another_model())
+    plan.write_text(plan_of_another_model())
     names = {"text": short_text, "tasks": str(tasks), "plan": str(plan)}
     include = [] if "--include-path" in flags else ["--include-path", str(tasks)]
     filled = [flag.format(**names) for flag in flags]
@@ -357,7 +357,7 @@ def test_bad_input_is_one_line_before_any_engine(
     assert not (tmp_path / "out").exists()
 
 
-def _plan_of_another_model() -> str:
+def plan_of_another_model() -> str:
     entry = {
         "num_removed": 1, "removed": [3], "source": "greedy", "calibration_ppl": 2.0,
         "predicted_ppl": None, "heldout_ppl": None, "candidates": [],

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -286,8 +287,11 @@ def test_a_vllm_worker_killed_under_its_engine_costs_the_engine_and_nothing_else
     path = tmp_path / "run" / "scores.sqlite"
 
     def workers() -> list[int]:
-        found = psutil.Process(process.pid).children(recursive=True)
-        return [p.pid for p in found if "VLLM::Worker" in " ".join(p.cmdline())][:1]
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # it ended while it was looked at
+                if "VLLM::Worker" in " ".join(child.cmdline()):
+                    return [child.pid]
+        return []
 
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     try:

@@ -57,10 +57,10 @@ def test_figures_show_values_and_intervals(rng):
 
 
 def test_figures_show_a_plan_without_held_out_windows(tmp_path):
-    from tests.test_evaluate import _plan_of_another_model
+    from tests.test_evaluate import plan_of_another_model
 
     path = tmp_path / "plan.json"
-    path.write_text(_plan_of_another_model())
+    path.write_text(plan_of_another_model())
     plan = lpserve.load_plan(path)
     axes: Any = plot_plan(plan).axes[0]
     (line,) = axes.lines

@@ -14,6 +14,7 @@ from typing import Any
 from lpserve.cli.arguments import (
     ENGINE_OPTION_FLAGS,
     add_engine_flags,
+    add_window_flags,
     engine_options,
     numbers,
     pair,
@@ -92,16 +93,9 @@ def _add_run(commands: Any) -> None:
     add("--demo", action="store_true", help="the bundled 12-layer model and texts, export included")
     add("--config", metavar="FILE", help="TOML or YAML with the same keys; flags win over it")
     add("--model", metavar="DIR", help="checkpoint folder: config.json, *.safetensors, tokenizer")
-    text = {"action": "append", "metavar": "[NAME=]PATH"}
-    add("--calibration", **text, help="text, folder of .txt, .jsonl or .npz; may be repeated")
-    add("--heldout", **text, help="the same, for checking (last fifth of the calibration text)")
-    add("--num-windows", type=int, help="calibration windows of each corpus (10)")
-    add("--heldout-windows", type=int, help="held-out windows of each corpus (64)")
-    add("--length", type=int, help="tokens of a window, BOS included (128)")
+    add_window_flags(run)
     add("--screen-windows", type=int, metavar="N", help="score sets that the search wants on the "
         "first N windows of each corpus first (0: on all at once)")  # fmt: skip
-    add("--bos", action="store_true", default=None, help="begin every window with BOS")
-    add("--text-field", help="the field of a .jsonl that holds the text (text)")
     add("--budget", type=int, help="most masks scored on calibration windows (400)")
     add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
     add("--sizes", metavar="K_MIN,K_MAX", type=pair,
@@ -117,7 +111,6 @@ def _add_run(commands: Any) -> None:
         help="stop once every value's 90%% interval is within +-Z of the utility")  # fmt: skip
     add_engine_flags(run)
     add("--seed", type=int, help="seed of the sampled masks (0)")
-    add("--window-seed", type=int, help="seed of the windows (0)")
     add("--store", metavar="FILE", help="score store to share between runs (OUT/scores.sqlite)")
     add("--out", metavar="DIR", help="run folder (run)")
 

@@ -27,6 +27,20 @@ def add_engine_flags(command: argparse.ArgumentParser) -> None:
     add("--progress-s", type=float, help="seconds between plain progress lines (10)")
 
 
+def add_window_flags(command: argparse.ArgumentParser) -> None:
+    """On which windows: the keys of `config.WindowConfig` that are its own."""
+    add = command.add_argument
+    text: dict[str, Any] = {"action": "append", "metavar": "[NAME=]PATH"}
+    add("--calibration", **text, help="text, folder of .txt, .jsonl or .npz; may be repeated")
+    add("--heldout", **text, help="the same, for checking (last fifth of the calibration text)")
+    add("--num-windows", type=int, help="calibration windows of each corpus (10)")
+    add("--heldout-windows", type=int, help="held-out windows of each corpus (64)")
+    add("--length", type=int, help="tokens of a window, BOS included (128)")
+    add("--bos", action="store_true", default=None, help="begin every window with BOS")
+    add("--text-field", help="the field of a .jsonl that holds the text (text)")
+    add("--window-seed", type=int, help="seed of the windows (0)")
+
+
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Options of the engine kind that flags name."""
     return dict(arguments.engine_option or []) | {

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from lpserve.cli.arguments import add_engine_flags, engine_values
+from lpserve.cli.arguments import add_engine_flags, add_window_flags, engine_values
 from lpserve.errors import InputError
 
 _HELP = """\
@@ -31,14 +31,7 @@ def add_baselines(commands: Any) -> None:
     add = command.add_argument
     add("--demo", action="store_true", help="the bundled model and texts")
     add("--model", metavar="DIR", help="checkpoint folder")
-    text = {"action": "append", "metavar": "[NAME=]PATH"}
-    add("--calibration", **text, help="text, folder of .txt, .jsonl or .npz; may be repeated")
-    add("--heldout", **text, help="the same, for checking (last fifth of the calibration text)")
-    add("--num-windows", type=int, help="calibration windows of each corpus (10)")
-    add("--heldout-windows", type=int, help="held-out windows of each corpus (64)")
-    add("--length", type=int, help="tokens of a window, BOS included (128)")
-    add("--bos", action="store_true", default=None, help="begin every window with BOS")
-    add("--text-field", help="the field of a .jsonl that holds the text (text)")
+    add_window_flags(command)
     add("--rivals", metavar="A,B", help="whom to compare (all)")
     add("--sets", action="append", default=[], metavar="PATH",
         help="sets from elsewhere, as for lpserve eval; may be repeated")  # fmt: skip
@@ -46,7 +39,6 @@ def add_baselines(commands: Any) -> None:
     add("--budget", type=int,
         help="most masks of each rival, those on few windows by their share (400)")  # fmt: skip
     add("--seed", type=int, help="seed of random searches (0)")
-    add("--window-seed", type=int, help="seed of the windows (0)")
     add("--out", metavar="DIR", help="scores and results (baselines)")
     add_engine_flags(command)
 

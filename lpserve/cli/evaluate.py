@@ -69,7 +69,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from lpserve.admission import num_players_of
     from lpserve.config import EngineConfig, corpora
     from lpserve.evaluate import EvalConfig, evaluate, sets_from
-    from lpserve.layer_sets import layer_set, mask_set
+    from lpserve.layer_sets import layer_set, mask_set, set_name
     from lpserve.protocols import PROTOCOLS
 
     if arguments.demo:
@@ -86,8 +86,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     engine = EngineConfig(**engine_values(arguments))
     num_players = num_players_of(engine)
     sets = sets_from(arguments.sets, engine, arguments.remove)
-    sets += [layer_set("-" + ",".join(map(str, sorted(r))), r, num_players, "--removed")
-             for r in arguments.removed]  # fmt: skip
+    sets += [layer_set(set_name(r), r, num_players, "--removed") for r in arguments.removed]
     sets += [mask_set(mask, num_players, "--mask") for mask in arguments.mask]
     config = EvalConfig(
         **engine_values(arguments), sets=tuple(sets), texts=corpora(arguments.text, "--text"),

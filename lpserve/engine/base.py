@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lpserve.checkpoint import Checkpoint
+from lpserve.checkpoint import Checkpoint, position_limit
 from lpserve.errors import InputError
 from lpserve.types import (
     BoolArray,
@@ -150,13 +150,13 @@ def check_windows(checkpoint: Checkpoint, windows: TokenWindows) -> None:
     """Raise InputError when windows do not fit the model's positions or vocabulary."""
     config = checkpoint.config
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    for field in ("max_position_embeddings", "n_positions"):
-        limit = config.get(field) or (text or {}).get(field)
-        if isinstance(limit, int) and windows.length > limit:
-            raise InputError(
-                f"windows of {windows.length} tokens are longer than the model's {limit} positions "
-                f"({field}); use --length {limit} or less"
-            )
+    found = position_limit(config)
+    if found is not None and windows.length > found[1]:
+        field, limit = found
+        raise InputError(
+            f"windows of {windows.length} tokens are longer than the model's {limit} positions "
+            f"({field}); use --length {limit} or less"
+        )
     vocab = config.get("vocab_size") or (text or {}).get("vocab_size")
     if isinstance(vocab, int) and int(windows.tokens_NT.max()) >= vocab:
         raise InputError(

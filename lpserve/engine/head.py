@@ -97,7 +97,7 @@ class Head:
 
     Args:
         vocab_size: logits of a target that are held at once.
-        logit_bytes: what a logit takes while it is turned into an NLL.
+        dtype: of the logits, as the model gives them.
     """
 
     def __init__(
@@ -106,13 +106,14 @@ class Head:
         *,
         vocab_size: int,
         chunk_bytes: int,
-        logit_bytes: int,
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._chunk_bytes = chunk_bytes
-        self._logit_bytes = logit_bytes
+        # logits, float32, log-softmax
+        self._logit_bytes = 8 if dtype == torch.float32 else 10
         self._targets = TargetCache(device)
         self._tables: dict[tuple[str, int], _TopTable] = {}
 

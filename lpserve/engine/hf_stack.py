@@ -56,7 +56,7 @@ class RecordedStack:
             WholeVocabulary(self._logits),
             vocab_size=self.vocab_size,
             chunk_bytes=head_chunk_bytes,
-            logit_bytes=8 if self.dtype == torch.float32 else 10,  # logits, float32, log-softmax
+            dtype=self.dtype,
             device=self.device,
         )
         self._inputs_survive = True

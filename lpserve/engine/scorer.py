@@ -95,9 +95,9 @@ class StackScorer:
         return self._sizes[key]
 
     def blocks(self, key: str) -> list[TokenWindows]:
-        """Registered windows by padded length."""
+        """Registered windows in blocks of one padded length, no larger than a state may be."""
         self.num_tokens(key)
-        return [group.block for group in self._groups[key]]
+        return [part for group in self._groups[key] for _, part in self._parts(group.block)]
 
     def score(
         self, masks_MP: BoolArray, key: str, also: Sequence[str] = ()
@@ -129,17 +129,24 @@ class StackScorer:
         values_DNC = np.empty((len(sorted_DP), block.num_windows, 1 + len(also)))
         mine = slice(self._first, self._first + self.stack.num_players)
         bounds = prefix_bounds(sorted_DP, self._first)
-        rows = self._rows(block)
         layer_forwards = 0
-        for start in range(0, block.num_windows, rows):
-            stop = min(start + rows, block.num_windows)
-            part = block if rows == block.num_windows else block.select(np.arange(start, stop))
+        for columns, part in self._parts(block):
             layer_forwards = 0
             for low, high in pairwise(bounds):
                 values, work = self.executor.score(sorted_DP[low:high, mine], part, also)
-                values_DNC[low:high, start:stop] = values
+                values_DNC[low:high, columns] = values
                 layer_forwards += work.layer_forwards
         return values_DNC, layer_forwards
+
+    def _parts(self, block: TokenWindows) -> Iterator[tuple[slice, TokenWindows]]:
+        """A block in parts whose state is as large as one may be, and where they are in it."""
+        rows = self._rows(block)
+        if rows == block.num_windows:
+            yield slice(0, rows), block
+            return
+        for start in range(0, block.num_windows, rows):
+            stop = min(start + rows, block.num_windows)
+            yield slice(start, stop), block.select(np.arange(start, stop))
 
     def _rows(self, block: TokenWindows) -> int:
         """Windows of a state: every stage cuts alike, whatever its own number of players."""

@@ -32,7 +32,8 @@ class TrieSettings:
     """Decided once for a run; they set memory and micro-batch shapes, not results."""
 
     state_budget_bytes: int
-    """Upper bound on the states alive at once."""
+    """Upper bound on the states alive at once. States of the whole model, kept for metrics that
+    compare with it, may take as much again."""
     micro_batch_tokens: int
     """Most tokens that a layer is given at once (at least one window)."""
     pack_states: bool

@@ -155,7 +155,7 @@ class VllmStack:
             model.vocabulary(),
             vocab_size=-(-model.vocab_size // model.tensor_parallel_size),
             chunk_bytes=head_chunk_bytes,
-            logit_bytes=8 if model.dtype == torch.float32 else 10,
+            dtype=model.dtype,
             device=model.device,
         )
         self._calls: dict[tuple[int, int], _Recorded] = {}
