@@ -57,7 +57,7 @@ class Vocabulary(Protocol):
     """
 
     def logits(self, rows_nd: torch.Tensor, /) -> torch.Tensor:
-        """float32 logits of states before the targets, `[n, V]`."""
+        """Logits of states before the targets, `[n, V]`, in the model's dtype."""
         ...
 
     def nll(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
@@ -74,22 +74,35 @@ class Vocabulary(Protocol):
 
 
 class WholeVocabulary:
-    """A vocabulary that one device holds."""
+    """A vocabulary that one device holds.
 
-    def __init__(self, logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    Args:
+        compiled: reduce logits through `torch.compile`, which reads them once or twice in their
+            own dtype where eager operations write two float32 copies.
+    """
+
+    def __init__(
+        self, logits: Callable[[torch.Tensor], torch.Tensor], *, compiled: bool = False
+    ) -> None:
         self._logits = logits
+        self._nll: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = (
+            torch.compile(_nll) if compiled else _nll
+        )
 
     def logits(self, rows_nd: torch.Tensor, /) -> torch.Tensor:
         return self._logits(rows_nd)
 
     def nll(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(logits_nV, ids_n, reduction="none")
+        return self._nll(logits_nV, ids_n)
 
     def misses(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
         return (logits_nV.argmax(-1) != ids_n).float()
 
     def divergence(self, whole_nV: torch.Tensor, logits_knV: torch.Tensor, /) -> torch.Tensor:
-        return _divergence(whole_nV.log_softmax(-1), logits_knV.log_softmax(-1))
+        return _divergence(
+            whole_nV.log_softmax(-1, dtype=torch.float32),
+            logits_knV.log_softmax(-1, dtype=torch.float32),
+        )
 
 
 class Head:
@@ -174,7 +187,9 @@ class Head:
             rows = whole_NTd.flatten(0, 1)[targets.flat_n]
             chunk, k = self._chunk(whole_NTd, block, 2), min(k, self._vocab_size)
             parts = [
-                self._vocabulary.logits(rows[start : start + chunk]).log_softmax(-1).topk(k)
+                self._vocabulary.logits(rows[start : start + chunk])
+                .log_softmax(-1, dtype=torch.float32)
+                .topk(k)
                 for start in range(0, len(rows), chunk)
             ]
             self._tables[key] = _TopTable(
@@ -193,7 +208,7 @@ class _TopTable:
 
     def divergence(self, logits_knV: torch.Tensor, part: slice) -> torch.Tensor:
         """`float32[k, n]` nats: the K likeliest one by one, all others as one token."""
-        log_p = self._log_p_nK[part]
+        logits_knV, log_p = logits_knV.float(), self._log_p_nK[part]
         ids_knK = self._ids_nK[part].expand(len(logits_knV), -1, -1)
         log_q = logits_knV.gather(-1, ids_knK) - logits_knV.logsumexp(-1, keepdim=True)
         rest_p, rest_q = _rest(log_p), _rest(log_q)
@@ -201,6 +216,10 @@ class _TopTable:
             rest_p > 0, rest_p * (rest_p.clamp(min=1e-30).log() - rest_q.clamp(min=1e-30).log()), 0
         )
         return _divergence(log_p, log_q) + rest
+
+
+def _nll(logits_nV: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits_nV.float(), ids_n, reduction="none")
 
 
 def _rest(log_p: torch.Tensor) -> torch.Tensor:
@@ -229,13 +248,14 @@ def summed(
     """
     num_stacked = state_BTd.shape[0] // num_windows
     states = state_BTd.view(num_stacked, -1, *state_BTd.shape[2:])
+    first_k1 = torch.arange(num_stacked, device=state_BTd.device)[:, None] * num_windows
     sums_BC = state_BTd.new_zeros((state_BTd.shape[0], num_metrics), dtype=torch.float64)
     for start in range(0, len(targets.flat_n), chunk):
         part = slice(start, start + chunk)
         # one row for each scored target: the state just before it
         rows = states[:, targets.flat_n[part]].flatten(0, 1)
         values_nC = token_metrics(rows, targets.ids_n[part], part)
-        window_n = torch.cat([targets.window_n[part] + k * num_windows for k in range(num_stacked)])
+        window_n = (first_k1 + targets.window_n[part]).flatten()
         sums_BC.index_add_(0, window_n, values_nC.double())
     return sums_BC
 

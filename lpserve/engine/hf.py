@@ -53,8 +53,8 @@ class TransformersEngine:
       micro-batch is one state of at most 4,096 tokens.
     * `attn_implementation`: passed to transformers; default: transformers' own choice, and `eager`
       where soft-capped scores need it.
-    * `compile_layers`: run the layers through `torch.compile`, which fuses norms, rotary and gates
-      (default: no). Compiling takes up to minutes at start; layers of one shape share the result.
+    * `compile_layers`: run the layers, and the reduction of logits, through `torch.compile`, which
+      fuses norms, rotary and gates (default: on a GPU). Layers of one shape share what is compiled.
     """
 
     OPTIONS = ("state_budget_mb", "micro_batch_tokens", "attn_implementation", "compile_layers")
@@ -70,7 +70,7 @@ class TransformersEngine:
         self._model = _load(checkpoint, spec, device)
         settings = trie_settings(spec.options, device.type, free_bytes(device))
         head_chunk = HEAD_CHUNK_BYTES[device.type]
-        compiled = spec.options.get("compile_layers", False)
+        compiled = spec.options.get("compile_layers", device.type == "cuda")
         if not isinstance(compiled, bool):
             raise InputError(f"compile_layers must be true or false: got {compiled!r}")
         with full_precision():
@@ -79,7 +79,8 @@ class TransformersEngine:
         self._default = self.register(windows)
         self.info = EngineInfo(
             kind="transformers",
-            path=f"transformers/{self._model.config._attn_implementation}",
+            path=f"transformers/{self._model.config._attn_implementation}"
+            + ("/compiled" if compiled else ""),
             model=str(Path(spec.model).resolve()),
             model_hash=checkpoint_hash(checkpoint),
             players=tuple(Player(index=i, layer=i) for i in range(stack.num_players)),

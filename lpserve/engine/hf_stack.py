@@ -15,7 +15,7 @@ Shapes: N windows, T tokens, B rows, d width, n scored targets, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -48,12 +48,13 @@ class RecordedStack:
         self.vocab_size = int(config.vocab_size)
         self.layers, self.list_name = _find_layers(model, self.num_players, self._probe_ids(8))
         self._run: list[Any] = list(self.layers)
+        self._compiled = compile_layers
         if compile_layers:
             self._run = [torch.compile(layer) for layer in self.layers]
         self._calls: dict[int, list[_LayerCall]] = {}
         self._tail: tuple[nn.Module, ...] = ()
         self._reducer = Head(
-            WholeVocabulary(self._logits),
+            WholeVocabulary(self._logits, compiled=compile_layers),
             vocab_size=self.vocab_size,
             chunk_bytes=head_chunk_bytes,
             dtype=self.dtype,
@@ -75,7 +76,8 @@ class RecordedStack:
             return
         tokens_NT = on_device(windows.tokens_NT[:2], self.device)
         self._record(tokens_NT[:1])
-        self._check_replay(windows.select(np.arange(min(2, windows.num_windows))))
+        with _compiling(type(self.model).__name__) if self._compiled else nullcontext():
+            self._check_replay(windows.select(np.arange(min(2, windows.num_windows))))
 
     def embed(self, block: TokenWindows) -> torch.Tensor:
         captured: list[torch.Tensor] = []
@@ -103,11 +105,11 @@ class RecordedStack:
         return self._reducer.reduce(state_BTd, block, also, whole_NTd)
 
     def _logits(self, rows_nd: torch.Tensor) -> torch.Tensor:
-        """float32[n, V]."""
+        """`[n, V]`."""
         rows_1nd = rows_nd[None]
         for module in self._tail:
             rows_1nd = module(rows_1nd)
-        return self._head(rows_1nd).squeeze(0).float()
+        return self._head(rows_1nd).squeeze(0)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Whatever the model does to its decoder's output: projection, scale, soft cap."""
@@ -368,6 +370,20 @@ def _same(hidden: torch.Tensor) -> torch.Tensor:
 def _without_caches(value: Any) -> Any:
     """A recorded KV cache would grow with every replay; layers take None instead."""
     return None if isinstance(value, Cache) else value
+
+
+@contextmanager
+def _compiling(name: str) -> Iterator[None]:
+    from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        line = str(error).strip().splitlines()[0]
+        raise EngineError(
+            f"torch.compile cannot compile the layers of {name} ({line}): set compile_layers to "
+            "false"
+        ) from error
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from lpserve.windows import TokenWindows
 PADDED_LENGTH_STEP = 32
 CPU_MICRO_BATCH_TOKENS = 4096
 CUDA_MICRO_BATCH_TOKENS = 32768
-HEAD_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+HEAD_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
 MAX_STATE_BUDGET_BYTES = {"cpu": 1 << 30, "cuda": 32 << 30}
 NOISE_MASKS = 4
 

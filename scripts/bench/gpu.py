@@ -8,12 +8,14 @@ downloaded. Every method scores masks of the strata of arXiv 2602.07804 on the s
     zero          parameters of the dropped layers set to zero and put back, full forward passes of
                   transformers' model, all windows in one batch; a few masks, extrapolated
     skip          transformers' forward pass over the kept layers, likewise
-    transformers  lpserve's engine, all masks; with and without `compile_layers`
+    transformers  lpserve's engine, all masks, as it comes; and with `compile_layers` switched off
     vLLM scoring, vLLM requests   where vLLM is installed; requests on a few masks, extrapolated
 
 FLOP/s count multiplications and additions of the matrix products that were really run: layers and
 head, attention over the tokens before each; they are given as a share of what an 8192^3 bf16
-product reaches on random data, timed in the same run. Needs torch, transformers and numpy alone.
+product reaches on random data, timed in the same run. `off skip` is how far a mask's mean NLL is
+from `skip`'s, root mean square over the few masks. `start` is the time to load the model, record
+its layers, compile them and score two masks. Needs torch, transformers and numpy alone.
 
 Two workloads: the paper's (8,000 masks, 10 windows x 128 tokens) and one of 100 times its tokens a
 mask (1,000 windows x 128) on fewer masks.
@@ -44,7 +46,7 @@ from safetensors.torch import save_file
 import lpserve
 from lpserve import TokenWindows, open_engine
 from lpserve.masks import draw, paper_kept_counts
-from lpserve.types import BoolArray
+from lpserve.types import BoolArray, FloatArray
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {
@@ -66,7 +68,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"layers": 8, "width": 128, "ffn": 344, "heads": 4, "kv": 2, "vocab": 512},
 }
 WIDE_WINDOWS = 1000
-EXTRAPOLATED = 20
+EXTRAPOLATED = {False: 20, True: 3}
+"""Masks of the slow methods; fewer where windows are many."""
 STD = 0.02
 
 
@@ -105,65 +108,78 @@ def workload(
     tokens_NT = rng.integers(shape["vocab"], size=(num_windows, args.length))
     windows = TokenWindows.from_tokens(tokens_NT)
     masks_MP = paper_masks(shape["layers"], num_masks, args.seed)
-    few_MP = masks_MP[rng.choice(num_masks, min(EXTRAPOLATED, num_masks), replace=False)]
+    few = min(EXTRAPOLATED[num_windows >= WIDE_WINDOWS], num_masks)
+    few_MP = masks_MP[rng.choice(num_masks, few, replace=False)]
     lines = [
         f"## {num_masks:,} masks, {num_windows} x {args.length} tokens", "",
-        "| method | masks/s | tokens/s | layer-forwards | FLOP/s of peak | peak GiB | note |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| method | masks/s | tokens/s | layer-forwards | FLOP/s of peak | peak GiB | start s "
+        "| off skip | note |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]  # fmt: skip
 
+    known: dict[str, FloatArray] = {}
+
     def row(
-        name: str, masks: BoolArray, seconds: float, forwards: float, heads: int, note: str
-    ) -> None:
+        name: str, masks: BoolArray, seconds: float, forwards: float, heads: int, note: str,
+        nll_M: FloatArray, start: float | None = None,
+    ) -> None:  # fmt: skip
+        known[name] = nll_M / (num_windows * (args.length - 1))
+        off = np.sqrt(np.mean((known[name] - known["skip"]) ** 2)) if "skip" in known else np.nan
         tokens = num_windows * args.length
         flops = tokens * (forwards * layer_flops(shape, args.length) + heads * head_flops(shape))
         lines.append(
             f"| {name} | {len(masks) / seconds:.3g} | {len(masks) * tokens / seconds:,.0f} | "
             f"{forwards:,.0f} | {100 * flops / seconds / peak:.0f}% | {peak_gib(device):.1f} | "
-            f"{note} |"
+            f"{'-' if start is None else f'{start:.0f}'} | {off:.1e} | {note} |"
         )
         write(lines, args.out.with_suffix(".part.md") if args.out else None)
 
     only = args.only.split(",")
     if "baselines" in only:
         with plain_model(folder, device) as model:
-            for name, method in (("zero", zeroed), ("skip", skipped)):
+            for name, method in (("skip", skipped), ("zero", zeroed)):
                 with reset_peak(device):
                     batch = max(1, args.baseline_tokens // args.length)
                     ids = torch.from_numpy(tokens_NT).to(device).split(batch)
                     for warm_up in few_MP[:2]:
                         method(model, warm_up, ids)
-                    run = functools.partial(each, method, model, few_MP, ids)
+                    found: list[float] = []
+                    run = functools.partial(each, method, model, few_MP, ids, found)
                     seconds = timed(run, device)
                     ran = few_MP.size if name == "zero" else int(few_MP.sum())
-                    row(name, few_MP, seconds, ran, len(few_MP), f"{len(few_MP)} masks")
+                    row(name, few_MP, seconds, ran, len(few_MP), f"{len(few_MP)} masks",
+                        np.array(found))  # fmt: skip
     for kind, label, options in engines(only):
         try:
+            started = time.perf_counter()
             with reset_peak(device), opened(folder, windows, kind, args, options) as engine:
                 ours = few_MP if options.get("path") == "requests" else masks_MP
                 engine.score(few_MP[:2])
+                start = time.perf_counter() - started
+                nll_M = engine.score(few_MP).nll_MN.sum(axis=1)
                 results: list[Any] = []
                 seconds = timed(lambda e=engine, k=ours, r=results: r.append(e.score(k)), device)
                 work = results[0].work
                 blocks = f"{engine.info.settings.get('micro_batch_tokens')} tokens a micro-batch"
                 row(label, ours, seconds, work.layer_forwards, work.distinct_masks,
-                    f"{engine.info.path}, {blocks}, noise {engine.info.noise_nll:.1e}")  # fmt: skip
+                    f"{engine.info.path}, {blocks}, noise {engine.info.noise_nll:.1e}",
+                    nll_M, start)  # fmt: skip
         except lpserve_errors() as error:
             lines.append(f"| {label} | - | - | - | - | - | {error} |")
     return [*lines, ""]
 
 
-def each(method: Any, model: Any, masks_MP: BoolArray, batches: Any) -> None:
+def each(method: Any, model: Any, masks_MP: BoolArray, batches: Any, found: list[float]) -> None:
     for mask_P in masks_MP:
-        method(model, mask_P, batches)
+        found.append(method(model, mask_P, batches))
 
 
 def engines(only: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
     wanted: list[tuple[str, str, dict[str, Any]]] = []
     if "transformers" in only:
         wanted.append(("transformers", "transformers", {}))
-    if "compiled" in only:
-        wanted.append(("transformers", "transformers, compiled", {"compile_layers": True}))
+    if "eager" in only:
+        wanted.append(("transformers", "transformers, not compiled", {"compile_layers": False}))
     if "vllm" in only and vllm_version():
         wanted.append(("vllm", "vLLM scoring", {"path": "scoring"}))
         wanted.append(("vllm", "vLLM requests", {"path": "requests"}))
@@ -204,7 +220,7 @@ def plain_model(folder: Path, device: torch.device) -> Iterator[Any]:
 
 @torch.inference_mode()
 def forward(model: Any, batches: Any) -> float:
-    """Mean NLL of all windows, batch by batch; logits a few windows at a time."""
+    """Summed NLL of all windows, batch by batch; logits a few windows at a time."""
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for ids in batches:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -376,7 +392,7 @@ def parse_args() -> argparse.Namespace:
     add("--windows", type=int, default=10, help="windows of --length tokens")
     add("--wide-masks", type=int, default=100, help=f"masks on {WIDE_WINDOWS} windows; 0: none")
     add("--length", type=int, default=128, help="tokens a window")
-    add("--only", default="baselines,transformers,compiled,vllm", help="methods, by comma")
+    add("--only", default="baselines,transformers,eager,vllm", help="methods, by comma")
     add("--micro-batch-tokens", type=int, help="of lpserve's engines (their own default)")
     add("--baseline-tokens", type=int, default=32768, help="tokens of a batch of zero and skip")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -81,7 +81,7 @@ class VllmModel:
         """The whole of it, or, under tensor parallelism, this rank's part."""
         if self.tensor_parallel_size > 1:
             return _VocabularyPart(self)
-        return WholeVocabulary(lambda rows_nd: self.model.compute_logits(rows_nd).float())
+        return WholeVocabulary(self.model.compute_logits)
 
     def shard_indices(self, rows_nd: torch.Tensor) -> Any:
         """Which rows of the vocabulary this rank's head holds."""
