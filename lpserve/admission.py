@@ -70,13 +70,18 @@ def windows_of(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:
         field=config.text_field,
     )
     sides = cut_windows(request, config.model)
+    check_windows_of(config, *sides)
+    return sides
+
+
+def check_windows_of(config: EngineConfig, *sides: TokenWindows) -> None:
+    """Raise InputError where windows do not fit the model."""
     if config.engine != "synthetic":
         from lpserve.engine.base import check_windows
 
         checkpoint = read_checkpoint(config.model)
         for windows in sides:
             check_windows(checkpoint, windows)
-    return sides
 
 
 def round_settings(config: RunConfig, num_players: int) -> RoundSettings:

@@ -20,7 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,18 @@ from lpserve.errors import LpserveError
 from lpserve.fidelity import screen_rows
 from lpserve.history import History, Round
 from lpserve.masks import from_keys, key_text, keys
-from lpserve.outcome import Outcome, ScoredRun, analyse, candidate_masks, make_plan
+from lpserve.outcome import Outcome, analyse, candidate_masks, make_plan
 from lpserve.pool import EnginePool, UnitResult
 from lpserve.progress import Progress
 from lpserve.report import write_outputs
 from lpserve.rounds import RoundPlanner
 from lpserve.runfolder import CONFIG_FORMAT, RunFolder
 from lpserve.scoreboard import Request, Scoreboard
+from lpserve.scored import ScoredRun
 from lpserve.scoring import POLL_S, Scoring
 from lpserve.signals import Signals, heeded_signals
 from lpserve.store import Store
-from lpserve.types import BoolArray, FloatArray, IntArray, known_utilities, perplexity
+from lpserve.types import BoolArray, FloatArray, IntArray, Work, known_utilities, perplexity
 from lpserve.windows import TokenWindows
 
 _PROPOSAL_POLL_S = 0.01
@@ -67,6 +68,10 @@ class RunResult:
 
     folder: Path
     outcome: Outcome
+    scores_new: int
+    """Scores of a mask on a window that engines gave; all others were in the store."""
+    work: Work
+    """What that took the engines."""
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
@@ -86,32 +91,83 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         screen_rows(calibration.corpora, config.screen_windows)  # refused before an engine starts
     progress = progress or Progress(interval_s=config.progress_s)
     with ExitStack() as stack:
-        folder = RunFolder(config.out)
-        started = False
-
-        def leave() -> None:
-            folder.close(discard=not started)
-
-        stack.callback(leave)
-        stored = folder.read_config()
-        if stored is not None:
-            folder.refuse_other(stored, as_json(config))
-            refuse_other_windows(folder, stored, calibration, heldout)
+        folder = stack.enter_context(closing(RunFolder(config.out)))
+        stored = _same_run(folder, config, calibration, heldout)
         signals = stack.enter_context(heeded_signals())
         store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
         longest = max(calibration.length, heldout.length)
         pool = open_pool(config, engine_spec(config, stored, longest), calibration, progress.note)
         stack.callback(pool.close)
-        if stored is not None:
-            refuse_other_game(folder, stored, pool.info)
-        started = True
-        job = _Job(config, folder, store, pool, calibration, heldout, progress, signals)
-        signals.at_work = True
-        job.write_config(stored)
-        with progress, threadpool_limits(1, user_api="blas"):
+        seat = Seat(store=store, pool=pool, signals=signals)
+        return _at_work(config, folder, stored, (calibration, heldout), seat, progress, None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """What runs that follow one another share: an open store, engines, and signals to heed."""
+
+    store: Store
+    pool: EnginePool
+    signals: Signals
+
+
+def run_at(
+    config: RunConfig,
+    windows: tuple[TokenWindows, TokenWindows],
+    seat: Seat,
+    progress: Progress,
+    *,
+    masks_of: ScoredRun | None = None,
+) -> RunResult:
+    """A run at engines that are open, on calibration and held-out windows that are cut.
+
+    Args:
+        config: with every default filled in (`admission.check_model`).
+        masks_of: another run of the same game whose windows hold these: its first `budget` masks
+            are read again and no other mask is scored, but for the held-out check.
+
+    Raises: as `run`.
+    """
+    with closing(RunFolder(config.out)) as folder:
+        stored = _same_run(folder, config, *windows)
+        return _at_work(config, folder, stored, windows, seat, progress, masks_of)
+
+
+def _same_run(
+    folder: RunFolder, config: RunConfig, calibration: TokenWindows, heldout: TokenWindows
+) -> dict[str, Any] | None:
+    """What an earlier run left in the folder, if it is this run's to go on with."""
+    stored = folder.read_config()
+    if stored is not None:
+        folder.refuse_other(stored, as_json(config))
+        refuse_other_windows(folder, stored, calibration, heldout)
+    return stored
+
+
+def _at_work(
+    config: RunConfig,
+    folder: RunFolder,
+    stored: dict[str, Any] | None,
+    windows: tuple[TokenWindows, TokenWindows],
+    seat: Seat,
+    progress: Progress,
+    masks_of: ScoredRun | None,
+) -> RunResult:
+    if stored is not None:
+        refuse_other_game(folder, stored, seat.pool.info)
+    folder.begun = True
+    job = _Job(config, folder, seat, *windows, progress)
+    seat.signals.at_work = True
+    job.write_config(stored)
+    with progress, threadpool_limits(1, user_api="blas"):
+        if masks_of is None:
             job.score_rounds()
-            outcome = job.conclude()
-        return RunResult(folder=folder.path, outcome=outcome)
+        else:
+            job.adopt(masks_of)
+        outcome = job.conclude()
+    return RunResult(
+        folder=folder.path, outcome=outcome, scores_new=job.scores_new, work=progress.state.work
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +194,15 @@ class _Job:
         self,
         config: RunConfig,
         folder: RunFolder,
-        store: Store,
-        pool: EnginePool,
+        seat: Seat,
         calibration: TokenWindows,
         heldout: TokenWindows,
         progress: Progress,
-        signals: Signals,
     ) -> None:
+        store, pool = seat.store, seat.pool
         self.config, self.folder, self.store, self.pool = config, folder, store, pool
         self.calibration, self.heldout, self.progress = calibration, heldout, progress
-        self.scoring = Scoring(store, pool, signals, progress, config.grace_s)
+        self.scoring = Scoring(store, pool, seat.signals, progress, config.grace_s)
         self.dispatcher, self.game = self.scoring.dispatcher, self.scoring.game
         self.screen = None
         if config.screen_windows:
@@ -164,6 +219,8 @@ class _Job:
         )  # fmt: skip
         self.history = History()
         self._full_nll_N: NDArray[np.float32] | None = None
+        self._ended = ""
+        self.scores_new = 0
 
     def utility(
         self, name: str, nll_MN: NDArray[np.float32], windows: IntArray | None = None
@@ -229,16 +286,38 @@ class _Job:
             asked = pending.popleft()
             nll_MN = asked.nll_MN
             if self._full_nll_N is None:
-                self._full_nll_N = nll_MN[0]
-                if not np.isfinite(nll_MN[0]).all():
-                    raise LpserveError(
-                        "the whole model's own score is not finite: check the model and the dtype"
-                    )
+                self._begin_with(nll_MN[0])
             # the planner reads rounds by the number of mask arrays: NLLs come first
             self.history.nll.append(nll_MN)
             self.history.masks.append(asked.round.all_masks)
             self._show_best(asked.round.all_masks, nll_MN)
         self._show()
+
+    def _begin_with(self, full_nll_N: NDArray[np.float32]) -> None:
+        self._full_nll_N = full_nll_N
+        if not np.isfinite(full_nll_N).all():
+            raise LpserveError(
+                "the whole model's own score is not finite: check the model and the dtype"
+            )
+
+    def adopt(self, other: ScoredRun) -> None:
+        """Take the first `budget` masks of another run, with their scores on these windows.
+
+        Greedy steps that the other passed by are not: what was hopeless there may be best here.
+        """
+        asked = other.masks_MP[: self.config.budget]
+        nll_MN, known_MN = self.store.get(self.scoring.game, self.calibration, asked)
+        given_up_M = np.isnan(other.nll_MN[: len(asked)]).all(axis=1)
+        if not known_MN[~given_up_M].all():
+            raise LpserveError(
+                f"{self.store.path} lacks scores of the masks that are to be read again"
+            )
+        self._begin_with(nll_MN[0])
+        self.history.nll.append(nll_MN)
+        self.history.masks.append(asked)
+        self.planner.sources.update(zip(keys(asked), other.sources, strict=False))
+        self._ended = f"the {len(asked)} masks are those of another run"
+        self.folder.event("masks read again", masks=len(asked))
 
     def _drain(self, timeout_s: float) -> None:
         self.scoring.drain(timeout_s, self.accept)
@@ -250,6 +329,7 @@ class _Job:
             self.folder.event("quarantined", mask=mask, reason=result.reason)
             self.progress.note(f"mask {mask} cannot be scored and is left out: {result.reason}")
         elif result.scores is not None:
+            self.scores_new += result.scores.nll_MN.size
             self.progress.state.work += result.scores.work
 
     def _check_signals(self) -> None:
@@ -339,6 +419,8 @@ class _Job:
         )
 
     def _why_ended(self, num_masks: int) -> str:
+        if self._ended:
+            return self._ended
         if num_masks >= self.config.budget:
             return f"the budget of {self.config.budget} masks is spent"
         return self.planner.stopped or "every mask that plan and values can use is scored"

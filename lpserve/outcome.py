@@ -148,7 +148,7 @@ def make_plan(
     for r, rows in enumerate(_candidates(scored, analysis, greedy, most, protected), start=1):
         warnings = []
         if len(greedy) < r:
-            warnings.append("the budget ended before the greedy path reached this size")
+            warnings.append("the scored masks hold no greedy path to this size")
         unseen = _unseen(scored, analysis, r, rows[0][0], protected)
         stability = _stability(scored, rows[0][0], protected)
         if stability is not None and not stability.settled and stability.rival is not None:

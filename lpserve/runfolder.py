@@ -40,6 +40,8 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"run folder {self.path} cannot be made: {error.strerror}") from None
         self._made = self._made and not is_shared(self.path)
+        self.begun = False
+        """Whether the run got to start: its folder then stays."""
         self._lock = PathLock(self.path / "run", holder=f"a run in {self.path}")
 
     def read_config(self) -> dict[str, Any] | None:
@@ -92,10 +94,10 @@ class RunFolder:
                     file.truncate(file.read().rfind(b"\n") + 1)
             file.write(line.encode())
 
-    def close(self, *, discard: bool) -> None:
-        """Release the lock; with `discard`, remove a folder that is this process's alone."""
+    def close(self) -> None:
+        """Release the lock; remove a folder that is this process's alone if nothing began in it."""
         self._lock.release()
-        if discard and self._made:
+        if self._made and not self.begun:
             for name in ("run.lock", "scores.sqlite", "scores.sqlite.lock"):
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):

@@ -1,0 +1,175 @@
+"""Which choices of a study matter: how far points agree that differ in one dimension alone.
+
+For a dimension (the corpora, the number of windows, the utility, ...) every pair of its levels is
+compared over matched points: all else, the seed included, is the same. Values are compared by
+Kendall's tau-b of the players' order, sets of r removed players by the share that both remove.
+The dimension `seed` compares points that differ in the seed alone: the floor that sampling sets,
+below which no other choice can be told from luck.
+
+Intervals are over seeds (level 90%): Student's t of the jackknife's pseudo-values, a seed left out
+at a time. They need two seeds, three for the dimension `seed` itself.
+
+Kendall, Biometrika 1938; the jackknife: Tukey 1958, Miller, Biometrika 1974.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import kendalltau, t
+
+from lpserve.types import FloatArray
+
+LEVEL = 0.90
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Answer:
+    """What a point found."""
+
+    id: str
+    levels: Mapping[str, str]
+    values_P: FloatArray
+    removed: Mapping[int, frozenset[int]]
+    """r -> the players of the plan's set."""
+    heldout_nll: Mapping[int, float]
+    """r -> nats per token of that set on the study's held-out windows; NaN: not known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A mean over matched points, and its interval over seeds where there are enough."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Two levels of a dimension."""
+
+    dimension: str
+    levels: tuple[str, str]
+    points: int
+    """Matched pairs of points."""
+    tau: Estimate
+    overlap: Mapping[int, Estimate]
+    """r -> share of the removed players that both remove."""
+    heldout: Mapping[int, Estimate]
+    """r -> held-out nats per token of the second level minus the first's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A dimension: all pairs of its levels together."""
+
+    dimension: str
+    pairs: tuple[Pair, ...]
+    tau: Estimate
+    overlap: Mapping[int, Estimate]
+
+
+def choices(answers: Sequence[Answer], dimensions: Sequence[str]) -> list[Choice]:
+    """Every dimension that has matched points, the one on which most depends first.
+
+    Args:
+        dimensions: those with more than one level. Models are never compared with each other.
+    """
+    found = []
+    for dimension in dimensions:
+        if dimension == "model":
+            continue
+        matched = _matched(answers, dimension)
+        if not matched:
+            continue
+        names = list(dict.fromkeys((a.levels[dimension], b.levels[dimension]) for a, b in matched))
+        pairs = [_pair(dimension, name, matched) for name in names]
+        found.append(
+            Choice(
+                dimension=dimension, pairs=tuple(pairs), tau=_over_seeds(matched, dimension, tau),
+                overlap=_overlaps(matched, dimension),
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda choice: choice.tau.mean)
+
+
+def tau(first: Answer, second: Answer) -> float:
+    """Kendall's tau-b of two orders of the players; NaN where one has no order."""
+    found: Any = kendalltau(first.values_P, second.values_P)
+    return float(found.statistic)
+
+
+def overlap(first: Answer, second: Answer, num_removed: int) -> float:
+    """Share of the removed players that both remove."""
+    a, b = first.removed[num_removed], second.removed[num_removed]
+    return len(a & b) / num_removed
+
+
+def _matched(answers: Sequence[Answer], dimension: str) -> list[tuple[Answer, Answer]]:
+    """Pairs of points that differ in one dimension alone, earlier levels first."""
+    rest: dict[tuple[tuple[str, str], ...], list[Answer]] = {}
+    for answer in answers:
+        others = tuple((d, v) for d, v in answer.levels.items() if d != dimension)
+        rest.setdefault(others, []).append(answer)
+    pairs = [pair for members in rest.values() for pair in itertools.combinations(members, 2)]
+    order = list(dict.fromkeys(a.levels[dimension] for a in answers))
+    place = {level: i for i, level in enumerate(order)}
+    return [
+        (a, b) if place[a.levels[dimension]] <= place[b.levels[dimension]] else (b, a)
+        for a, b in pairs
+    ]
+
+
+def _pair(dimension: str, names: tuple[str, str], matched: Sequence[tuple[Answer, Answer]]) -> Pair:
+    mine = [(a, b) for a, b in matched if (a.levels[dimension], b.levels[dimension]) == names]
+    return Pair(
+        dimension=dimension,
+        levels=names,
+        points=len(mine),
+        tau=_over_seeds(mine, dimension, tau),
+        overlap=_overlaps(mine, dimension),
+        heldout={
+            r: _over_seeds(mine, dimension, lambda a, b, r=r: b.heldout_nll[r] - a.heldout_nll[r])
+            for r in _sizes(mine)
+        },
+    )
+
+
+def _overlaps(matched: Sequence[tuple[Answer, Answer]], dimension: str) -> dict[int, Estimate]:
+    return {
+        r: _over_seeds(matched, dimension, lambda a, b, r=r: overlap(a, b, r))
+        for r in _sizes(matched)
+    }
+
+
+def _sizes(matched: Sequence[tuple[Answer, Answer]]) -> list[int]:
+    """Numbers of removed players that all of these points have a set of."""
+    sets = [set(answer.removed) for pair in matched for answer in pair]
+    return sorted(set.intersection(*sets)) if sets else []
+
+
+def _over_seeds(
+    matched: Sequence[tuple[Answer, Answer]],
+    dimension: str,
+    compare: Callable[[Answer, Answer], float],
+) -> Estimate:
+    """The mean over pairs, and the jackknife's interval over the seeds they are of."""
+    compared = [({a.levels["seed"], b.levels["seed"]}, compare(a, b)) for a, b in matched]
+    compared = [(seeds, value) for seeds, value in compared if np.isfinite(value)]
+    if not compared:
+        return Estimate(mean=float("nan"))
+    mean = float(np.mean([value for _, value in compared]))
+    seeds = sorted(set().union(*(own for own, _ in compared)))
+    if len(seeds) < (3 if dimension == "seed" else 2):
+        return Estimate(mean=mean)
+    without = np.array(
+        [np.mean([value for own, value in compared if seed not in own]) for seed in seeds]
+    )
+    pseudo = len(seeds) * mean - (len(seeds) - 1) * without
+    half = float(t.ppf((1 + LEVEL) / 2, len(seeds) - 1) * pseudo.std(ddof=1) / len(seeds) ** 0.5)
+    return Estimate(mean=mean, low=mean - half, high=mean + half)
