@@ -91,7 +91,7 @@ def choices(answers: Sequence[Answer], dimensions: Sequence[str]) -> list[Choice
         pairs = [_pair(dimension, name, matched) for name in names]
         found.append(
             Choice(
-                dimension=dimension, pairs=tuple(pairs), tau=_over_seeds(matched, dimension, tau),
+                dimension=dimension, pairs=tuple(pairs), tau=_taus(matched, dimension),
                 overlap=_overlaps(matched, dimension),
             )
         )  # fmt: skip
@@ -131,7 +131,7 @@ def _pair(dimension: str, names: tuple[str, str], matched: Sequence[tuple[Answer
         dimension=dimension,
         levels=names,
         points=len(mine),
-        tau=_over_seeds(mine, dimension, tau),
+        tau=_taus(mine, dimension),
         overlap=_overlaps(mine, dimension),
         heldout={
             r: _over_seeds(mine, dimension, lambda a, b, r=r: b.heldout_nll[r] - a.heldout_nll[r])
@@ -140,9 +140,13 @@ def _pair(dimension: str, names: tuple[str, str], matched: Sequence[tuple[Answer
     )
 
 
+def _taus(matched: Sequence[tuple[Answer, Answer]], dimension: str) -> Estimate:
+    return _over_seeds(matched, dimension, tau, (-1.0, 1.0))
+
+
 def _overlaps(matched: Sequence[tuple[Answer, Answer]], dimension: str) -> dict[int, Estimate]:
     return {
-        r: _over_seeds(matched, dimension, lambda a, b, r=r: overlap(a, b, r))
+        r: _over_seeds(matched, dimension, lambda a, b, r=r: overlap(a, b, r), (0.0, 1.0))
         for r in _sizes(matched)
     }
 
@@ -157,8 +161,10 @@ def _over_seeds(
     matched: Sequence[tuple[Answer, Answer]],
     dimension: str,
     compare: Callable[[Answer, Answer], float],
+    possible: tuple[float, float] = (-np.inf, np.inf),
 ) -> Estimate:
-    """The mean over pairs, and the jackknife's interval over the seeds they are of."""
+    """The mean over pairs, and the jackknife's interval over the seeds they are of, as far as it
+    lies within what is possible."""
     compared = [({a.levels["seed"], b.levels["seed"]}, compare(a, b)) for a, b in matched]
     compared = [(seeds, value) for seeds, value in compared if np.isfinite(value)]
     if not compared:
@@ -172,4 +178,5 @@ def _over_seeds(
     )
     pseudo = len(seeds) * mean - (len(seeds) - 1) * without
     half = float(t.ppf((1 + LEVEL) / 2, len(seeds) - 1) * pseudo.std(ddof=1) / len(seeds) ** 0.5)
-    return Estimate(mean=mean, low=mean - half, high=mean + half)
+    low, high = max(mean - half, possible[0]), min(mean + half, possible[1])
+    return Estimate(mean=mean, low=low, high=high)

@@ -70,6 +70,7 @@ class SweepResult:
 
     study: Study
     runs: tuple[Finished, ...]
+    """Those that only chose masks, then the points in the study's order."""
     scores_held: int
     """Distinct scores of a mask on a window that the study's store holds."""
     scores_twice: int
@@ -133,8 +134,10 @@ def sweep(study: Study, *, tell: Callable[[str], None] = lambda line: None) -> S
         for scores in store.read_all():
             held += scores.first_MN.size
             distinct += int(scores.first_MN.sum())
+        place = {point.id: i for i, point in enumerate(study.points)}
+        runs = sorted(work.found, key=lambda run: place.get(run.point.id, -1))
         return SweepResult(
-            study=study, runs=tuple(work.found), scores_held=distinct, scores_twice=held - distinct
+            study=study, runs=tuple(runs), scores_held=distinct, scores_twice=held - distinct
         )
 
 

@@ -129,8 +129,6 @@ def render(
     answers = _answers(result, plans, values)
     found = choices(answers, study.varied)
     sizes = sorted(set.intersection(*(set(a.removed) for a in answers))) if answers else []
-    shown = sizes if len(sizes) <= 6 else [sizes[i] for i in np.linspace(0, len(sizes) - 1, 6)
-                                           .round().astype(int)]  # fmt: skip
     return environment.get_template("sweep.html.j2").render(
         result=result,
         study=study,
@@ -138,7 +136,8 @@ def render(
         constant={d: result.points[0].point.levels[d] for d in DIMENSIONS
                   if d not in study.varied},
         choices=found,
-        sizes=shown,
+        sizes=_some(sizes, 6),
+        few_sizes=_some(sizes, 3),
         plans=plans,
         dots=_dots(found),
         agreement=_map(answers, study.varied),
@@ -150,16 +149,22 @@ def render(
     )  # fmt: skip
 
 
-def _number(estimate: Estimate, form: str = "%.2f") -> str:
-    """A mean with its interval, or alone."""
+def _some(sizes: Sequence[int], most: int) -> list[int]:
+    """Sizes from the first to the last, no more than `most` of them."""
+    places = np.linspace(0, len(sizes) - 1, most).round().astype(int)
+    return list(sizes) if len(sizes) <= most else [sizes[place] for place in places]
+
+
+def _number(estimate: Estimate, form: str = "%.2f") -> tuple[str, str]:
+    """A mean and its interval; "" where there is none."""
     if math.isnan(estimate.mean):
-        return "-"
+        return "-", ""
     if estimate.low is None or estimate.high is None:
-        return form % estimate.mean
-    return f"{form % estimate.mean} ({form % estimate.low} to {form % estimate.high})"
+        return form % estimate.mean, ""
+    return form % estimate.mean, f"{form % estimate.low} to {form % estimate.high}"
 
 
-def _percents(difference: Estimate) -> str:
+def _percents(difference: Estimate) -> tuple[str, str]:
     """A difference in nats as a change of perplexity in percent."""
     bounds = (difference.mean, difference.low, difference.high)
     percents = [None if b is None else 100 * math.expm1(b) for b in bounds]
@@ -178,7 +183,7 @@ def _dots(found: Sequence[Choice]) -> dict[str, Any]:
         {
             "name": c.dimension, "y": 20 + step * i, "x": x(c.tau.mean),
             "low": None if c.tau.low is None else x(c.tau.low),
-            "high": None if c.tau.high is None else x(c.tau.high), "text": _number(c.tau),
+            "high": None if c.tau.high is None else x(c.tau.high), "text": " ".join(_number(c.tau)),
         }
         for i, c in enumerate(found)
         if not math.isnan(c.tau.mean)

@@ -53,7 +53,7 @@ FLOW = [
     {"scoring", "layer_sets", "protocols"},
     {"coordinator", "lm_eval_model", "study", "agreement"},
     {"sweep"},
-    {"sweep_report"},
+    {"sweep_report", "study_cost"},
     {"demo", "evaluate", "compare", "demo.tasks.documents"},
     {"cli.arguments"},
     {"cli.evaluate", "cli.compare", "cli.speed", "cli.sweep"},

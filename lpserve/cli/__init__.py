@@ -22,6 +22,7 @@ from lpserve.cli.arguments import (
 from lpserve.cli.compare import add_baselines
 from lpserve.cli.evaluate import add_eval
 from lpserve.cli.speed import add_speed
+from lpserve.cli.sweep import add_sweep
 from lpserve.errors import InputError, LpserveError, RunInterrupted
 
 _RUN_HELP = """\
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     add_eval(commands)
     add_baselines(commands)
+    add_sweep(commands)
     add_speed(commands)
     _add_scores(commands)
     _add_cost(commands)

@@ -21,3 +21,26 @@ def demo_values() -> dict[str, Any]:
         "max_removed": 6,
         "out": "demo-run",
     }
+
+
+def demo_study() -> dict[str, Any]:
+    """A study of the bundled model: 3 mixtures, 2 window counts, 2 utilities, 3 seeds; 36 points.
+
+    Held-out windows come from the last fifth of both novels.
+    """
+    texts = {"sherlock": FOLDER / "calibration.txt", "dracula": FOLDER / "heldout.txt"}
+    return {
+        "model": str(FOLDER / "model"),
+        "calibration": {name: str(path) for name, path in texts.items()},
+        "heldout_windows": 16,
+        "length": 128,
+        "budget": 150,
+        "max_removed": 6,
+        "out": "demo-study",
+        "sweep": {
+            "calibration": {name: [name] for name in texts} | {"both": list(texts)},
+            "num_windows": [5, 10],
+            "utility": ["neg_nll", "ppl_ratio"],
+            "seed": [0, 1, 2],
+        },
+    }
