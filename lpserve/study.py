@@ -195,12 +195,12 @@ def study_of(values: Mapping[str, Any], source: str) -> Study:
         values["max_removed"] = max(removed)
     levels = [_levels(table, values, source) for table in tables]
     first = {d: next(iter(named.values())) for d, named in levels[0].items() if d != "calibration"}
-    base = config_from(values | first, source)
+    base = config_from(values | first, source)  # refuses what is wrong in all points
     out, points = Path(base.out), {}
     for table in levels:
         for combination in itertools.product(*(named.items() for named in table.values())):
             chosen = dict(zip(table, combination, strict=True))
-            point = _point(base, chosen, masks, out, source)
+            point = _point(values, base.calibration, chosen, masks, out, source)
             points.setdefault(point.id, point)
     planned = min(int(p.config.max_removed or 0) for p in points.values())
     if removed and max(removed) > planned:
@@ -277,11 +277,12 @@ def _mixtures(given: Any, values: Mapping[str, Any], source: str) -> dict[str, A
 
 
 def _point(
-    base: RunConfig, chosen: dict[str, tuple[str, Any]], masks: str, out: Path, source: str
-) -> Point:
-    values = as_json(base) | {d: value for d, (_, value) in chosen.items() if d != "calibration"}
-    mixture = chosen.get("calibration", ("", list(base.calibration)))[1]
-    values["calibration"] = {n: p for n, p in base.calibration.items() if n in mixture}
+    values: Mapping[str, Any], texts: Mapping[str, str], chosen: dict[str, tuple[str, Any]],
+    masks: str, out: Path, source: str,
+) -> Point:  # fmt: skip
+    values = {**values, **{d: v for d, (_, v) in chosen.items() if d != "calibration"}}
+    mixture = chosen.get("calibration", ("", list(texts)))[1]
+    values["calibration"] = {name: path for name, path in texts.items() if name in mixture}
     described = ", ".join(f"{d} {name}" for d, (name, _) in chosen.items())
     try:
         config = check_model(config_from(values, source))

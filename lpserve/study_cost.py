@@ -46,9 +46,9 @@ class StudyCost:
         if self.pflop is None:
             work += f"({self.why_unknown})"
         return (
-            f"{self.points} points, {self.points_left} left to do; masks are chosen "
-            f"{self.families} times; at most {self.masks:,} masks, {self.scores:,} scores of a "
-            f"mask on a window, {work}"
+            f"{self.points} points, {self.points_left} left to do; times that masks are chosen: "
+            f"{self.families}; at most {self.masks:,} masks, {self.scores:,} scores of a mask on a "
+            f"window, {work}"
         )
 
 

@@ -12,7 +12,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,7 @@ def sweep(study: Study, *, tell: Callable[[str], None] = lambda line: None) -> S
             Store(study.out / "scores.sqlite", holder=f"a sweep in {study.out}")
         )
         work = _Sweep(study, windows, store, signals, tell)
+        work.count()
         stack.callback(work.close)
         for group in study.groups():
             work.run(group)
@@ -151,6 +152,11 @@ class _Sweep:
     found: list[Finished] = field(default_factory=list)
     _pool: EnginePool | None = None
     _told: int = 0
+    _runs: int = 0
+
+    def count(self) -> None:
+        leaders = {family.leader.id for family in self.study.families()}
+        self._runs = len(leaders | {point.id for point in self.study.points})
 
     def close(self) -> None:
         if self._pool is not None:
@@ -176,6 +182,7 @@ class _Sweep:
             if point is leader:
                 continue
             if led.failed:
+                self._told += 1
                 reason = f"its masks are those of point {leader.id}, which failed"
                 self._add(Finished(point=point, in_study=True, masks_of=leader.id, failed=reason))
                 continue
@@ -193,7 +200,7 @@ class _Sweep:
             return self._add(known)
         named = ", ".join(f"{d} {point.levels[d]}" for d in self.study.varied)
         what = named if in_study else f"masks for {named}"
-        self.tell(f"[{self._told}] {point.id}: {what or 'the only point'}")
+        self.tell(f"[{self._told}/{self._runs}] {point.id}: {what or 'the only point'}")
         started = time.monotonic()
         try:
             calibration, heldout = windows.of(point.config)
@@ -243,10 +250,12 @@ def _reason(error: Exception) -> str:
 
 
 def _record_failure(point: Point, error: Exception) -> None:
+    """failure.txt in the point's folder, for whoever looks into it, if there can be one."""
     folder = Path(point.config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(traceback.format_exception(error))
-    (folder / "failure.txt").write_text(text, encoding="utf-8")
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(traceback.format_exception(error))
+        (folder / "failure.txt").write_text(text, encoding="utf-8")
 
 
 def _finished_now(

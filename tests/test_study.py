@@ -1,0 +1,232 @@
+"""What a study file says: its points, which of them share masks, windows, refusals, costs."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from lpserve.admission import windows_of
+from lpserve.config import as_json
+from lpserve.demo import FOLDER, demo_study
+from lpserve.errors import InputError
+from lpserve.study import Study, study_of
+from lpserve.study_cost import study_cost
+from lpserve.sweep import all_windows
+
+TEXTS = {"sherlock": str(FOLDER / "calibration.txt"), "dracula": str(FOLDER / "heldout.txt")}
+
+
+def values_of(tmp_path, **changes) -> dict:
+    values = {
+        "model": str(FOLDER / "model"), "calibration": TEXTS, "length": 32, "num_windows": 3,
+        "heldout_windows": 4, "budget": 60, "max_removed": 2, "out": str(tmp_path / "study"),
+        "sweep": {"utility": ["neg_nll", "ppl_ratio"], "seed": [0, 1]},
+    }  # fmt: skip
+    return values | changes
+
+
+def test_a_table_is_the_product_of_its_levels_and_tables_add_up(tmp_path):
+    sweep = {
+        "calibration": {"one": ["sherlock"], "all": ["sherlock", "dracula"]},
+        "num-windows": [2, 4], "seed": [3, 4],
+    }  # fmt: skip
+    study = study_of(values_of(tmp_path, sweep=sweep), "test")
+    told = [(p.levels["calibration"], p.levels["num_windows"], p.levels["seed"])
+            for p in study.points]  # fmt: skip
+    assert told == list(itertools.product(("one", "all"), ("2", "4"), ("3", "4")))
+    assert study.varied == ("calibration", "num_windows", "seed")
+    mixtures = {"one": ["sherlock"], "all": list(TEXTS)}
+    for point in study.points:
+        named = point.levels
+        assert list(point.config.calibration) == mixtures[named["calibration"]]
+        assert point.config.num_windows == int(named["num_windows"])
+        assert point.config.seed == int(named["seed"])
+    more = study_of(values_of(tmp_path, sweep=[sweep, {"seed": [3, 9]}, {"seed": [9]}]), "test")
+    assert len(more.points) == 8 + 2  # a point that comes twice is one point
+    assert {p.id for p in study.points} < {p.id for p in more.points}
+
+
+def test_a_point_is_known_by_what_it_is_and_not_by_where_it_runs(tmp_path):
+    first = study_of(values_of(tmp_path), "test")
+    other = study_of(values_of(tmp_path, out=str(tmp_path / "b"), progress_s=3.0), "test")
+    assert [p.id for p in first.points] == [p.id for p in other.points]
+    changed = study_of(values_of(tmp_path, budget=61), "test")
+    assert not {p.id for p in first.points} & {p.id for p in changed.points}
+
+
+def test_points_that_can_be_read_again_share_masks(tmp_path):
+    sweep = {
+        "calibration": {"one": ["sherlock"], "two": ["dracula"]}, "num_windows": [2, 3],
+        "utility": ["neg_nll", "ppl_ratio"], "surrogate": ["ridge", "gp"], "budget": [60, 70],
+        "seed": [0, 1], "length": [16, 32],
+    }  # fmt: skip
+    study = study_of(values_of(tmp_path, sweep=sweep), "test")
+    families = study.families()
+    assert len(families) == 4  # seeds and lengths have masks of their own
+    assert sorted(p.id for f in families for p in f.points) == sorted(p.id for p in study.points)
+    for family in families:
+        leader = family.leader.config
+        assert family.leader not in family.points  # no point has both texts
+        assert (list(leader.calibration), leader.num_windows, leader.budget) == (
+            list(TEXTS), 3, 70,
+        )  # fmt: skip
+        assert len({(p.config.seed, p.config.length) for p in family.points}) == 1
+    own = study_of(values_of(tmp_path, sweep=sweep, masks="own"), "test")
+    assert all(f.points == (f.leader,) for f in own.families())
+    assert len(own.families()) == len(study.points)
+
+
+def test_a_point_with_all_windows_chooses_the_masks_of_its_family():
+    study = study_of(demo_study(), "demo")
+    assert len(study.points) >= 24
+    for family in study.families():
+        leader = family.leader
+        assert leader in family.points
+        assert (leader.levels["calibration"], leader.levels["num_windows"]) == ("both", "10")
+
+
+def windows_by_run(point) -> tuple[str, str]:
+    calibration, heldout = windows_of(point.config)
+    return calibration.content_hash, heldout.content_hash
+
+
+def test_with_texts_held_out_a_points_windows_are_those_of_lpserve_run(tmp_path):
+    """Held-out windows too, where lengths and seeds of windows do not vary."""
+    held = str(tmp_path / "held.txt")
+    (tmp_path / "held.txt").write_text((FOLDER / "heldout.txt").read_text()[:40_000])
+    texts = {"sherlock": TEXTS["sherlock"], "more": str(tmp_path / "more.txt")}
+    (tmp_path / "more.txt").write_text((FOLDER / "heldout.txt").read_text()[60_000:120_000])
+    sweep = {"calibration": [["sherlock"], ["sherlock", "more"]], "num_windows": [5, 2]}
+    values = values_of(tmp_path, calibration=texts, heldout=held, sweep=sweep)
+    study = study_of(values, "test")
+    windows = all_windows(study)[study.base.model]
+    for point in study.points:
+        calibration, heldout = windows.of(point.config)
+        assert (calibration.content_hash, heldout.content_hash) == windows_by_run(point)
+
+
+def test_held_out_windows_are_one_yardstick(tmp_path):
+    sweep = {"length": [16, 48], "window_seed": [0, 5], "calibration": [["sherlock"], ["dracula"]]}
+    study = study_of(values_of(tmp_path, sweep=sweep), "test")
+    windows = all_windows(study)[study.base.model]
+    held = {windows.of(p.config)[1].content_hash for p in study.points}
+    assert len(held) == 1
+    assert windows.heldout.length == 48
+    assert [name for name, _ in windows.heldout.corpora] == list(TEXTS)
+
+
+def test_windows_come_in_parts_that_points_have_whole_or_not_at_all(tmp_path, rng):
+    counts = sorted({int(n) for n in rng.integers(1, 12, 3)})
+    sweep = {
+        "calibration": [["sherlock"], ["dracula"], ["sherlock", "dracula"]],
+        "num_windows": counts, "length": [16, 32],
+    }  # fmt: skip
+    study = study_of(values_of(tmp_path, sweep=sweep), "test")
+    windows = all_windows(study)[study.base.model]
+    configs = [p.config for p in study.points]
+    atoms = [set(part.window_hashes) for part in windows.atoms(configs)]
+    assert sum(map(len, atoms)) == len(set().union(*atoms))
+    for config in configs:
+        mine = set(windows.of(config)[0].window_hashes)
+        assert len(mine) == len(config.calibration) * config.num_windows
+        assert set().union(*(a for a in atoms if a <= mine)) == mine
+        assert all(a <= mine or not a & mine for a in atoms)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sweep": {"utilty": ["neg_nll"]}}, "unknown dimension 'utilty'.*did you mean 'utility'"),
+        ({"sweep": {"utility": "neg_nll"}}, "sweep utility must be a list"),
+        ({"sweep": {"utility": []}}, "sweep utility has no levels"),
+        ({"sweep": {"seed": [0, 1, 0]}}, "sweep seed repeats a level: 0, 1, 0"),
+        ({"sweep": None}, "sweep must be a table"),
+        ({"sweep": {"utility": ["perplexity"]}}, "utility must be one of"),
+        ({"sweep": {"calibration": {"x": ["holmes"]}}}, "mixture 'x' names 'holmes'; .* sherlock"),
+        ({"sweep": {"calibration": {"x": []}}}, "mixture 'x' must be a list of corpora"),
+        ({"sweep": {"calibration": {"x": "sherlock"}}}, "mixture 'x' must be a list of corpora"),
+        ({"sweep": {"budget": [60, 5]}}, "point budget 5: budget must be at least"),
+        ({"sweep": {"surrogate": ["ridge", "paper"]}}, "point surrogate paper: surrogate must be"),
+        ({"sweep": {"sizes": [[10, 11], [3, 12]]}}, "point sizes 3-12: sizes must be"),
+        ({"sweep": {"model": ["nowhere"]}}, "nowhere"),
+        ({"masks": "mine"}, "masks must be one of shared, own"),
+        ({"removed": [3]}, "max_removed 2|removed asks for 3 layers, points plan 2"),
+        ({"removed": [0]}, "removed must be numbers of layers"),
+        ({"removed": "2"}, "removed must be numbers of layers"),
+        ({"store": "elsewhere.sqlite"}, "store is the study's own"),
+        ({"screen_windows": 1}, "screen_windows is not for studies"),
+        ({"budgett": 3}, "unknown key 'budgett'; did you mean 'budget'"),
+        ({"calibration": {}}, "calibration is missing"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(tmp_path, changes, told):
+    with pytest.raises(InputError, match=told) as error:
+        study_of(values_of(tmp_path, **changes), "study s.yaml")
+    assert str(error.value).startswith(("study s.yaml", "utility"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sweep": {"num_windows": [2, 100_000]}}, "too short"),
+        ({"sweep": {"length": [16, 4000]}}, "positions|too short"),
+        ({"calibration": {"sherlock": "gone.txt"}}, "gone.txt does not exist"),
+        ({"heldout": TEXTS["sherlock"], "heldout_windows": 100_000}, "too short"),
+    ],
+)
+def test_windows_that_cannot_be_cut_are_refused(tmp_path, changes, told):
+    study = study_of(values_of(tmp_path, **changes), "test")
+    with pytest.raises(InputError, match=told):
+        all_windows(study)
+
+
+def test_max_removed_follows_from_the_sparsities_that_are_asked_for(tmp_path):
+    values = values_of(tmp_path, removed=[4, 2])
+    del values["max_removed"]
+    study = study_of(values | {"budget": 100}, "test")
+    assert study.removed == (2, 4)
+    assert {p.config.max_removed for p in study.points} == {4}
+
+
+def told_cost(study: Study):
+    return study_cost(study, all_windows(study))
+
+
+def test_the_cost_counts_masks_once_for_a_family(tmp_path):
+    study = study_of(values_of(tmp_path), "test")
+    shared = told_cost(study)
+    assert (shared.points, shared.points_left, shared.families) == (4, 4, 2)
+    assert shared.masks == 2 * 60
+    own = told_cost(study_of(values_of(tmp_path, masks="own"), "test"))
+    assert own.masks == 4 * 60
+    assert own.pflop is not None
+    assert shared.pflop is not None
+    assert shared.pflop < own.pflop
+    heldout = shared.scores - 2 * 60 * 6
+    assert own.scores == 4 * 60 * 6 + heldout
+    assert not shared.ask
+    assert "4 points, 4 left to do" in shared.describe()
+
+
+def test_work_of_unknown_size_is_asked_about(tmp_path):
+    values = values_of(tmp_path, engine="synthetic", engine_options={"num_players": 8}, length=40)
+    npz = tmp_path / "w.npz"
+    np.savez(npz, tokens=np.random.default_rng(0).integers(0, 9, (8, 40)))
+    held = tmp_path / "h.npz"
+    np.savez(held, tokens=np.random.default_rng(1).integers(0, 9, (8, 40)))
+    values |= {"calibration": str(npz), "heldout": str(held), "model": "synthetic"}
+    told = told_cost(study_of(values, "test"))
+    assert told.pflop is None
+    assert told.ask
+    assert "FLOP not known" in told.describe()
+
+
+def test_configs_of_points_are_runs_of_their_own(tmp_path):
+    for point in study_of(values_of(tmp_path), "test").points:
+        config = as_json(point.config)
+        assert config["out"].endswith(f"study/points/{point.id}")
+        assert config["store"].endswith("study/scores.sqlite")
+        assert config["sizes"] == [10, 11]
