@@ -92,16 +92,16 @@ def test_intervals_need_seeds_and_stay_within_what_is_possible(rng):
 def test_the_interval_covers_as_it_says(rng):
     """Random answers do not depend on the utility: the true mean of every difference is 0.
 
-    400 studies; a 90% interval's hits are binomial, three standard deviations are 4.5%.
+    200 studies; a 90% interval's hits are binomial, four standard deviations are 8.5%.
     """
     hits = []
-    for _ in range(400):
+    for _ in range(200):
         choice = choices(answers_of(rng, seeds=tuple("0123")), ("utility",))[0]
         estimate = choice.pairs[0].heldout[2]
         assert estimate.low is not None
         assert estimate.high is not None
         hits.append(estimate.low <= 0 <= estimate.high)
-    assert 0.855 <= np.mean(hits) <= 0.945
+    assert 0.815 <= np.mean(hits) <= 0.985
 
 
 def test_seeds_that_share_points_are_not_taken_for_independent(rng):

@@ -106,9 +106,9 @@ def test_light_modules_load_no_heavy_library(name):
     assert done.stdout.strip() == "[]"
 
 
-def test_coordinator_is_imported_by_the_command_line_and_the_front_alone():
+def test_coordinator_is_imported_by_those_who_start_runs_alone():
     users = {module_name(p) for p in MODULES if "lpserve.coordinator" in imports(p)}
-    assert users == {"cli", ""}
+    assert users == {"cli", "sweep", ""}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

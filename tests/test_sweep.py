@@ -248,7 +248,7 @@ def test_a_killed_sweep_goes_on_without_scoring_again(tmp_path, rng, capsys):
     command = [sys.executable, "-m", "lpserve", "sweep", str(path)]
     store = tmp_path / "study" / "scores.sqlite"
     counts = [0]
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         with subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
