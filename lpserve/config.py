@@ -26,7 +26,7 @@ STOP_GAIN = 0.001
 
 CHANGEABLE = (
     "budget", "pool", "engines", "engine", "engine_options", "grace_s", "progress_s",
-    "stop_chance", "stop_gain", "stop_width",
+    "stop_chance", "stop_gain", "stop_width", "mlflow", "experiment",
 )  # fmt: skip
 """Keys that may differ when a run is resumed in its folder; another engine must play the same
 game."""
@@ -88,8 +88,10 @@ class EngineConfig:
         for key in ("grace_s", "progress_s"):
             value = values[key]
             _require(isinstance(value, int | float) and value > 0, key, value, "seconds above 0")
-        for key in values.keys() & {"model", "out", "text_field"}:
+        for key in values.keys() & {"model", "out", "text_field", "experiment", "mlflow"}:
             value = values[key]
+            if key == "mlflow" and value is None:
+                continue
             _require(isinstance(value, str) and value != "", key, value, "a text")
         _require(isinstance(self.engine_options, dict), "engine_options", "no table", "a table")
         local = self.pool == "local"
@@ -156,6 +158,10 @@ class RunConfig(WindowConfig):
     """Score store; default: scores.sqlite in the run folder."""
     out: str = "run"
     """Run folder."""
+    mlflow: str | None = None
+    """Where MLflow tracks: a server's URL, or what else MLflow takes; None: nowhere."""
+    experiment: str = "lpserve"
+    """MLflow's experiment."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,7 +41,7 @@ from lpserve.admission import (
 )
 from lpserve.config import RunConfig, as_json
 from lpserve.dispatcher import GivenUp
-from lpserve.errors import LpserveError
+from lpserve.errors import InputError, LpserveError
 from lpserve.fidelity import screen_rows
 from lpserve.history import History, Round
 from lpserve.masks import from_keys, key_text, keys
@@ -56,6 +56,7 @@ from lpserve.scored import ScoredRun
 from lpserve.scoring import POLL_S, Scoring
 from lpserve.signals import Signals, heeded_signals
 from lpserve.store import Store
+from lpserve.tracking import Tracking, log_run
 from lpserve.types import BoolArray, FloatArray, IntArray, Work, known_utilities, perplexity
 from lpserve.windows import TokenWindows
 
@@ -90,6 +91,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     if config.screen_windows:
         screen_rows(calibration.corpora, config.screen_windows)  # refused before an engine starts
     progress = progress or Progress(interval_s=config.progress_s)
+    tracking = Tracking(config.mlflow, config.experiment) if config.mlflow else None
     with ExitStack() as stack:
         folder = stack.enter_context(closing(RunFolder(config.out)))
         stored = _same_run(folder, config, calibration, heldout)
@@ -99,7 +101,21 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         pool = open_pool(config, engine_spec(config, stored, longest), calibration, progress.note)
         stack.callback(pool.close)
         seat = Seat(store=store, pool=pool, signals=signals)
-        return _at_work(config, folder, stored, (calibration, heldout), seat, progress, None)
+        result = _at_work(config, folder, stored, (calibration, heldout), seat, progress, None)
+        if tracking is not None:
+            _log(tracking, config, result, progress)
+        return result
+
+
+def _log(tracking: Tracking, config: RunConfig, result: RunResult, progress: Progress) -> None:
+    values = result.outcome.analysis.values
+    try:
+        log_run(
+            tracking, as_json(config), result.folder, result.outcome.plan,
+            values.values_P.tolist(), values.total_stderr_P.tolist(),
+        )  # fmt: skip
+    except InputError as error:
+        progress.note(f"{error}; the run is finished: give the same command again to log it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,6 +27,7 @@ from lpserve.agreement import LEVEL, Answer, Choice, Estimate, choices, tau
 from lpserve.plan import Plan, load_plan
 from lpserve.study import DIMENSIONS
 from lpserve.sweep import Finished, SweepResult
+from lpserve.tracking import Metric, Tracking, log_run
 
 MOST_IN_MAP = 64
 """Points up to which the page shows how every two of them agree."""
@@ -207,6 +208,34 @@ def _map(answers: Sequence[Answer], varied: Sequence[str]) -> list[dict[str, Any
         }
         for a in answers
     ]
+
+
+def log_sweep(result: SweepResult, tracking: Tracking) -> None:
+    """Log a study, and every point as a run inside it; raises InputError."""
+    study, out = result.study, result.study.out
+    plans = {r.point.id: load_plan(r.folder / "plan.json") for r in result.points if not r.failed}
+    values = {r.point.id: _values(r) for r in result.points if not r.failed}
+    counts = {
+        "points": len(result.points), "points_failed": len(result.failed),
+        "scores_held": result.scores_held, "scores_new": result.scores_new,
+        "scores_read": result.scores_read, "seconds": sum(run.seconds for run in result.runs),
+    }  # fmt: skip
+    metrics = [Metric(name=name, value=float(count)) for name, count in counts.items()]
+    metrics += [Metric(name=f"tau.{choice.dimension}", value=choice.tau.mean)
+                for choice in choices(_answers(result, plans, values), study.varied)]  # fmt: skip
+    levels = {d: ", ".join(dict.fromkeys(p.levels[d] for p in study.points)) for d in DIMENSIONS}
+    names = ("sweep.html", "sweep.json", "sets.csv", "values.csv", "sets.parquet", "values.parquet")
+    parent = tracking.log(
+        out, params=levels | {"masks": study.masks}, metrics=metrics,
+        files=[out / name for name in names],
+    )  # fmt: skip
+    for run in result.points:
+        if not run.failed:
+            rows = values[run.point.id]
+            log_run(
+                tracking, run.point.levels, run.folder, plans[run.point.id],
+                [row["value"] for row in rows], [row["stderr"] for row in rows], parent,
+            )  # fmt: skip
 
 
 def summary(result: SweepResult) -> list[str]:

@@ -50,7 +50,7 @@ FLOW = [
     {"baselines", "outcome"},
     {"spending"},
     {"export", "report", "cost", "admission", "plots"},
-    {"scoring", "layer_sets", "protocols"},
+    {"scoring", "layer_sets", "protocols", "tracking"},
     {"coordinator", "lm_eval_model", "study", "agreement"},
     {"sweep"},
     {"sweep_report", "study_cost"},

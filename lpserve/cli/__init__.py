@@ -14,6 +14,7 @@ from typing import Any
 from lpserve.cli.arguments import (
     ENGINE_OPTION_FLAGS,
     add_engine_flags,
+    add_tracking_flags,
     add_window_flags,
     engine_options,
     numbers,
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     commands = parser.add_subparsers(
         required=True,
-        metavar="run | plan | export | eval | baselines | speed | lm-eval | scores | cost",
+        metavar="run | plan | export | eval | baselines | sweep | speed | lm-eval | scores | cost",
     )
     _add_run(commands)
     _add_plan(commands)
@@ -115,6 +116,7 @@ def _add_run(commands: Any) -> None:
     add("--seed", type=int, help="seed of the sampled masks (0)")
     add("--store", metavar="FILE", help="score store to share between runs (OUT/scores.sqlite)")
     add("--out", metavar="DIR", help="run folder (run)")
+    add_tracking_flags(run)
 
 
 def _add_plan(commands: Any) -> None:

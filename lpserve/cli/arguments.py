@@ -41,6 +41,12 @@ def add_window_flags(command: argparse.ArgumentParser) -> None:
     add("--window-seed", type=int, help="seed of the windows (0)")
 
 
+def add_tracking_flags(command: argparse.ArgumentParser) -> None:
+    """Where what is found is logged, beside the folder."""
+    command.add_argument("--mlflow", metavar="URI", help="log to this MLflow server (nowhere)")
+    command.add_argument("--experiment", help="MLflow's experiment (lpserve)")
+
+
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Options of the engine kind that flags name."""
     return dict(arguments.engine_option or []) | {

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from lpserve.cli.arguments import add_engine_flags, engine_values
+from lpserve.cli.arguments import add_engine_flags, add_tracking_flags, engine_values
 from lpserve.errors import InputError
 
 _HELP = """\
@@ -49,6 +49,7 @@ def add_sweep(commands: Any) -> None:
     add("--yes", action="store_true", help="begin, however much work it is")
     add("--dry-run", action="store_true", help="tell the points and the work, and stop")
     add("--model", metavar="DIR", help="checkpoint folder, if the file names none")
+    add_tracking_flags(command)
     add_engine_flags(command)
 
 
@@ -57,7 +58,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from lpserve.study import study_of
     from lpserve.study_cost import ASK_ABOVE_PFLOP, study_cost
     from lpserve.sweep import all_windows, sweep
-    from lpserve.sweep_report import summary, write_record, write_sweep
+    from lpserve.sweep_report import log_sweep, summary, write_record, write_sweep
+    from lpserve.tracking import Tracking
 
     if bool(arguments.study) == arguments.demo:
         raise InputError("name a study file, or --demo")
@@ -73,7 +75,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     flags = engine_values(arguments)
     flags["engine_options"] = {**values.get("engine_options", {}), **flags["engine_options"]}
     values |= flags
-    values |= {k: getattr(arguments, k) for k in ("out", "masks") if getattr(arguments, k)}
+    values |= {k: getattr(arguments, k) for k in ("out", "masks", "mlflow", "experiment")
+               if getattr(arguments, k)}  # fmt: skip
     study = study_of(values, source)
     told = study_cost(study, all_windows(study))
     print(told.describe(), file=sys.stderr)
@@ -87,9 +90,17 @@ def _sweep(arguments: argparse.Namespace) -> int:
             f"{source}: more than {ASK_ABOVE_PFLOP:g} PFLOP of work; say --yes to begin, or "
             "--dry-run to see the points"
         )
+    tracking = None
+    if study.base.mlflow:
+        tracking = Tracking(study.base.mlflow, study.base.experiment)
     result = sweep(study, tell=lambda line: print(line, file=sys.stderr))
     write_sweep(result)
     write_record(result)
+    if tracking is not None:
+        try:
+            log_sweep(result, tracking)
+        except InputError as error:
+            print(f"{error}; give the same command again to log the study", file=sys.stderr)
     print("\n".join(summary(result)))
     print(f"which choices matter: {study.out}/sweep.html; tables: sets.csv, values.csv, .parquet")
     return 1 if result.failed else 0
