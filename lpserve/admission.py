@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from lpserve.checkpoint import read_checkpoint
-from lpserve.config import EngineConfig, RunConfig, WindowConfig
+from lpserve.config import EngineConfig, RunConfig, WindowConfig, as_json
 from lpserve.engine.vllm_options import check_options as check_vllm_options
 from lpserve.errors import InputError
 from lpserve.pool import EnginePool, LocalPool, pinned
 from lpserve.rounds import RoundSettings, StopRules
-from lpserve.runfolder import RunFolder
+from lpserve.runfolder import CONFIG_FORMAT, RunFolder
 from lpserve.types import EngineInfo, EngineSpec
 from lpserve.windows import TokenWindows, WindowRequest, cut_windows
 
@@ -129,6 +129,43 @@ def engine_spec(config: EngineConfig, stored: dict[str, Any] | None, longest: in
         spec = replace(spec, options={"max_model_len": longest + 1, **spec.options})
     engine = (stored or {}).get("engine", {})
     return pinned(spec, engine["settings"]) if engine.get("kind") == spec.kind else spec
+
+
+def described(
+    config: RunConfig,
+    info: EngineInfo,
+    calibration: TokenWindows,
+    heldout: TokenWindows,
+    stored: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What config.json says: everything needed to repeat the run, beside the windows.
+
+    Args:
+        stored: what an earlier session of the run wrote.
+    """
+    import lpserve
+
+    first = (stored or {}).get("engine", {})
+    # a resumed run keeps its path; why it was chosen was said at its start
+    reason = first.get("path_reason", "") if first.get("path") == info.path else info.path_reason
+    return {
+        "format": CONFIG_FORMAT,
+        "config": as_json(config),
+        "model_hash": info.model_hash,
+        "game": info.game.content_hash,
+        "windows": {
+            "calibration": calibration.content_hash,
+            "heldout": heldout.content_hash,
+            "corpora": [list(c) for c in calibration.corpora],
+            "heldout_corpora": [list(c) for c in heldout.corpora],
+        },
+        "engine": {
+            "kind": info.kind, "path": info.path, "path_reason": reason,
+            "dtype": info.dtype, "quantization": info.quantization, "device": info.device,
+            "noise_nll": info.noise_nll, "settings": dict(info.settings),
+        },
+        "versions": {"lpserve": lpserve.__version__, **info.versions},
+    }  # fmt: skip
 
 
 def refuse_other_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo) -> None:

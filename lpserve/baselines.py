@@ -234,7 +234,7 @@ def ours(settings: RoundSettings) -> Proposer:
             return
         if last is not None:
             history.masks.append(last[0])
-            history.nll.append(cast("Any", last[1]))  # means, not rounded as a store would
+            history.loss.append(cast("Any", last[1]))  # means, not rounded as a store would
         nll_M = yield Ask(asked.all_masks)
         nll_M1 = nll_M[:, None]
         if not full:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError
-from lpserve.types import UTILITIES
+from lpserve.types import metric_of
 
 ENGINES = ("transformers", "vllm", "synthetic")
 POOLS = ("local", "ray")
@@ -36,7 +36,6 @@ _CHOICES = {
     "pool": POOLS,
     "dtype": DTYPES,
     "surrogate": SURROGATES,
-    "utility": UTILITIES,
     "goal": GOALS,
 }
 _LEAST = {
@@ -139,6 +138,7 @@ class RunConfig(WindowConfig):
     sizes: tuple[int, int] | None = None
     """Shapley sizes (before the player joins); default (P - max_removed, P - 1)."""
     utility: str = "neg_nll"
+    """What a coalition is worth (`types.metric_of`)."""
     surrogate: str = "auto"
     goal: str = "both"
     """What masks are chosen for: the `plan`, the `values` (then no set is searched), or `both`."""
@@ -165,6 +165,7 @@ class RunConfig(WindowConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        metric_of(self.utility)
         for key, most in (("stop_chance", 1.0), ("stop_gain", 1.0), ("stop_width", float("inf"))):
             value = getattr(self, key)
             fits = isinstance(value, int | float) and 0 < value < most

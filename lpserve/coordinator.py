@@ -32,6 +32,7 @@ from threadpoolctl import threadpool_limits
 from lpserve import search
 from lpserve.admission import (
     check_model,
+    described,
     engine_spec,
     open_pool,
     refuse_other_game,
@@ -41,7 +42,8 @@ from lpserve.admission import (
 )
 from lpserve.config import RunConfig, as_json
 from lpserve.dispatcher import GivenUp
-from lpserve.errors import InputError, LpserveError
+from lpserve.engine.base import check_also
+from lpserve.errors import LpserveError
 from lpserve.fidelity import screen_rows
 from lpserve.history import History, Round
 from lpserve.masks import from_keys, key_text, keys
@@ -50,14 +52,22 @@ from lpserve.pool import EnginePool, UnitResult
 from lpserve.progress import Progress
 from lpserve.report import write_outputs
 from lpserve.rounds import RoundPlanner
-from lpserve.runfolder import CONFIG_FORMAT, RunFolder
+from lpserve.runfolder import RunFolder
 from lpserve.scoreboard import Request, Scoreboard
 from lpserve.scored import ScoredRun
 from lpserve.scoring import POLL_S, Scoring
 from lpserve.signals import Signals, heeded_signals
 from lpserve.store import Store
-from lpserve.tracking import Tracking, log_run
-from lpserve.types import BoolArray, FloatArray, IntArray, Work, known_utilities, perplexity
+from lpserve.tracking import Tracking, tell_run
+from lpserve.types import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Work,
+    known_utilities,
+    metric_of,
+    perplexity,
+)
 from lpserve.windows import TokenWindows
 
 _PROPOSAL_POLL_S = 0.01
@@ -101,21 +111,11 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         pool = open_pool(config, engine_spec(config, stored, longest), calibration, progress.note)
         stack.callback(pool.close)
         seat = Seat(store=store, pool=pool, signals=signals)
-        result = _at_work(config, folder, stored, (calibration, heldout), seat, progress, None)
+        result = _at_work(config, folder, stored, (calibration, heldout), seat, progress, None, ())
         if tracking is not None:
-            _log(tracking, config, result, progress)
+            plan, values = result.outcome.plan, result.outcome.analysis.values
+            tell_run(tracking, as_json(config), result.folder, plan, values, progress.note)
         return result
-
-
-def _log(tracking: Tracking, config: RunConfig, result: RunResult, progress: Progress) -> None:
-    values = result.outcome.analysis.values
-    try:
-        log_run(
-            tracking, as_json(config), result.folder, result.outcome.plan,
-            values.values_P.tolist(), values.total_stderr_P.tolist(),
-        )  # fmt: skip
-    except InputError as error:
-        progress.note(f"{error}; the run is finished: give the same command again to log it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +134,7 @@ def run_at(
     progress: Progress,
     *,
     masks_of: ScoredRun | None = None,
+    also: tuple[str, ...] = (),
 ) -> RunResult:
     """A run at engines that are open, on calibration and held-out windows that are cut.
 
@@ -141,12 +142,13 @@ def run_at(
         config: with every default filled in (`admission.check_model`).
         masks_of: another run of the same game whose windows hold these: its first `budget` masks
             are read again and no other mask is scored, but for the held-out check.
+        also: metrics that others will ask of the same masks: scored in the same pass.
 
     Raises: as `run`.
     """
     with closing(RunFolder(config.out)) as folder:
         stored = _same_run(folder, config, *windows)
-        return _at_work(config, folder, stored, windows, seat, progress, masks_of)
+        return _at_work(config, folder, stored, windows, seat, progress, masks_of, also)
 
 
 def _same_run(
@@ -168,11 +170,15 @@ def _at_work(
     seat: Seat,
     progress: Progress,
     masks_of: ScoredRun | None,
+    also: tuple[str, ...],
 ) -> RunResult:
     if stored is not None:
         refuse_other_game(folder, stored, seat.pool.info)
+    metric = metric_of(config.utility)
+    metrics = tuple(dict.fromkeys(m for m in (metric, *also) if m != "nll"))
+    check_also(seat.pool.info, metrics)  # before the folder is this run's
     folder.begun = True
-    job = _Job(config, folder, seat, *windows, progress)
+    job = _Job(config, folder, seat, *windows, progress, metrics)
     seat.signals.at_work = True
     job.write_config(stored)
     with progress, threadpool_limits(1, user_api="blas"):
@@ -198,9 +204,9 @@ class _Asked:
     def complete(self) -> bool:
         return all(request.complete for request in self.requests)
 
-    @property
-    def nll_MN(self) -> NDArray[np.float32]:
-        return np.concatenate([request.nll_MN for request in self.requests])
+    def sums(self, metric: str) -> NDArray[np.float32]:
+        """Stored sums of a metric, `float32[M, N]`."""
+        return np.concatenate([request.values[metric] for request in self.requests])
 
 
 class _Job:
@@ -214,7 +220,12 @@ class _Job:
         calibration: TokenWindows,
         heldout: TokenWindows,
         progress: Progress,
+        metrics: tuple[str, ...],
     ) -> None:
+        """
+        Args:
+            metrics: scored beside the NLL.
+        """
         store, pool = seat.store, seat.pool
         self.config, self.folder, self.store, self.pool = config, folder, store, pool
         self.calibration, self.heldout, self.progress = calibration, heldout, progress
@@ -223,28 +234,34 @@ class _Job:
         self.screen = None
         if config.screen_windows:
             self.screen = screen_rows(calibration.corpora, config.screen_windows)
-        self.board = Scoreboard(store, self.game, calibration, self.dispatcher, screen=self.screen)
+        self.board = Scoreboard(
+            store, self.game, calibration, self.dispatcher, screen=self.screen, also=metrics
+        )
         self.settings = round_settings(config, pool.info.num_players)
         self.planner = RoundPlanner(
             self.settings,
-            lambda nll_MN: self.utility(config.utility, nll_MN),
+            lambda loss_MN: self.utility(config.utility, loss_MN),
             None if config.utility == search.UTILITY
-            else lambda nll_MN: self.utility(search.UTILITY, nll_MN),
+            else lambda loss_MN: self.utility(search.UTILITY, loss_MN),
             None if self.screen is None
-            else lambda nll_MN: self.utility(search.UTILITY, nll_MN, self.screen),
+            else lambda loss_MN: self.utility(search.UTILITY, loss_MN, self.screen),
         )  # fmt: skip
+        self.metric = metric_of(config.utility)
         self.history = History()
-        self._full_nll_N: NDArray[np.float32] | None = None
+        """Losses, which decide."""
+        self.told = History()
+        """NLLs, which perplexities are told from; the same where the utility is made of them."""
+        self._full_loss_N: NDArray[np.float32] | None = None
         self._ended = ""
         self.scores_new = 0
 
     def utility(
-        self, name: str, nll_MN: NDArray[np.float32], windows: IntArray | None = None
+        self, name: str, loss_MN: NDArray[np.float32], windows: IntArray | None = None
     ) -> FloatArray:
         """See `types.known_utilities`."""
-        assert self._full_nll_N is not None
+        assert self._full_loss_N is not None
         return known_utilities(
-            name, nll_MN, self.calibration.num_tokens_N, self._full_nll_N, windows
+            name, loss_MN, self.calibration.num_tokens_N, self._full_loss_N, windows
         )
 
     # -- scoring -------------------------------------------------------------------------------
@@ -300,21 +317,25 @@ class _Job:
         """Move rounds that are complete, in order, to the history."""
         while pending and pending[0].complete:
             asked = pending.popleft()
-            nll_MN = asked.nll_MN
-            if self._full_nll_N is None:
-                self._begin_with(nll_MN[0])
-            # the planner reads rounds by the number of mask arrays: NLLs come first
-            self.history.nll.append(nll_MN)
-            self.history.masks.append(asked.round.all_masks)
+            nll_MN = asked.sums("nll")
+            self._take(asked.round.all_masks, nll_MN, asked.sums(self.metric))
             self._show_best(asked.round.all_masks, nll_MN)
         self._show()
 
-    def _begin_with(self, full_nll_N: NDArray[np.float32]) -> None:
-        self._full_nll_N = full_nll_N
-        if not np.isfinite(full_nll_N).all():
-            raise LpserveError(
-                "the whole model's own score is not finite: check the model and the dtype"
-            )
+    def _take(
+        self, masks_MP: BoolArray, nll_MN: NDArray[np.float32], loss_MN: NDArray[np.float32]
+    ) -> None:
+        """Masks into the history; the first of all is the whole model."""
+        if self._full_loss_N is None:
+            self._full_loss_N = loss_MN[0]
+            if not np.isfinite([nll_MN[0], loss_MN[0]]).all():
+                raise LpserveError(
+                    "the whole model's own score is not finite: check the model and the dtype"
+                )
+        # the planner reads rounds by the number of mask arrays: losses come first
+        for history, values_MN in ((self.told, nll_MN), (self.history, loss_MN)):
+            history.loss.append(values_MN)
+            history.masks.append(masks_MP)
 
     def adopt(self, other: ScoredRun) -> None:
         """Take the first `budget` masks of another run, with their scores on these windows.
@@ -322,15 +343,16 @@ class _Job:
         Greedy steps that the other passed by are not: what was hopeless there may be best here.
         """
         asked = other.masks_MP[: self.config.budget]
-        nll_MN, known_MN = self.store.get(self.scoring.game, self.calibration, asked)
         given_up_M = np.isnan(other.nll_MN[: len(asked)]).all(axis=1)
-        if not known_MN[~given_up_M].all():
-            raise LpserveError(
-                f"{self.store.path} lacks scores of the masks that are to be read again"
-            )
-        self._begin_with(nll_MN[0])
-        self.history.nll.append(nll_MN)
-        self.history.masks.append(asked)
+        read = []
+        for metric in ("nll", self.metric):
+            values_MN, known_MN = self.store.get(self.scoring.game, self.calibration, asked, metric)
+            if not known_MN[~given_up_M].all():
+                raise LpserveError(
+                    f"{self.store.path} lacks {metric} of the masks that are to be read again"
+                )
+            read.append(values_MN)
+        self._take(asked, *read)
         self.planner.sources.update(zip(keys(asked), other.sources, strict=False))
         self._ended = f"the {len(asked)} masks are those of another run"
         self.folder.event("masks read again", masks=len(asked))
@@ -409,7 +431,8 @@ class _Job:
         return outcome
 
     def _scored_run(self) -> ScoredRun:
-        masks_MP, nll_MN = self.history.upto(len(self.history.masks))
+        masks_MP, loss_MN = self.history.upto(len(self.history.masks))
+        _, nll_MN = self.told.upto(len(self.history.masks))
         info, config = self.pool.info, self.config
         return ScoredRun(
             model=info.model,
@@ -423,6 +446,7 @@ class _Job:
             noise_nll=info.noise_nll,
             masks_MP=masks_MP,
             nll_MN=nll_MN,
+            other_loss_MN=None if self.metric == "nll" else loss_MN,
             num_tokens_N=self.calibration.num_tokens_N,
             corpora=self.calibration.corpora,
             sources=tuple(self.planner.sources[key] for key in keys(masks_MP)),
@@ -443,32 +467,9 @@ class _Job:
 
     def write_config(self, stored: dict[str, Any] | None) -> None:
         """config.json and windows.npz: everything needed to repeat the run."""
-        import lpserve
-
-        info = self.pool.info
-        first = (stored or {}).get("engine", {})
-        # a resumed run keeps its path; why it was chosen was said at its start
-        reason = (
-            first.get("path_reason", "") if first.get("path") == info.path else info.path_reason
+        self.described = described(
+            self.config, self.pool.info, self.calibration, self.heldout, stored
         )
-        self.described = {
-            "format": CONFIG_FORMAT,
-            "config": as_json(self.config),
-            "model_hash": info.model_hash,
-            "game": info.game.content_hash,
-            "windows": {
-                "calibration": self.calibration.content_hash,
-                "heldout": self.heldout.content_hash,
-                "corpora": [list(c) for c in self.calibration.corpora],
-                "heldout_corpora": [list(c) for c in self.heldout.corpora],
-            },
-            "engine": {
-                "kind": info.kind, "path": info.path, "path_reason": reason,
-                "dtype": info.dtype, "quantization": info.quantization, "device": info.device,
-                "noise_nll": info.noise_nll, "settings": dict(info.settings),
-            },
-            "versions": {"lpserve": lpserve.__version__, **info.versions},
-        }  # fmt: skip
         self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
         path = self.folder.path / "windows.npz"
         if not path.exists():

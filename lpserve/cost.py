@@ -360,7 +360,7 @@ def sample_rounds(settings: RoundSettings, budget: int) -> list[BoolArray]:
         asked += len(masks_MP)
         loss_M = 1.0 + (~masks_MP) @ loss_P
         history.masks.append(masks_MP)
-        history.nll.append(loss_M[:, None].astype(np.float32))
+        history.loss.append(loss_M[:, None].astype(np.float32))
     return history.masks
 
 

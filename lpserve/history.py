@@ -31,7 +31,7 @@ class Round:
 
     @property
     def all_masks(self) -> BoolArray:
-        """New and promoted ones, in the order in which `History` takes their NLLs."""
+        """New and promoted ones, in the order in which `History` takes their losses."""
         return np.concatenate([self.masks_MP, self.promoted_QP])
 
     def first(self, count: int) -> Round:
@@ -41,20 +41,21 @@ class Round:
 
 @dataclass(slots=True)
 class History:
-    """Complete rounds, in order: masks as proposed and their stored NLLs."""
+    """Complete rounds, in order: masks as proposed and their stored losses."""
 
     masks: list[BoolArray] = field(default_factory=list)
     """One `bool[M, P]` for each round."""
-    nll: list[NDArray[np.float32]] = field(default_factory=list)
-    """One `float32[M, N]` for each round; NaN where a mask was not scored, or given up."""
+    loss: list[NDArray[np.float32]] = field(default_factory=list)
+    """One `float32[M, N]` for each round: NLLs, or what else the utility is made of; NaN
+    where a mask was not scored, or given up."""
 
     def upto(self, num_rounds: int) -> tuple[BoolArray, NDArray[np.float32]]:
-        """Distinct masks of the first `num_rounds` rounds, in order, and their last NLLs."""
+        """Distinct masks of the first `num_rounds` rounds, in order, and their last losses."""
         masks_MP = np.concatenate(self.masks[:num_rounds])
-        nll_MN = np.concatenate(self.nll[:num_rounds])
+        loss_MN = np.concatenate(self.loss[:num_rounds])
         mask_keys = keys(masks_MP)
         last_of = {key: row for row, key in enumerate(mask_keys)}  # in the order of first asking
         if len(last_of) == len(masks_MP):
-            return masks_MP, nll_MN
+            return masks_MP, loss_MN
         last = list(last_of.values())
-        return masks_MP[last], nll_MN[last]
+        return masks_MP[last], loss_MN[last]

@@ -40,7 +40,15 @@ from lpserve.shapley import (
     value_calibration,
 )
 from lpserve.surrogate import HeldOut, Surrogate, guide_of, make_surrogate
-from lpserve.types import Z90, BoolArray, FloatArray, IntArray, perplexity
+from lpserve.types import (
+    Z90,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    has_perplexity,
+    loss_unit,
+    perplexity,
+)
 
 _MONTE_CARLO_COALITIONS = 80_000  # as many as the paper draws
 
@@ -79,17 +87,17 @@ class Outcome:
 
 def analyse(scored: ScoredRun) -> Analysis:
     """Fit the surrogate to all finite scores and estimate the values."""
-    utilities_M = scored.utility_of(scored.nll_MN)
+    utilities_M = scored.utility_of(scored.loss_MN)
     rows = np.flatnonzero(np.isfinite(utilities_M))
     if len(rows) < 3:
         raise InputError(f"only {len(rows)} masks have finite scores: nothing can be estimated")
     masks_MP, finite_M = scored.masks_MP[rows], utilities_M[rows]
     surrogate = make_surrogate(scored.surrogate, scored.seed)
     surrogate.fit(masks_MP, finite_M, scored.noise_of(finite_M))
-    searcher, guess_M = surrogate, scored.utility_of(scored.nll_MN, search.UTILITY)
+    searcher, guess_M = surrogate, scored.utility_of(scored.loss_MN, search.UTILITY)
     noise_M = None
     if scored.screen:
-        few_M = scored.utility_of(scored.nll_MN, search.UTILITY, scored.screen)
+        few_M = scored.utility_of(scored.loss_MN, search.UTILITY, scored.screen)
         guess_M, noise_M = estimated(scored.masks_MP, guess_M, few_M)
     if scored.utility != search.UTILITY or noise_M is not None:
         known = np.flatnonzero(np.isfinite(guess_M))
@@ -152,7 +160,7 @@ def make_plan(
         unseen = _unseen(scored, analysis, r, rows[0][0], protected)
         stability = _stability(scored, rows[0][0], protected)
         if stability is not None and not stability.settled and stability.rival is not None:
-            warnings.append(stability.warning(len(scored.num_tokens_N)))
+            warnings.append(stability.warning(len(scored.num_tokens_N), loss_unit(scored.utility)))
         entry = _entry(scored, analysis, r, rows, warnings)
         details = asdict(stability) if stability is not None else None
         entries.append(replace(entry, unseen=unseen, stability=details))
@@ -221,7 +229,7 @@ def _values(
     scored: ScoredRun, surrogate: Surrogate, rows: IntArray, finite_M: FloatArray
 ) -> ShapleyValues:
     masks_MP = scored.masks_MP[rows]
-    resampled_MB = scored.resampled(scored.nll_MN[rows])
+    resampled_MB = scored.resampled(scored.loss_MN[rows])
     if is_enumerated(masks_MP, scored.sizes):
         return shapley_values(
             masks_MP, finite_M, scored.sizes,
@@ -259,7 +267,7 @@ def _unseen(
     protected: Sequence[int],
 ) -> Unseen | None:
     """The set that was not scored, or on the screen alone, and is likeliest to beat the best."""
-    search_M = scored.utility_of(scored.nll_MN, search.UTILITY)
+    search_M = scored.utility_of(scored.loss_MN, search.UTILITY)
     begin_QP = search.starts(scored.masks_MP, search_M, num_removed)
     likely = search.likely_best(analysis.searcher, scored.num_players, num_removed, begin_QP)
     seen = set(keys(scored.masks_MP[np.isfinite(search_M)]))
@@ -275,9 +283,10 @@ def _unseen(
     place = int(np.argmax(chance_Q))
     predicted = float(analysis.searcher.mean(likely[fresh[place]][None])[0])
     full_ppl = _ppl(scored.nll_MN[0], scored.num_tokens_N)
+    perplexing = has_perplexity(scored.utility)
     return Unseen(
         removed=removed_list(likely[fresh[place]]),
-        predicted_ppl=full_ppl / predicted if predicted > 0 else None,
+        predicted_ppl=full_ppl / predicted if predicted > 0 and perplexing else None,
         chance=float(chance_Q[place]),
         gain=STOP_GAIN,
     )
@@ -286,10 +295,10 @@ def _unseen(
 def _stability(scored: ScoredRun, chosen: int, protected: Sequence[int]) -> Stability | None:
     """Of the best set among those of its size that keep the protected players."""
     removed_M = (~scored.masks_MP).sum(axis=1)
-    same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.nll_MN).all(axis=1)
+    same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.loss_MN).all(axis=1)
     rows = np.flatnonzero(same_M & scored.masks_MP[:, list(protected)].all(axis=1))
     return set_stability(
-        scored.masks_MP[rows], scored.nll_MN[rows].astype(np.float64), scored.num_tokens_N,
+        scored.masks_MP[rows], scored.loss_MN[rows].astype(np.float64), scored.num_tokens_N,
         scored.corpora, int(np.flatnonzero(rows == chosen)[0]), scored.seed,
     )  # fmt: skip
 
@@ -353,7 +362,7 @@ def _ppl(nll_N: NDArray[np.float32], num_tokens_N: IntArray) -> float:
 
 
 def _predicted_ppl(scored: ScoredRun, predicted: float) -> float | None:
-    if not np.isfinite(predicted):
+    if not np.isfinite(predicted) or not has_perplexity(scored.utility):
         return None
     if scored.utility == "neg_nll":
         return float(perplexity(np.float64(-predicted)))

@@ -14,7 +14,7 @@ from lpserve.plan import Plan, PlanEntry
 from lpserve.runfolder import RunFolder
 from lpserve.scored import write_scores
 from lpserve.sensitivity import SETTLED, Stability
-from lpserve.types import Z90
+from lpserve.types import Z90, loss_unit
 
 SHOWN_PAIRS = 8
 SVG_WIDTH, SVG_HEIGHT, SVG_PAD = 640, 260, 48
@@ -92,6 +92,7 @@ def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
         num_windows=len(outcome.scored.num_tokens_N),
         screen_windows=len(outcome.scored.screen),
         settled_share=SETTLED,
+        unit=loss_unit(outcome.scored.utility),
         z90=Z90,
         width=SVG_WIDTH,
         height=SVG_HEIGHT,

@@ -110,8 +110,8 @@ class RoundSettings:
 class RoundPlanner:
     """Produces the rounds one after another.
 
-    `utility` and `search_utility` map `float32[M, N]` NLLs to `float64[M]`. Values and rankings are
-    about the run's utility; sets are searched on `search_utility` (default: the same;
+    `utility` and `search_utility` map losses `float32[M, N]` to `float64[M]`. Values and rankings
+    are about the run's utility; sets are searched on `search_utility` (default: the same;
     `lpserve.search.UTILITY` suits it best). `screen_utility` is the latter on the screen alone;
     None: every mask is scored on all windows.
     """
@@ -171,9 +171,9 @@ class RoundPlanner:
             return self._finish(batch)
         if index == 1:
             return self._finish(self._take_design(self._settings.round_size))
-        masks_MP, nll_MN = history.upto(index - 1)
-        utilities_M, search_M = self._utility(nll_MN), self._search_utility(nll_MN)
-        guess_M, noise_M = self._guessed(masks_MP, nll_MN, search_M)
+        masks_MP, loss_MN = history.upto(index - 1)
+        utilities_M, search_M = self._utility(loss_MN), self._search_utility(loss_MN)
+        guess_M, noise_M = self._guessed(masks_MP, loss_MN, search_M)
         fitted = self._fit(masks_MP, utilities_M, guess_M, noise_M)
         size = max(self._settings.round_size, int(_ROUND_GROWTH * self._num_proposed))
         goal = self._settings.goal
@@ -210,23 +210,23 @@ class RoundPlanner:
     def settle(self, history: History) -> Round:
         """The promotions that are due when nothing new is asked for, from all rounds; empty when
         none is: no screened set is left that may be the best."""
-        masks_MP, nll_MN = history.upto(len(history.masks))
+        masks_MP, loss_MN = history.upto(len(history.masks))
         if not self._screened or self._settings.goal == "values":
             return self._finish([])
-        utilities_M, search_M = self._utility(nll_MN), self._search_utility(nll_MN)
-        guess_M, noise_M = self._guessed(masks_MP, nll_MN, search_M)
+        utilities_M, search_M = self._utility(loss_MN), self._search_utility(loss_MN)
+        guess_M, noise_M = self._guessed(masks_MP, loss_MN, search_M)
         self._last = self._last[:0]
         if not self._fit(masks_MP, utilities_M, guess_M, noise_M):
             return self._finish([])
         return self._finish([], self._promoted(masks_MP, search_M, guess_M, WORTH))
 
     def _guessed(
-        self, masks_MP: BoolArray, nll_MN: NDArray[np.float32], search_M: FloatArray
+        self, masks_MP: BoolArray, loss_MN: NDArray[np.float32], search_M: FloatArray
     ) -> tuple[FloatArray, FloatArray | None]:
         """Search utilities, screened masks' estimated, and their variances (None: no screen)."""
         if self._screen_utility is None:
             return search_M, None
-        return estimated(masks_MP, search_M, self._screen_utility(nll_MN))
+        return estimated(masks_MP, search_M, self._screen_utility(loss_MN))
 
     def _fit(
         self,

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ class ScoredRun:
     masks_MP: BoolArray
     """Masks in the order in which they were asked for; the first keeps all."""
     nll_MN: NDArray[np.float32]
-    """NaN rows: given up."""
+    """NaN rows: given up. What perplexities are told from."""
     num_tokens_N: IntArray
     corpora: tuple[tuple[str, int], ...]
     """Name and number of calibration windows of each corpus, in order."""
@@ -50,7 +51,16 @@ class ScoredRun:
     """Windows that every mask was scored on; some masks on them alone, NaN elsewhere. Empty: no
     mask was screened."""
     noise_nll: float = 0.0
-    """Noise of a mask's score (`EngineInfo.noise_nll`): nats per token, root mean square."""
+    """Noise of a mask's score (`EngineInfo.noise_nll`): nats per token, root mean square. Taken for
+    that of other losses too (in bfloat16 on a GPU they strayed from float32 0.8 to 0.9 times as
+    far: scripts/bench/results/gpu.md)."""
+    other_loss_MN: NDArray[np.float32] | None = None
+    """Another metric's sums, where the utility is made of that; see `loss_MN`."""
+
+    @property
+    def loss_MN(self) -> NDArray[np.float32]:
+        """What the utility is made of, and every decision reads: NLLs, or another metric's sums."""
+        return self.nll_MN if self.other_loss_MN is None else self.other_loss_MN
 
     @property
     def num_players(self) -> int:
@@ -71,14 +81,14 @@ class ScoredRun:
 
     def utility_of(
         self,
-        nll_MN: NDArray[np.float32],
+        loss_MN: NDArray[np.float32],
         name: str | None = None,
         windows: Sequence[int] | None = None,
     ) -> FloatArray:
         """The run's utility, or a named one, on all windows or some; NaN where a score is not
         finite: never a training point, never chosen."""
         return known_utilities(
-            name or self.utility, nll_MN, self.num_tokens_N, self.nll_MN[0], windows
+            name or self.utility, loss_MN, self.num_tokens_N, self.loss_MN[0], windows
         )
 
     def noise_of(self, utilities_M: FloatArray) -> FloatArray | None:
@@ -93,7 +103,7 @@ class ScoredRun:
         """Calibration windows of each corpus, in order."""
         return [count for _, count in self.corpora]
 
-    def resampled(self, nll_MN: NDArray[np.float32]) -> FloatArray | None:
+    def resampled(self, loss_MN: NDArray[np.float32]) -> FloatArray | None:
         """The utility under draws of the windows, `float64[M, B]` (`lpserve.resample`).
 
         None for a single window.
@@ -101,10 +111,10 @@ class ScoredRun:
         if len(self.num_tokens_N) < 2:
             return None
         weights_BN = window_weights(self.corpus_sizes, seed=self.seed)
-        masks_MB = mean_nll(nll_MN.astype(np.float64), self.num_tokens_N, weights_BN)
-        if self.utility == "neg_nll":
-            return -masks_MB
-        full_1B = mean_nll(self.nll_MN[:1].astype(np.float64), self.num_tokens_N, weights_BN)
+        masks_MB = mean_nll(loss_MN.astype(np.float64), self.num_tokens_N, weights_BN)
+        if self.utility != "ppl_ratio":
+            return 1.0 - masks_MB if self.utility == "accuracy" else -masks_MB
+        full_1B = mean_nll(self.loss_MN[:1].astype(np.float64), self.num_tokens_N, weights_BN)
         with np.errstate(under="ignore"):
             return np.asarray(np.exp(full_1B - masks_MB), dtype=np.float64)
 
@@ -119,6 +129,9 @@ def write_scores(path: Path, scored: ScoredRun) -> None:
         "players": [[p.index, p.layer, p.part] for p in scored.players],
     }  # fmt: skip
     temporary = path.with_name(f".{path.stem}.tmp.npz")
+    other: dict[str, Any] = {}
+    if scored.other_loss_MN is not None:
+        other["loss"] = scored.other_loss_MN
     np.savez_compressed(
         temporary,
         about=np.array(json.dumps(about)),
@@ -127,6 +140,7 @@ def write_scores(path: Path, scored: ScoredRun) -> None:
         screen=np.array(scored.screen, dtype=np.int64),
         heldout_masks=scored.heldout_masks_MP, heldout_nll=scored.heldout_nll_MN,
         heldout_num_tokens=scored.heldout_num_tokens_N,
+        **other,
     )  # fmt: skip
     temporary.replace(path)
 
@@ -149,6 +163,7 @@ def read_scores(run: str | Path) -> ScoredRun:
                 corpora=tuple((str(name), int(count)) for name, count in about["corpora"]),
                 heldout_masks_MP=data["heldout_masks"], heldout_nll_MN=data["heldout_nll"],
                 heldout_num_tokens_N=data["heldout_num_tokens"],
+                other_loss_MN=data.get("loss"),
             )  # fmt: skip
     except FileNotFoundError:
         raise InputError(

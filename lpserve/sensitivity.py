@@ -40,7 +40,7 @@ class Stability:
     rival: list[int] | None
     """What is removed by the set that wins most of the other draws; None: no other ever wins."""
     rival_gap: float | None
-    """The rival's mean NLL minus the plan's on all windows, nats per token."""
+    """The rival's mean loss minus the plan's on all windows (`types.loss_unit`)."""
     rival_gap_stderr: float | None
     """Its standard error over windows, paired."""
     windows_needed: int | None
@@ -58,8 +58,8 @@ class Stability:
     def settled(self) -> bool:
         return self.stays_best >= SETTLED
 
-    def warning(self, num_windows: int) -> str:
-        """One line for a set that the windows do not settle."""
+    def warning(self, num_windows: int, unit: str) -> str:
+        """One line for a set that the windows do not settle; `unit` is that of the losses."""
         assert self.rival is not None
         assert self.rival_gap is not None
         assert self.rival_gap_stderr is not None
@@ -71,14 +71,14 @@ class Stability:
         return (
             f"window noise decides this set: in {1 - self.stays_best:.0%} of draws of the "
             f"{num_windows} windows another scored set is better, mostly {self.rival} "
-            f"({self.rival_gap:.4f} +- {Z90 * self.rival_gap_stderr:.4f} nats per token behind); "
+            f"({self.rival_gap:.4f} +- {Z90 * self.rival_gap_stderr:.4f} {unit} behind); "
             f"{enough}"
         )
 
 
 def set_stability(
     masks_MP: BoolArray,
-    nll_MN: FloatArray,
+    loss_MN: FloatArray,
     num_tokens_N: IntArray,
     corpora: Sequence[tuple[str, int]],
     chosen: int,
@@ -88,14 +88,14 @@ def set_stability(
 
     Args:
         masks_MP: masks of one size, distinct.
-        nll_MN: their summed NLLs, nats, finite.
+        loss_MN: their summed losses (NLLs in nats, say), finite.
         corpora: name and number of windows of each corpus, in order.
     """
     num_windows = len(num_tokens_N)
     if num_windows < 2:
         return None
     weights_BN = window_weights([count for _, count in corpora], seed=seed)
-    drawn_MB = mean_nll(nll_MN, num_tokens_N, weights_BN)
+    drawn_MB = mean_nll(loss_MN, num_tokens_N, weights_BN)
     best_B = drawn_MB.min(axis=0)
     winner_B = drawn_MB.argmin(axis=0)
     winner_B[drawn_MB[chosen] <= best_B] = chosen
@@ -105,10 +105,10 @@ def set_stability(
     rival = int(np.argmax(wins_M)) if wins_M.any() else None
     gap, error, needed = (None, None, None)
     if rival is not None:
-        gap = float((nll_MN[rival] - nll_MN[chosen]).sum() / num_tokens_N.sum())
+        gap = float((loss_MN[rival] - loss_MN[chosen]).sum() / num_tokens_N.sum())
         error = float((drawn_MB[rival] - drawn_MB[chosen]).std(ddof=1))
         needed = _windows_needed(num_windows, gap, error)
-    overlap, regret = _halves(masks_MP, nll_MN, num_tokens_N, seed)
+    overlap, regret = _halves(masks_MP, loss_MN, num_tokens_N, seed)
     return Stability(
         num_sets=len(masks_MP),
         stays_best=stays_best,
@@ -119,7 +119,7 @@ def set_stability(
         windows_needed=needed,
         halves_overlap=overlap,
         halves_regret=regret,
-        corpora=_by_corpus(masks_MP, nll_MN, corpora),
+        corpora=_by_corpus(masks_MP, loss_MN, corpora),
     )
 
 
@@ -131,7 +131,7 @@ def _windows_needed(num_windows: int, gap: float, error: float) -> int | None:
 
 
 def _halves(
-    masks_MP: BoolArray, nll_MN: FloatArray, num_tokens_N: IntArray, seed: int
+    masks_MP: BoolArray, loss_MN: FloatArray, num_tokens_N: IntArray, seed: int
 ) -> tuple[float | None, float | None]:
     """Overlap of the best sets of two disjoint halves, and what one's best costs on the other."""
     num_windows = len(num_tokens_N)
@@ -144,7 +144,7 @@ def _halves(
         order = rng.permutation(num_windows)
         half = num_windows // 2
         means = [
-            nll_MN[:, part].sum(axis=1) / num_tokens_N[part].sum()
+            loss_MN[:, part].sum(axis=1) / num_tokens_N[part].sum()
             for part in (order[:half], order[half : 2 * half])
         ]
         one, other = (int(np.argmin(mean_M)) for mean_M in means)
@@ -155,13 +155,13 @@ def _halves(
 
 
 def _by_corpus(
-    masks_MP: BoolArray, nll_MN: FloatArray, corpora: Sequence[tuple[str, int]]
+    masks_MP: BoolArray, loss_MN: FloatArray, corpora: Sequence[tuple[str, int]]
 ) -> dict[str, list[int]]:
     if len(corpora) < 2:
         return {}
     found, start = {}, 0
     for name, count in corpora:
-        row = best_row(masks_MP, -nll_MN[:, start : start + count].sum(axis=1))
+        row = best_row(masks_MP, -loss_MN[:, start : start + count].sum(axis=1))
         assert row is not None
         found[name] = list(removed_players(masks_MP[row]))
         start += count

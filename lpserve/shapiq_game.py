@@ -27,7 +27,7 @@ from lpserve.masks import keys
 from lpserve.scored import ScoredRun, read_scores
 from lpserve.shapley import check_game
 from lpserve.surrogate import KINDS, make_surrogate
-from lpserve.types import UTILITIES, BoolArray, FloatArray, utilities
+from lpserve.types import BoolArray, FloatArray, metric_of, utilities
 
 try:
     from shapiq import Game
@@ -111,8 +111,7 @@ class LayerGame(Game):
         Raises:
             InputError: the utility is unknown, or the whole model has no finite score.
         """
-        if utility not in UTILITIES:
-            raise InputError(f"unknown utility {utility!r}: one of {', '.join(UTILITIES)}")
+        metric_of(utility)
         scorer = _EngineUtility(engine, utility)
         return cls(engine.info.num_players, scorer, normalize=normalize)
 
@@ -165,17 +164,17 @@ class LayerGame(Game):
                 (a run scores it when its sizes begin at 0).
         """
         scored = run if isinstance(run, ScoredRun) else read_scores(run)
-        full_nll_N = _whole_model(scored.nll_MN[0].astype(np.float64))
+        full_loss_N = _whole_model(scored.loss_MN[0].astype(np.float64))
         has_score_M = scored.scored_M() & ~scored.screened_M()
-        masks_MP, nll_MN = scored.masks_MP[has_score_M], scored.nll_MN[has_score_M]
+        masks_MP, loss_MN = scored.masks_MP[has_score_M], scored.loss_MN[has_score_M]
         predict = None
         if surrogate:
-            finite_M = np.isfinite(nll_MN).all(axis=1)
-            train_M = scored.utility_of(nll_MN[finite_M])
+            finite_M = np.isfinite(loss_MN).all(axis=1)
+            train_M = scored.utility_of(loss_MN[finite_M])
             noise_M = scored.noise_of(train_M)
             predict = _fitted(surrogate, scored.seed, masks_MP[finite_M], train_M, noise_M)
-        nll_MN = nll_MN.astype(np.float64)
-        value_M = utilities(scored.utility, nll_MN, scored.num_tokens_N, full_nll_N)
+        loss_MN = loss_MN.astype(np.float64)
+        value_M = utilities(scored.utility, loss_MN, scored.num_tokens_N, full_loss_N)
         value_M = _finite(value_M, np.inf)
         table = _Table(dict(zip(keys(masks_MP), value_M.tolist(), strict=True)))
         return cls(scored.num_players, table, predict=predict, normalize=normalize)
@@ -231,15 +230,17 @@ class _EngineUtility:
     def __init__(self, engine: Engine, utility: str) -> None:
         self._engine = engine
         self._name = utility
-        self._full_nll_N: FloatArray | None = None
+        self._full_loss_N: FloatArray | None = None
         self._lowest = np.inf
 
     def __call__(self, masks_MP: BoolArray) -> FloatArray:
-        scores = self._engine.score(masks_MP)
-        if self._full_nll_N is None:
+        metric = metric_of(self._name)
+        scores = self._engine.score(masks_MP, also=() if metric == "nll" else (metric,))
+        loss_MN = scores.of(metric)
+        if self._full_loss_N is None:
             assert masks_MP[0].all()  # a LayerGame asks for the whole model first
-            self._full_nll_N = _whole_model(scores.nll_MN[0])
-        value_M = utilities(self._name, scores.nll_MN, scores.num_tokens_N, self._full_nll_N)
+            self._full_loss_N = _whole_model(loss_MN[0])
+        value_M = utilities(self._name, loss_MN, scores.num_tokens_N, self._full_loss_N)
         value_M = _finite(value_M, self._lowest)
         self._lowest = min(self._lowest, float(value_M.min()))
         return value_M

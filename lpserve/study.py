@@ -25,7 +25,7 @@ import numpy as np
 from lpserve.admission import check_model, check_windows_of
 from lpserve.config import RunConfig, as_json, config_from, corpora
 from lpserve.errors import InputError
-from lpserve.types import IntArray
+from lpserve.types import IntArray, metric_of
 from lpserve.windows import TokenWindows, WindowRequest, cut_windows, refuse_overlap
 
 DIMENSIONS = (
@@ -86,6 +86,11 @@ class Study:
     def varied(self) -> tuple[str, ...]:
         """Dimensions with more than one level."""
         return tuple(d for d in DIMENSIONS if len({p.levels[d] for p in self.points}) > 1)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What the utilities are made of: every mask is scored for all of them at once."""
+        return tuple(dict.fromkeys(metric_of(p.config.utility) for p in self.points))
 
     def groups(self) -> list[list[Family]]:
         """Families by the engines they need: one group for each model and dtype."""

@@ -208,7 +208,7 @@ class _Sweep:
             result = run_at(
                 point.config, (calibration, heldout), seat,
                 Progress(interval_s=point.config.progress_s),
-                masks_of=masks_of[1] if masks_of else None,
+                masks_of=masks_of[1] if masks_of else None, also=self.study.metrics,
             )  # fmt: skip
         except _ENDS_ALL:
             raise

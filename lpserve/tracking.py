@@ -14,7 +14,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 from lpserve.errors import InputError
 from lpserve.plan import Plan
+from lpserve.shapley import ShapleyValues
 
 FOLDER_TAG = "lpserve.folder"
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -137,6 +138,18 @@ def log_run(
         folder, params=flat(config), metrics=[*plan_metrics(plan), *values],
         files=run_files(folder), parent=parent,
     )  # fmt: skip
+
+
+def tell_run(
+    tracking: Tracking, config: Mapping[str, Any], folder: Path, plan: Plan,
+    values: ShapleyValues, tell: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Log a run that just finished; a server that has gone away meanwhile is told."""
+    values_P, stderr_P = values.values_P.tolist(), values.total_stderr_P.tolist()
+    try:
+        log_run(tracking, config, folder, plan, values_P, stderr_P)
+    except InputError as error:
+        tell(f"{error}; the run is finished: give the same command again to log it")
 
 
 def plan_metrics(plan: Plan) -> list[Metric]:

@@ -209,39 +209,78 @@ def needs_whole_model(metric: str) -> bool:
     return metric.startswith("kl")
 
 
-UTILITIES = ("neg_nll", "ppl_ratio")
+UTILITIES = ("neg_nll", "ppl_ratio", "neg_kl", "accuracy")
+
+
+def metric_of(utility: str) -> str:
+    """The metric whose sums over windows, a mask's losses, a utility is made of.
+
+    * `neg_nll`: mean log-likelihood, nats per token;
+    * `ppl_ratio` of arXiv 2602.07804: PPL(all kept) / PPL(mask);
+    * `neg_kl`, `neg_kl_topK`: minus the mean divergence from the whole model's prediction, nats per
+      token (see `check_metric`);
+    * `accuracy`: share of tokens that are the model's first choice.
+
+    Raises:
+        InputError: there is no such utility.
+    """
+    if utility in ("neg_nll", "ppl_ratio"):
+        return "nll"
+    if utility == "accuracy":
+        return "misses"
+    metric = utility.removeprefix("neg_")
+    if metric != utility and (metric == "kl" or top_of(metric) is not None):
+        return metric
+    raise InputError(
+        f"utility must be one of {', '.join(UTILITIES)}, neg_kl_top64: got {utility!r}"
+    )
+
+
+def loss_unit(utility: str) -> str:
+    """The unit of a utility's mean loss."""
+    return "misses per token" if utility == "accuracy" else "nats per token"
+
+
+def has_perplexity(utility: str) -> bool:
+    """Whether a utility says what the perplexity is."""
+    return metric_of(utility) == "nll"
+
 
 Z90 = 1.645
 """Half-width of a 90% normal interval in standard errors."""
 
 
 def utilities(
-    name: str, nll_MN: FloatArray, num_tokens_N: IntArray, full_nll_N: FloatArray
+    name: str, loss_MN: FloatArray, num_tokens_N: IntArray, full_loss_N: FloatArray
 ) -> FloatArray:
-    """The named utility of every mask, `float64[M]`; see `UTILITIES`."""
-    nll_MN = np.asarray(nll_MN, dtype=np.float64)
-    if name == "neg_nll":
-        return neg_nll_utility(nll_MN, num_tokens_N)
+    """The named utility of every mask, `float64[M]`, from its losses (`metric_of`).
+
+    `ppl_ratio` of other losses than NLLs is exp of minus what a mask loses, in (0, 1] where no mask
+    loses less than the whole model: on that scale sets are searched.
+    """
+    loss_MN = np.asarray(loss_MN, dtype=np.float64)
     if name == "ppl_ratio":
-        return ppl_ratio_utility(nll_MN, num_tokens_N, np.asarray(full_nll_N, dtype=np.float64))
-    raise ValueError(f"unknown utility {name!r}: one of {', '.join(UTILITIES)}")
+        return ppl_ratio_utility(loss_MN, num_tokens_N, np.asarray(full_loss_N, dtype=np.float64))
+    metric_of(name)
+    mean_M = neg_nll_utility(loss_MN, num_tokens_N)
+    return 1.0 + mean_M if name == "accuracy" else mean_M
 
 
 def known_utilities(
     name: str,
-    nll_MN: NDArray[np.float32],
+    loss_MN: NDArray[np.float32],
     num_tokens_N: IntArray,
-    full_nll_N: NDArray[np.float32],
+    full_loss_N: NDArray[np.float32],
     windows: Sequence[int] | IntArray | None = None,
 ) -> FloatArray:
-    """A utility of stored NLLs on all windows or on some, `float64[M]`.
+    """A utility of stored losses on all windows or on some, `float64[M]`.
 
     NaN where a score is not finite there: the mask was given up, or not scored. Such a mask is
     never a training point and never chosen.
     """
     rows = np.arange(len(num_tokens_N)) if windows is None else np.asarray(windows)
-    some_MN = nll_MN[:, rows].astype(np.float64)
-    full_N = full_nll_N[rows].astype(np.float64)
+    some_MN = loss_MN[:, rows].astype(np.float64)
+    full_N = full_loss_N[rows].astype(np.float64)
     value_M = utilities(name, some_MN, num_tokens_N[rows], full_N)
     return np.where(np.isfinite(some_MN).all(axis=1), value_M, np.nan)
 

@@ -86,7 +86,7 @@ class Played:
         asked = 0
         while asked < budget:
             complete = max(len(self.rounds) - 1, 0)
-            history = History(masks=self.rounds[:complete], nll=self.nll[:complete])
+            history = History(masks=self.rounds[:complete], loss=self.nll[:complete])
             masks = self.planner.propose(len(self.rounds), history).masks_MP[: budget - asked]
             if not len(masks):
                 self.ended = True
@@ -196,12 +196,12 @@ def test_a_round_reads_nothing_beyond_the_round_before_the_last(settings, rng):
     complete, poisoned = (RoundPlanner(settings, neg_nll, ppl_ratio) for _ in range(2))
     for index, masks in enumerate(played.rounds[:-1]):  # the last one is cut by the budget
         before = max(index - 1, 0)
-        history = History(masks=played.rounds[:index], nll=played.nll[:index])
+        history = History(masks=played.rounds[:index], loss=played.nll[:index])
         np.testing.assert_array_equal(complete.propose(index, history).masks_MP, masks)
         nonsense = [
             rng.normal(500, 100, nll.shape).astype(np.float32) for nll in played.nll[before:]
         ]
-        history = History(masks=played.rounds, nll=played.nll[:before] + nonsense)
+        history = History(masks=played.rounds, loss=played.nll[:before] + nonsense)
         np.testing.assert_array_equal(poisoned.propose(index, history).masks_MP, masks)
 
 
@@ -218,7 +218,7 @@ def test_a_small_game_is_asked_for_to_the_last_mask(rng):
     played = Played(settings, pair_game(4, rng), 1000)
     assert played.ended
     assert sorted(keys(played.masks)) == keys(all_masks(4))
-    history = History(masks=played.rounds, nll=played.nll)
+    history = History(masks=played.rounds, loss=played.nll)
     for index in range(len(played.rounds) + 1, len(played.rounds) + 4):
         assert played.planner.propose(index, history).all_masks.shape == (0, 4)
 
@@ -452,7 +452,7 @@ def test_slow_surrogates_wait_until_masks_have_grown(kind, growth, rng, monkeypa
     for index in range(12):
         batch_MP = planner.propose(index, history).masks_MP
         history.masks.append(batch_MP)
-        history.nll.append(nll_of(game, batch_MP))
+        history.loss.append(nll_of(game, batch_MP))
     expected: list[int] = []
     for index in range(2, 12):  # from all rounds but the last one
         count = sum(map(len, history.masks[: index - 1]))
@@ -504,7 +504,7 @@ class Screened:
         nll = self.true_nll(asked.all_masks)
         nll[np.ix_(~asked.whole_M, np.array([False, True, True]))] = np.nan
         self.history.masks.append(asked.all_masks)
-        self.history.nll.append(nll)
+        self.history.loss.append(nll)
 
 
 def test_screened_sets_are_promoted_once_and_only_they(rng):
@@ -554,9 +554,9 @@ def test_a_screened_round_reads_nothing_beyond_the_round_before_the_last(rng):
     proposed = [r for r in played.rounds if len(r)]
     for index, asked in enumerate(proposed[:-1]):  # the last one is cut by the budget
         complete = max(index - 1, 0)
-        later = [rng.normal(500, 100, n.shape).astype(np.float32) for n in played.history.nll]
-        nll = played.history.nll[:complete] + later[complete:]
-        found = again.propose(index, History(masks=played.history.masks, nll=nll))
+        later = [rng.normal(500, 100, n.shape).astype(np.float32) for n in played.history.loss]
+        nll = played.history.loss[:complete] + later[complete:]
+        found = again.propose(index, History(masks=played.history.masks, loss=nll))
         np.testing.assert_array_equal(found.masks_MP, asked.masks_MP)
         np.testing.assert_array_equal(found.whole_M, asked.whole_M)
         np.testing.assert_array_equal(found.promoted_QP, asked.promoted_QP)

@@ -103,7 +103,11 @@ def _add_run(commands: Any) -> None:
     add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
     add("--sizes", metavar="K_MIN,K_MAX", type=pair,
         help="Shapley coalition sizes before a layer joins (P - max_removed, P - 1)")  # fmt: skip
-    add("--utility", help="neg_nll (default) or ppl_ratio, the paper's")
+    add(
+        "--utility",
+        help="what a coalition is worth: neg_nll (default), ppl_ratio (the paper's), "
+        "neg_kl or neg_kl_topK (divergence from the whole model), accuracy (of the next token)",
+    )
     add("--surrogate", help="auto (default), gp, ridge, gp+ridge, or paper (with ppl_ratio)")
     add("--goal", help="what masks are chosen for: both (default), plan, or values alone")
     add("--round-size", type=int, help="masks of a search round, at least (number of layers)")

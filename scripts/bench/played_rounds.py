@@ -41,7 +41,7 @@ def played_rounds(
             screened = np.flatnonzero(~asked.whole_M)
             nll_MN[np.ix_(screened, np.flatnonzero(others_N))] = np.nan
         history.masks.append(asked.all_masks)
-        history.nll.append(nll_MN)
+        history.loss.append(nll_MN)
 
     index, left, last = 0, budget, None
     while left:
