@@ -173,7 +173,7 @@ class _Tasks:
             import lm_eval.tasks  # noqa: F401
         except ImportError as error:
             raise InputError(f"tasks need lm-eval ({error}): install lpserve[eval]") from None
-        from lpserve.lm_eval_model import max_input_length
+        from lpserve.lm_eval_model import CANNOT_GENERATE, max_input_length
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if config.include_path is not None and not Path(config.include_path).is_dir():
@@ -197,6 +197,10 @@ class _Tasks:
             ) from None
         for name, task in loaded.items():
             kind = task.get_config("output_type")
+            if kind == "generate_until" and (config.engine, config.pool) == ("vllm", "local"):
+                continue
+            if kind == "generate_until":
+                raise InputError(f"task {name!r} generates text: {CANNOT_GENERATE}")
             if kind not in SERVED:
                 raise InputError(
                     f"task {name!r} is of kind {kind!r}: under masks only {', '.join(SERVED)} are "

@@ -197,6 +197,42 @@ class VllmEngine:
         values_MNC, work = self._score_requests(masks_MP, windows, also)
         return scores_of(values_MNC, also, windows.num_tokens_N, work)
 
+    def generate(
+        self, mask_P: BoolArray, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+        end_ids: Sequence[int] = (),
+    ) -> list[list[int]]:  # fmt: skip
+        """Greedy continuations under a mask, by vLLM's own requests, whichever path scores.
+
+        Args:
+            mask_P: bool [P].
+            prompts: token ids, at least one each.
+            max_new_tokens: most tokens of a continuation.
+            end_ids: tokens that end one; they are left out of it.
+
+        Raises:
+            InputError: a prompt is empty, or does not fit with its continuation.
+        """
+        from vllm import SamplingParams
+
+        (mask_P,) = check_masks(np.asarray(mask_P)[None], self._num_players)
+        longest = self._max_length + 1  # max_model_len
+        for row, prompt in enumerate(prompts):
+            if not prompt or len(prompt) + max_new_tokens > longest:
+                raise InputError(
+                    f"prompt {row} has {len(prompt)} tokens: with {max_new_tokens} new ones it "
+                    f"must have between 1 and {longest} (max_model_len)"
+                )
+        parameters = SamplingParams(
+            max_tokens=max_new_tokens, temperature=0, detokenize=False,
+            stop_token_ids=list(end_ids),
+        )  # fmt: skip
+        requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        self._set_mask(mask_P)
+        outputs = self._llm.generate(requests, parameters, use_tqdm=False)
+        self._set_mask(np.ones(self._num_players, dtype=bool))
+        found = [list(output.outputs[0].token_ids) for output in outputs]
+        return [_until(tokens, end_ids) for tokens in found]
+
     def layer_calls(self) -> list[dict[str, Any]]:
         """For each rank: how often each of its layers ran so far, and the modules they are of."""
         return self._call("lpserve_calls")
@@ -422,6 +458,14 @@ def _prompt_metrics(output: Any, scored_T: BoolArray) -> tuple[float, float]:
         nll -= found.logprob
         misses += found.rank != 1
     return nll, misses
+
+
+def _until(tokens: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Tokens before the first that ends."""
+    for position, token in enumerate(tokens):
+        if token in end_ids:
+            return tokens[:position]
+    return tokens
 
 
 def _rms(values: FloatArray) -> float:
