@@ -185,11 +185,12 @@ def refuse_other_game(folder: RunFolder, stored: dict[str, Any], info: EngineInf
 
 
 def refuse_other_windows(
-    folder: RunFolder, stored: dict[str, Any], calibration: TokenWindows, heldout: TokenWindows
-) -> None:
-    """Raise InputError when a text gives other windows than the folder's run had."""
+    folder: RunFolder, stored: dict[str, Any], calibration: TokenWindows,
+    heldout: TokenWindows | None,
+) -> None:  # fmt: skip
+    """Raise InputError when a text gives other windows than the folder's run had; None: may."""
     for name, windows in (("calibration", calibration), ("heldout", heldout)):
-        if stored["windows"][name] != windows.content_hash:
+        if windows is not None and stored["windows"][name] != windows.content_hash:
             raise InputError(
                 f"run folder {folder.path} belongs to another run: the {name} text has changed "
                 "since; choose another --out"

@@ -3,8 +3,9 @@
 For a dimension (the corpora, the number of windows, the utility, ...) every pair of its levels is
 compared over matched points: all else, the seed included, is the same. Values are compared by
 Kendall's tau-b of the players' order, sets of r removed players by the share that both remove.
-The dimension `seed` compares points that differ in the seed alone: the floor that sampling sets,
-below which no other choice can be told from luck.
+The dimension `seed` compares points that differ in the seed of the sampled masks alone: how much
+another sample changes. The luck of the windows is neither in it nor in the intervals: `window_seed`
+is a dimension like others.
 
 Intervals are over seeds (level 90%): Student's t of the jackknife's pseudo-values, a seed left out
 at a time. They need two seeds, three for the dimension `seed` itself.
@@ -173,9 +174,10 @@ def _over_seeds(
     seeds = sorted(set().union(*(own for own, _ in compared)))
     if len(seeds) < (3 if dimension == "seed" else 2):
         return Estimate(mean=mean)
-    without = np.array(
-        [np.mean([value for own, value in compared if seed not in own]) for seed in seeds]
-    )
+    kept = [[value for own, value in compared if seed not in own] for seed in seeds]
+    without = np.array([np.mean(values) if values else np.nan for values in kept])
+    if not np.isfinite(without).all():
+        return Estimate(mean=mean)  # a seed has a part in every pair
     pseudo = len(seeds) * mean - (len(seeds) - 1) * without
     half = float(t.ppf((1 + LEVEL) / 2, len(seeds) - 1) * pseudo.std(ddof=1) / len(seeds) ** 0.5)
     low, high = max(mean - half, possible[0]), min(mean + half, possible[1])

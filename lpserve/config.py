@@ -274,8 +274,12 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:
-    """Plain values that `config_from` reads back."""
+    """Plain values that `config_from` reads back; names and passwords in MLflow's address left
+    out, since they are written to files."""
     values = asdict(config)
+    if config.mlflow is not None and "@" in config.mlflow:
+        scheme, _, rest = config.mlflow.rpartition("//")
+        values["mlflow"] = f"{scheme}//{rest.rpartition('@')[2]}"
     values["sizes"] = list(config.sizes) if config.sizes else None
     return values
 

@@ -147,17 +147,20 @@ def run_at(
     Raises: as `run`.
     """
     with closing(RunFolder(config.out)) as folder:
-        stored = _same_run(folder, config, *windows)
+        stored = _same_run(folder, config, windows[0], None)
         return _at_work(config, folder, stored, windows, seat, progress, masks_of, also)
 
 
 def _same_run(
-    folder: RunFolder, config: RunConfig, calibration: TokenWindows, heldout: TokenWindows
+    folder: RunFolder, config: RunConfig, calibration: TokenWindows, heldout: TokenWindows | None
 ) -> dict[str, Any] | None:
-    """What an earlier run left in the folder, if it is this run's to go on with."""
+    """What an earlier run left in the folder, if it is this run's to go on with.
+
+    Without `heldout` whoever has opened the engines decides on held-out windows, store and device.
+    """
     stored = folder.read_config()
     if stored is not None:
-        folder.refuse_other(stored, as_json(config))
+        folder.refuse_other(stored, as_json(config), () if heldout else ("store", "device"))
         refuse_other_windows(folder, stored, calibration, heldout)
     return stored
 
@@ -343,7 +346,7 @@ class _Job:
         Greedy steps that the other passed by are not: what was hopeless there may be best here.
         """
         asked = other.masks_MP[: self.config.budget]
-        given_up_M = np.isnan(other.nll_MN[: len(asked)]).all(axis=1)
+        given_up_M = np.isnan(other.nll_MN[: len(asked)]).any(axis=1)  # perhaps on some windows
         read = []
         for metric in ("nll", self.metric):
             values_MN, known_MN = self.store.get(self.scoring.game, self.calibration, asked, metric)
@@ -472,7 +475,7 @@ class _Job:
         )
         self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
         path = self.folder.path / "windows.npz"
-        if not path.exists():
+        if not path.exists() or (stored or {}).get("windows") != self.described["windows"]:
             temporary = self.folder.path / ".windows.tmp.npz"
             np.savez_compressed(
                 temporary,

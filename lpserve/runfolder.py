@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,14 @@ class RunFolder:
             ) from None
         return stored
 
-    def refuse_other(self, stored: dict[str, Any], config: dict[str, Any]) -> None:
-        """Raise InputError where a config differs from the folder's in a key that must not."""
+    def refuse_other(
+        self, stored: dict[str, Any], config: dict[str, Any], but: Collection[str] = ()
+    ) -> None:
+        """Raise InputError where a config differs from the folder's in a key that must not; those
+        of `but` may."""
         old = stored["config"]
         for key in sorted(set(old) | set(config)):
-            if key not in CHANGEABLE and key != "out" and old.get(key) != config.get(key):
+            if key not in (*CHANGEABLE, "out", *but) and old.get(key) != config.get(key):
                 raise InputError(
                     f"run folder {self.path} belongs to another run: {key} was {old.get(key)!r}, "
                     f"is {config.get(key)!r}; choose another --out, or give the same {key}"
@@ -72,7 +75,7 @@ class RunFolder:
     def write(self, name: str, text: str) -> Path:
         """Write a file whole or not at all."""
         path = self.path / name
-        with _space_checked(path):
+        with space_checked(path):
             temporary = path.with_name(f".{name}.tmp")
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -85,7 +88,7 @@ class RunFolder:
         """Append one line to events.jsonl; a torn last line of a killed run is cut off first."""
         path = self.path / "events.jsonl"
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **details}) + "\n"
-        with _space_checked(path), path.open("ab+") as file:
+        with space_checked(path), path.open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
             if size:
                 file.seek(-1, os.SEEK_END)
@@ -105,7 +108,8 @@ class RunFolder:
 
 
 @contextmanager
-def _space_checked(path: Path) -> Iterator[None]:
+def space_checked(path: Path) -> Iterator[None]:
+    """Turn errors of writing `path` into ours: DiskFullError, InputError."""
     try:
         yield
     except OSError as error:

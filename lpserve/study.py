@@ -25,8 +25,8 @@ import numpy as np
 from lpserve.admission import check_model, check_windows_of
 from lpserve.config import RunConfig, as_json, config_from, corpora
 from lpserve.errors import InputError
-from lpserve.types import IntArray, metric_of
-from lpserve.windows import TokenWindows, WindowRequest, cut_windows, refuse_overlap
+from lpserve.types import metric_of
+from lpserve.windows import TokenWindows, WindowRequest, cut_corpora, refuse_overlap
 
 DIMENSIONS = (
     "model", "dtype", "calibration", "num_windows", "length", "bos", "window_seed", "sizes",
@@ -37,16 +37,9 @@ REREAD = ("calibration", "num_windows", "utility", "surrogate", "budget")
 """What a point may change and still be read off another point's scores."""
 MASKS = ("shared", "own")
 _WHERE = (
-    "out",
-    "store",
-    "device",
-    "pool",
-    "engines",
-    "engine",
-    "engine_options",
-    "grace_s",
-    "progress_s",
-)
+    "out", "store", "device", "pool", "engines", "engine", "engine_options", "grace_s",
+    "progress_s", "mlflow", "experiment",
+)  # fmt: skip
 """Keys that say how and where, not what: two points that differ in them alone are one point."""
 
 
@@ -136,24 +129,29 @@ class StudyWindows:
     """The windows of one model's points: held-out ones are the same for all of them."""
 
     heldout: TokenWindows
-    cells: dict[tuple[int, bool, int], TokenWindows]
-    """(length, bos, window_seed) -> calibration windows of all corpora that any point needs."""
+    cells: dict[tuple[int, bool, int], dict[str, TokenWindows]]
+    """(length, bos, window_seed) -> corpus -> as many calibration windows as any point needs."""
     wholes: frozenset[str]
     """Corpora that are used whole (.npz)."""
 
-    def rows_of(self, config: RunConfig) -> IntArray:
-        """The windows of a point, as rows of its cell: the first of each corpus."""
-        rows, start = [], 0
-        for name, count in self._cell(config).corpora:
-            taken = count if name in self.wholes else min(count, config.num_windows)
-            if name in config.calibration:
-                rows.append(np.arange(start, start + taken))
-            start += count
-        return np.concatenate(rows)
+    @property
+    def longest(self) -> TokenWindows:
+        """The set with the longest windows."""
+        sides = [w for corpora in self.cells.values() for w in corpora.values()]
+        return max([self.heldout, *sides], key=lambda windows: windows.length)
 
     def of(self, config: RunConfig) -> tuple[TokenWindows, TokenWindows]:
-        """Calibration and held-out windows of a point."""
-        return self._cell(config).select(self.rows_of(config)), self.heldout
+        """Calibration and held-out windows of a point: the first of each of its corpora.
+
+        Raises:
+            InputError: two corpora of the point have a window in common.
+        """
+        parts = [
+            windows if name in self.wholes else windows.select(np.arange(config.num_windows))
+            for name, windows in self.cells[_cell_of(config)].items()
+            if name in config.calibration
+        ]
+        return TokenWindows.concatenate(parts), self.heldout
 
     def atoms(self, configs: Sequence[RunConfig]) -> list[TokenWindows]:
         """Windows in parts that every point has whole or not at all.
@@ -161,19 +159,19 @@ class StudyWindows:
         Stored in such parts, no score of a mask on a window is ever made twice, whichever points
         ask for it in whichever order.
         """
-        parts: dict[tuple[int, bool, int], dict[tuple[bool, ...], list[int]]] = {}
-        for cell, windows in self.cells.items():
-            mine = [self.rows_of(c) for c in configs if _cell_of(c) == cell]
-            has_CN = np.array([np.isin(np.arange(windows.num_windows), rows) for rows in mine])
-            for row in range(windows.num_windows):
-                pattern = tuple(has_CN[:, row].tolist())
-                if any(pattern):
-                    parts.setdefault(cell, {}).setdefault(pattern, []).append(row)
-        return [self.cells[cell].select(rows) for cell, found in parts.items()
-                for rows in found.values()]  # fmt: skip
-
-    def _cell(self, config: RunConfig) -> TokenWindows:
-        return self.cells[_cell_of(config)]
+        found: list[TokenWindows] = []
+        for cell, corpora_of in self.cells.items():
+            mine = [set(self.of(c)[0].window_hashes) for c in configs if _cell_of(c) == cell]
+            seen: set[str] = set()
+            for windows in corpora_of.values():
+                parts: dict[tuple[bool, ...], list[int]] = {}
+                for row, name in enumerate(windows.window_hashes):
+                    pattern = tuple(name in own for own in mine)
+                    if any(pattern) and name not in seen:
+                        parts.setdefault(pattern, []).append(row)
+                    seen.add(name)
+                found += [windows.select(rows) for rows in parts.values()]
+        return found
 
 
 def study_of(values: Mapping[str, Any], source: str) -> Study:
@@ -196,21 +194,21 @@ def study_of(values: Mapping[str, Any], source: str) -> Study:
         raise InputError(f"{source}: store is the study's own, in its folder; leave it out")
     if values.get("screen_windows"):
         raise InputError(f"{source}: screen_windows is not for studies; leave it out")
-    if removed and values.get("max_removed") is None:
-        values["max_removed"] = max(removed)
     levels = [_levels(table, values, source) for table in tables]
+    names = _names(levels, source)
     first = {d: next(iter(named.values())) for d, named in levels[0].items() if d != "calibration"}
     base = config_from(values | first, source)  # refuses what is wrong in all points
     out, points = Path(base.out), {}
     for table in levels:
         for combination in itertools.product(*(named.items() for named in table.values())):
             chosen = dict(zip(table, combination, strict=True))
-            point = _point(values, base.calibration, chosen, masks, out, source)
+            point = _point(values, base.calibration, chosen, names, masks, out, source)
             points.setdefault(point.id, point)
     planned = min(int(p.config.max_removed or 0) for p in points.values())
     if removed and max(removed) > planned:
         raise InputError(
-            f"{source}: removed asks for {max(removed)} layers, points plan {planned} at most"
+            f"{source}: removed asks for {max(removed)} layers, points plan {planned} at most "
+            "(max_removed)"
         )
     return Study(base=base, points=tuple(points.values()), masks=masks, removed=removed, out=out)
 
@@ -242,6 +240,25 @@ def _levels(
     return {d: found[d] for d in DIMENSIONS if d in found}
 
 
+def _names(tables: list[dict[str, dict[str, Any]]], source: str) -> dict[tuple[str, str], str]:
+    """(dimension, value) -> the name under which the value comes first; raises InputError where a
+    name stands for two values."""
+    names: dict[tuple[str, str], str] = {}
+    values: dict[tuple[str, str], str] = {}
+    for table in tables:
+        for dimension, named in table.items():
+            for name, value in named.items():
+                known = _canonical(value)
+                if values.setdefault((dimension, name), known) != known:
+                    raise InputError(f"{source}: sweep {dimension} names two things {name!r}")
+                names.setdefault((dimension, known), name)
+    return names
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(sorted(value) if isinstance(value, list | tuple) else value)
+
+
 def _named(dimension: str, given: Any, values: Mapping[str, Any], source: str) -> dict[str, Any]:
     if dimension == "calibration":
         return _mixtures(given, values, source)
@@ -268,7 +285,8 @@ def _mixtures(given: Any, values: Mapping[str, Any], source: str) -> dict[str, A
     if not isinstance(given, Mapping):
         raise InputError(f"{source}: sweep calibration must be mixtures: got {given!r}")
     for name, mixture in given.items():
-        if not isinstance(mixture, list) or not mixture:
+        listed = isinstance(mixture, list) and all(isinstance(c, str) for c in mixture)
+        if not listed or not mixture:
             raise InputError(
                 f"{source}: mixture {name!r} must be a list of corpora: got {mixture!r}"
             )
@@ -283,7 +301,7 @@ def _mixtures(given: Any, values: Mapping[str, Any], source: str) -> dict[str, A
 
 def _point(
     values: Mapping[str, Any], texts: Mapping[str, str], chosen: dict[str, tuple[str, Any]],
-    masks: str, out: Path, source: str,
+    names: Mapping[tuple[str, str], str], masks: str, out: Path, source: str,
 ) -> Point:  # fmt: skip
     values = {**values, **{d: v for d, (_, v) in chosen.items() if d != "calibration"}}
     mixture = chosen.get("calibration", ("", list(texts)))[1]
@@ -293,17 +311,23 @@ def _point(
         config = check_model(config_from(values, source))
     except InputError as error:
         raise InputError(f"{source}: point {described}: {error}") from None
-    levels = {d: _name(as_json(config)[d]) for d in DIMENSIONS if d not in ("calibration", "model")}
-    levels |= {"calibration": "+".join(config.calibration), "model": Path(config.model).name}
-    levels |= {d: name for d, (name, _) in chosen.items()}
-    return _placed(config, {d: levels[d] for d in DIMENSIONS}, masks, out)
+    plain = as_json(config)
+    levels = {}
+    for dimension in DIMENSIONS:
+        value = list(config.calibration) if dimension == "calibration" else plain[dimension]
+        default = {"calibration": "+".join(config.calibration), "model": Path(config.model).name}
+        known = names.get((dimension, _canonical(value)))
+        levels[dimension] = known or default.get(dimension) or _name(value)
+    return _placed(config, levels, masks, out)
 
 
 def _placed(config: RunConfig, levels: dict[str, str], masks: str, out: Path) -> Point:
     """A point with its folder, which is named by what the point is."""
     identity = {k: v for k, v in as_json(config).items() if k not in _WHERE}
     name = _digest({"masks": masks, **identity})[:10]
-    placed = replace(config, out=str(out / "points" / name), store=str(out / "scores.sqlite"))
+    placed = replace(
+        config, out=str(out / "points" / name), store=str(out / "scores.sqlite"), mlflow=None
+    )
     return Point(id=name, levels=levels, config=placed)
 
 
@@ -327,26 +351,34 @@ def study_windows(study: Study, configs: Sequence[RunConfig]) -> StudyWindows:
             do not fit the model.
     """
     base = configs[0]
-    needed = {n: p for n, p in study.base.calibration.items()
-              if any(n in c.calibration for c in configs)}  # fmt: skip
-    counts = {cell: max(c.num_windows for c in configs if _cell_of(c) == cell)
-              for cell in dict.fromkeys(map(_cell_of, configs))}  # fmt: skip
-    longest = max(counts)[0]
+    counts: dict[tuple[int, bool, int], dict[str, int]] = {}
+    for config in configs:
+        own = counts.setdefault(_cell_of(config), {})
+        for name in config.calibration:
+            own[name] = max(own.get(name, 1), config.num_windows)
+    used = {name for own in counts.values() for name in own}
+    texts = {n: p for n, p in study.base.calibration.items() if n in used}
+    longest = max(length for length, _, _ in counts)
     yardstick = (longest, base.bos, base.window_seed)
-    cut: dict[tuple[int, bool, int], tuple[TokenWindows, TokenWindows]] = {}
+    cells: dict[tuple[int, bool, int], dict[str, TokenWindows]] = {}
+    heldout: list[TokenWindows] = []
     for cell in dict.fromkeys([*counts, yardstick]):
+        own = counts.get(cell, {})
         length, bos, seed = cell
         request = WindowRequest(
-            calibration=needed, heldout=base.heldout, num_windows=counts.get(cell, 1),
+            calibration=texts, heldout=base.heldout, num_windows={n: own.get(n, 1) for n in texts},
             heldout_windows=base.heldout_windows, length=length, seed=seed, bos=bos,
             field=base.text_field,
         )  # fmt: skip
-        cut[cell] = cut_windows(request, base.model)
-    windows = StudyWindows(
-        heldout=cut[yardstick][1], cells={cell: cut[cell][0] for cell in counts},
-        wholes=frozenset(n for n, p in needed.items() if p.endswith(".npz")),
-    )  # fmt: skip
-    for calibration in windows.cells.values():
-        refuse_overlap(calibration, windows.heldout)
-    check_windows_of(base, windows.heldout, *windows.cells.values())
+        calibration, held = cut_corpora(request, base.model)
+        if cell == yardstick:
+            heldout = held
+        if own:
+            cut = dict(zip(texts, calibration, strict=True))
+            cells[cell] = {name: cut[name] for name in texts if name in own}
+    wholes = frozenset(n for n, p in texts.items() if p.endswith(".npz"))
+    windows = StudyWindows(heldout=TokenWindows.concatenate(heldout), cells=cells, wholes=wholes)
+    for config in configs:
+        refuse_overlap(windows.of(config)[0], windows.heldout)
+    check_windows_of(base, *(w for own in cells.values() for w in own.values()), windows.heldout)
     return windows

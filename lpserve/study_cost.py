@@ -14,6 +14,7 @@ from lpserve.cost import CostSettings, cost
 from lpserve.errors import InputError
 from lpserve.study import Point, Study, StudyWindows
 from lpserve.sweep import finished
+from lpserve.windows import TokenWindows
 
 ASK_ABOVE_PFLOP = 10.0
 """Work above which a sweep wants to be told `--yes`: 17 s of an H100 at 600 TFLOP/s."""
@@ -60,26 +61,30 @@ def study_cost(study: Study, windows: Mapping[str, StudyWindows]) -> StudyCost:
     counted = functools.cache(cost)  # points mostly differ in what does not count
     for family in study.families():
         followers = [p for p in family.points if p is not family.leader]
-        open_points = [p for p in followers if finished(p, True, family.leader.id) is None]
-        leads = finished(family.leader, True, family.leader.id) is None
+        own = windows[family.leader.config.model]
+        first = family.leader.id
+        open_points = [p for p in followers if finished(p, True, first, own, study.metrics) is None]
+        leads = finished(family.leader, True, first, own, study.metrics) is None
         families += leads
         left += len(open_points) + (leads and family.leader in family.points)
         for point in [family.leader] * leads + open_points:
-            own = windows[point.config.model]
             calibration, heldout = own.of(point.config)
             leading = point is family.leader
-            sizes = calibration.num_windows if leading else 1, heldout.num_windows
             try:
-                told = counted(_settings(point, *sizes))
+                held = counted(_settings(point, calibration.select([0]), heldout, heldout.length))
+                told = counted(_settings(point, calibration, heldout, calibration.length))
             except InputError as error:
                 pflop, why = None, str(error)
                 continue
-            scores += told.heldout.masks * heldout.num_windows
-            flop = told.heldout.flop
+            scores += held.heldout.masks * heldout.num_windows
+            flop = held.heldout.flop
             if leading:
                 masks += told.scoring.masks
                 scores += told.scoring.masks * calibration.num_windows
                 flop += told.scoring.flop
+                # the whole model's head once more beside every mask's
+                heads = sum(metric == "kl" for metric in study.metrics) * told.scoring.masks
+                flop += heads * told.scoring.tokens * told.size.head_flop()
             pflop = None if pflop is None else pflop + flop / 1e15
     return StudyCost(
         points=len(study.points), points_left=left, families=families, masks=masks, scores=scores,
@@ -87,10 +92,12 @@ def study_cost(study: Study, windows: Mapping[str, StudyWindows]) -> StudyCost:
     )  # fmt: skip
 
 
-def _settings(point: Point, num_windows: int, heldout_windows: int) -> CostSettings:
+def _settings(
+    point: Point, calibration: TokenWindows, heldout: TokenWindows, length: int
+) -> CostSettings:
     config = point.config
     return CostSettings(
         model=config.model, budget=config.budget, max_removed=config.max_removed,
-        round_size=config.round_size, num_windows=num_windows, heldout_windows=heldout_windows,
-        length=config.length, seed=config.seed, dtype=config.dtype,
+        round_size=config.round_size, num_windows=calibration.num_windows,
+        heldout_windows=heldout.num_windows, length=length, seed=config.seed, dtype=config.dtype,
     )  # fmt: skip

@@ -30,10 +30,12 @@ from lpserve.errors import (
 from lpserve.locks import PathLock
 from lpserve.pool import EnginePool
 from lpserve.progress import Progress
+from lpserve.runfolder import space_checked
 from lpserve.scored import ScoredRun, read_scores
 from lpserve.signals import Signals, heeded_signals
 from lpserve.store import Store
 from lpserve.study import Family, Point, Study, StudyWindows, study_windows
+from lpserve.windows import TokenWindows
 
 POINT_FORMAT = 1
 _ENDS_ALL = (RunInterrupted, DiskFullError, StoreBusyError, StoreCorruptError)
@@ -74,8 +76,8 @@ class SweepResult:
     scores_held: int
     """Distinct scores of a mask on a window that the study's store holds."""
     scores_twice: int
-    """Scores that were made again although the store held them; none, as long as no point asks for
-    windows that overlap with stored ones in part (a study that grew)."""
+    """Scores that were made again although the store held them: none, unless a study grew by
+    windows that overlap with stored ones in part."""
 
     @property
     def points(self) -> list[Finished]:
@@ -133,6 +135,8 @@ def sweep(study: Study, *, tell: Callable[[str], None] = lambda line: None) -> S
             work.run(group)
         held = distinct = 0
         for scores in store.read_all():
+            if scores.metric != "nll":  # others are made in the same pass
+                continue
             held += scores.first_MN.size
             distinct += int(scores.first_MN.sum())
         place = {point.id: i for i, point in enumerate(study.points)}
@@ -195,7 +199,12 @@ class _Sweep:
     ) -> Finished:  # fmt: skip
         self._told += 1
         whose = masks_of[0] if masks_of else point.id
-        known = finished(point, in_study, whose)
+        if self.signals.count:
+            raise RunInterrupted(
+                f"interrupted; what was scored is kept in {self.study.out}: give the same command "
+                "again to resume"
+            )
+        known = finished(point, in_study, whose, windows, self.study.metrics)
         if known is not None:
             return self._add(known)
         named = ", ".join(f"{d} {point.levels[d]}" for d in self.study.varied)
@@ -220,15 +229,16 @@ class _Sweep:
             failure = Finished(point=point, in_study=in_study, masks_of=whose, failed=reason)
             return self._add(failure)
         run = _finished_now(point, in_study, whose, result, time.monotonic() - started)
-        _write(run)
+        _write(run, calibration, heldout, self.study.metrics)
         return self._add(run)
 
     def _opened(self, point: Point, windows: StudyWindows) -> EnginePool:
         if self._pool is None:
             config = point.config
-            widest = max([windows.heldout, *windows.cells.values()], key=lambda w: w.length)
-            spec = engine_spec(config, self._settings_before(config.model), widest.length)
-            self._pool = open_pool(config, spec, widest, self.tell)
+            longest = windows.longest
+            spec = engine_spec(config, self._settings_before(config.model), longest.length)
+            self.signals.at_work = False  # loading a model may be broken off
+            self._pool = open_pool(config, spec, longest, self.tell)
         return self._pool
 
     def _settings_before(self, model: str) -> dict[str, Any] | None:
@@ -270,27 +280,41 @@ def _finished_now(
     )  # fmt: skip
 
 
-def _write(run: Finished) -> None:
+def _write(
+    run: Finished, calibration: TokenWindows, heldout: TokenWindows, metrics: Sequence[str]
+) -> None:
     record = {
         "format": POINT_FORMAT, "point": run.point.id, "levels": run.point.levels,
         "masks_of": run.masks_of, "masks": run.masks, "scores": run.scores,
         "scores_new": run.scores_new, "layer_forwards": run.layer_forwards,
-        "seconds": run.seconds,
+        "seconds": run.seconds, "metrics": sorted(metrics),
+        "calibration": calibration.content_hash, "heldout": heldout.content_hash,
     }  # fmt: skip
     path = run.folder / "point.json"
     temporary = path.with_name(".point.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with space_checked(path):
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
     (run.folder / "failure.txt").unlink(missing_ok=True)
 
 
-def finished(point: Point, in_study: bool, masks_of: str) -> Finished | None:
-    """What an earlier sweep left of a point, if it read the same masks."""
+def finished(
+    point: Point, in_study: bool, masks_of: str, windows: StudyWindows, metrics: Sequence[str]
+) -> Finished | None:
+    """What an earlier sweep left of a point, if it read the same masks on the same windows, for
+    every metric that the study's utilities need."""
     path = Path(point.config.out) / "point.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["format"] != POINT_FORMAT or record["masks_of"] != masks_of:
+        calibration, heldout = windows.of(point.config)
+        same = {
+            "format": POINT_FORMAT, "masks_of": masks_of,
+            "calibration": calibration.content_hash, "heldout": heldout.content_hash,
+        }  # fmt: skip
+        if any(record[key] != value for key, value in same.items()):
             return None
+        if masks_of == point.id and not set(metrics) <= set(record["metrics"]):
+            return None  # others may read its masks
         return Finished(
             point=point, in_study=in_study, masks_of=masks_of, failed="",
             **{k: record[k] for k in ("masks", "scores", "scores_new", "layer_forwards",

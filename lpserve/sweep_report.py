@@ -25,6 +25,7 @@ from pyarrow import parquet
 
 from lpserve.agreement import LEVEL, Answer, Choice, Estimate, choices, tau
 from lpserve.plan import Plan, load_plan
+from lpserve.runfolder import space_checked
 from lpserve.study import DIMENSIONS
 from lpserve.sweep import Finished, SweepResult
 from lpserve.tracking import Metric, Tracking, log_run
@@ -226,8 +227,8 @@ def log_sweep(result: SweepResult, tracking: Tracking) -> None:
     levels = {d: ", ".join(dict.fromkeys(p.levels[d] for p in study.points)) for d in DIMENSIONS}
     names = ("sweep.html", "sweep.json", "sets.csv", "values.csv", "sets.parquet", "values.parquet")
     parent = tracking.log(
-        out, params=levels | {"masks": study.masks}, metrics=metrics,
-        files=[out / name for name in names],
+        out, params={"masks": study.masks}, metrics=metrics,
+        files=[out / name for name in names], tags=levels,
     )  # fmt: skip
     for run in result.points:
         if not run.failed:
@@ -259,17 +260,19 @@ def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> N
     for suffix, write in ((".parquet", parquet.write_table), (".csv", pa_csv.write_csv)):
         target = path.with_suffix(suffix)
         temporary = target.with_name(f".{target.name}.tmp")
-        write(table, temporary)
-        temporary.replace(target)
+        with space_checked(target):
+            write(table, temporary)
+            temporary.replace(target)
 
 
 def _whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with space_checked(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def write_record(result: SweepResult) -> None:

@@ -1,17 +1,19 @@
 """Finished runs and studies in MLflow: parameters, metrics, files. Nothing is logged unless asked.
 
-An MLflow run is found again by the tag `lpserve.folder` (host and path of the run folder): giving
-the same command again brings it up to date and makes no second one. A server that cannot be
-reached is refused before a model loads; one that goes away meanwhile costs the log, not the run.
+An MLflow run is found again by host and path of the run folder: giving the same command again
+brings it up to date and makes no second one. A server that cannot be reached is refused before a
+model loads; one that goes away meanwhile costs the log, not the run.
 
 Alone imports mlflow.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError
+from lpserve.mounts import is_shared
 from lpserve.plan import Plan
 from lpserve.shapley import ShapleyValues
 
-FOLDER_TAG = "lpserve.folder"
+FOLDER_TAG, ID_TAG = "lpserve.folder", "lpserve.id"
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """MLflow's own defaults wait for many minutes; whoever sets these variables is heeded."""
 _PARAMS, _METRICS = 100, 1000  # what MLflow's API takes at once
@@ -68,42 +71,50 @@ class Tracking:
         metrics: Sequence[Metric],
         files: Sequence[Path],
         parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> str:
         """Log a finished run, or bring its log up to date; returns MLflow's id of it.
 
         Args:
             folder: names the run, and finds it again.
+            params: MLflow keeps them as they were first logged.
             parent: MLflow's id of the study that it is a point of.
+            tags: what may change from one time to the next.
 
         Raises:
             InputError: the server cannot be reached, or refuses.
         """
         try:
             with _patient():
-                return self._log(folder, params, metrics, files, parent)
+                return self._log(folder, params, metrics, files, parent, tags or {})
         except Exception as error:
             raise InputError(f"mlflow {self.uri} cannot be written to: {_line(error)}") from None
 
     def _log(
         self, folder: Path, params: Mapping[str, Any], metrics: Sequence[Metric],
-        files: Sequence[Path], parent: str | None,
+        files: Sequence[Path], parent: str | None, tags: Mapping[str, str],
     ) -> str:  # fmt: skip
         from mlflow.entities import Metric as Logged
         from mlflow.entities import Param, RunTag
 
-        place = f"{socket.gethostname()}:{folder.resolve()}"
+        # a folder that hosts share is the same run from each of them
+        host = "" if is_shared(folder) else f"{socket.gethostname()}:"
+        place = f"{host}{folder.resolve()}"
+        known_by = hashlib.sha256(place.encode()).hexdigest()
         found = self._client.search_runs(
-            [self._experiment], f"tags.`{FOLDER_TAG}` = '{place}'", max_results=1
+            [self._experiment], f"tags.`{ID_TAG}` = '{known_by}'", max_results=1
         )
         if found:
             run = found[0].info.run_id
         else:
             run = self._client.create_run(self._experiment, run_name=folder.name).info.run_id
-        tags = {FOLDER_TAG: place} | ({"mlflow.parentRunId": parent} if parent else {})
-        self._client.log_batch(run, tags=[RunTag(k, v) for k, v in tags.items()])
+        own = {ID_TAG: known_by, FOLDER_TAG: place} | {_key(k): v for k, v in tags.items()}
+        if parent:
+            own["mlflow.parentRunId"] = parent
+        self._client.log_batch(run, tags=[RunTag(k, v) for k, v in own.items()])
         known = found[0].data.params if found else {}
-        fresh = {k: str(v)[:_LONGEST] for k, v in params.items()}
-        # MLflow keeps a parameter as it was first logged: a larger budget is told by a metric
+        # a parameter stays as it was first logged: a larger budget is told by a metric
+        fresh = {_key(k): str(v)[:_LONGEST] for k, v in params.items()}
         new = [Param(k, v) for k, v in fresh.items() if k not in known]
         for part in _parts(new, _PARAMS):
             self._client.log_batch(run, params=part)
@@ -181,6 +192,11 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
         elif value is not None:
             found[key] = value
     return found
+
+
+def _key(name: str) -> str:
+    """A name that MLflow takes."""
+    return re.sub(r"[^\w\-./ :]", "_", name)
 
 
 def _parts(items: list[Any], most: int) -> Iterator[list[Any]]:

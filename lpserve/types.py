@@ -224,6 +224,7 @@ def metric_of(utility: str) -> str:
     Raises:
         InputError: there is no such utility.
     """
+    utility = str(utility)
     if utility in ("neg_nll", "ppl_ratio"):
         return "nll"
     if utility == "accuracy":

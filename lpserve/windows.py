@@ -272,8 +272,8 @@ class WindowRequest:
     """Corpus name -> path (text, folder, jsonl or npz)."""
     heldout: Mapping[str, str]
     """The same; empty: the last 20% of the calibration texts."""
-    num_windows: int
-    """Calibration windows of each corpus."""
+    num_windows: int | Mapping[str, int]
+    """Calibration windows of each corpus, or of every one by name."""
     heldout_windows: int
     """Held-out windows of each corpus."""
     length: int
@@ -291,6 +291,16 @@ def cut_windows(request: WindowRequest, tokenizer: str | Path) -> tuple[TokenWin
     Raises:
         InputError: unreadable or too short input, or windows of the two sides that share text.
     """
+    sides = [TokenWindows.concatenate(parts) for parts in cut_corpora(request, tokenizer)]
+    refuse_overlap(*sides)
+    return sides[0], sides[1]
+
+
+def cut_corpora(
+    request: WindowRequest, tokenizer: str | Path
+) -> tuple[list[TokenWindows], list[TokenWindows]]:
+    """The same, corpus by corpus; overlaps are not looked for."""
+    counts = request.num_windows
     loaded = None
     streams: dict[str, TokenStream] = {}
 
@@ -320,14 +330,12 @@ def cut_windows(request: WindowRequest, tokenizer: str | Path) -> tuple[TokenWin
             continue
         shared = any(np.array_equal(texts[name].ids, other.ids) for other in others.values())
         source = texts[name].split()[0] if shared else texts[name]
-        calibration.append(cut(source, request.num_windows))
+        calibration.append(cut(source, counts if isinstance(counts, int) else counts[name]))
     for source in others.values():
         shared = any(np.array_equal(source.ids, text.ids) for text in texts.values())
         heldout.append(cut(source.split()[1] if shared else source, request.heldout_windows))
     heldout += [TokenWindows.from_npz(path, name=name) for name, path in held_npz.items()]
-    sides = TokenWindows.concatenate(calibration), TokenWindows.concatenate(heldout)
-    refuse_overlap(*sides)
-    return sides
+    return calibration, heldout
 
 
 def refuse_overlap(calibration: TokenWindows, heldout: TokenWindows) -> None:

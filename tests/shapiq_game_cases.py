@@ -29,9 +29,11 @@ from lpserve.scored import read_scores
 from lpserve.shapiq_game import LayerGame
 from lpserve.shapley import exact_values
 from lpserve.surrogate import make_surrogate
-from lpserve.types import UTILITIES, EngineSpec
+from lpserve.types import EngineSpec
 from tests.test_architecture import MODULES, imports, module_name
 
+UTILITIES = ("neg_nll", "ppl_ratio")
+"""Those that every engine can score; the others have a test of their own."""
 ROUNDING = 1e-12
 """float64 sums of at most 2^8 terms, relative to the spread of the utilities."""
 KERNEL_SHAP = 1e-6
@@ -333,7 +335,7 @@ def test_utilities_that_shapiq_cannot_take_are_refused(windows, rng):
         game(np.array([[1, 1, 0], [0, 1, 0]], dtype=bool))
     with pytest.raises(InputError, match=r"must be float \[2\]: got \[2, 1\]"):
         LayerGame(3, lambda masks_MP: np.ones((len(masks_MP), 1)))
-    with pytest.raises(InputError, match="unknown utility 'ppl'"):
+    with pytest.raises(InputError, match=r"utility must be one of .*: got 'ppl'"):
         LayerGame.from_engine(synthetic(windows, rng), "ppl")
 
 
@@ -488,3 +490,27 @@ def test_the_readmes_cross_check_runs_as_written(model_dir, windows, tmp_path, c
     np.testing.assert_allclose(ours.values_P, expected, atol=tolerance)
     np.testing.assert_allclose(theirs.get_n_order_values(1), expected, atol=tolerance)
     assert capsys.readouterr().out.startswith("64 ")
+
+
+def test_utilities_of_other_metrics_are_scored_for_them(model_dir, tmp_path, rng):
+    """Divergence from the whole model, on an open engine and from a run's folder."""
+    windows = lpserve.TokenWindows.from_tokens(rng.integers(2, 97, (3, 12)))
+    for name, num in (("calibration", 3), ("heldout", 2)):
+        np.savez(tmp_path / f"{name}.npz", tokens=rng.integers(2, 97, (num, 12)))
+    folder = str(model_dir("llama"))
+    with lpserve.open_engine(folder, windows) as engine:
+        masks = all_masks(engine.info.num_players)
+        divergence = engine.score(masks, also=("kl",)).of("kl").sum(axis=1)
+        expected = -divergence / windows.num_tokens_N.sum()
+        game = LayerGame.from_engine(engine, "neg_kl", normalize=False)
+        assert np.abs(game(masks) - expected).max() < 1e-6
+    config = config_from(
+        {"model": folder, "calibration": str(tmp_path / "calibration.npz"),
+         "heldout": str(tmp_path / "heldout.npz"), "budget": 64, "max_removed": 3,
+         "sizes": [0, len(masks[0]) - 1], "utility": "neg_kl", "surrogate": "gp",
+         "out": str(tmp_path / "run"), "progress_s": 100.0}, "test",
+    )  # fmt: skip
+    scored = run(config).outcome.scored
+    game = LayerGame.from_run(tmp_path / "run", normalize=False)
+    expected = -scored.loss_MN.astype(np.float64).sum(axis=1) / scored.num_tokens_N.sum()
+    np.testing.assert_allclose(game(scored.masks_MP), expected, atol=1e-9)

@@ -152,7 +152,9 @@ def test_windows_come_in_parts_that_points_have_whole_or_not_at_all(tmp_path, rn
         ({"sweep": {"sizes": [[10, 11], [3, 12]]}}, "point sizes 3-12: sizes must be"),
         ({"sweep": {"model": ["nowhere"]}}, "nowhere"),
         ({"masks": "mine"}, "masks must be one of shared, own"),
-        ({"removed": [3]}, "max_removed 2|removed asks for 3 layers, points plan 2"),
+        ({"removed": [3]}, "removed asks for 3 layers, points plan 2"),
+        ({"sweep": {"utility": [5, None]}}, "utility must be one of"),
+        ({"sweep": {"calibration": {"x": [["sherlock"]]}}}, "mixture 'x' must be a list"),
         ({"removed": [0]}, "removed must be numbers of layers"),
         ({"removed": "2"}, "removed must be numbers of layers"),
         ({"store": "elsewhere.sqlite"}, "store is the study's own"),
@@ -183,12 +185,61 @@ def test_windows_that_cannot_be_cut_are_refused(tmp_path, changes, told):
         all_windows(study)
 
 
-def test_max_removed_follows_from_the_sparsities_that_are_asked_for(tmp_path):
-    values = values_of(tmp_path, removed=[4, 2])
-    del values["max_removed"]
-    study = study_of(values | {"budget": 100}, "test")
-    assert study.removed == (2, 4)
-    assert {p.config.max_removed for p in study.points} == {4}
+def test_sparsities_of_the_tables_change_nothing_that_is_run(tmp_path):
+    plain = study_of(values_of(tmp_path), "test")
+    told = study_of(values_of(tmp_path, removed=[2]), "test")
+    assert told.removed == (2,)
+    assert [p.id for p in told.points] == [p.id for p in plain.points]
+
+
+def test_where_a_study_is_tracked_is_not_what_its_points_are(tmp_path):
+    plain = study_of(values_of(tmp_path), "test")
+    tracked = study_of(values_of(tmp_path, mlflow="http://u:secret@host:1", experiment="x"), "t")
+    assert [p.id for p in tracked.points] == [p.id for p in plain.points]
+    assert tracked.base.mlflow == "http://u:secret@host:1"
+    assert as_json(tracked.base)["mlflow"] == "http://host:1"
+    assert {p.config.mlflow for p in tracked.points} == {None}
+
+
+def test_a_value_has_one_name_in_all_tables(tmp_path):
+    mixtures = {"one": ["sherlock"], "all": ["dracula", "sherlock"]}
+    tables = [{"calibration": mixtures, "seed": [0, 1]}, {"num_windows": [3, 2], "seed": [0, 1]}]
+    study = study_of(values_of(tmp_path, sweep=tables), "test")
+    assert len(study.points) == 6  # 3 windows of all texts come twice
+    assert {p.levels["calibration"] for p in study.points} == {"one", "all"}
+    matched = {(p.levels["calibration"], p.levels["num_windows"]) for p in study.points}
+    assert {("all", "2"), ("all", "3")} <= matched
+    tables[1] = {"calibration": {"one": ["dracula"]}}
+    with pytest.raises(InputError, match="sweep calibration names two things 'one'"):
+        study_of(values_of(tmp_path, sweep=tables), "test")
+
+
+def test_corpora_are_cut_as_far_as_their_own_points_need(tmp_path):
+    (tmp_path / "short.txt").write_text((FOLDER / "heldout.txt").read_text()[:3000])
+    texts = {"long": TEXTS["sherlock"], "short": str(tmp_path / "short.txt")}
+    tables = [
+        {"calibration": [["long"]], "num_windows": [200]},
+        {"calibration": [["short"]], "num_windows": [4]},
+    ]
+    values = values_of(tmp_path, calibration=texts, sweep=tables, masks="own")
+    study = study_of(values, "test")
+    windows = all_windows(study)[study.base.model]
+    assert [windows.of(p.config)[0].num_windows for p in study.points] == [200, 4]
+    with pytest.raises(InputError, match="too short"):  # one family, all texts as long
+        all_windows(study_of(values | {"masks": "shared"}, "test"))
+
+
+def test_windows_that_two_corpora_share_are_one_part(tmp_path, rng):
+    tokens = rng.integers(2, 4000, (6, 32))
+    for name, rows in (("big", tokens), ("small", tokens[:2])):
+        np.savez(tmp_path / f"{name}.npz", tokens=rows)
+    texts = {name: str(tmp_path / f"{name}.npz") for name in ("big", "small")}
+    sweep = {"calibration": [["big"], ["small"]]}
+    values = values_of(tmp_path, calibration=texts, heldout=TEXTS["dracula"], sweep=sweep)
+    study = study_of(values | {"masks": "own"}, "test")
+    windows = all_windows(study)[study.base.model]
+    parts = windows.atoms([p.config for p in study.points])
+    assert sorted(part.num_windows for part in parts) == [2, 4]
 
 
 def told_cost(study: Study):

@@ -130,12 +130,54 @@ def test_a_study_may_grow(tmp_path):
     assert {r.point.id for r in first.points} < {r.point.id for r in second.points}
     assert len(told) == 4  # the other seed's points
     assert second.scores_twice == 0
+    # another metric: the masks are scored for it, and held-out windows stay
+    metrics = more | {"utility": [*SMALL["utility"], "accuracy"]}
+    scored = sweep(study_of(small(tmp_path, sweep=metrics), "test"))
+    assert not scored.failed
+    assert scored.scores_held >= second.scores_held
     # wider windows choose other masks: every point reads those
     wide = SMALL | {"seed": [0], "num_windows": [1, 2]}
     third = sweep(study_of(small(tmp_path, sweep=wide), "test"))
     assert {r.masks_of for r in third.points} != {r.masks_of for r in first.points}
     fresh = sweep(study_of(small(tmp_path / "fresh", sweep=wide), "test"))
     assert answers_of(fresh.study.out).items() <= answers_of(third.study.out).items()
+
+
+def test_points_of_a_study_that_grew_are_held_against_the_same_windows(tmp_path):
+    """Longer windows lengthen the yardstick: what was finished is checked again."""
+    table = {"utility": ["neg_nll"], "length": [24]}
+    sweep(study_of(small(tmp_path, sweep=table), "test"))
+    result = sweep(study_of(small(tmp_path, sweep=table | {"length": [24, 40]}), "test"))
+    assert not result.failed
+    held = [read_scores(r.folder).heldout_num_tokens_N.tolist() for r in result.points]
+    assert held[0] == held[1]
+    assert set(held[0]) == {39}
+    for finished in result.points:
+        with np.load(finished.folder / "windows.npz") as stored:
+            assert stored["heldout_tokens"].shape[1] == 40
+
+
+def test_a_study_goes_on_under_another_name_of_its_folder(tmp_path, monkeypatch):
+    """As after a kill: a point has its config, and no result yet."""
+    table = {"utility": SMALL["utility"]}
+    first = sweep(study_of(small(tmp_path, sweep=table), "test"))
+    for finished in first.points:
+        (finished.folder / "point.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    again = sweep(study_of(small(tmp_path, sweep=table, out="study", device="cpu"), "test"))
+    assert not again.failed
+    assert again.scores_held == first.scores_held
+
+
+def test_a_text_that_changed_is_told(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((FOLDER / "calibration.txt").read_text()[:60_000])
+    table = {"utility": ["neg_nll"], "seed": [0]}
+    values = small(tmp_path, sweep=table, calibration={"x": str(text)}, heldout=TEXTS["dracula"])
+    sweep(study_of(values, "test"))
+    text.write_text((FOLDER / "calibration.txt").read_text()[60_000:120_000])
+    result = sweep(study_of(values, "test"))
+    assert "the calibration text has changed since" in result.points[0].failed
 
 
 def test_a_point_that_fails_is_told_and_the_others_finish(tmp_path):

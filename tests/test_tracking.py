@@ -204,13 +204,16 @@ def test_a_server_that_goes_away_costs_the_log_and_not_the_run(tmp_path, texts, 
 
 def test_many_numbers_and_long_texts_fit(server, tmp_path):
     """More than MLflow takes in a call: 150 parameters, 2,500 metrics, a text of 9,000 letters."""
-    params = {f"p{i}": i for i in range(150)} | {"long": "x" * 9000}
+    params = {f"p{i}": i for i in range(150)} | {"long": "x" * 9000, "c4 (1)&x": "odd"}
+    tmp_path = tmp_path / "it's here"
+    tmp_path.mkdir()
     metrics = [Metric(name="m", value=float(i), step=i) for i in range(2500)]
     metrics.append(Metric(name="lost", value=float("nan")))
     tracking = Tracking(server, "four")
     run_id = tracking.log(tmp_path, params=params, metrics=metrics, files=[tmp_path / "gone"])
     (logged,) = runs_of(server, "four")
-    assert len(logged["data"]["params"]) == 151
+    assert len(logged["data"]["params"]) == 152
+    assert tracking.log(tmp_path, params={}, metrics=[], files=[]) == run_id
     assert len(history(server, run_id, "m")) == 2500
     assert "lost" not in named(logged["data"]["metrics"])
 

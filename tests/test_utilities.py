@@ -19,7 +19,6 @@ from lpserve.coordinator import run
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, keys
 from lpserve.scored import read_scores
-from lpserve.shapiq_game import LayerGame
 from lpserve.study import study_of
 from lpserve.sweep import sweep
 from lpserve.types import METRICS, metric_of, utilities
@@ -157,19 +156,6 @@ def test_a_study_scores_all_metrics_of_its_utilities_at_once(game, tmp_path):
         means_M = scored.loss_MN.astype(np.float64).sum(axis=1) / windows.num_tokens_N.sum()
         for key, mean in zip(keys(scored.masks_MP), means_M.tolist(), strict=True):
             assert mean == pytest.approx(loss[key], abs=TOLERANCE)
-
-
-def test_shapiqs_game_takes_them_too(game, tmp_path):
-    values, windows = game
-    loss = mean_losses(values, windows, "kl")
-    run(config_from(values | {"utility": "neg_kl"}, "test"))
-    masks_MP = all_masks(NUM_LAYERS)
-    expected = -np.array([loss[key] for key in keys(masks_MP)])
-    from_run = LayerGame.from_run(tmp_path / "run", normalize=False)
-    assert np.abs(from_run(masks_MP) - expected).max() < TOLERANCE
-    with lpserve.open_engine(values["model"], windows) as engine:
-        from_engine = LayerGame.from_engine(engine, "neg_kl", normalize=False)
-        assert np.abs(from_engine(masks_MP) - expected).max() < TOLERANCE
 
 
 def test_utilities_by_definition(rng):

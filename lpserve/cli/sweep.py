@@ -23,7 +23,8 @@ A study file holds the keys of `lpserve run` and a table of keys with several le
   calibration: {web: c4.txt, wiki: wiki.txt}
   heldout: wiki-test.txt
   budget: 400
-  removed: [4, 8]                  # sparsities that the tables tell
+  max_removed: 8
+  removed: [4, 8]                  # sparsities that the tables tell (all of 1 to max_removed)
   sweep:
     calibration: {web: [web], wiki: [wiki], both: [web, wiki]}
     num_windows: [16, 64]
@@ -73,7 +74,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         source = f"study {arguments.study}"
         values = load_config_file(arguments.study)
     flags = engine_values(arguments)
-    flags["engine_options"] = {**values.get("engine_options", {}), **flags["engine_options"]}
+    flags["engine_options"] = {**(values.get("engine_options") or {}), **flags["engine_options"]}
     values |= flags
     values |= {k: getattr(arguments, k) for k in ("out", "masks", "mlflow", "experiment")
                if getattr(arguments, k)}  # fmt: skip
@@ -86,10 +87,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
             print(f"{point.id}: {levels}")
         return 0
     if told.ask and not arguments.yes:
-        raise InputError(
-            f"{source}: more than {ASK_ABOVE_PFLOP:g} PFLOP of work; say --yes to begin, or "
-            "--dry-run to see the points"
-        )
+        work = f"more than {ASK_ABOVE_PFLOP:g} PFLOP of work" if told.pflop else "unknown work"
+        raise InputError(f"{source}: {work}; say --yes to begin, or --dry-run to see the points")
     tracking = None
     if study.base.mlflow:
         tracking = Tracking(study.base.mlflow, study.base.experiment)
