@@ -283,6 +283,7 @@ def test_bad_studies_are_refused_in_one_line_before_a_folder_is_made(tmp_path, c
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow  # four processes
 def test_a_killed_sweep_goes_on_without_scoring_again(tmp_path, rng, capsys):
     """SIGKILL and SIGINT at random moments; then the same answers as undisturbed."""
     table = SMALL | {"calibration": [["sherlock"]]}
