@@ -74,12 +74,9 @@ def _strongest_pairs(outcome: Outcome) -> list[tuple[int, int, float]]:
 
 def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
     """The HTML page; needs no network and no script."""
-    environment = Environment(
-        loader=PackageLoader("lpserve"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     values = outcome.analysis.values
-    return environment.get_template("report.html.j2").render(
+    return page(
+        "report.html.j2",
         plan=outcome.plan,
         analysis=outcome.analysis,
         values=values,
@@ -98,6 +95,15 @@ def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
         height=SVG_HEIGHT,
         pad=SVG_PAD,
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """A page of `templates/`, filled in; a value that is missing is an error."""
+    environment = Environment(
+        loader=PackageLoader("lpserve"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(template).render(**values)
 
 
 def stability_rows(plan: Plan) -> list[tuple[PlanEntry, Stability]]:

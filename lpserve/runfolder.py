@@ -75,13 +75,7 @@ class RunFolder:
     def write(self, name: str, text: str) -> Path:
         """Write a file whole or not at all."""
         path = self.path / name
-        with space_checked(path):
-            temporary = path.with_name(f".{name}.tmp")
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+        write_whole(path, text)
         return path
 
     def event(self, kind: str, **details: Any) -> None:
@@ -105,6 +99,17 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; raises DiskFullError, InputError."""
+    with space_checked(path):
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 @contextmanager

@@ -85,6 +85,11 @@ class Study:
         """What the utilities are made of: every mask is scored for all of them at once."""
         return tuple(dict.fromkeys(metric_of(p.config.utility) for p in self.points))
 
+    @property
+    def num_runs(self) -> int:
+        """Points, and runs that only choose masks."""
+        return len({p.id for p in self.points} | {f.leader.id for f in self.families()})
+
     def groups(self) -> list[list[Family]]:
         """Families by the engines they need: one group for each model and dtype."""
         found: dict[tuple[str, str], list[Family]] = {}

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lpserve.admission import engine_spec, open_pool
+from lpserve.config import RunConfig
 from lpserve.coordinator import RunResult, Seat, run_at
 from lpserve.errors import (
     DiskFullError,
@@ -30,7 +31,7 @@ from lpserve.errors import (
 from lpserve.locks import PathLock
 from lpserve.pool import EnginePool
 from lpserve.progress import Progress
-from lpserve.runfolder import space_checked
+from lpserve.runfolder import write_whole
 from lpserve.scored import ScoredRun, read_scores
 from lpserve.signals import Signals, heeded_signals
 from lpserve.store import Store
@@ -105,10 +106,14 @@ def all_windows(study: Study) -> dict[str, StudyWindows]:
     return {model: study_windows(study, own) for model, own in configs.items()}
 
 
-def sweep(study: Study, *, tell: Callable[[str], None] = lambda line: None) -> SweepResult:
+def sweep(
+    study: Study, windows: Mapping[str, StudyWindows] | None = None, *,
+    tell: Callable[[str], None] = lambda line: None,
+) -> SweepResult:  # fmt: skip
     """Run every point that is not finished; raises what ends all of them.
 
     Args:
+        windows: what `all_windows` cut; None: cut now.
         tell: called with a line before every point, and where one fails.
 
     Raises:
@@ -116,7 +121,7 @@ def sweep(study: Study, *, tell: Callable[[str], None] = lambda line: None) -> S
         RunInterrupted: a signal came; what was scored is kept.
         StoreBusyError, StoreCorruptError, DiskFullError: the store can take no more.
     """
-    windows = all_windows(study)
+    windows = windows or all_windows(study)
     try:
         (study.out / "points").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -129,7 +134,6 @@ def sweep(study: Study, *, tell: Callable[[str], None] = lambda line: None) -> S
             Store(study.out / "scores.sqlite", holder=f"a sweep in {study.out}")
         )
         work = _Sweep(study, windows, store, signals, tell)
-        work.count()
         stack.callback(work.close)
         for group in study.groups():
             work.run(group)
@@ -149,18 +153,12 @@ def sweep(study: Study, *, tell: Callable[[str], None] = lambda line: None) -> S
 @dataclass(slots=True)
 class _Sweep:
     study: Study
-    windows: dict[str, StudyWindows]
+    windows: Mapping[str, StudyWindows]
     store: Store
     signals: Signals
     tell: Callable[[str], None]
     found: list[Finished] = field(default_factory=list)
     _pool: EnginePool | None = None
-    _told: int = 0
-    _runs: int = 0
-
-    def count(self) -> None:
-        leaders = {family.leader.id for family in self.study.families()}
-        self._runs = len(leaders | {point.id for point in self.study.points})
 
     def close(self) -> None:
         if self._pool is not None:
@@ -186,7 +184,6 @@ class _Sweep:
             if point is leader:
                 continue
             if led.failed:
-                self._told += 1
                 reason = f"its masks are those of point {leader.id}, which failed"
                 self._add(Finished(point=point, in_study=True, masks_of=leader.id, failed=reason))
                 continue
@@ -197,7 +194,6 @@ class _Sweep:
         self, point: Point, windows: StudyWindows, in_study: bool,
         masks_of: tuple[str, ScoredRun] | None,
     ) -> Finished:  # fmt: skip
-        self._told += 1
         whose = masks_of[0] if masks_of else point.id
         if self.signals.count:
             raise RunInterrupted(
@@ -209,7 +205,8 @@ class _Sweep:
             return self._add(known)
         named = ", ".join(f"{d} {point.levels[d]}" for d in self.study.varied)
         what = named if in_study else f"masks for {named}"
-        self.tell(f"[{self._told}/{self._runs}] {point.id}: {what or 'the only point'}")
+        place = f"{len(self.found) + 1}/{self.study.num_runs}"
+        self.tell(f"[{place}] {point.id}: {what or 'the only point'}")
         started = time.monotonic()
         try:
             calibration, heldout = windows.of(point.config)
@@ -236,16 +233,17 @@ class _Sweep:
         if self._pool is None:
             config = point.config
             longest = windows.longest
-            spec = engine_spec(config, self._settings_before(config.model), longest.length)
+            spec = engine_spec(config, self._settings_before(config), longest.length)
             self.signals.at_work = False  # loading a model may be broken off
             self._pool = open_pool(config, spec, longest, self.tell)
         return self._pool
 
-    def _settings_before(self, model: str) -> dict[str, Any] | None:
-        """config.json of a finished run of this model: engines go on with its settings."""
+    def _settings_before(self, config: RunConfig) -> dict[str, Any] | None:
+        """config.json of a finished run of this model and dtype, whose settings engines keep."""
         for run in self.found:
-            path = run.folder / "config.json"
-            if run.point.config.model == model and not run.failed and path.exists():
+            path, other = run.folder / "config.json", run.point.config
+            same = (other.model, other.dtype) == (config.model, config.dtype)
+            if same and not run.failed and path.exists():
                 return json.loads(path.read_text(encoding="utf-8"))
         return None
 
@@ -290,11 +288,7 @@ def _write(
         "seconds": run.seconds, "metrics": sorted(metrics),
         "calibration": calibration.content_hash, "heldout": heldout.content_hash,
     }  # fmt: skip
-    path = run.folder / "point.json"
-    temporary = path.with_name(".point.tmp")
-    with space_checked(path):
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+    write_whole(run.folder / "point.json", json.dumps(record, indent=1) + "\n")
     (run.folder / "failure.txt").unlink(missing_ok=True)
 
 

@@ -12,20 +12,19 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from pyarrow import csv as pa_csv
 from pyarrow import parquet
 
 from lpserve.agreement import LEVEL, Answer, Choice, Estimate, choices, tau
 from lpserve.plan import Plan, load_plan
-from lpserve.runfolder import space_checked
+from lpserve.report import page
+from lpserve.runfolder import space_checked, write_whole
 from lpserve.study import DIMENSIONS
 from lpserve.sweep import Finished, SweepResult
 from lpserve.tracking import Metric, Tracking, log_run
@@ -49,12 +48,18 @@ _VALUES = pa.schema(
 def write_sweep(result: SweepResult) -> None:
     """Write the tables and the page into the study's folder, each whole or not at all."""
     out = result.study.out
-    plans = {r.point.id: load_plan(r.folder / "plan.json") for r in result.points if not r.failed}
-    values = {r.point.id: _values(r) for r in result.points if not r.failed}
+    plans, values = _read(result)
     sets = [row for run in result.points for row in _set_rows(run, plans, result.study.removed)]
     _write_table(out / "sets", sets, _SETS)
     _write_table(out / "values", [row for rows in values.values() for row in rows], _VALUES)
-    _whole(out / "sweep.html", render(result, plans, values))
+    write_whole(out / "sweep.html", render(result, plans, values))
+
+
+def _read(result: SweepResult) -> tuple[dict[str, Plan], dict[str, list[dict[str, Any]]]]:
+    """Plan and values of every finished point."""
+    done = [run for run in result.points if not run.failed]
+    plans = {run.point.id: load_plan(run.folder / "plan.json") for run in done}
+    return plans, {run.point.id: _values(run) for run in done}
 
 
 def _set_rows(
@@ -123,15 +128,12 @@ def render(
     """The HTML page; needs no network and no script."""
     import lpserve
 
-    environment = Environment(
-        loader=PackageLoader("lpserve"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     study = result.study
     answers = _answers(result, plans, values)
     found = choices(answers, study.varied)
     sizes = sorted(set.intersection(*(set(a.removed) for a in answers))) if answers else []
-    return environment.get_template("sweep.html.j2").render(
+    return page(
+        "sweep.html.j2",
         result=result,
         study=study,
         varied=study.varied,
@@ -214,8 +216,7 @@ def _map(answers: Sequence[Answer], varied: Sequence[str]) -> list[dict[str, Any
 def log_sweep(result: SweepResult, tracking: Tracking) -> None:
     """Log a study, and every point as a run inside it; raises InputError."""
     study, out = result.study, result.study.out
-    plans = {r.point.id: load_plan(r.folder / "plan.json") for r in result.points if not r.failed}
-    values = {r.point.id: _values(r) for r in result.points if not r.failed}
+    plans, values = _read(result)
     counts = {
         "points": len(result.points), "points_failed": len(result.failed),
         "scores_held": result.scores_held, "scores_new": result.scores_new,
@@ -265,16 +266,6 @@ def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> N
             temporary.replace(target)
 
 
-def _whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with space_checked(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-
 def write_record(result: SweepResult) -> None:
     """sweep.json: the study as it was run, and its counts."""
     import lpserve
@@ -294,4 +285,4 @@ def write_record(result: SweepResult) -> None:
         "scores_read": result.scores_read,
         "versions": {"lpserve": lpserve.__version__},
     }  # fmt: skip
-    _whole(study.out / "sweep.json", json.dumps(record, indent=1) + "\n")
+    write_whole(study.out / "sweep.json", json.dumps(record, indent=1) + "\n")

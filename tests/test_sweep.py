@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -318,10 +319,8 @@ def test_a_killed_sweep_goes_on_without_scoring_again(tmp_path, rng, capsys):
     assert answers_of(tmp_path / "study") == answers_of(undisturbed.study.out)
 
 
-def test_two_models_are_one_study(tmp_path, model_dir):
+def test_two_models_are_one_study(tmp_path):
     """Each with engines, windows and tables of its own; they are never compared."""
-    import shutil
-
     other = tmp_path / "copy-of-demo"
     shutil.copytree(FOLDER / "model", other)
     models = {"bundled": str(FOLDER / "model"), "copy": str(other)}

@@ -79,7 +79,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     values |= {k: getattr(arguments, k) for k in ("out", "masks", "mlflow", "experiment")
                if getattr(arguments, k)}  # fmt: skip
     study = study_of(values, source)
-    told = study_cost(study, all_windows(study))
+    windows = all_windows(study)
+    told = study_cost(study, windows)
     print(told.describe(), file=sys.stderr)
     if arguments.dry_run:
         for point in study.points:
@@ -92,7 +93,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     tracking = None
     if study.base.mlflow:
         tracking = Tracking(study.base.mlflow, study.base.experiment)
-    result = sweep(study, tell=lambda line: print(line, file=sys.stderr))
+    result = sweep(study, windows, tell=lambda line: print(line, file=sys.stderr))
     write_sweep(result)
     write_record(result)
     if tracking is not None:

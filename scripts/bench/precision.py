@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from probes import machine_lines, publish
+from probes import demo_windows, machine_lines, publish
 from scipy.stats import rankdata
 
-from lpserve import TokenWindows, open_engine
-from lpserve.demo import demo_values
+from lpserve import open_engine
 from lpserve.masks import draw
 from lpserve.types import FloatArray
 
@@ -42,11 +41,7 @@ def main() -> int:
     parser.add_argument("--dtypes", default="float32,bfloat16", help="float32,bfloat16")
     parser.add_argument("--out", type=Path, help="markdown file to write the table to")
     args = parser.parse_args()
-    values = demo_values()
-    windows = TokenWindows.from_file(
-        next(iter(values["calibration"].values())), tokenizer=values["model"],
-        num_windows=values["num_windows"], length=values["length"], seed=0,
-    )  # fmt: skip
+    model, windows = demo_windows()
     rng, num_players = np.random.default_rng(0), 12
     masks_MP = np.concatenate(
         [np.ones((1, num_players), bool), np.zeros((1, num_players), bool),
@@ -58,7 +53,7 @@ def main() -> int:
         mean: dict[str, FloatArray] = {}
         noise: dict[str, float] = {}
         for name, options in ENGINES.items():
-            with open_engine(values["model"], windows, dtype=dtype, **options) as engine:
+            with open_engine(model, windows, dtype=dtype, **options) as engine:
                 scores = engine.score(masks_MP)
                 mean[name] = scores.mean_nll_M()
                 noise[name] = engine.info.noise_nll

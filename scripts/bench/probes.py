@@ -26,6 +26,7 @@ import torch
 import transformers
 
 import lpserve
+from lpserve.demo import demo_values
 from lpserve.engine.hf import TransformersEngine
 from lpserve.windows import TokenWindows
 
@@ -252,6 +253,16 @@ def save_random_llama(args: argparse.Namespace, folder: Path) -> None:
     torch.manual_seed(args.seed)
     model: Any = transformers.AutoModelForCausalLM.from_config(config)
     model.to(getattr(torch, args.dtype)).save_pretrained(str(folder))
+
+
+def demo_windows() -> tuple[str, TokenWindows]:
+    """The bundled model and the calibration windows of the demonstration."""
+    values = demo_values()
+    windows = TokenWindows.from_file(
+        next(iter(values["calibration"].values())), tokenizer=values["model"],
+        num_windows=values["num_windows"], length=values["length"], seed=0,
+    )  # fmt: skip
+    return values["model"], windows
 
 
 def random_windows(args: argparse.Namespace, num_windows: int) -> TokenWindows:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from probes import machine_lines, publish
+from probes import demo_windows, machine_lines, publish
 from scipy.stats import spearmanr
 
-from lpserve import TokenWindows, open_engine
-from lpserve.demo import demo_values
+from lpserve import open_engine
 from lpserve.masks import draw
 from lpserve.types import FloatArray
 
@@ -32,11 +31,7 @@ def main() -> int:
     parser.add_argument("--tops", default="1,4,16,64,256,1024", help="K, by comma")
     parser.add_argument("--out", type=Path, help="markdown file to write the table to")
     args = parser.parse_args()
-    values = demo_values()
-    windows = TokenWindows.from_file(
-        next(iter(values["calibration"].values())), tokenizer=values["model"],
-        num_windows=values["num_windows"], length=values["length"], seed=0,
-    )  # fmt: skip
+    model, windows = demo_windows()
     rng, num_players = np.random.default_rng(0), 12
     masks_MP = np.concatenate(
         [draw(num_players, kept, args.masks, rng) for kept in range(num_players - 1, 3, -1)]
@@ -50,7 +45,7 @@ def main() -> int:
         sums_MN = engine.score(masks_MP, also=also).of(metric)
         return sums_MN.sum(axis=1) / tokens, time.perf_counter() - started
 
-    with open_engine(values["model"], windows, dtype="float32") as engine:
+    with open_engine(model, windows, dtype="float32") as engine:
         engine.score(masks_MP[:4], also=("kl", *(f"kl_top{k}" for k in tops)))  # warm up, tables
         _, alone = mean("nll", ())
         exact_M, exact_s = mean("kl", ("kl",))
