@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from lpserve.checkpoint import read_checkpoint
-from lpserve.config import EngineConfig, RunConfig, WindowConfig, as_json
+from lpserve.config import EngineConfig, RunConfig, WindowConfig, as_json, is_task
 from lpserve.engine.vllm_options import check_options as check_vllm_options
 from lpserve.errors import InputError
 from lpserve.pool import EnginePool, LocalPool, pinned
 from lpserve.rounds import RoundSettings, StopRules
 from lpserve.runfolder import CONFIG_FORMAT, RunFolder
+from lpserve.sample import Sample, refuse_shared
+from lpserve.tasks import cut_samples
 from lpserve.types import EngineInfo, EngineSpec
 from lpserve.windows import TokenWindows, WindowRequest, cut_windows
 
@@ -56,10 +58,40 @@ def num_layers(config: dict[str, Any]) -> int:
     raise InputError("the model's config.json names no number of layers")
 
 
+def samples_of(config: RunConfig) -> tuple[Sample, Sample]:
+    """What a run is played on, and what is held out; raises InputError where windows or questions
+    cannot be had, do not fit the model, or are on both sides."""
+    parts = cut_samples(
+        _request(config), config.model, include_path=config.include_path,
+        num_fewshot=config.num_fewshot,
+    )  # fmt: skip
+    calibration, heldout = (Sample.concatenate(side) for side in parts)
+    check_samples(config, calibration, heldout)
+    refuse_shared(calibration, heldout)
+    return calibration, heldout
+
+
+def check_samples(config: RunConfig, *samples: Sample) -> None:
+    """Raise InputError where windows do not fit the model, or the utility is not defined."""
+    check_windows_of(config, *(sample.windows for sample in samples))
+    for sample in samples:
+        if sample.questions is not None:
+            sample.questions.check(config.utility)
+
+
 def windows_of(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:
-    """The calibration and held-out windows of a config; raises InputError where they do not fit
-    the model."""
-    request = WindowRequest(
+    """The calibration and held-out windows of a config of texts; raises InputError where they do
+    not fit the model."""
+    for name, path in [*config.calibration.items(), *config.heldout.items()]:
+        if is_task(path):
+            raise InputError(f"{name!r} is a task: only lpserve run and lpserve sweep take tasks")
+    sides = cut_windows(_request(config), config.model)
+    check_windows_of(config, *sides)
+    return sides
+
+
+def _request(config: WindowConfig) -> WindowRequest:
+    return WindowRequest(
         calibration=config.calibration,
         heldout=config.heldout,
         num_windows=config.num_windows,
@@ -69,9 +101,6 @@ def windows_of(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:
         bos=config.bos,
         field=config.text_field,
     )
-    sides = cut_windows(request, config.model)
-    check_windows_of(config, *sides)
-    return sides
 
 
 def check_windows_of(config: EngineConfig, *sides: TokenWindows) -> None:
@@ -134,8 +163,8 @@ def engine_spec(config: EngineConfig, stored: dict[str, Any] | None, longest: in
 def described(
     config: RunConfig,
     info: EngineInfo,
-    calibration: TokenWindows,
-    heldout: TokenWindows,
+    calibration: Sample,
+    heldout: Sample,
     stored: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What config.json says: everything needed to repeat the run, beside the windows.
@@ -185,12 +214,12 @@ def refuse_other_game(folder: RunFolder, stored: dict[str, Any], info: EngineInf
 
 
 def refuse_other_windows(
-    folder: RunFolder, stored: dict[str, Any], calibration: TokenWindows,
-    heldout: TokenWindows | None,
+    folder: RunFolder, stored: dict[str, Any], calibration: Sample,
+    heldout: Sample | None,
 ) -> None:  # fmt: skip
     """Raise InputError when a text gives other windows than the folder's run had; None: may."""
-    for name, windows in (("calibration", calibration), ("heldout", heldout)):
-        if windows is not None and stored["windows"][name] != windows.content_hash:
+    for name, sample in (("calibration", calibration), ("heldout", heldout)):
+        if sample is not None and stored["windows"][name] != sample.content_hash:
             raise InputError(
                 f"run folder {folder.path} belongs to another run: the {name} text has changed "
                 "since; choose another --out"

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError
-from lpserve.types import metric_of
+from lpserve.types import TASK_UTILITIES, is_task_utility, metric_of
 
 ENGINES = ("transformers", "vllm", "synthetic")
 POOLS = ("local", "ray")
 DTYPES = ("float32", "bfloat16", "float16")
 SURROGATES = ("auto", "ridge", "gp", "gp+ridge", "boosting", "ensemble", "paper")
 GOALS = ("both", "plan", "values")
+TASK_PREFIX = "task:"
+"""Begins a corpus that is a task of lm-eval, not a path."""
 STOP_GAIN = 0.001
 """Share of perplexity by which a set is said to beat another, unless the user names one."""
 
@@ -49,8 +51,9 @@ _LEAST = {
     "round_size": 1,
     "seed": 0,
     "window_seed": 0,
+    "num_fewshot": 0,
 }
-_OPTIONAL = ("max_removed", "round_size")
+_OPTIONAL = ("max_removed", "round_size", "num_fewshot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +90,10 @@ class EngineConfig:
         for key in ("grace_s", "progress_s"):
             value = values[key]
             _require(isinstance(value, int | float) and value > 0, key, value, "seconds above 0")
-        for key in values.keys() & {"model", "out", "text_field", "experiment", "mlflow"}:
+        texts = {"model", "out", "text_field", "experiment", "mlflow", "include_path"}
+        for key in values.keys() & texts:
             value = values[key]
-            if key == "mlflow" and value is None:
+            if key in ("mlflow", "include_path") and value is None:
                 continue
             _require(isinstance(value, str) and value != "", key, value, "a text")
         _require(isinstance(self.engine_options, dict), "engine_options", "no table", "a table")
@@ -102,15 +106,15 @@ class WindowConfig(EngineConfig):
     """And on which windows: what a run and a comparison have in common."""
 
     calibration: dict[str, str]
-    """Corpus name -> text, folder of .txt, .jsonl or .npz."""
+    """Corpus name -> text, folder of .txt, .jsonl or .npz, or task:NAME, a task of lm-eval."""
     heldout: dict[str, str] = field(default_factory=dict)
     """The same for held-out windows; empty: the last fifth of the calibration texts."""
     num_windows: int = 10
-    """Calibration windows of each corpus."""
+    """Calibration windows of each text, questions of each task."""
     heldout_windows: int = 64
-    """Held-out windows of each corpus."""
+    """The same, held out."""
     length: int = 128
-    """Tokens of a window."""
+    """Tokens of a text's window."""
     bos: bool = False
     """Begin every window with the tokenizer's BOS."""
     text_field: str = "text"
@@ -128,6 +132,10 @@ class WindowConfig(EngineConfig):
 class RunConfig(WindowConfig):
     """Everything a run depends on. Keys are the flags of `lpserve run`."""
 
+    include_path: str | None = None
+    """Folder of task files that lm-eval should know beside its own."""
+    num_fewshot: int | None = None
+    """Examples before each question of a task; None: as the task says."""
     screen_windows: int = 0
     """Sets that the search wants are scored on the first so many windows of each corpus, and on the
     others only while they may still be the best; 0: every mask on all windows."""
@@ -138,7 +146,7 @@ class RunConfig(WindowConfig):
     sizes: tuple[int, int] | None = None
     """Shapley sizes (before the player joins); default (P - max_removed, P - 1)."""
     utility: str = "neg_nll"
-    """What a coalition is worth (`types.metric_of`)."""
+    """What a coalition is worth (`types.metric_of`); those of tasks need tasks to calibrate on."""
     surrogate: str = "auto"
     goal: str = "both"
     """What masks are chosen for: the `plan`, the `values` (then no set is searched), or `both`."""
@@ -185,6 +193,7 @@ class RunConfig(WindowConfig):
     def resolved(self, num_players: int) -> RunConfig:
         """With every default that depends on the number of players filled in, and checked."""
         most = num_players - 1
+        self._check_units()
         removed = resolved_max_removed(self.max_removed, num_players)
         sizes = self.sizes or (num_players - removed, most)
         _require(
@@ -196,6 +205,27 @@ class RunConfig(WindowConfig):
         return replace(
             self, max_removed=removed, sizes=sizes, round_size=self.round_size or num_players
         )
+
+    def _check_units(self) -> None:
+        """Tasks are calibrated on for utilities of tasks, texts for all others."""
+        wanted = is_task_utility(self.utility)
+        for name, path in self.calibration.items():
+            if is_task(path) == wanted:
+                continue
+            if wanted:
+                raise InputError(
+                    f"utility {self.utility} is about tasks, calibration {name!r} is a text: name "
+                    f"tasks, such as {TASK_PREFIX}hellaswag"
+                )
+            raise InputError(
+                f"calibration {name!r} is a task, utility {self.utility} is about texts: use one "
+                f"of {', '.join(TASK_UTILITIES)}"
+            )
+
+
+def is_task(path: str) -> bool:
+    """Whether a corpus is a task of lm-eval, not a path."""
+    return path.startswith(TASK_PREFIX)
 
 
 def resolved_max_removed(max_removed: int | None, num_players: int) -> int:
@@ -242,7 +272,8 @@ def corpora(value: Any, key: str) -> dict[str, str]:
     for item in [value] if isinstance(value, str) else value:
         name, found, path = str(item).partition("=")
         if not found:
-            name, path = Path(item).stem, str(item)
+            path = str(item)
+            name = path.removeprefix(TASK_PREFIX) if is_task(path) else Path(path).stem
         if name in named:
             raise InputError(f"{key}: two corpora are named {name!r}; use name=path")
         named[name] = path

@@ -38,7 +38,7 @@ from lpserve.admission import (
     refuse_other_game,
     refuse_other_windows,
     round_settings,
-    windows_of,
+    samples_of,
 )
 from lpserve.config import RunConfig, as_json
 from lpserve.dispatcher import GivenUp
@@ -53,6 +53,7 @@ from lpserve.progress import Progress
 from lpserve.report import write_outputs
 from lpserve.rounds import RoundPlanner
 from lpserve.runfolder import RunFolder
+from lpserve.sample import Sample, write_samples
 from lpserve.scoreboard import Request, Scoreboard
 from lpserve.scored import ScoredRun
 from lpserve.scoring import POLL_S, Scoring
@@ -64,11 +65,11 @@ from lpserve.types import (
     FloatArray,
     IntArray,
     Work,
+    has_perplexity,
     known_utilities,
     metric_of,
     perplexity,
 )
-from lpserve.windows import TokenWindows
 
 _PROPOSAL_POLL_S = 0.01
 
@@ -97,7 +98,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         EngineError: no engine could start.
     """
     config = check_model(config)
-    calibration, heldout = windows_of(config)
+    calibration, heldout = samples_of(config)
     if config.screen_windows:
         screen_rows(calibration.corpora, config.screen_windows)  # refused before an engine starts
     progress = progress or Progress(interval_s=config.progress_s)
@@ -107,8 +108,9 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         stored = _same_run(folder, config, calibration, heldout)
         signals = stack.enter_context(heeded_signals())
         store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
-        longest = max(calibration.length, heldout.length)
-        pool = open_pool(config, engine_spec(config, stored, longest), calibration, progress.note)
+        longest = max(calibration.windows.length, heldout.windows.length)
+        spec = engine_spec(config, stored, longest)
+        pool = open_pool(config, spec, calibration.windows, progress.note)
         stack.callback(pool.close)
         seat = Seat(store=store, pool=pool, signals=signals)
         result = _at_work(config, folder, stored, (calibration, heldout), seat, progress, None, ())
@@ -129,14 +131,14 @@ class Seat:
 
 def run_at(
     config: RunConfig,
-    windows: tuple[TokenWindows, TokenWindows],
+    samples: tuple[Sample, Sample],
     seat: Seat,
     progress: Progress,
     *,
     masks_of: ScoredRun | None = None,
     also: tuple[str, ...] = (),
 ) -> RunResult:
-    """A run at engines that are open, on calibration and held-out windows that are cut.
+    """A run at engines that are open, on calibration and held-out samples that are cut.
 
     Args:
         config: with every default filled in (`admission.check_model`).
@@ -147,12 +149,12 @@ def run_at(
     Raises: as `run`.
     """
     with closing(RunFolder(config.out)) as folder:
-        stored = _same_run(folder, config, windows[0], None)
-        return _at_work(config, folder, stored, windows, seat, progress, masks_of, also)
+        stored = _same_run(folder, config, samples[0], None)
+        return _at_work(config, folder, stored, samples, seat, progress, masks_of, also)
 
 
 def _same_run(
-    folder: RunFolder, config: RunConfig, calibration: TokenWindows, heldout: TokenWindows | None
+    folder: RunFolder, config: RunConfig, calibration: Sample, heldout: Sample | None
 ) -> dict[str, Any] | None:
     """What an earlier run left in the folder, if it is this run's to go on with.
 
@@ -169,7 +171,7 @@ def _at_work(
     config: RunConfig,
     folder: RunFolder,
     stored: dict[str, Any] | None,
-    windows: tuple[TokenWindows, TokenWindows],
+    samples: tuple[Sample, Sample],
     seat: Seat,
     progress: Progress,
     masks_of: ScoredRun | None,
@@ -181,7 +183,7 @@ def _at_work(
     metrics = tuple(dict.fromkeys(m for m in (metric, *also) if m != "nll"))
     check_also(seat.pool.info, metrics)  # before the folder is this run's
     folder.begun = True
-    job = _Job(config, folder, seat, *windows, progress, metrics)
+    job = _Job(config, folder, seat, *samples, progress, metrics)
     seat.signals.at_work = True
     job.write_config(stored)
     with progress, threadpool_limits(1, user_api="blas"):
@@ -207,9 +209,13 @@ class _Asked:
     def complete(self) -> bool:
         return all(request.complete for request in self.requests)
 
-    def sums(self, metric: str) -> NDArray[np.float32]:
-        """Stored sums of a metric, `float32[M, N]`."""
-        return np.concatenate([request.values[metric] for request in self.requests])
+    @property
+    def values(self) -> dict[str, NDArray[np.float32]]:
+        """Metric -> stored sums, `float32[M, N]`."""
+        return {
+            metric: np.concatenate([request.values[metric] for request in self.requests])
+            for metric in self.requests[0].values
+        }
 
 
 class _Job:
@@ -220,8 +226,8 @@ class _Job:
         config: RunConfig,
         folder: RunFolder,
         seat: Seat,
-        calibration: TokenWindows,
-        heldout: TokenWindows,
+        calibration: Sample,
+        heldout: Sample,
         progress: Progress,
         metrics: tuple[str, ...],
     ) -> None:
@@ -232,40 +238,42 @@ class _Job:
         store, pool = seat.store, seat.pool
         self.config, self.folder, self.store, self.pool = config, folder, store, pool
         self.calibration, self.heldout, self.progress = calibration, heldout, progress
+        self.metrics = metrics
         self.scoring = Scoring(store, pool, seat.signals, progress, config.grace_s)
         self.dispatcher, self.game = self.scoring.dispatcher, self.scoring.game
-        self.screen = None
-        if config.screen_windows:
-            self.screen = screen_rows(calibration.corpora, config.screen_windows)
-        self.board = Scoreboard(
-            store, self.game, calibration, self.dispatcher, screen=self.screen, also=metrics
-        )
+        screened = config.screen_windows
+        self.screen = screen_rows(calibration.corpora, screened) if screened else None
+        self.board = self._board(calibration, self.screen)
         self.settings = round_settings(config, pool.info.num_players)
         self.planner = RoundPlanner(
             self.settings,
-            lambda loss_MN: self.utility(config.utility, loss_MN),
+            lambda loss_MU: self.utility(config.utility, loss_MU),
             None if config.utility == search.UTILITY
-            else lambda loss_MN: self.utility(search.UTILITY, loss_MN),
+            else lambda loss_MU: self.utility(search.UTILITY, loss_MU),
             None if self.screen is None
-            else lambda loss_MN: self.utility(search.UTILITY, loss_MN, self.screen),
+            else lambda loss_MU: self.utility(search.UTILITY, loss_MU, self.screen),
         )  # fmt: skip
-        self.metric = metric_of(config.utility)
+        self.weight_U = calibration.weight_U(config.utility)
         self.history = History()
         """Losses, which decide."""
         self.told = History()
-        """NLLs, which perplexities are told from; the same where the utility is made of them."""
-        self._full_loss_N: NDArray[np.float32] | None = None
+        """NLLs, which perplexities are told from; the same where the utility is `neg_nll`."""
+        self._full_loss_U: NDArray[np.float32] | None = None
         self._ended = ""
         self.scores_new = 0
 
+    def _board(self, sample: Sample, screen: IntArray | None) -> Scoreboard:
+        rows = None if screen is None else sample.window_rows(screen)
+        return Scoreboard(
+            self.store, self.game, sample.windows, self.dispatcher, screen=rows, also=self.metrics
+        )
+
     def utility(
-        self, name: str, loss_MN: NDArray[np.float32], windows: IntArray | None = None
+        self, name: str, loss_MU: NDArray[np.float32], units: IntArray | None = None
     ) -> FloatArray:
         """See `types.known_utilities`."""
-        assert self._full_loss_N is not None
-        return known_utilities(
-            name, loss_MN, self.calibration.num_tokens_N, self._full_loss_N, windows
-        )
+        assert self._full_loss_U is not None
+        return known_utilities(name, loss_MU, self.weight_U, self._full_loss_U, units)
 
     # -- scoring -------------------------------------------------------------------------------
 
@@ -320,24 +328,23 @@ class _Job:
         """Move rounds that are complete, in order, to the history."""
         while pending and pending[0].complete:
             asked = pending.popleft()
-            nll_MN = asked.sums("nll")
-            self._take(asked.round.all_masks, nll_MN, asked.sums(self.metric))
-            self._show_best(asked.round.all_masks, nll_MN)
+            self._take(asked.round.all_masks, asked.values)
+            self._show_best(asked.round.all_masks, self.told.loss[-1])
         self._show()
 
-    def _take(
-        self, masks_MP: BoolArray, nll_MN: NDArray[np.float32], loss_MN: NDArray[np.float32]
-    ) -> None:
-        """Masks into the history; the first of all is the whole model."""
-        if self._full_loss_N is None:
-            self._full_loss_N = loss_MN[0]
-            if not np.isfinite([nll_MN[0], loss_MN[0]]).all():
+    def _take(self, masks_MP: BoolArray, values: dict[str, NDArray[np.float32]]) -> None:
+        """Masks and their sums `[M, N]` into the history; the first of all is the whole model."""
+        nll_MU = self.calibration.told(values)
+        loss_MU = self.calibration.losses(self.config.utility, values)
+        if self._full_loss_U is None:
+            self._full_loss_U = loss_MU[0]
+            if not np.isfinite([nll_MU[0], loss_MU[0]]).all():
                 raise LpserveError(
                     "the whole model's own score is not finite: check the model and the dtype"
                 )
         # the planner reads rounds by the number of mask arrays: losses come first
-        for history, values_MN in ((self.told, nll_MN), (self.history, loss_MN)):
-            history.loss.append(values_MN)
+        for history, values_MU in ((self.told, nll_MU), (self.history, loss_MU)):
+            history.loss.append(values_MU)
             history.masks.append(masks_MP)
 
     def adopt(self, other: ScoredRun) -> None:
@@ -347,15 +354,14 @@ class _Job:
         """
         asked = other.masks_MP[: self.config.budget]
         given_up_M = np.isnan(other.nll_MN[: len(asked)]).any(axis=1)  # perhaps on some windows
-        read = []
-        for metric in ("nll", self.metric):
-            values_MN, known_MN = self.store.get(self.scoring.game, self.calibration, asked, metric)
+        values, windows = {}, self.calibration.windows
+        for metric in ("nll", *self.metrics):
+            values[metric], known_MN = self.store.get(self.game, windows, asked, metric)
             if not known_MN[~given_up_M].all():
                 raise LpserveError(
                     f"{self.store.path} lacks {metric} of the masks that are to be read again"
                 )
-            read.append(values_MN)
-        self._take(asked, *read)
+        self._take(asked, values)
         self.planner.sources.update(zip(keys(asked), other.sources, strict=False))
         self._ended = f"the {len(asked)} masks are those of another run"
         self.folder.event("masks read again", masks=len(asked))
@@ -394,10 +400,10 @@ class _Job:
         if self.progress.update():
             self.pool.publish(state)
 
-    def _show_best(self, masks_MP: BoolArray, nll_MN: NDArray[np.float32]) -> None:
+    def _show_best(self, masks_MP: BoolArray, nll_MU: NDArray[np.float32]) -> None:
         removed_M = (~masks_MP).sum(axis=1)
-        total = self.calibration.num_tokens_N.sum()
-        ppl_M = perplexity(nll_MN.astype(np.float64).sum(axis=1) / total)
+        total = self.calibration.num_tokens_U.sum()
+        ppl_M = perplexity(nll_MU.astype(np.float64).sum(axis=1) / total)
         best = self.progress.state.best
         for removed, ppl in zip(removed_M.tolist(), ppl_M.tolist(), strict=True):
             if 1 <= removed <= self.settings.max_removed and ppl < best.get(removed, np.inf):
@@ -410,10 +416,7 @@ class _Job:
         scored = self._scored_run()
         analysis = analyse(scored)
         wanted = candidate_masks(scored, analysis)
-        calibration, self.board = (
-            self.board,
-            Scoreboard(self.store, self.game, self.heldout, self.dispatcher),
-        )
+        calibration, self.board = self.board, self._board(self.heldout, None)
         self.progress.begin("held-out", len(wanted))
         request = self.board.request(wanted)
         while not request.complete:
@@ -421,7 +424,10 @@ class _Job:
             self._show()
             self._check_signals()
         self._show()
-        scored = replace(scored, heldout_masks_MP=wanted, heldout_nll_MN=request.nll_MN)
+        scored = replace(
+            scored, heldout_masks_MP=wanted, heldout_nll_MN=self.heldout.told(request.values),
+            heldout_loss_MN=self.heldout.other_losses(self.config.utility, request.values),
+        )  # fmt: skip
         outcome = Outcome(
             scored=scored,
             analysis=analysis,
@@ -434,8 +440,8 @@ class _Job:
         return outcome
 
     def _scored_run(self) -> ScoredRun:
-        masks_MP, loss_MN = self.history.upto(len(self.history.masks))
-        _, nll_MN = self.told.upto(len(self.history.masks))
+        masks_MP, loss_MU = self.history.upto(len(self.history.masks))
+        _, nll_MU = self.told.upto(len(self.history.masks))
         info, config = self.pool.info, self.config
         return ScoredRun(
             model=info.model,
@@ -448,17 +454,17 @@ class _Job:
             seed=config.seed,
             noise_nll=info.noise_nll,
             masks_MP=masks_MP,
-            nll_MN=nll_MN,
-            other_loss_MN=None if self.metric == "nll" else loss_MN,
-            num_tokens_N=self.calibration.num_tokens_N,
+            nll_MN=nll_MU,
+            other_loss_MN=None if has_perplexity(config.utility) else loss_MU,
+            num_tokens_N=self.calibration.num_tokens_U,
             corpora=self.calibration.corpora,
             sources=tuple(self.planner.sources[key] for key in keys(masks_MP)),
             passed_by_MP=from_keys(sorted(self.planner.passed_by), info.num_players),
             stopped=self._why_ended(len(masks_MP)),
             screen=() if self.screen is None else tuple(self.screen.tolist()),
             heldout_masks_MP=masks_MP[:0],
-            heldout_nll_MN=np.empty((0, self.heldout.num_windows), dtype=np.float32),
-            heldout_num_tokens_N=self.heldout.num_tokens_N,
+            heldout_nll_MN=np.empty((0, self.heldout.num_units), dtype=np.float32),
+            heldout_num_tokens_N=self.heldout.num_tokens_U,
         )
 
     def _why_ended(self, num_masks: int) -> str:
@@ -476,13 +482,7 @@ class _Job:
         self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
         path = self.folder.path / "windows.npz"
         if not path.exists() or (stored or {}).get("windows") != self.described["windows"]:
-            temporary = self.folder.path / ".windows.tmp.npz"
-            np.savez_compressed(
-                temporary,
-                tokens=self.calibration.tokens_NT, scored=self.calibration.scored_NT,
-                heldout_tokens=self.heldout.tokens_NT, heldout_scored=self.heldout.scored_NT,
-            )  # fmt: skip
-            temporary.replace(path)
+            write_samples(path, self.calibration, self.heldout)
         self.folder.event("started", config=as_json(self.config), pid=os.getpid())
 
 

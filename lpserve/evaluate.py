@@ -9,10 +9,8 @@ Everything is checked before an engine starts: sets, texts, tasks and their data
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -31,6 +29,7 @@ from lpserve.layer_sets import LayerSet, masks_of, read_sets, whole_model
 from lpserve.progress import Progress
 from lpserve.protocols import Protocol, ProtocolWindows, protocol_windows
 from lpserve.scoring import ScoringSession
+from lpserve.tasks import TaskLoader
 from lpserve.types import perplexity
 from lpserve.windows import TokenWindows, load_tokenizer
 
@@ -169,32 +168,13 @@ class _Tasks:
     """lm-eval's tasks, loaded with their data before an engine starts."""
 
     def __init__(self, config: EvalConfig) -> None:
-        try:
-            import lm_eval.tasks  # noqa: F401
-        except ImportError as error:
-            raise InputError(f"tasks need lm-eval ({error}): install lpserve[eval]") from None
-        from lpserve.lm_eval_model import CANNOT_GENERATE, max_input_length
+        loader = TaskLoader(config.tasks, config.include_path)
+        from lpserve.lm_eval_model import CANNOT_GENERATE
+        from lpserve.task_requests import max_input_length
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        if config.include_path is not None and not Path(config.include_path).is_dir():
-            raise InputError(f"task folder {config.include_path} does not exist")
         self._config = config
         self.max_length = config.max_length or max_input_length(config.model)
-        self._manager, known = _task_manager(config)
-        for name in config.tasks:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise InputError(
-                    f"task {name!r} is not known to lm-eval{hint} (own task files: --include-path)"
-                )
-        try:
-            loaded = self._manager.load(list(config.tasks))["tasks"]
-        except Exception as error:  # of datasets, the hub, yaml, ...
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"the data of tasks {', '.join(config.tasks)} cannot be had: {line}"
-            ) from None
+        self._manager, loaded = loader.manager, loader.load(config.tasks)
         for name, task in loaded.items():
             kind = task.get_config("output_type")
             if kind == "generate_until" and (config.engine, config.pool) == ("vllm", "local"):
@@ -244,19 +224,6 @@ def _in_one_process() -> Iterator[None]:
         os.environ.pop("DISABLE_MULTIPROC")
         if before is not None:
             os.environ["DISABLE_MULTIPROC"] = before
-
-
-def _task_manager(config: EvalConfig) -> tuple[Any, set[str]]:
-    """lm-eval's tasks, and their names: those of the user's folder alone where they suffice, since
-    reading lm-eval's own takes long."""
-    from lm_eval.tasks import TaskManager
-
-    if config.include_path is not None:
-        manager = TaskManager(include_path=config.include_path, include_defaults=False)
-        if set(config.tasks) <= set(manager.all_tasks):
-            return manager, set(manager.all_tasks)
-    manager = TaskManager(include_path=config.include_path)
-    return manager, set(manager.all_tasks)
 
 
 def _figures(layer_set: LayerSet, task: str, metrics: dict[str, Any]) -> list[Result]:

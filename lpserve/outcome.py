@@ -46,6 +46,8 @@ from lpserve.types import (
     FloatArray,
     IntArray,
     has_perplexity,
+    is_task_utility,
+    known_utilities,
     loss_unit,
     perplexity,
 )
@@ -160,7 +162,8 @@ def make_plan(
         unseen = _unseen(scored, analysis, r, rows[0][0], protected)
         stability = _stability(scored, rows[0][0], protected)
         if stability is not None and not stability.settled and stability.rival is not None:
-            warnings.append(stability.warning(len(scored.num_tokens_N), loss_unit(scored.utility)))
+            drawn = f"{len(scored.weight_N)} {_drawn(scored.utility)}"
+            warnings.append(stability.warning(drawn, loss_unit(scored.utility)))
         entry = _entry(scored, analysis, r, rows, warnings)
         details = asdict(stability) if stability is not None else None
         entries.append(replace(entry, unseen=unseen, stability=details))
@@ -176,6 +179,8 @@ def make_plan(
         heldout_masks=len(scored.heldout_masks_MP),
         full_calibration_ppl=_ppl(scored.nll_MN[0], scored.num_tokens_N),
         full_heldout_ppl=_heldout_ppl(scored, full),
+        full_calibration_utility=_known(analysis.utilities_M[0]),
+        full_heldout_utility=_heldout_utility(scored, full),
         plans=entries,
         stopped=scored.stopped,
         protected=sorted(protected),
@@ -298,7 +303,7 @@ def _stability(scored: ScoredRun, chosen: int, protected: Sequence[int]) -> Stab
     same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.loss_MN).all(axis=1)
     rows = np.flatnonzero(same_M & scored.masks_MP[:, list(protected)].all(axis=1))
     return set_stability(
-        scored.masks_MP[rows], scored.loss_MN[rows].astype(np.float64), scored.num_tokens_N,
+        scored.masks_MP[rows], scored.loss_MN[rows].astype(np.float64), scored.weight_N,
         scored.corpora, int(np.flatnonzero(rows == chosen)[0]), scored.seed,
     )  # fmt: skip
 
@@ -310,19 +315,12 @@ def _entry(
     rows: list[tuple[int, str]],
     warnings: list[str],
 ) -> PlanEntry:
-    chosen_N = _heldout_nll(scored, scored.masks_MP[rows[0][0]])
     candidates = []
     for row, source in rows:
         mask_P = scored.masks_MP[row]
-        delta = error = None
-        other_N = _heldout_nll(scored, mask_P)
-        if chosen_N is not None and other_N is not None and row != rows[0][0]:
-            total = scored.heldout_num_tokens_N.sum()
-            gap_N = other_N - chosen_N
-            delta = float(gap_N.sum() / total)
-            error = (
-                float(gap_N.std(ddof=1) * np.sqrt(len(gap_N)) / total) if len(gap_N) > 1 else None
-            )
+        delta, error = (None, None)
+        if row != rows[0][0]:
+            delta, error = _heldout_gap(scored, mask_P, scored.masks_MP[rows[0][0]])
         candidates.append(
             Candidate(
                 removed=removed_list(mask_P),
@@ -332,8 +330,14 @@ def _entry(
                 heldout_ppl=_heldout_ppl(scored, mask_P),
                 heldout_delta=delta,
                 heldout_delta_stderr=error,
+                calibration_utility=_known(analysis.utilities_M[row]),
+                predicted_utility=_known(analysis.predicted_M[row]),
+                heldout_utility=_heldout_utility(scored, mask_P),
             )
         )
+    # where the utility is not defined, NLLs of a text's windows speak
+    judge = scored.utility if scored.heldout() is not None else "neg_nll"
+    drawn, unit = _drawn(judge), loss_unit(judge)
     for other in candidates[1:]:
         if (
             other.heldout_delta is not None
@@ -341,8 +345,8 @@ def _entry(
             and other.heldout_delta < -Z90 * other.heldout_delta_stderr
         ):
             warnings.append(
-                f"held-out text prefers {other.removed} by {-other.heldout_delta:.4f} +- "
-                f"{Z90 * other.heldout_delta_stderr:.4f} nats per token"
+                f"held-out {drawn} prefer {other.removed} by {-other.heldout_delta:.4f} "
+                f"+- {Z90 * other.heldout_delta_stderr:.4f} {unit}"
             )
     best = candidates[0]
     return PlanEntry(
@@ -354,7 +358,32 @@ def _entry(
         heldout_ppl=best.heldout_ppl,
         candidates=candidates,
         warnings=warnings,
+        calibration_utility=best.calibration_utility,
+        predicted_utility=best.predicted_utility,
+        heldout_utility=best.heldout_utility,
     )
+
+
+def _heldout_gap(
+    scored: ScoredRun, mask_P: BoolArray, chosen_P: BoolArray
+) -> tuple[float | None, float | None]:
+    """Mean held-out loss minus the chosen set's, and its standard error paired over windows."""
+    loss_HN, weight_N = scored.heldout() or (scored.heldout_nll_MN, scored.heldout_num_tokens_N)
+    here, there = _heldout_row(scored, mask_P), _heldout_row(scored, chosen_P)
+    if here is None or there is None:
+        return None, None
+    gap_N = loss_HN[here].astype(np.float64) - loss_HN[there].astype(np.float64)
+    total = weight_N.sum()
+    error = float(gap_N.std(ddof=1) * np.sqrt(len(gap_N)) / total) if len(gap_N) > 1 else None
+    return float(gap_N.sum() / total), error
+
+
+def _drawn(utility: str) -> str:
+    return "questions" if is_task_utility(utility) else "windows"
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def _ppl(nll_N: NDArray[np.float32], num_tokens_N: IntArray) -> float:
@@ -369,13 +398,23 @@ def _predicted_ppl(scored: ScoredRun, predicted: float) -> float | None:
     return _ppl(scored.nll_MN[0], scored.num_tokens_N) / predicted if predicted > 0 else None
 
 
-def _heldout_nll(scored: ScoredRun, mask_P: BoolArray) -> FloatArray | None:
+def _heldout_row(scored: ScoredRun, mask_P: BoolArray) -> int | None:
     found = np.flatnonzero((scored.heldout_masks_MP == mask_P).all(axis=1))
-    return scored.heldout_nll_MN[found[0]].astype(np.float64) if len(found) else None
+    return int(found[0]) if len(found) else None
+
+
+def _heldout_utility(scored: ScoredRun, mask_P: BoolArray) -> float | None:
+    found, row = scored.heldout(), _heldout_row(scored, mask_P)
+    full = _heldout_row(scored, full_mask(scored.num_players))
+    if found is None or row is None or full is None:
+        return None
+    loss_HN, weight_N = found
+    value_1 = known_utilities(scored.utility, loss_HN[[row]], weight_N, loss_HN[full])
+    return _known(value_1[0])
 
 
 def _heldout_ppl(scored: ScoredRun, mask_P: BoolArray) -> float | None:
-    nll_N = _heldout_nll(scored, mask_P)
-    if nll_N is None or not np.isfinite(nll_N).all():
+    row = _heldout_row(scored, mask_P)
+    if row is None or not np.isfinite(scored.heldout_nll_MN[row]).all():
         return None
-    return float(perplexity(nll_N.sum() / scored.heldout_num_tokens_N.sum()))
+    return _ppl(scored.heldout_nll_MN[row], scored.heldout_num_tokens_N)

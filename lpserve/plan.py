@@ -144,9 +144,15 @@ class Candidate:
     """The surrogate's prediction from all other scores."""
     heldout_ppl: float | None = None
     heldout_delta: float | None = None
-    """Held-out mean NLL minus the chosen set's, nats per token; below 0 it does better there."""
+    """Held-out mean loss minus the chosen set's, in `types.loss_unit`; below 0 it does better
+    there. Of NLLs where the utility is not defined on the held-out windows."""
     heldout_delta_stderr: float | None = None
-    """Its standard error, paired over windows."""
+    """Its standard error, paired over windows (questions)."""
+    calibration_utility: float | None = None
+    predicted_utility: float | None = None
+    """The surrogate's prediction from all other scores."""
+    heldout_utility: float | None = None
+    """None where the utility is not defined on the held-out windows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +183,9 @@ class PlanEntry:
     """None: every set of this size was scored."""
     stability: dict[str, Any] | None = None
     """How the choice depends on the windows (`lpserve.sensitivity.Stability`)."""
+    calibration_utility: float | None = None
+    predicted_utility: float | None = None
+    heldout_utility: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +206,8 @@ class Plan:
     """Those of `masks_scored` that were scored on a few windows alone (`lpserve.fidelity`)."""
     stopped: str = ""
     """Why no more masks were scored."""
+    full_calibration_utility: float | None = None
+    full_heldout_utility: float | None = None
     protected: list[int] = field(default_factory=list)
     format: int = PLAN_FORMAT
 

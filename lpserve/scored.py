@@ -1,6 +1,6 @@
 """What a finished run scored, as one value and one file: everything that a decision reads.
 
-Notation: M masks, P players, N windows.
+Notation: M masks, P players, N windows (or questions of tasks, `lpserve.sample`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from lpserve.errors import InputError
 from lpserve.resample import mean_nll, window_weights
-from lpserve.types import BoolArray, FloatArray, IntArray, Player, known_utilities
+from lpserve.types import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Player,
+    has_perplexity,
+    is_share,
+    is_task_utility,
+    known_utilities,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,10 +43,11 @@ class ScoredRun:
     masks_MP: BoolArray
     """Masks in the order in which they were asked for; the first keeps all."""
     nll_MN: NDArray[np.float32]
-    """NaN rows: given up. What perplexities are told from."""
+    """NaN rows: given up. What perplexities are told from; of questions, the right answers'."""
     num_tokens_N: IntArray
+    """Tokens that the NLLs are summed over."""
     corpora: tuple[tuple[str, int], ...]
-    """Name and number of calibration windows of each corpus, in order."""
+    """Name and number of calibration windows (questions) of each corpus, in order."""
     sources: tuple[str, ...]
     """How each mask was found."""
     heldout_masks_MP: BoolArray
@@ -55,7 +65,25 @@ class ScoredRun:
     that of other losses too (in bfloat16 on a GPU they strayed from float32 0.8 to 0.9 times as
     far: scripts/bench/results/gpu.md)."""
     other_loss_MN: NDArray[np.float32] | None = None
-    """Another metric's sums, where the utility is made of that; see `loss_MN`."""
+    """What else than NLLs the utility is made of; see `loss_MN`."""
+    heldout_loss_MN: NDArray[np.float32] | None = None
+    """The same on held-out windows; None: NLLs, or the utility is not defined there."""
+
+    @property
+    def weight_N(self) -> IntArray:
+        """What losses are weighed by: tokens, or 1 for each question."""
+        return self._weights(self.num_tokens_N)
+
+    def _weights(self, num_tokens_N: IntArray) -> IntArray:
+        return np.ones_like(num_tokens_N) if is_task_utility(self.utility) else num_tokens_N
+
+    def heldout(self) -> tuple[NDArray[np.float32], IntArray] | None:
+        """Losses `[H, N]` of `heldout_masks_MP` on held-out windows, and their weights; None where
+        the utility is not defined there."""
+        loss_MN = self.heldout_loss_MN
+        if loss_MN is None and has_perplexity(self.utility):
+            loss_MN = self.heldout_nll_MN
+        return None if loss_MN is None else (loss_MN, self._weights(self.heldout_num_tokens_N))
 
     @property
     def loss_MN(self) -> NDArray[np.float32]:
@@ -88,7 +116,7 @@ class ScoredRun:
         """The run's utility, or a named one, on all windows or some; NaN where a score is not
         finite: never a training point, never chosen."""
         return known_utilities(
-            name or self.utility, loss_MN, self.num_tokens_N, self.loss_MN[0], windows
+            name or self.utility, loss_MN, self.weight_N, self.loss_MN[0], windows
         )
 
     def noise_of(self, utilities_M: FloatArray) -> FloatArray | None:
@@ -111,10 +139,10 @@ class ScoredRun:
         if len(self.num_tokens_N) < 2:
             return None
         weights_BN = window_weights(self.corpus_sizes, seed=self.seed)
-        masks_MB = mean_nll(loss_MN.astype(np.float64), self.num_tokens_N, weights_BN)
+        masks_MB = mean_nll(loss_MN.astype(np.float64), self.weight_N, weights_BN)
         if self.utility != "ppl_ratio":
-            return 1.0 - masks_MB if self.utility == "accuracy" else -masks_MB
-        full_1B = mean_nll(self.loss_MN[:1].astype(np.float64), self.num_tokens_N, weights_BN)
+            return 1.0 - masks_MB if is_share(self.utility) else -masks_MB
+        full_1B = mean_nll(self.loss_MN[:1].astype(np.float64), self.weight_N, weights_BN)
         with np.errstate(under="ignore"):
             return np.asarray(np.exp(full_1B - masks_MB), dtype=np.float64)
 
@@ -132,6 +160,8 @@ def write_scores(path: Path, scored: ScoredRun) -> None:
     other: dict[str, Any] = {}
     if scored.other_loss_MN is not None:
         other["loss"] = scored.other_loss_MN
+    if scored.heldout_loss_MN is not None:
+        other["heldout_loss"] = scored.heldout_loss_MN
     np.savez_compressed(
         temporary,
         about=np.array(json.dumps(about)),
@@ -163,7 +193,7 @@ def read_scores(run: str | Path) -> ScoredRun:
                 corpora=tuple((str(name), int(count)) for name, count in about["corpora"]),
                 heldout_masks_MP=data["heldout_masks"], heldout_nll_MN=data["heldout_nll"],
                 heldout_num_tokens_N=data["heldout_num_tokens"],
-                other_loss_MN=data.get("loss"),
+                other_loss_MN=data.get("loss"), heldout_loss_MN=data.get("heldout_loss"),
             )  # fmt: skip
     except FileNotFoundError:
         raise InputError(

@@ -58,19 +58,25 @@ class Stability:
     def settled(self) -> bool:
         return self.stays_best >= SETTLED
 
-    def warning(self, num_windows: int, unit: str) -> str:
-        """One line for a set that the windows do not settle; `unit` is that of the losses."""
+    def warning(self, drawn: str, unit: str) -> str:
+        """One line for a set that the windows do not settle.
+
+        Args:
+            drawn: what was drawn and how many: `10 windows`, `200 questions`.
+            unit: of the losses.
+        """
+        kind = drawn.split()[-1]
         assert self.rival is not None
         assert self.rival_gap is not None
         assert self.rival_gap_stderr is not None
         enough = (
-            f"about {self.windows_needed} windows of this text would settle it"
+            f"about {self.windows_needed} {kind} of this kind would settle it"
             if self.windows_needed is not None
-            else "no number of windows would tell them apart"
+            else f"no number of {kind} would tell them apart"
         )
         return (
-            f"window noise decides this set: in {1 - self.stays_best:.0%} of draws of the "
-            f"{num_windows} windows another scored set is better, mostly {self.rival} "
+            f"the draw of {kind} decides this set: in {1 - self.stays_best:.0%} of draws of the "
+            f"{drawn} another scored set is better, mostly {self.rival} "
             f"({self.rival_gap:.4f} +- {Z90 * self.rival_gap_stderr:.4f} {unit} behind); "
             f"{enough}"
         )

@@ -27,7 +27,7 @@ from lpserve.masks import keys
 from lpserve.scored import ScoredRun, read_scores
 from lpserve.shapley import check_game
 from lpserve.surrogate import KINDS, make_surrogate
-from lpserve.types import BoolArray, FloatArray, metric_of, utilities
+from lpserve.types import BoolArray, FloatArray, is_task_utility, metric_of, utilities
 
 try:
     from shapiq import Game
@@ -112,6 +112,11 @@ class LayerGame(Game):
             InputError: the utility is unknown, or the whole model has no finite score.
         """
         metric_of(utility)
+        if is_task_utility(utility):
+            raise InputError(
+                f"an engine scores windows, not the questions of {utility}: take a finished run's "
+                "scores (LayerGame.from_run)"
+            )
         scorer = _EngineUtility(engine, utility)
         return cls(engine.info.num_players, scorer, normalize=normalize)
 
@@ -174,7 +179,7 @@ class LayerGame(Game):
             noise_M = scored.noise_of(train_M)
             predict = _fitted(surrogate, scored.seed, masks_MP[finite_M], train_M, noise_M)
         loss_MN = loss_MN.astype(np.float64)
-        value_M = utilities(scored.utility, loss_MN, scored.num_tokens_N, full_loss_N)
+        value_M = utilities(scored.utility, loss_MN, scored.weight_N, full_loss_N)
         value_M = _finite(value_M, np.inf)
         table = _Table(dict(zip(keys(masks_MP), value_M.tolist(), strict=True)))
         return cls(scored.num_players, table, predict=predict, normalize=normalize)

@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lpserve.admission import check_model, check_windows_of
+from lpserve.admission import check_model, check_samples
 from lpserve.config import RunConfig, as_json, config_from, corpora
 from lpserve.errors import InputError
-from lpserve.types import metric_of
-from lpserve.windows import TokenWindows, WindowRequest, cut_corpora, refuse_overlap
+from lpserve.sample import Sample, refuse_shared
+from lpserve.tasks import cut_samples
+from lpserve.types import is_task_utility, metric_of
+from lpserve.windows import TokenWindows, WindowRequest
 
 DIMENSIONS = (
     "model", "dtype", "calibration", "num_windows", "length", "bos", "window_seed", "sizes",
@@ -105,6 +105,7 @@ class Study:
             shared = REREAD if self.masks == "shared" else ()
             config = as_json(point.config)
             kept = {k: v for k, v in config.items() if k not in (*shared, *_WHERE)}
+            kept["tasks"] = is_task_utility(point.config.utility)
             members.setdefault(_digest(kept), []).append(point)
         return [self._family(points) for points in members.values()]
 
@@ -133,30 +134,31 @@ class Study:
 class StudyWindows:
     """The windows of one model's points: held-out ones are the same for all of them."""
 
-    heldout: TokenWindows
-    cells: dict[tuple[int, bool, int], dict[str, TokenWindows]]
-    """(length, bos, window_seed) -> corpus -> as many calibration windows as any point needs."""
+    heldout: Sample
+    cells: dict[tuple[int, bool, int], dict[str, Sample]]
+    """(length, bos, window_seed) -> corpus -> as many calibration windows (of a task, questions) as
+    any point needs."""
     wholes: frozenset[str]
     """Corpora that are used whole (.npz)."""
 
     @property
     def longest(self) -> TokenWindows:
         """The set with the longest windows."""
-        sides = [w for corpora in self.cells.values() for w in corpora.values()]
-        return max([self.heldout, *sides], key=lambda windows: windows.length)
+        sides = [sample for corpora in self.cells.values() for sample in corpora.values()]
+        return max((s.windows for s in [self.heldout, *sides]), key=lambda windows: windows.length)
 
-    def of(self, config: RunConfig) -> tuple[TokenWindows, TokenWindows]:
-        """Calibration and held-out windows of a point: the first of each of its corpora.
+    def of(self, config: RunConfig) -> tuple[Sample, Sample]:
+        """Calibration and held-out sample of a point: the first units of each of its corpora.
 
         Raises:
             InputError: two corpora of the point have a window in common.
         """
         parts = [
-            windows if name in self.wholes else windows.select(np.arange(config.num_windows))
-            for name, windows in self.cells[_cell_of(config)].items()
+            sample if name in self.wholes else sample.first(config.num_windows)
+            for name, sample in self.cells[_cell_of(config)].items()
             if name in config.calibration
         ]
-        return TokenWindows.concatenate(parts), self.heldout
+        return Sample.concatenate(parts), self.heldout
 
     def atoms(self, configs: Sequence[RunConfig]) -> list[TokenWindows]:
         """Windows in parts that every point has whole or not at all.
@@ -166,9 +168,11 @@ class StudyWindows:
         """
         found: list[TokenWindows] = []
         for cell, corpora_of in self.cells.items():
-            mine = [set(self.of(c)[0].window_hashes) for c in configs if _cell_of(c) == cell]
+            here = [c for c in configs if _cell_of(c) == cell]
+            mine = [set(self.of(c)[0].windows.window_hashes) for c in here]
             seen: set[str] = set()
-            for windows in corpora_of.values():
+            for sample in corpora_of.values():
+                windows = sample.windows
                 parts: dict[tuple[bool, ...], list[int]] = {}
                 for row, name in enumerate(windows.window_hashes):
                     pattern = tuple(name in own for own in mine)
@@ -365,8 +369,8 @@ def study_windows(study: Study, configs: Sequence[RunConfig]) -> StudyWindows:
     texts = {n: p for n, p in study.base.calibration.items() if n in used}
     longest = max(length for length, _, _ in counts)
     yardstick = (longest, base.bos, base.window_seed)
-    cells: dict[tuple[int, bool, int], dict[str, TokenWindows]] = {}
-    heldout: list[TokenWindows] = []
+    cells: dict[tuple[int, bool, int], dict[str, Sample]] = {}
+    heldout: list[Sample] = []
     for cell in dict.fromkeys([*counts, yardstick]):
         own = counts.get(cell, {})
         length, bos, seed = cell
@@ -375,15 +379,21 @@ def study_windows(study: Study, configs: Sequence[RunConfig]) -> StudyWindows:
             heldout_windows=base.heldout_windows, length=length, seed=seed, bos=bos,
             field=base.text_field,
         )  # fmt: skip
-        calibration, held = cut_corpora(request, base.model)
+        calibration, held = cut_samples(
+            request, base.model, include_path=base.include_path, num_fewshot=base.num_fewshot
+        )
         if cell == yardstick:
             heldout = held
         if own:
             cut = dict(zip(texts, calibration, strict=True))
             cells[cell] = {name: cut[name] for name in texts if name in own}
     wholes = frozenset(n for n, p in texts.items() if p.endswith(".npz"))
-    windows = StudyWindows(heldout=TokenWindows.concatenate(heldout), cells=cells, wholes=wholes)
+    windows = StudyWindows(heldout=Sample.concatenate(heldout), cells=cells, wholes=wholes)
+    told: set[str] = set()
     for config in configs:
-        refuse_overlap(windows.of(config)[0], windows.heldout)
-    check_windows_of(base, *(w for own in cells.values() for w in own.values()), windows.heldout)
+        calibration, held = windows.of(config)
+        check_samples(config, calibration, held)
+        if calibration.content_hash not in told:
+            refuse_shared(calibration, held)
+        told.add(calibration.content_hash)
     return windows

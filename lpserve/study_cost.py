@@ -68,7 +68,7 @@ def study_cost(study: Study, windows: Mapping[str, StudyWindows]) -> StudyCost:
         families += leads
         left += len(open_points) + (leads and family.leader in family.points)
         for point in [family.leader] * leads + open_points:
-            calibration, heldout = own.of(point.config)
+            calibration, heldout = (sample.windows for sample in own.of(point.config))
             leading = point is family.leader
             try:
                 held = counted(_settings(point, calibration.select([0]), heldout, heldout.length))

@@ -32,11 +32,11 @@ from lpserve.locks import PathLock
 from lpserve.pool import EnginePool
 from lpserve.progress import Progress
 from lpserve.runfolder import write_whole
+from lpserve.sample import Sample
 from lpserve.scored import ScoredRun, read_scores
 from lpserve.signals import Signals, heeded_signals
 from lpserve.store import Store
 from lpserve.study import Family, Point, Study, StudyWindows, study_windows
-from lpserve.windows import TokenWindows
 
 POINT_FORMAT = 1
 _ENDS_ALL = (RunInterrupted, DiskFullError, StoreBusyError, StoreCorruptError)
@@ -169,7 +169,7 @@ class _Sweep:
         """The families of one model and dtype; its engines are closed at the end."""
         configs = [p.config for family in group for p in (family.leader, *family.points)]
         windows = self.windows[group[0].leader.config.model]
-        for atom in [*windows.atoms(configs), windows.heldout]:
+        for atom in [*windows.atoms(configs), windows.heldout.windows]:
             self.store.blocks_for(atom)
         for family in group:
             self._family(family, windows)
@@ -225,7 +225,11 @@ class _Sweep:
             self.tell(f"    failed: {reason}")
             failure = Finished(point=point, in_study=in_study, masks_of=whose, failed=reason)
             return self._add(failure)
-        run = _finished_now(point, in_study, whose, result, time.monotonic() - started)
+        run = _finished_now(
+            point, in_study, whose, result,
+            calibration.windows.num_windows, heldout.windows.num_windows,
+            time.monotonic() - started,
+        )  # fmt: skip
         _write(run, calibration, heldout, self.study.metrics)
         return self._add(run)
 
@@ -267,20 +271,20 @@ def _record_failure(point: Point, error: Exception) -> None:
 
 
 def _finished_now(
-    point: Point, in_study: bool, masks_of: str, result: RunResult, seconds: float
-) -> Finished:
+    point: Point, in_study: bool, masks_of: str, result: RunResult,
+    num_windows: int, heldout_windows: int, seconds: float,
+) -> Finished:  # fmt: skip
     scored = result.outcome.scored
+    scores = len(scored.masks_MP) * num_windows + len(scored.heldout_masks_MP) * heldout_windows
     return Finished(
         point=point, in_study=in_study, masks_of=masks_of, failed="",
-        masks=len(scored.masks_MP), scores=scored.nll_MN.size + scored.heldout_nll_MN.size,
+        masks=len(scored.masks_MP), scores=scores,
         scores_new=result.scores_new, layer_forwards=result.work.layer_forwards,
         seconds=round(seconds, 3),
     )  # fmt: skip
 
 
-def _write(
-    run: Finished, calibration: TokenWindows, heldout: TokenWindows, metrics: Sequence[str]
-) -> None:
+def _write(run: Finished, calibration: Sample, heldout: Sample, metrics: Sequence[str]) -> None:
     record = {
         "format": POINT_FORMAT, "point": run.point.id, "levels": run.point.levels,
         "masks_of": run.masks_of, "masks": run.masks, "scores": run.scores,

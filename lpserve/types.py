@@ -210,6 +210,8 @@ def needs_whole_model(metric: str) -> bool:
 
 
 UTILITIES = ("neg_nll", "ppl_ratio", "neg_kl", "accuracy")
+TASK_UTILITIES = ("task_acc", "task_acc_norm", "task_margin", "task_margin_norm")
+_SHARES = ("accuracy", "task_acc", "task_acc_norm")
 
 
 def metric_of(utility: str) -> str:
@@ -221,30 +223,55 @@ def metric_of(utility: str) -> str:
       token (see `check_metric`);
     * `accuracy`: share of tokens that are the model's first choice.
 
+    Of lm-eval's tasks, with questions in place of windows (`questions.Questions.losses`):
+
+    * `task_acc`, `task_acc_norm`: share of questions answered right, lm-eval's `acc`, `acc_norm`;
+    * `task_margin`, `task_margin_norm`: mean by which the right answer's log-likelihood exceeds
+      that of the likeliest wrong one, nats; `_norm`: nats per character of the answers.
+
     Raises:
         InputError: there is no such utility.
     """
     utility = str(utility)
-    if utility in ("neg_nll", "ppl_ratio"):
+    if utility in ("neg_nll", "ppl_ratio", *TASK_UTILITIES[1:]):
         return "nll"
-    if utility == "accuracy":
+    if utility in ("accuracy", "task_acc"):
         return "misses"
     metric = utility.removeprefix("neg_")
     if metric != utility and (metric == "kl" or top_of(metric) is not None):
         return metric
     raise InputError(
-        f"utility must be one of {', '.join(UTILITIES)}, neg_kl_top64: got {utility!r}"
+        f"utility must be one of {', '.join(UTILITIES)}, neg_kl_top64, "
+        f"{', '.join(TASK_UTILITIES)}: got {utility!r}"
     )
+
+
+def is_task_utility(utility: str) -> bool:
+    """Whether a utility is about questions of tasks, not windows of texts."""
+    return utility in TASK_UTILITIES
+
+
+def is_share(utility: str) -> bool:
+    """Whether a utility is the share of what is not missed."""
+    return utility in _SHARES
+
+
+def is_normed(utility: str) -> bool:
+    """Whether log-likelihoods of answers are divided by their characters."""
+    return utility.endswith("_norm")
 
 
 def loss_unit(utility: str) -> str:
     """The unit of a utility's mean loss."""
-    return "misses per token" if utility == "accuracy" else "nats per token"
+    what = "misses" if is_share(utility) else "nats"
+    if not is_task_utility(utility):
+        return f"{what} per token"
+    return "nats per character" if utility == "task_margin_norm" else f"{what} per question"
 
 
 def has_perplexity(utility: str) -> bool:
     """Whether a utility says what the perplexity is."""
-    return metric_of(utility) == "nll"
+    return metric_of(utility) == "nll" and not is_task_utility(utility)
 
 
 Z90 = 1.645
@@ -252,37 +279,41 @@ Z90 = 1.645
 
 
 def utilities(
-    name: str, loss_MN: FloatArray, num_tokens_N: IntArray, full_loss_N: FloatArray
+    name: str, loss_MN: FloatArray, weight_N: IntArray, full_loss_N: FloatArray
 ) -> FloatArray:
     """The named utility of every mask, `float64[M]`, from its losses (`metric_of`).
+
+    Args:
+        weight_N: what losses are divided by in all: scored tokens of each window, or 1 for each
+            question.
 
     `ppl_ratio` of other losses than NLLs is exp of minus what a mask loses, in (0, 1] where no mask
     loses less than the whole model: on that scale sets are searched.
     """
     loss_MN = np.asarray(loss_MN, dtype=np.float64)
     if name == "ppl_ratio":
-        return ppl_ratio_utility(loss_MN, num_tokens_N, np.asarray(full_loss_N, dtype=np.float64))
+        return ppl_ratio_utility(loss_MN, weight_N, np.asarray(full_loss_N, dtype=np.float64))
     metric_of(name)
-    mean_M = neg_nll_utility(loss_MN, num_tokens_N)
-    return 1.0 + mean_M if name == "accuracy" else mean_M
+    mean_M = neg_nll_utility(loss_MN, weight_N)
+    return 1.0 + mean_M if is_share(name) else mean_M
 
 
 def known_utilities(
     name: str,
     loss_MN: NDArray[np.float32],
-    num_tokens_N: IntArray,
+    weight_N: IntArray,
     full_loss_N: NDArray[np.float32],
     windows: Sequence[int] | IntArray | None = None,
 ) -> FloatArray:
-    """A utility of stored losses on all windows or on some, `float64[M]`.
+    """A utility of stored losses on all windows (or questions) or on some, `float64[M]`.
 
     NaN where a score is not finite there: the mask was given up, or not scored. Such a mask is
     never a training point and never chosen.
     """
-    rows = np.arange(len(num_tokens_N)) if windows is None else np.asarray(windows)
+    rows = np.arange(len(weight_N)) if windows is None else np.asarray(windows)
     some_MN = loss_MN[:, rows].astype(np.float64)
     full_N = full_loss_N[rows].astype(np.float64)
-    value_M = utilities(name, some_MN, num_tokens_N[rows], full_N)
+    value_M = utilities(name, some_MN, weight_N[rows], full_N)
     return np.where(np.isfinite(some_MN).all(axis=1), value_M, np.nan)
 
 
