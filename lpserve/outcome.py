@@ -46,10 +46,10 @@ from lpserve.types import (
     FloatArray,
     IntArray,
     has_perplexity,
-    is_task_utility,
     known_utilities,
     loss_unit,
     perplexity,
+    units_in_words,
 )
 
 _MONTE_CARLO_COALITIONS = 80_000  # as many as the paper draws
@@ -162,7 +162,7 @@ def make_plan(
         unseen = _unseen(scored, analysis, r, rows[0][0], protected)
         stability = _stability(scored, rows[0][0], protected)
         if stability is not None and not stability.settled and stability.rival is not None:
-            drawn = f"{len(scored.weight_N)} {_drawn(scored.utility)}"
+            drawn = f"{len(scored.weight_N)} {units_in_words(scored.utility)}"
             warnings.append(stability.warning(drawn, loss_unit(scored.utility)))
         entry = _entry(scored, analysis, r, rows, warnings)
         details = asdict(stability) if stability is not None else None
@@ -337,7 +337,7 @@ def _entry(
         )
     # where the utility is not defined, NLLs of a text's windows speak
     judge = scored.utility if scored.heldout() is not None else "neg_nll"
-    drawn, unit = _drawn(judge), loss_unit(judge)
+    drawn, unit = units_in_words(judge), loss_unit(judge)
     for other in candidates[1:]:
         if (
             other.heldout_delta is not None
@@ -376,10 +376,6 @@ def _heldout_gap(
     total = weight_N.sum()
     error = float(gap_N.std(ddof=1) * np.sqrt(len(gap_N)) / total) if len(gap_N) > 1 else None
     return float(gap_N.sum() / total), error
-
-
-def _drawn(utility: str) -> str:
-    return "questions" if is_task_utility(utility) else "windows"
 
 
 def _known(value: float) -> float | None:

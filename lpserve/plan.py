@@ -18,7 +18,7 @@ import numpy as np
 
 from lpserve.errors import InputError
 from lpserve.masks import drop_one, keys, removed_players, without
-from lpserve.types import BoolArray, FloatArray
+from lpserve.types import BoolArray, FloatArray, has_perplexity, is_task_utility
 
 PLAN_FORMAT = 1
 _PASS_BY = 4.0  # standard deviations of how losses change from step to step
@@ -210,6 +210,16 @@ class Plan:
     full_heldout_utility: float | None = None
     protected: list[int] = field(default_factory=list)
     format: int = PLAN_FORMAT
+
+    @property
+    def tells_utility(self) -> bool:
+        """Whether its figures are the utility's, since no perplexity says what that is."""
+        return not has_perplexity(self.utility) and self.full_calibration_utility is not None
+
+    @property
+    def perplexity_of(self) -> str:
+        """Whose perplexity it tells."""
+        return "of right answers" if is_task_utility(self.utility) else ""
 
     def entry(self, num_removed: int) -> PlanEntry:
         """The entry for r; raises InputError when the plan has none."""

@@ -41,25 +41,26 @@ def plot_values(values: ShapleyValues) -> Figure:
 
 
 def plot_plan(plan: Plan) -> Figure:
-    """Perplexity of the plan's sets against layers removed, on a log scale: calibration, and held
-    out where it was measured."""
+    """The plan's sets against layers removed: calibration, and held out where it was measured.
+    Perplexities on a log scale, or the utility where that says no perplexity."""
     figure, axes = _figure()
     removed = [0, *(entry.num_removed for entry in plan.plans)]
-    series = {
-        "calibration": [plan.full_calibration_ppl, *(e.calibration_ppl for e in plan.plans)],
-        "held out": [plan.full_heldout_ppl, *(e.heldout_ppl for e in plan.plans)],
-    }
-    for (name, ppl), colour in zip(series.items(), (BLUE, ORANGE), strict=True):
-        if all(value is None for value in ppl):
+    measure = "utility" if plan.tells_utility else "ppl"
+    sides = {"calibration": ("calibration", BLUE), "heldout": ("held out", ORANGE)}
+    for side, (name, colour) in sides.items():
+        values = [getattr(plan, f"full_{side}_{measure}")]
+        values += [getattr(entry, f"{side}_{measure}") for entry in plan.plans]
+        if all(value is None for value in values):
             continue
-        known = [np.nan if value is None else value for value in ppl]
+        known = [np.nan if value is None else value for value in values]
         axes.plot(removed, known, marker="o", markersize=4, color=colour, label=name)
-    axes.set_yscale("log")
+    if not plan.tells_utility:
+        axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.set_xticks(removed)
     axes.set_xlabel("layers removed")
-    axes.set_ylabel("perplexity")
+    axes.set_ylabel(plan.utility if plan.tells_utility else "perplexity")
     axes.legend(frameon=False)
     return figure
 

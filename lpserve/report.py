@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from lpserve.plan import Plan, PlanEntry
 from lpserve.runfolder import RunFolder
 from lpserve.scored import write_scores
 from lpserve.sensitivity import SETTLED, Stability
-from lpserve.types import Z90, loss_unit
+from lpserve.types import Z90, loss_unit, units_in_words
 
 SHOWN_PAIRS = 8
 SVG_WIDTH, SVG_HEIGHT, SVG_PAD = 640, 260, 48
@@ -89,6 +90,7 @@ def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
         num_windows=len(outcome.scored.num_tokens_N),
         screen_windows=len(outcome.scored.screen),
         settled_share=SETTLED,
+        drawn=units_in_words(outcome.scored.utility),
         unit=loss_unit(outcome.scored.utility),
         z90=Z90,
         width=SVG_WIDTH,
@@ -112,32 +114,35 @@ def stability_rows(plan: Plan) -> list[tuple[PlanEntry, Stability]]:
 
 
 def _curve(outcome: Outcome) -> dict[str, Any]:
-    """Perplexity against layers removed, on a log scale: points and ticks in pixels."""
+    """Perplexity on a log scale, or the utility, against layers removed: points and ticks in
+    pixels."""
     plan = outcome.plan
-    series = {
-        "calibration": [(0, plan.full_calibration_ppl)]
-        + [(e.num_removed, e.calibration_ppl) for e in plan.plans],
-        "held-out": [(0, plan.full_heldout_ppl)]
-        + [(e.num_removed, e.heldout_ppl) for e in plan.plans],
-    }
-    drawn = [ppl for points in series.values() for _, ppl in points if ppl and np.isfinite(ppl)]
-    low, high = np.log(min(drawn)), np.log(max(drawn))
+    measure = "utility" if plan.tells_utility else "ppl"
+    scale = (float, float) if plan.tells_utility else (math.log, math.exp)
+    series: dict[str, list[tuple[int, float]]] = {}
+    for name, side in (("calibration", "calibration"), ("held-out", "heldout")):
+        points = [(0, getattr(plan, f"full_{side}_{measure}"))]
+        points += [(e.num_removed, getattr(e, f"{side}_{measure}")) for e in plan.plans]
+        series[name] = [(r, v) for r, v in points if v is not None and math.isfinite(v)]
+    drawn = [scale[0](value) for points in series.values() for _, value in points]
+    low, high = min(drawn), max(drawn)
     span = max(high - low, 1e-9)
     most = plan.plans[-1].num_removed
 
-    def place(removed: float, ppl: float) -> tuple[float, float]:
+    def place(removed: float, height: float) -> tuple[float, float]:
         x = SVG_PAD + removed / most * (SVG_WIDTH - 2 * SVG_PAD)
-        y = SVG_HEIGHT - SVG_PAD - (np.log(ppl) - low) / span * (SVG_HEIGHT - 2 * SVG_PAD)
+        y = SVG_HEIGHT - SVG_PAD - (height - low) / span * (SVG_HEIGHT - 2 * SVG_PAD)
         return round(x, 1), round(float(y), 1)
 
-    ticks = np.exp(np.linspace(low, high, 5))
+    ticks = np.linspace(low, high, 5).tolist()
     return {
+        "title": plan.utility if plan.tells_utility else "Perplexity",
         "series": {
-            name: [(*place(r, ppl), r, ppl) for r, ppl in points if ppl and np.isfinite(ppl)]
+            name: [(*place(r, scale[0](value)), r, value) for r, value in points]
             for name, points in series.items()
         },
-        "x_ticks": [(place(r, float(np.exp(low)))[0], r) for r in range(most + 1)],
-        "y_ticks": [(place(0, float(t))[1], f"{t:.3g}") for t in ticks],
+        "x_ticks": [(place(r, low)[0], r) for r in range(most + 1)],
+        "y_ticks": [(place(0, tick)[1], f"{scale[1](tick):.3g}") for tick in ticks],
     }
 
 

@@ -36,8 +36,10 @@ _SETS = pa.schema(
     [("point", _TEXTS), *((d, _TEXTS) for d in DIMENSIONS), ("status", _TEXTS),
      ("num_removed", _WHOLE), ("removed", _TEXTS), ("found_by", _TEXTS),
      ("calibration_ppl", _REAL), ("heldout_ppl", _REAL), ("full_calibration_ppl", _REAL),
-     ("full_heldout_ppl", _REAL), ("masks", _WHOLE), ("masks_of", _TEXTS), ("scores", _WHOLE),
-     ("scores_new", _WHOLE), ("layer_forwards", _WHOLE), ("seconds", _REAL), ("reason", _TEXTS)]
+     ("full_heldout_ppl", _REAL), ("calibration_utility", _REAL), ("heldout_utility", _REAL),
+     ("full_calibration_utility", _REAL), ("full_heldout_utility", _REAL), ("masks", _WHOLE),
+     ("masks_of", _TEXTS), ("scores", _WHOLE), ("scores_new", _WHOLE), ("layer_forwards", _WHOLE),
+     ("seconds", _REAL), ("reason", _TEXTS)]
 )  # fmt: skip
 _VALUES = pa.schema(
     [("point", _TEXTS), *((d, _TEXTS) for d in DIMENSIONS), ("layer", _WHOLE), ("part", _TEXTS),
@@ -80,6 +82,10 @@ def _set_rows(
             "found_by": entry.source, "calibration_ppl": entry.calibration_ppl,
             "heldout_ppl": entry.heldout_ppl, "full_calibration_ppl": plan.full_calibration_ppl,
             "full_heldout_ppl": plan.full_heldout_ppl,
+            "calibration_utility": entry.calibration_utility,
+            "heldout_utility": entry.heldout_utility,
+            "full_calibration_utility": plan.full_calibration_utility,
+            "full_heldout_utility": plan.full_heldout_utility,
         }
         for entry in plan.plans
         if not wanted or entry.num_removed in wanted

@@ -164,16 +164,13 @@ def tell_run(
 
 
 def plan_metrics(plan: Plan) -> list[Metric]:
-    """Perplexities of a plan by the number of removed layers (0: all kept), and what was scored."""
-    found = [Metric(name="masks_scored", value=plan.masks_scored),
-             Metric(name="calibration_ppl", value=plan.full_calibration_ppl)]  # fmt: skip
-    if plan.full_heldout_ppl is not None:
-        found.append(Metric(name="heldout_ppl", value=plan.full_heldout_ppl))
-    for entry in plan.plans:
-        step = entry.num_removed
-        found.append(Metric(name="calibration_ppl", value=entry.calibration_ppl, step=step))
-        if entry.heldout_ppl is not None:
-            found.append(Metric(name="heldout_ppl", value=entry.heldout_ppl, step=step))
+    """Perplexities and utilities of a plan by the number of removed layers (0: all kept), and what
+    was scored."""
+    found = [Metric(name="masks_scored", value=plan.masks_scored)]
+    for name in ("calibration_ppl", "heldout_ppl", "calibration_utility", "heldout_utility"):
+        values = [(0, getattr(plan, f"full_{name}"))]
+        values += [(entry.num_removed, getattr(entry, name)) for entry in plan.plans]
+        found += [Metric(name=name, value=v, step=r) for r, v in values if v is not None]
     return found
 
 

@@ -269,6 +269,11 @@ def loss_unit(utility: str) -> str:
     return "nats per character" if utility == "task_margin_norm" else f"{what} per question"
 
 
+def units_in_words(utility: str) -> str:
+    """What is drawn, weighed and resampled."""
+    return "questions" if is_task_utility(utility) else "windows"
+
+
 def has_perplexity(utility: str) -> bool:
     """Whether a utility says what the perplexity is."""
     return metric_of(utility) == "nll" and not is_task_utility(utility)

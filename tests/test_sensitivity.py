@@ -102,9 +102,10 @@ def test_a_tie_within_window_noise_is_told_with_the_windows_that_would_settle_it
     exact = num_windows * (Z90 * found.rival_gap_stderr / gap) ** 2
     assert found.windows_needed == max(num_windows, math.ceil(exact))
     assert found.regret > 0
-    text = found.warning(num_windows, "nats per token")
+    text = found.warning(f"{num_windows} windows", "nats per token")
     assert "nats per token behind" in text
-    assert str(found.windows_needed) in text
+    assert f"draws of the {num_windows} windows" in text
+    assert f"about {found.windows_needed} windows of this kind" in text
     assert str(found.rival) in text
 
 

@@ -113,7 +113,7 @@ def test_held_out_windows_are_one_yardstick(tmp_path):
     windows = all_windows(study)[study.base.model]
     held = {windows.of(p.config)[1].content_hash for p in study.points}
     assert len(held) == 1
-    assert windows.heldout.length == 48
+    assert windows.heldout.windows.length == 48
     assert [name for name, _ in windows.heldout.corpora] == list(TEXTS)
 
 
@@ -129,7 +129,7 @@ def test_windows_come_in_parts_that_points_have_whole_or_not_at_all(tmp_path, rn
     atoms = [set(part.window_hashes) for part in windows.atoms(configs)]
     assert sum(map(len, atoms)) == len(set().union(*atoms))
     for config in configs:
-        mine = set(windows.of(config)[0].window_hashes)
+        mine = set(windows.of(config)[0].windows.window_hashes)
         assert len(mine) == len(config.calibration) * config.num_windows
         assert set().union(*(a for a in atoms if a <= mine)) == mine
         assert all(a <= mine or not a & mine for a in atoms)
@@ -224,7 +224,7 @@ def test_corpora_are_cut_as_far_as_their_own_points_need(tmp_path):
     values = values_of(tmp_path, calibration=texts, sweep=tables, masks="own")
     study = study_of(values, "test")
     windows = all_windows(study)[study.base.model]
-    assert [windows.of(p.config)[0].num_windows for p in study.points] == [200, 4]
+    assert [windows.of(p.config)[0].num_units for p in study.points] == [200, 4]
     with pytest.raises(InputError, match="too short"):  # one family, all texts as long
         all_windows(study_of(values | {"masks": "shared"}, "test"))
 

@@ -80,7 +80,7 @@ def test_points_tell_what_their_windows_score(finished_study, rng):
     windows = all_windows(study)[study.base.model]
     point = study.points[int(rng.integers(len(study.points)))]
     scored = read_scores(point.config.out)
-    calibration, heldout = windows.of(point.config)
+    calibration, heldout = (sample.windows for sample in windows.of(point.config))
     with lpserve.open_engine(study.base.model, calibration) as engine:
         again = engine.score(scored.masks_MP).nll_MN
         held = engine.score(scored.heldout_masks_MP, engine.register(heldout)).nll_MN

@@ -14,6 +14,7 @@ from typing import Any
 from lpserve.cli.arguments import (
     ENGINE_OPTION_FLAGS,
     add_engine_flags,
+    add_task_flags,
     add_tracking_flags,
     add_window_flags,
     engine_options,
@@ -96,7 +97,8 @@ def _add_run(commands: Any) -> None:
     add("--demo", action="store_true", help="the bundled 12-layer model and texts, export included")
     add("--config", metavar="FILE", help="TOML or YAML with the same keys; flags win over it")
     add("--model", metavar="DIR", help="checkpoint folder: config.json, *.safetensors, tokenizer")
-    add_window_flags(run)
+    add_window_flags(run, tasks=True)
+    add_task_flags(run)
     add("--screen-windows", type=int, metavar="N", help="score sets that the search wants on the "
         "first N windows of each corpus first (0: on all at once)")  # fmt: skip
     add("--budget", type=int, help="most masks scored on calibration windows (400)")
@@ -106,7 +108,8 @@ def _add_run(commands: Any) -> None:
     add(
         "--utility",
         help="what a coalition is worth: neg_nll (default), ppl_ratio (the paper's), "
-        "neg_kl or neg_kl_topK (divergence from the whole model), accuracy (of the next token)",
+        "neg_kl or neg_kl_topK (divergence from the whole model), accuracy (of the next token); of "
+        "tasks: task_acc, task_acc_norm, task_margin, task_margin_norm",
     )
     add("--surrogate", help="auto (default), gp, ridge, gp+ridge, or paper (with ppl_ratio)")
     add("--goal", help="what masks are chosen for: both (default), plan, or values alone")
@@ -290,16 +293,28 @@ def _cost(arguments: argparse.Namespace) -> int:
 
 
 def _print_plan(plan: Any) -> None:
-    heldout = f", held out {plan.full_heldout_ppl:.4g}" if plan.full_heldout_ppl else ""
-    print(
-        f"\n{plan.masks_scored} masks scored; all {plan.num_players} layers: perplexity "
-        f"{plan.full_calibration_ppl:.4g}{heldout}"
-    )
-    print(f"{'remove':>6}  {'calibration':>11}  {'held out':>9}  layers")
+    kinds = ["utility", "ppl"] if plan.tells_utility else ["ppl"]
+    names = {"utility": plan.utility, "ppl": f"perplexity {plan.perplexity_of}".strip()}
+
+    def figures(of: Any, kind: str, prefix: str = "") -> list[float | None]:
+        return [getattr(of, f"{prefix}{side}_{kind}") for side in ("calibration", "heldout")]
+
+    whole = []
+    for kind in kinds:
+        mine, heldout = figures(plan, kind, "full_")
+        held = f", held out {heldout:.4g}" if heldout is not None else ""
+        whole.append(f"{names[kind]} {mine:.4g}{held}")
+    print(f"\n{plan.masks_scored} masks scored; all {plan.num_players} layers: {'; '.join(whole)}")
+    columns = ["calibration", "held out"]
+    if plan.tells_utility:
+        print(f"{'':>6}  {plan.utility:^24}  {names['ppl']:^24}".rstrip())
+        columns *= 2
+    header = "  ".join(f"{name:>11}" for name in columns)
+    print(f"{'remove':>6}  {header}  layers")
     for entry in plan.plans:
-        heldout = f"{entry.heldout_ppl:.4g}" if entry.heldout_ppl is not None else "-"
-        layers = ", ".join(map(str, entry.removed))
-        print(f"{entry.num_removed:>6}  {entry.calibration_ppl:>11.4g}  {heldout:>9}  {layers}")
+        values = [value for kind in kinds for value in figures(entry, kind)]
+        told = "  ".join(f"{v:>11.4g}" if v is not None else f"{'-':>11}" for v in values)
+        print(f"{entry.num_removed:>6}  {told}  {', '.join(map(str, entry.removed))}")
         for warning in entry.warnings:
             print(f"{'':>6}  note: {warning}")
     print()

@@ -27,18 +27,28 @@ def add_engine_flags(command: argparse.ArgumentParser) -> None:
     add("--progress-s", type=float, help="seconds between plain progress lines (10)")
 
 
-def add_window_flags(command: argparse.ArgumentParser) -> None:
-    """On which windows: the keys of `config.WindowConfig` that are its own."""
+def add_window_flags(command: argparse.ArgumentParser, *, tasks: bool = False) -> None:
+    """On which windows: the keys of `config.WindowConfig` that are its own; with `tasks`, on which
+    questions, too."""
     add = command.add_argument
     text: dict[str, Any] = {"action": "append", "metavar": "[NAME=]PATH"}
-    add("--calibration", **text, help="text, folder of .txt, .jsonl or .npz; may be repeated")
-    add("--heldout", **text, help="the same, for checking (last fifth of the calibration text)")
-    add("--num-windows", type=int, help="calibration windows of each corpus (10)")
-    add("--heldout-windows", type=int, help="held-out windows of each corpus (64)")
+    kinds = "text, folder of .txt, .jsonl or .npz" + (", or task:NAME of lm-eval" if tasks else "")
+    units = "windows of each text, questions of each task" if tasks else "windows of each corpus"
+    add("--calibration", **text, help=f"{kinds}; may be repeated")
+    add("--heldout", **text, help="the same, for checking (a last fifth of what calibrates)")
+    add("--num-windows", type=int, help=f"calibration {units} (10)")
+    add("--heldout-windows", type=int, help=f"held-out {units} (64)")
     add("--length", type=int, help="tokens of a window, BOS included (128)")
     add("--bos", action="store_true", default=None, help="begin every window with BOS")
     add("--text-field", help="the field of a .jsonl that holds the text (text)")
     add("--window-seed", type=int, help="seed of the windows (0)")
+
+
+def add_task_flags(command: argparse.ArgumentParser) -> None:
+    """How lm-eval's tasks are found and asked."""
+    add = command.add_argument
+    add("--include-path", metavar="DIR", help="folder of task files of your own")
+    add("--num-fewshot", type=int, metavar="K", help="examples before each question (the task's)")
 
 
 def add_tracking_flags(command: argparse.ArgumentParser) -> None:

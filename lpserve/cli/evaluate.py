@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lpserve.cli.arguments import add_engine_flags, engine_values, numbers
+from lpserve.cli.arguments import add_engine_flags, add_task_flags, engine_values, numbers
 from lpserve.errors import InputError
 
 _EVAL_HELP = """\
@@ -49,8 +49,7 @@ def add_eval(commands: Any) -> None:
     add("--bos", help="none, once or each, instead of the protocol's")
     add("--text-field", default="text", help="the field of a .jsonl that holds the text (text)")
     add("--tasks", default="", metavar="A,B", help="lm-eval tasks")
-    add("--include-path", metavar="DIR", help="folder of task files of your own")
-    add("--num-fewshot", type=int, help="examples before each document (the task's own)")
+    add_task_flags(command)
     add("--limit", type=int, help="most documents of each task")
     add("--max-length", type=int, help="tokens of a request (one less than the model's positions)")
     add("--out", default="eval", metavar="DIR", help="scores and results (eval)")
