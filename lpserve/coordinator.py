@@ -259,14 +259,13 @@ class _Job:
         self.told = History()
         """NLLs, which perplexities are told from; the same where the utility is `neg_nll`."""
         self._full_loss_U: NDArray[np.float32] | None = None
-        self._ended = ""
+        self._ended, self._noise = "", 0.0
         self.scores_new = 0
 
     def _board(self, sample: Sample, screen: IntArray | None) -> Scoreboard:
         rows = None if screen is None else sample.window_rows(screen)
-        return Scoreboard(
-            self.store, self.game, sample.windows, self.dispatcher, screen=rows, also=self.metrics
-        )
+        where = (self.store, self.game, sample.windows, self.dispatcher)
+        return Scoreboard(*where, screen=rows, also=self.metrics)
 
     def utility(
         self, name: str, loss_MU: NDArray[np.float32], units: IntArray | None = None
@@ -338,10 +337,11 @@ class _Job:
         loss_MU = self.calibration.losses(self.config.utility, values)
         if self._full_loss_U is None:
             self._full_loss_U = loss_MU[0]
+            of_nll, utility = self.pool.info.noise_nll, self.config.utility
+            self._noise = self.calibration.noise(utility, of_nll, values["nll"][0])
             if not np.isfinite([nll_MU[0], loss_MU[0]]).all():
-                raise LpserveError(
-                    "the whole model's own score is not finite: check the model and the dtype"
-                )
+                what = "the whole model's own score is not finite"
+                raise LpserveError(f"{what}: check the model and the dtype")
         # the planner reads rounds by the number of mask arrays: losses come first
         for history, values_MU in ((self.told, nll_MU), (self.history, loss_MU)):
             history.loss.append(values_MU)
@@ -452,7 +452,7 @@ class _Job:
             sizes=self.settings.sizes,
             max_removed=self.settings.max_removed,
             seed=config.seed,
-            noise_nll=info.noise_nll,
+            noise_nll=self._noise,
             masks_MP=masks_MP,
             nll_MN=nll_MU,
             other_loss_MN=None if has_perplexity(config.utility) else loss_MU,

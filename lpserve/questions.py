@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 
 from lpserve.errors import InputError
 from lpserve.types import BoolArray, FloatArray, IntArray, is_normed, is_share
@@ -103,6 +104,35 @@ class Questions:
             with np.errstate(invalid="ignore"):  # what is not finite is left out below
                 loss_MQ = np.where(self.open_Q, 0.0, wrong_MQ) - right_MQ
         return np.where(finite_MQ, loss_MQ, np.nan).astype(np.float32)
+
+    def noise(self, utility: str, noise_nll: float, full_nll_N: NDArray[np.float32]) -> float:
+        """Root mean square noise of a mask's mean loss, from that of its mean NLL over all windows.
+
+        Tokens are taken to err independently and alike, nats. A margin has the errors of two
+        answers of the question's mean length; an answer is picked wrongly with the probability that
+        they exceed the whole model's margin; without a choice, misses err as NLLs do (in bfloat16
+        0.8 to 0.9 times as far). Measured on the bundled tasks and model in bfloat16, 16 masks, 20
+        questions: 0.79 (choices) and 1.00 (last words) times this for `task_margin`.
+
+        Args:
+            noise_nll: nats per token.
+        """
+        num_tokens_N = self.windows.num_tokens_N
+        of_token = noise_nll * float(np.sqrt(num_tokens_N.sum()))
+        exists_QC = self.answers_QC >= 0
+        tokens_QC = np.where(exists_QC, num_tokens_N[self.answers_QC], 0)
+        chars_QC = np.maximum(self.chars_QC, 1) if is_normed(utility) else np.ones_like(tokens_QC)
+        error_QC = np.sqrt(tokens_QC) / chars_QC
+        mean_Q = (error_QC**2).sum(axis=1) / exists_QC.sum(axis=1)
+        variance_Q = of_token**2 * np.where(self.open_Q, 1.0, 2.0) * mean_Q
+        if is_share(utility):
+            told = "task_margin_norm" if is_normed(utility) else "task_margin"
+            margin_Q = self.losses(told, {"nll": full_nll_N[None]})[0].astype(np.float64)
+            wrong_Q = ndtr(-np.abs(margin_Q) / np.maximum(np.sqrt(variance_Q), 1e-300))
+            variance_Q = np.where(
+                self.open_Q, np.minimum(variance_Q, 0.25), wrong_Q * (1.0 - wrong_Q)
+            )
+        return float(np.sqrt(variance_Q.sum()) / self.num_questions)
 
     def _told(self, nll_MN: NDArray[np.float32], *, normed: bool) -> FloatArray:
         """Log-likelihoods of the answers `[M, Q, C]`, -inf where there is none."""

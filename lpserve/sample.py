@@ -86,6 +86,13 @@ class Sample:
         served = is_task_utility(utility) == (self.questions is not None)
         return self.losses(utility, values) if served and not has_perplexity(utility) else None
 
+    def noise(self, utility: str, noise_nll: float, full_nll_N: NDArray[np.float32]) -> float:
+        """Root mean square noise of a mask's mean loss, from that of its mean NLL (nats per token)
+        and the whole model's NLLs; that of other losses on texts is taken for the same."""
+        if self.questions is None or not noise_nll:
+            return noise_nll
+        return self.questions.noise(utility, noise_nll, full_nll_N)
+
     def window_rows(self, units: Sequence[int] | IntArray) -> IntArray:
         """Rows of the windows of these units."""
         if self.questions is None:

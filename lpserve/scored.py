@@ -61,8 +61,8 @@ class ScoredRun:
     """Windows that every mask was scored on; some masks on them alone, NaN elsewhere. Empty: no
     mask was screened."""
     noise_nll: float = 0.0
-    """Noise of a mask's score (`EngineInfo.noise_nll`): nats per token, root mean square. Taken for
-    that of other losses too (in bfloat16 on a GPU they strayed from float32 0.8 to 0.9 times as
+    """Noise of a mask's mean loss, root mean square; of texts `EngineInfo.noise_nll`, also for
+    other losses (in bfloat16 on a GPU they strayed from float32 0.8 to 0.9 times as
     far: scripts/bench/results/gpu.md)."""
     other_loss_MN: NDArray[np.float32] | None = None
     """What else than NLLs the utility is made of; see `loss_MN`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,25 @@ def test_a_question_with_an_answer_that_has_no_score_has_no_loss(utility, bad, r
     got_MQ = questions.losses(utility, {"nll": nll_MN, "misses": misses_MN})
     missing = np.argwhere(np.isnan(got_MQ)).tolist()
     assert missing == [[3, question]]
+
+
+@pytest.mark.parametrize("utility", TASK_UTILITIES)
+def test_noise_of_a_loss_is_that_of_its_answers(utility, rng):
+    """Against NLLs of which every token errs by chance, answers of one length (the formula takes
+    the mean length). 4,000 draws tell 2%; the rest of the 25% is for questions on which a third
+    answer comes near the first two."""
+    questions, _ = some_questions(rng, 60)
+    questions = replace(questions, chars_QC=np.where(questions.answers_QC >= 0, 10, 0))
+    if "margin" not in utility:  # without a choice, misses are not made of NLLs
+        questions = questions.select(np.flatnonzero(~questions.open_Q))
+    num_tokens_N = questions.windows.num_tokens_N
+    full_N = rng.gamma(2.0, 5.0, len(num_tokens_N)).astype(np.float32)
+    of_token = 0.5
+    drawn = rng.normal(0, of_token * np.sqrt(num_tokens_N), (4000, len(num_tokens_N)))
+    nll_MN = (full_N + drawn).astype(np.float32)
+    mean_M = questions.losses(utility, {"nll": nll_MN}).astype(np.float64).mean(axis=1)
+    told = questions.noise(utility, of_token / np.sqrt(num_tokens_N.sum()), full_N)
+    assert told == pytest.approx(mean_M.std(), rel=0.25)
 
 
 def test_parts_of_questions_are_the_same_questions(rng):
