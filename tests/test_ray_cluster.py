@@ -9,8 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +24,7 @@ from lpserve.coordinator import run
 from lpserve.errors import InputError
 from lpserve.masks import keys
 from lpserve.progress import RunState
+from lpserve.ray_pool.cluster import _left_behind
 from lpserve.types import Work
 from tests.test_coordinator import stored_scores, texts  # noqa: F401
 from tests.test_ray_pool import pool_of, ray_config, score_all, undisturbed
@@ -172,3 +178,32 @@ def figures(node, names) -> dict[str, float]:
         return {}
     samples = [line.partition("{") for line in lines if not line.startswith("#")]
     return {n: float(rest.rpartition(" ")[2]) for n, _, rest in samples if n in names}
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_only_an_address_that_nothing_answers_at_is_left_behind(listening, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert not _left_behind()
+    (tmp_path / "ray").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if not listening:
+            server.close()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
+        assert _left_behind() is not listening
+
+
+def test_a_cluster_is_started_where_an_earlier_one_left_its_address():
+    """In a process of its own, since Ray reads the folder once; sockets need a short path."""
+    code = "from lpserve.ray_pool.cluster import connect; print(connect())"
+    with tempfile.TemporaryDirectory(prefix="lp") as folder, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nothing else takes the port, and nothing listens
+        address = Path(folder) / "ray" / "ray_current_cluster"
+        address.parent.mkdir()
+        address.write_text(f"127.0.0.1:{closed.getsockname()[1]}")
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment | {"RAY_TMPDIR": folder},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert done.stdout.split() == ["True"], done.stderr[-500:]

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,6 +33,7 @@ from lpserve.types import EngineSpec
 
 WATCH_S = 2.0
 """Seconds between two looks at which nodes are there."""
+_ANSWER_S = 5.0  # for a cluster to take a connection
 _PROCESS_BYTES = 1 << 30
 _WEIGHTS_FACTOR = 1.3
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -86,6 +89,9 @@ def connect() -> bool:
 
 def _join(quiet: dict[str, Any]) -> None:
     named = os.environ.get("RAY_ADDRESS")
+    if not named and _left_behind():
+        ray.init(address="local", include_dashboard=False, **quiet)
+        return
     try:
         ray.init(address="auto", **quiet)
     except Exception as error:
@@ -98,6 +104,21 @@ def _join(quiet: dict[str, Any]) -> None:
                 f"the Ray cluster here cannot be joined: {first_line(error)}"
             ) from None
         ray.init(include_dashboard=False, **quiet)
+
+
+def _left_behind() -> bool:
+    """Whether a cluster that ended left its address to be joined: Ray would wait for many minutes
+    where the machine's own address has changed since, as after a reboot."""
+    path = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    try:
+        host, _, port = path.read_text(encoding="utf-8").strip().rpartition(":")
+    except OSError:
+        return False
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S):
+            return False
+    except (OSError, ValueError):
+        return True
 
 
 def needs_of(spec: EngineSpec) -> Needs:
