@@ -61,6 +61,7 @@ def num_layers(config: dict[str, Any]) -> int:
 def samples_of(config: RunConfig) -> tuple[Sample, Sample]:
     """What a run is played on, and what is held out; raises InputError where windows or questions
     cannot be had, do not fit the model, or are on both sides."""
+    config.refuse_idle(num_fewshot=True)
     parts = cut_samples(
         _request(config), config.model, include_path=config.include_path,
         num_fewshot=config.num_fewshot,

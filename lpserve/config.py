@@ -222,6 +222,23 @@ class RunConfig(WindowConfig):
                 f"of {', '.join(TASK_UTILITIES)}"
             )
 
+    def refuse_idle(self, *, num_fewshot: bool) -> None:
+        """Raise InputError where a key was given that nothing here reads.
+
+        Args:
+            num_fewshot: whether that is asked about, too (in a study other points may read it).
+        """
+        corpora_of = [*self.calibration.values(), *self.heldout.values()]
+        idle: dict[str, Any] = {}
+        if all(is_task(path) for path in corpora_of):
+            idle = {"length": 128, "bos": False, "text_field": "text"}
+        elif num_fewshot and not any(is_task(path) for path in corpora_of):
+            idle = {"num_fewshot": None}
+        for key, default in idle.items():
+            if getattr(self, key) != default:
+                kinds = ("texts", "tasks") if key != "num_fewshot" else ("tasks", "texts")
+                raise InputError(f"{key} is about {kinds[0]}, and there are {kinds[1]} alone")
+
 
 def is_task(path: str) -> bool:
     """Whether a corpus is a task of lm-eval, not a path."""

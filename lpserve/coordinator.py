@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -40,6 +38,7 @@ from lpserve.admission import (
     round_settings,
     samples_of,
 )
+from lpserve.background import in_background
 from lpserve.config import RunConfig, as_json
 from lpserve.dispatcher import GivenUp
 from lpserve.engine.base import check_also
@@ -67,6 +66,8 @@ from lpserve.types import (
     Work,
     has_perplexity,
     known_utilities,
+    loss_scale,
+    loss_weights,
     metric_of,
     perplexity,
 )
@@ -253,7 +254,9 @@ class _Job:
             None if self.screen is None
             else lambda loss_MU: self.utility(search.UTILITY, loss_MU, self.screen),
         )  # fmt: skip
-        self.weight_U = calibration.weight_U(config.utility)
+        self.weight_U = loss_weights(config.utility, calibration.num_tokens_U)
+        scale = loss_scale(config.utility, calibration.num_tokens_U)
+        self.search_weight_U = (self.weight_U * scale).astype(np.float64)
         self.history = History()
         """Losses, which decide."""
         self.told = History()
@@ -272,7 +275,8 @@ class _Job:
     ) -> FloatArray:
         """See `types.known_utilities`."""
         assert self._full_loss_U is not None
-        return known_utilities(name, loss_MU, self.weight_U, self._full_loss_U, units)
+        weight_U = self.weight_U if name == self.config.utility else self.search_weight_U
+        return known_utilities(name, loss_MU, weight_U, self._full_loss_U, units)
 
     # -- scoring -------------------------------------------------------------------------------
 
@@ -285,7 +289,7 @@ class _Job:
         while pending or not exhausted:
             due = not exhausted and next_round <= len(self.history.masks) + 1
             if due and proposal is None:
-                proposal = _in_background(self.planner.propose, next_round, self.history)
+                proposal = in_background(self.planner.propose, next_round, self.history)
             if proposal is not None and proposal.done():
                 found = proposal.result().first(self.config.budget - asked)
                 proposal = None
@@ -353,7 +357,8 @@ class _Job:
         Greedy steps that the other passed by are not: what was hopeless there may be best here.
         """
         asked = other.masks_MP[: self.config.budget]
-        given_up_M = np.isnan(other.nll_MN[: len(asked)]).any(axis=1)  # perhaps on some windows
+        # perhaps on some windows; of questions, perhaps on those of wrong answers
+        given_up_M = np.isnan(other.nll_MN + other.loss_MN)[: len(asked)].any(axis=1)
         values, windows = {}, self.calibration.windows
         for metric in ("nll", *self.metrics):
             values[metric], known_MN = self.store.get(self.game, windows, asked, metric)
@@ -484,17 +489,3 @@ class _Job:
         if not path.exists() or (stored or {}).get("windows") != self.described["windows"]:
             write_samples(path, self.calibration, self.heldout)
         self.folder.event("started", config=as_json(self.config), pid=os.getpid())
-
-
-def _in_background(call: Callable[..., Any], *args: Any) -> Future[Any]:
-    """Run on a thread that the end of the process does not wait for."""
-    future: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="lpserve-planner", daemon=True).start()
-    return future

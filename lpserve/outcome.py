@@ -181,6 +181,7 @@ def make_plan(
         full_heldout_ppl=_heldout_ppl(scored, full),
         full_calibration_utility=_known(analysis.utilities_M[0]),
         full_heldout_utility=_heldout_utility(scored, full),
+        heldout_drawn=units_in_words(_judge(scored)),
         plans=entries,
         stopped=scored.stopped,
         protected=sorted(protected),
@@ -304,7 +305,7 @@ def _stability(scored: ScoredRun, chosen: int, protected: Sequence[int]) -> Stab
     rows = np.flatnonzero(same_M & scored.masks_MP[:, list(protected)].all(axis=1))
     return set_stability(
         scored.masks_MP[rows], scored.loss_MN[rows].astype(np.float64), scored.weight_N,
-        scored.corpora, int(np.flatnonzero(rows == chosen)[0]), scored.seed,
+        scored.corpora, int(np.flatnonzero(rows == chosen)[0]), scored.seed, scored.loss_scale,
     )  # fmt: skip
 
 
@@ -335,9 +336,7 @@ def _entry(
                 heldout_utility=_heldout_utility(scored, mask_P),
             )
         )
-    # where the utility is not defined, NLLs of a text's windows speak
-    judge = scored.utility if scored.heldout() is not None else "neg_nll"
-    drawn, unit = units_in_words(judge), loss_unit(judge)
+    drawn, unit = units_in_words(_judge(scored)), loss_unit(_judge(scored))
     for other in candidates[1:]:
         if (
             other.heldout_delta is not None
@@ -376,6 +375,11 @@ def _heldout_gap(
     total = weight_N.sum()
     error = float(gap_N.std(ddof=1) * np.sqrt(len(gap_N)) / total) if len(gap_N) > 1 else None
     return float(gap_N.sum() / total), error
+
+
+def _judge(scored: ScoredRun) -> str:
+    """The utility that held-out losses are of: where the run's is not defined, a text's NLLs."""
+    return scored.utility if scored.heldout() is not None else "neg_nll"
 
 
 def _known(value: float) -> float | None:

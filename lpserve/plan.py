@@ -208,6 +208,8 @@ class Plan:
     """Why no more masks were scored."""
     full_calibration_utility: float | None = None
     full_heldout_utility: float | None = None
+    heldout_drawn: str = "windows"
+    """What was held out: `windows` of texts, or `questions` of tasks."""
     protected: list[int] = field(default_factory=list)
     format: int = PLAN_FORMAT
 
@@ -219,7 +221,10 @@ class Plan:
     @property
     def perplexity_of(self) -> str:
         """Whose perplexity it tells."""
-        return "of right answers" if is_task_utility(self.utility) else ""
+        if not is_task_utility(self.utility):
+            return ""
+        text = self.heldout_drawn == "windows"
+        return "of right answers" + (" (held out: of the text)" if text else "")
 
     def entry(self, num_removed: int) -> PlanEntry:
         """The entry for r; raises InputError when the plan has none."""

@@ -79,7 +79,7 @@ class StopRules:
         if self.chance is not None:
             said.append(
                 f"no unseen set has a higher probability than {self.chance:g} of beating the plan "
-                f"by more than {100 * self.gain:g}% of perplexity"
+                f"by more than {100 * self.gain:g}%"
             )
         if self.width is not None:
             said.append(f"every value's 90% interval is within +- {self.width:g}")

@@ -61,10 +61,6 @@ class Sample:
         """Scored positions of the told windows."""
         return self.told_windows.num_tokens_N
 
-    def weight_U(self, utility: str) -> IntArray:
-        """What losses are weighed by: tokens, or 1 for each question."""
-        return np.ones_like(self.num_tokens_U) if is_task_utility(utility) else self.num_tokens_U
-
     def told(self, values: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
         """NLLs of the told windows, `float32[M, U]`, from sums `[M, N]` by metric."""
         nll_MN = values["nll"]

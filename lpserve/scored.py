@@ -23,8 +23,9 @@ from lpserve.types import (
     Player,
     has_perplexity,
     is_share,
-    is_task_utility,
     known_utilities,
+    loss_scale,
+    loss_weights,
 )
 
 
@@ -62,8 +63,8 @@ class ScoredRun:
     mask was screened."""
     noise_nll: float = 0.0
     """Noise of a mask's mean loss, root mean square; of texts `EngineInfo.noise_nll`, also for
-    other losses (in bfloat16 on a GPU they strayed from float32 0.8 to 0.9 times as
-    far: scripts/bench/results/gpu.md)."""
+    other losses (in bfloat16 on a GPU they strayed from float32 0.8 to 0.9 times as far:
+    scripts/bench/results/gpu.md)."""
     other_loss_MN: NDArray[np.float32] | None = None
     """What else than NLLs the utility is made of; see `loss_MN`."""
     heldout_loss_MN: NDArray[np.float32] | None = None
@@ -72,10 +73,12 @@ class ScoredRun:
     @property
     def weight_N(self) -> IntArray:
         """What losses are weighed by: tokens, or 1 for each question."""
-        return self._weights(self.num_tokens_N)
+        return loss_weights(self.utility, self.num_tokens_N)
 
-    def _weights(self, num_tokens_N: IntArray) -> IntArray:
-        return np.ones_like(num_tokens_N) if is_task_utility(self.utility) else num_tokens_N
+    @property
+    def loss_scale(self) -> float:
+        """See `types.loss_scale`."""
+        return loss_scale(self.utility, self.num_tokens_N)
 
     def heldout(self) -> tuple[NDArray[np.float32], IntArray] | None:
         """Losses `[H, N]` of `heldout_masks_MP` on held-out windows, and their weights; None where
@@ -83,7 +86,9 @@ class ScoredRun:
         loss_MN = self.heldout_loss_MN
         if loss_MN is None and has_perplexity(self.utility):
             loss_MN = self.heldout_nll_MN
-        return None if loss_MN is None else (loss_MN, self._weights(self.heldout_num_tokens_N))
+        if loss_MN is None:
+            return None
+        return loss_MN, loss_weights(self.utility, self.heldout_num_tokens_N)
 
     @property
     def loss_MN(self) -> NDArray[np.float32]:
@@ -115,9 +120,10 @@ class ScoredRun:
     ) -> FloatArray:
         """The run's utility, or a named one, on all windows or some; NaN where a score is not
         finite: never a training point, never chosen."""
-        return known_utilities(
-            name or self.utility, loss_MN, self.weight_N, self.loss_MN[0], windows
-        )
+        name = name or self.utility
+        scale = 1.0 if name == self.utility else self.loss_scale
+        weight_N = (self.weight_N * scale).astype(np.float64)
+        return known_utilities(name, loss_MN, weight_N, self.loss_MN[0], windows)
 
     def noise_of(self, utilities_M: FloatArray) -> FloatArray | None:
         """Variance of each utility from the engine's rounding; None where it has none."""

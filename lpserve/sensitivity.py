@@ -36,7 +36,8 @@ class Stability:
     stays_best: float
     """Share of draws of the windows in which the plan's set is the best of them."""
     regret: float
-    """Mean over draws of the plan's perplexity over the draw's best, minus 1."""
+    """Mean over draws of the plan's perplexity over the draw's best, minus 1; of other losses, of
+    their exponentials, for each token of an answer where they are nats of whole answers."""
     rival: list[int] | None
     """What is removed by the set that wins most of the other draws; None: no other ever wins."""
     rival_gap: float | None
@@ -89,6 +90,7 @@ def set_stability(
     corpora: Sequence[tuple[str, int]],
     chosen: int,
     seed: int,
+    scale: float = 1.0,
 ) -> Stability | None:
     """Stability of row `chosen` among the scored sets of its size; None for a single window.
 
@@ -96,6 +98,7 @@ def set_stability(
         masks_MP: masks of one size, distinct.
         loss_MN: their summed losses (NLLs in nats, say), finite.
         corpora: name and number of windows of each corpus, in order.
+        scale: what mean losses are divided by where they become shares (`types.loss_scale`).
     """
     num_windows = len(num_tokens_N)
     if num_windows < 2:
@@ -114,11 +117,11 @@ def set_stability(
         gap = float((loss_MN[rival] - loss_MN[chosen]).sum() / num_tokens_N.sum())
         error = float((drawn_MB[rival] - drawn_MB[chosen]).std(ddof=1))
         needed = _windows_needed(num_windows, gap, error)
-    overlap, regret = _halves(masks_MP, loss_MN, num_tokens_N, seed)
+    overlap, regret = _halves(masks_MP, loss_MN / scale, num_tokens_N, seed)
     return Stability(
         num_sets=len(masks_MP),
         stays_best=stays_best,
-        regret=float(np.expm1(drawn_MB[chosen] - best_B).mean()),
+        regret=float(np.expm1((drawn_MB[chosen] - best_B) / scale).mean()),
         rival=list(removed_players(masks_MP[rival])) if rival is not None else None,
         rival_gap=gap,
         rival_gap_stderr=error,

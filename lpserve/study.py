@@ -167,19 +167,18 @@ class StudyWindows:
         ask for it in whichever order.
         """
         found: list[TokenWindows] = []
-        for cell, corpora_of in self.cells.items():
-            here = [c for c in configs if _cell_of(c) == cell]
-            mine = [set(self.of(c)[0].windows.window_hashes) for c in here]
-            seen: set[str] = set()
+        mine = {s.content_hash: s for s in (self.of(config)[0] for config in configs)}
+        sets = [set(sample.windows.window_hashes) for sample in mine.values()]
+        seen: set[str] = set()
+        for corpora_of in self.cells.values():
             for sample in corpora_of.values():
-                windows = sample.windows
                 parts: dict[tuple[bool, ...], list[int]] = {}
-                for row, name in enumerate(windows.window_hashes):
-                    pattern = tuple(name in own for own in mine)
+                for row, name in enumerate(sample.windows.window_hashes):
+                    pattern = tuple(name in own for own in sets)
                     if any(pattern) and name not in seen:
                         parts.setdefault(pattern, []).append(row)
                     seen.add(name)
-                found += [windows.select(rows) for rows in parts.values()]
+                found += [sample.windows.select(rows) for rows in parts.values()]
         return found
 
 
@@ -391,6 +390,7 @@ def study_windows(study: Study, configs: Sequence[RunConfig]) -> StudyWindows:
     windows = StudyWindows(heldout=Sample.concatenate(heldout), cells=cells, wholes=wholes)
     told: set[str] = set()
     for config in configs:
+        config.refuse_idle(num_fewshot=False)
         calibration, held = windows.of(config)
         check_samples(config, calibration, held)
         if calibration.content_hash not in told:

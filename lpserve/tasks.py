@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,13 +63,8 @@ class TaskLoader:
 
     def load(self, names: Sequence[str]) -> dict[str, Any]:
         """Name -> lm-eval's task, its data loaded; of a group, all of its tasks."""
-        try:
+        with _told_as(f"the data of tasks {', '.join(names)} cannot be had"):
             return self.manager.load(list(names))["tasks"]
-        except Exception as error:  # of datasets, the hub, yaml, ...
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"the data of tasks {', '.join(names)} cannot be had: {line}"
-            ) from None
 
 
 def cut_samples(
@@ -78,10 +73,9 @@ def cut_samples(
     """Calibration and held-out samples, corpus by corpus; overlaps are not looked for.
 
     Texts are cut as `windows.cut_corpora` does. A task's questions are those that lm-eval
-    evaluates, in one seeded permutation: the first of its first four fifths calibrate, and the
-    first of the last fifth are held out where no other corpus is. A task that is named on one side
-    alone gives all of its questions to that side. A larger number of questions contains the
-    smaller.
+    evaluates. A fifth of them, the same whatever the seed, is held out where nothing else is; a
+    task on one side alone gives all of its questions to that side. Of a side's questions the first
+    of one seeded permutation are taken: a larger number contains the smaller.
 
     Raises:
         InputError: a text or task cannot be used, or gives too little.
@@ -119,56 +113,52 @@ class _TaskCutter:
         self, request: WindowRequest, model: str, include_path: str | None, num_fewshot: int | None
     ) -> None:
         self._request = request
-        self._tasks = {
-            name: path.removeprefix(TASK_PREFIX)
-            for name, path in [*request.heldout.items(), *request.calibration.items()]
-            if is_task(path)
+        own = {n: path for n, path in request.calibration.items() if is_task(path)}
+        held = {n: path for n, path in request.heldout.items() if is_task(path)}
+        if not request.heldout:
+            held = own
+        names = {path.removeprefix(TASK_PREFIX) for path in (*own.values(), *held.values())}
+        loader = TaskLoader(sorted(names), include_path)
+        tasks_of = {name: loader.load([name]) for name in sorted(names)}
+        self._own, self._held = (
+            {n: tasks_of[path.removeprefix(TASK_PREFIX)] for n, path in side.items()}
+            for side in (own, held)
+        )
+        for side in (self._own, self._held):
+            seen: dict[str, str] = {}
+            for name, tasks in side.items():
+                for task in tasks:
+                    if task in seen:
+                        raise InputError(f"{seen[task]!r} and {name!r} both hold task {task!r}")
+                    seen[task] = name
+        both = {t for tasks in self._own.values() for t in tasks}
+        both &= {t for tasks in self._held.values() for t in tasks}
+        every = {t: task for tasks in tasks_of.values() for t, task in tasks.items()}
+        self._sides = {
+            name: _sides(_different(_asked(name, task, num_fewshot)), name in both)
+            for name, task in every.items()
         }
-        self._loader = TaskLoader(list(dict.fromkeys(self._tasks.values())), include_path)
+        """Task -> its questions that may calibrate, and that may be held out."""
         self._asker = _Asker(model)
-        self._num_fewshot = num_fewshot
-        self._asked: dict[str, list[_Asked]] = {}
-        calibration = {p for p in request.calibration.values() if is_task(p)}
-        self._shared = calibration & set(request.heldout.values() or calibration)
 
     def calibration(self, name: str) -> Sample:
         counts = self._request.num_windows
-        path = self._request.calibration[name]
-        asked = self._questions(name)
-        if path in self._shared:
-            asked = asked[: len(asked) - int(len(asked) * HELDOUT_SHARE)]
-        return self._cut(name, asked, counts if isinstance(counts, int) else counts[name], "")
+        count = counts if isinstance(counts, int) else counts[name]
+        return self._cut(name, [self._sides[t][0] for t in self._own[name]], count, "")
 
     def heldout(self, name: str) -> Sample:
-        path = self._request.heldout.get(name) or self._request.calibration[name]
-        asked = self._questions(name)
-        if path in self._shared:
-            asked = asked[len(asked) - int(len(asked) * HELDOUT_SHARE) :]
-        return self._cut(name, asked, self._request.heldout_windows, " held out")
+        parts = [self._sides[t][1] for t in self._held[name]]
+        return self._cut(name, parts, self._request.heldout_windows, " held out")
 
-    def _questions(self, name: str) -> list[_Asked]:
-        """Different questions of a task, in the order in which they are taken."""
-        task_name = self._tasks[name]
-        if task_name not in self._asked:
-            loaded = self._loader.load([task_name])
-            every = [q for t, task in loaded.items() for q in _asked(t, task, self._num_fewshot)]
-            order = np.random.default_rng(self._request.seed).permutation(len(every))
-            seen: set[tuple[str, str]] = set()
-            fresh: list[_Asked] = []
-            for place in order.tolist():
-                if seen.isdisjoint(every[place].requests):
-                    fresh.append(every[place])
-                seen.update(every[place].requests)
-            self._asked[task_name] = fresh
-        return self._asked[task_name]
-
-    def _cut(self, name: str, asked: Sequence[_Asked], count: int, side: str) -> Sample:
-        if count > len(asked):
+    def _cut(self, name: str, parts: Sequence[list[_Asked]], count: int, side: str) -> Sample:
+        pool = [question for part in parts for question in part]
+        if count > len(pool):
             raise InputError(
-                f"task {self._tasks[name]!r} has too few questions: {len(asked)} different ones"
-                f"{side}, {count} are asked for"
+                f"task {name!r} has too few questions: {len(pool)} different ones{side}, {count} "
+                "are asked for"
             )
-        return Sample.of(self._asker.questions(asked[:count], name))
+        order = np.random.default_rng(self._request.seed).permutation(len(pool))[:count]
+        return Sample.of(self._asker.questions([pool[i] for i in order.tolist()], name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,32 +172,86 @@ class _Asked:
     """Context and continuation of every answer."""
     others: int
     """Requests beside those (answers without a context), which no utility reads."""
+    pairs: frozenset[tuple[str, str]]
+    """Question and answers without what comes before: two questions that share one are the same."""
 
 
 def _asked(name: str, task: Any, num_fewshot: int | None) -> Iterator[_Asked]:
+    """Every question of a task; raises InputError where it cannot be asked, or not without telling
+    what is held out."""
     kind = task.get_config("output_type")
     if kind not in SERVED:
         raise InputError(
             f"task {name!r} is of kind {kind!r}: a game's value is made of {' or '.join(SERVED)}"
         )
-    # as lm_eval's evaluator prepares a task: one that says 0 examples keeps to it
     own = task.get_config("num_fewshot")
-    if own is None or (num_fewshot is not None and own != 0):
-        task.set_config(key="num_fewshot", value=num_fewshot or 0)
-    task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    with _quiet():
-        task.build_all_requests()
-    requests: dict[int, list[Any]] = {}
-    for instance in task.instances:
-        requests.setdefault(instance.doc_id, []).append(instance)
-    for some in requests.values():
-        answers = [i.args for i in sorted(some, key=lambda i: i.idx)]
-        doc = some[0].doc
-        num = len(task.doc_to_choice(doc)) if kind == "multiple_choice" else 1
-        yield _Asked(
-            task_name=name, task=task, doc=doc, requests=tuple(answers[:num]),
-            others=len(answers) - num,
-        )  # fmt: skip
+    if own == 0 and num_fewshot:
+        raise InputError(f"task {name!r} is to be asked without examples: leave num_fewshot out")
+    examples = own or 0 if num_fewshot is None else num_fewshot
+    if examples and _examples_are_evaluated(task):
+        raise InputError(
+            f"task {name!r} takes its examples from the questions themselves, so that none could "
+            "be held out: use --num-fewshot 0"
+        )
+    with _told_as(f"task {name!r} cannot be asked"):
+        task.set_config(key="num_fewshot", value=examples)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        with _quiet():
+            task.build_all_requests()
+        requests: dict[int, list[Any]] = {}
+        for instance in task.instances:
+            requests.setdefault(instance.doc_id, []).append(instance)
+        found = [_question(name, task, kind, some) for some in requests.values()]
+    yield from found
+
+
+def _question(name: str, task: Any, kind: str, instances: list[Any]) -> _Asked:
+    answers = [i.args for i in sorted(instances, key=lambda i: i.idx)]
+    doc = instances[0].doc
+    choices = task.doc_to_choice(doc) if kind == "multiple_choice" else [task.doc_to_target(doc)]
+    # with several contexts (Winogrande) these are the choices, and the text is the answer
+    text = task.doc_to_target(doc) if getattr(task, "multiple_input", 0) else task.doc_to_text(doc)
+    return _Asked(
+        task_name=name, task=task, doc=doc, requests=tuple(answers[: len(choices)]),
+        others=len(answers) - len(choices), pairs=frozenset((str(text), str(c)) for c in choices),
+    )  # fmt: skip
+
+
+def _examples_are_evaluated(task: Any) -> bool:
+    """Whether the examples before a question are drawn from what lm-eval evaluates."""
+    config, given = task.config, getattr(task, "fewshot_cfg", None)
+    splits = [
+        config.training_split if task.has_training_docs() else None,
+        config.validation_split if task.has_validation_docs() else None,
+        config.test_split if task.has_test_docs() else None,
+    ]
+    evaluated = splits[2] or splits[1]
+    source = getattr(given, "split", None)
+    if source is None and getattr(given, "samples", None) is not None:
+        return False
+    return evaluated == (source or next(split for split in splits if split is not None))
+
+
+def _different(asked: Iterable[_Asked]) -> list[_Asked]:
+    """Questions that share no question-and-answer with an earlier one."""
+    seen: set[tuple[str, str]] = set()
+    found = []
+    for question in asked:
+        if seen.isdisjoint(question.pairs):
+            found.append(question)
+            seen |= question.pairs
+    return found
+
+
+def _sides(asked: list[_Asked], both: bool) -> tuple[list[_Asked], list[_Asked]]:
+    """Those that may calibrate and those that may be held out: the same for every seed, so that
+    what one run holds out no other calibrates on. All of them twice where one side alone asks."""
+    if not both:
+        return asked, asked
+    order = np.random.default_rng(0).permutation(len(asked)).tolist()
+    num_held = int(len(asked) * HELDOUT_SHARE)
+    cut = len(asked) - num_held
+    return [asked[i] for i in order[:cut]], [asked[i] for i in order[cut:]]
 
 
 class _Asker:
@@ -217,6 +261,9 @@ class _Asker:
         from lpserve.task_requests import max_input_length
 
         self._tokenizer = load_tokenizer(model)
+        if self._tokenizer.bos_token_id is None and self._tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer in {model} has neither BOS nor EOS: tasks need one")
+        self._draw = np.random.default_rng(0)
         self._max_length = max_input_length(model)
 
     def questions(self, asked: Sequence[_Asked], name: str) -> Questions:
@@ -241,14 +288,16 @@ class _Asker:
                         f"they are cut to {self._max_length} tokens"
                     )
                 answers_QC[place, c] = row
-            right_QC[place, :num], chars_QC[place, :num] = _judged(question)
+            right_QC[place, :num], chars_QC[place, :num] = _judged(question, self._draw)
         return Questions(
             windows=windows_of_rows(list(rows), name), answers_QC=answers_QC, right_QC=right_QC,
             chars_QC=chars_QC, corpora=((name, len(asked)),),
         )  # fmt: skip
 
 
-def _judged(question: _Asked) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+def _judged(
+    question: _Asked, draw: np.random.Generator
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Which answers are right, `bool[C]`, and their characters, `int64[C]`, as the task itself
     judges; raises InputError where its rule is not the likeliest answer."""
     where = f"task {question.task_name!r}"
@@ -263,7 +312,7 @@ def _judged(question: _Asked) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
 
     def judge(likelihoods: NDArray[np.float64]) -> Mapping[str, Any]:
         told = [(float(value), False) for value in likelihoods] + [(0.0, False)] * question.others
-        with np.errstate(all="ignore"), _quiet():
+        with np.errstate(all="ignore"), _quiet(), _told_as(f"{where} cannot be judged"):
             return task.process_results(doc, told)
 
     right = np.zeros(num, dtype=bool)
@@ -276,9 +325,9 @@ def _judged(question: _Asked) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     if not right.any() or right.all():
         raise InputError(f"{where} has a question with {'no' if right.all() else 'only'} wrong "
                          f"answers: {str(question.requests[0][0])[-80:]!r}")  # fmt: skip
-    draw = np.random.default_rng(0)
-    for _ in range(_DRAWS):
-        told = -draw.gamma(2.0, 5.0, num)
+    for place in range(_DRAWS + 1):
+        # likelihoods far apart and near, and all equal: then the first
+        told = -draw.gamma(2.0, 10.0 ** draw.uniform(-3, 1), num) if place else np.full(num, -2.0)
         found = judge(told)
         ours = {"acc": told, "acc_norm": told / np.maximum(chars, 1)}
         for key, likelihoods in ours.items():
@@ -286,6 +335,16 @@ def _judged(question: _Asked) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
             if known and found[key] != right[np.argmax(likelihoods)]:
                 raise InputError(f"{where}: its {key} is not whether the likeliest answer is right")
     return right, chars
+
+
+@contextmanager
+def _told_as(what: str) -> Iterator[None]:
+    """Errors of a task's own code as one line."""
+    try:
+        yield
+    except Exception as error:  # whatever datasets, templates and functions of task files raise
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what}: {line}") from None
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def perplexity(mean_nll: Any) -> Any:
         return np.exp(mean_nll)
 
 
-def neg_nll_utility(nll_MN: FloatArray, num_tokens_N: IntArray) -> FloatArray:
+def neg_nll_utility(nll_MN: FloatArray, num_tokens_N: IntArray | FloatArray) -> FloatArray:
     """Utility `neg_nll`: mean log-likelihood in nats per token, higher is better.
 
     A mask with any non-finite NLL gets NaN: never a training point, never chosen.
@@ -172,7 +172,7 @@ def neg_nll_utility(nll_MN: FloatArray, num_tokens_N: IntArray) -> FloatArray:
 
 
 def ppl_ratio_utility(
-    nll_MN: FloatArray, num_tokens_N: IntArray, full_nll_N: FloatArray
+    nll_MN: FloatArray, num_tokens_N: IntArray | FloatArray, full_nll_N: FloatArray
 ) -> FloatArray:
     """Utility `ppl_ratio` of arXiv 2602.07804: PPL(all kept) / PPL(mask); 0 where non-finite."""
     total = num_tokens_N.sum()
@@ -261,6 +261,21 @@ def is_normed(utility: str) -> bool:
     return utility.endswith("_norm")
 
 
+def loss_weights(utility: str, num_tokens_N: IntArray) -> IntArray:
+    """What a utility's losses are divided by in all: tokens of windows, or 1 for each question."""
+    return np.ones_like(num_tokens_N) if is_task_utility(utility) else num_tokens_N
+
+
+def loss_scale(utility: str, num_tokens_N: IntArray) -> float:
+    """What a mean loss is divided by before it is exponentiated, so that the result is a share as
+    that of a perplexity is: a margin's nats are those of a whole answer.
+
+    Args:
+        num_tokens_N: tokens of the windows, or of the questions' right answers.
+    """
+    return float(num_tokens_N.mean()) if utility == "task_margin" else 1.0
+
+
 def loss_unit(utility: str) -> str:
     """The unit of a utility's mean loss."""
     what = "misses" if is_share(utility) else "nats"
@@ -284,7 +299,7 @@ Z90 = 1.645
 
 
 def utilities(
-    name: str, loss_MN: FloatArray, weight_N: IntArray, full_loss_N: FloatArray
+    name: str, loss_MN: FloatArray, weight_N: IntArray | FloatArray, full_loss_N: FloatArray
 ) -> FloatArray:
     """The named utility of every mask, `float64[M]`, from its losses (`metric_of`).
 
@@ -306,7 +321,7 @@ def utilities(
 def known_utilities(
     name: str,
     loss_MN: NDArray[np.float32],
-    weight_N: IntArray,
+    weight_N: IntArray | FloatArray,
     full_loss_N: NDArray[np.float32],
     windows: Sequence[int] | IntArray | None = None,
 ) -> FloatArray:

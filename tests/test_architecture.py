@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOW = [
     {"errors"},
     {"types"},
-    {"locks", "config", "mounts", "lease", "signals"},
+    {"locks", "background", "config", "mounts", "lease", "signals"},
     {"resample"},
     {"checkpoint", "windows", "masks", "runfolder", "progress"},
     {"history", "questions", "task_requests"},

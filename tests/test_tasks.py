@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import yaml
 from transformers import LlamaConfig
 
 import lpserve
-from lpserve.admission import samples_of
+from lpserve.admission import check_model, engine_spec, samples_of
 from lpserve.cli import main
 from lpserve.config import config_from
 from lpserve.coordinator import run
@@ -28,9 +29,13 @@ from lpserve.errors import InputError
 from lpserve.evaluate import EvalConfig, evaluate
 from lpserve.layer_sets import LayerSet, masks_of, whole_model
 from lpserve.masks import all_masks, full_mask, keys
+from lpserve.pool import LocalPool
+from lpserve.progress import Progress
 from lpserve.questions import Questions
 from lpserve.sample import Sample
 from lpserve.scored import read_scores
+from lpserve.signals import heeded_signals
+from lpserve.store import Store
 from lpserve.types import TASK_UTILITIES, utilities
 from lpserve.windows import TokenWindows
 from tests.conftest import SEED
@@ -173,13 +178,30 @@ def test_parts_of_questions_are_the_same_questions(rng):
     assert both.content_hash != Questions.concatenate([other, part]).content_hash
 
 
+TRAIN_SPLIT = """
+
+def _halves(name):
+    documents = _test_split(name)["test"]
+    return {"test": documents.select(range(15)), "train": documents.select(range(15, 30))}
+
+def more_continuation(**_):
+    return _halves("continuation")
+
+def more_last_word(**_):
+    return _halves("last_word")
+"""
+
+
 @pytest.fixture(scope="session")
 def few_documents(tmp_path_factory) -> str:
-    """The bundled tasks with their first fifteen documents."""
+    """The bundled tasks with their first fifteen documents, the next fifteen for examples."""
     folder = tmp_path_factory.mktemp("few") / "tasks"
     shutil.copytree(TASKS, folder)
-    for path in folder.glob("*.jsonl"):
-        path.write_text("\n".join(path.read_text().split("\n")[:15]))
+    documents = folder / "documents.py"
+    documents.write_text(documents.read_text() + TRAIN_SPLIT)
+    for path in folder.glob("*.yaml"):
+        text = path.read_text().replace("!function documents.", "!function documents.more_")
+        path.write_text(text + "training_split: train\n")
     return str(folder)
 
 
@@ -192,9 +214,11 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
     """The bundled model on all documents of a task: calibration and held-out questions together."""
     sets = [whole_model(), LayerSet("first", (0,)), LayerSet("some", (1, 2, 7, 8, 10, 11))]
     model = str(FOLDER / "model")
+    tasks, num = (few_documents, 15) if task == CHOICE or num_fewshot else (TASKS, 100)
     config = config_from(
-        values_of(tmp_path, model, task, utility, num_windows=12, heldout_windows=3,
-                  num_fewshot=num_fewshot, sizes=None, include_path=few_documents), "test"
+        values_of(tmp_path, model, task, utility, num_windows=num * 4 // 5,
+                  heldout_windows=num // 5, num_fewshot=num_fewshot, sizes=None,
+                  include_path=tasks), "test"
     )  # fmt: skip
     losses = []
     for sample in samples_of(config):
@@ -204,7 +228,7 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
         losses.append(sample.losses(utility, values))
     mean_M = np.concatenate(losses, axis=1).astype(np.float64).mean(axis=1)
     told = evaluate(
-        EvalConfig(model=model, sets=tuple(sets[1:]), tasks=(task,), include_path=few_documents,
+        EvalConfig(model=model, sets=tuple(sets[1:]), tasks=(task,), include_path=tasks,
                    num_fewshot=num_fewshot, out=str(tmp_path / "eval"))
     )  # fmt: skip
     wanted = np.array([told.value(s.name, f"{task} {metric}") for s in sets])
@@ -306,11 +330,20 @@ def test_few_questions_may_screen_sets(small_model, tmp_path):
     scored = run(config_from(values, "test")).outcome.scored
     assert scored.screen == (0, 1, 2)
     screened_M = scored.screened_M()
+    assert screened_M.any()
     for row in np.flatnonzero(screened_M):
         assert np.isfinite(scored.loss_MN[row, :3]).all()
         assert np.isnan(scored.loss_MN[row, 3:]).all()
     whole_M = np.isfinite(scored.loss_MN).all(axis=1)
     assert (whole_M | screened_M).all()
+    # and the store holds no score of the other questions' windows
+    calibration, _ = samples_of(config_from(values, "test"))
+    hashes = np.array(calibration.windows.window_hashes)
+    on_screen = set(hashes[calibration.window_rows([0, 1, 2])])
+    stored = stored_scores(tmp_path / "run" / "scores.sqlite")
+    mine = set(hashes)
+    for key in keys(scored.masks_MP[screened_M]):
+        assert {window for k, window in stored if k == key and window in mine} == on_screen
 
 
 def test_more_questions_contain_fewer_and_sides_never_meet(small_model, tmp_path, rng):
@@ -345,6 +378,11 @@ def contrary(doc, results):
     """Right where the least likely answer is."""
     told = [r[0] for r in results]
     return {"acc": float(told.index(min(told)) == doc["gold"])}
+
+def wide(doc, results):
+    """Right only where the answer is likelier by a wide margin."""
+    told = sorted((r[0], i) for i, r in enumerate(results))
+    return {"acc": float(told[-1][1] == doc["gold"] and told[-1][0] - told[-2][0] > 0.05)}
 '''
 
 
@@ -407,7 +445,130 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
         EvalConfig(model=small_model, sets=tuple(sets[1:]), tasks=("made",), include_path=tasks,
                    out=str(tmp_path / "eval"))
     )  # fmt: skip
-    assert 1.0 - mean_M == pytest.approx([told.value(s.name, "made acc") for s in sets])
+    wanted = [told.value(s.name, "made acc") for s in sets]
+    assert 1.0 - mean_M == pytest.approx(wanted)
+    assert len(set(wanted)) > 1
+
+
+def test_questions_are_known_by_themselves_and_not_by_how_wide_others_are(rng):
+    questions, _ = some_questions(rng)
+    narrow = np.flatnonzero((questions.answers_QC >= 0).sum(axis=1) <= 3)[:4]
+    part = questions.select(narrow)
+    trimmed = replace(
+        part, answers_QC=part.answers_QC[:, :3], right_QC=part.right_QC[:, :3],
+        chars_QC=part.chars_QC[:, :3],
+    )  # fmt: skip
+    assert trimmed.content_hash == part.content_hash
+    other = replace(part, right_QC=np.roll(part.right_QC, 1, axis=0))
+    assert other.content_hash != part.content_hash or (part.right_QC == other.right_QC).all()
+
+
+def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):
+    from lpserve.study import study_of
+    from lpserve.sweep import sweep
+
+    documents = made_documents(rng, lambda rng: int(rng.integers(2)))
+    for document in documents:
+        document["choices"] = document["choices"][: int(rng.integers(2, 5))]
+    tasks = own_task(tmp_path / "own", documents)
+    values = values_of(
+        tmp_path, small_model, "made", "task_margin", include_path=tasks, budget=30, sizes=None,
+        max_removed=2, heldout_windows=4, masks="own", calibration={"made": "task:made"},
+        sweep={"num_windows": [3, 4], "window_seed": [0, 1]}, out=str(tmp_path / "study"),
+    )  # fmt: skip
+    first = sweep(study_of(values, "test"))
+    assert [run.failed for run in first.runs] == [""] * 4
+    assert first.scores_twice == 0
+    more = values | {"sweep": {"num_windows": [3, 4, 20], "window_seed": [0, 1]}}
+    second = sweep(study_of(more, "test"))
+    assert [run.failed for run in second.runs] == [""] * 6
+    again = {run.point.id: run for run in second.runs}
+    for known in first.runs:
+        assert again[known.point.id].seconds == known.seconds  # read, not made again
+
+
+def test_examples_never_tell_what_is_held_out(small_model, tmp_path, rng):
+    documents = made_documents(rng, lambda rng: int(rng.integers(4)))
+    tasks = own_task(tmp_path / "own", documents + documents)
+    values = values_of(tmp_path, small_model, "made", "task_acc", include_path=tasks,
+                       num_windows=24, heldout_windows=6)  # fmt: skip
+    with pytest.raises(InputError, match="so that none could be held out"):
+        samples_of(config_from(values | {"num_fewshot": 2}, "test"))
+    path = tmp_path / "own" / "made_documents.py"
+    path.write_text(path.read_text().replace(
+        'return {"test": datasets', 'return {"train": datasets.Dataset.from_list('
+        '[{"context": "one", "choices": ["a", "b"], "gold": 0, "answer": "c"}] * 5), '
+        '"test": datasets'))  # fmt: skip
+    path = tmp_path / "own" / "made.yaml"
+    path.write_text(path.read_text() + "training_split: train\n")
+    sides = samples_of(config_from(values | {"num_fewshot": 2}, "test"))
+    # every document is there twice, after other examples: each is asked once
+    scored = [
+        {
+            w[n - 12 : n].tobytes()
+            for w, n in zip(s.windows.tokens_NT, s.windows.lengths_N, strict=True)
+        }
+        for s in sides
+    ]
+    assert sum(s.num_units for s in sides) == 30
+    assert not scored[0] & scored[1]
+    with pytest.raises(InputError, match="'made' cannot be asked: "):
+        samples_of(config_from(values | {"num_fewshot": 6}, "test"))
+
+
+def test_what_one_seed_holds_out_no_other_calibrates_on(small_model, tmp_path):
+    values = values_of(tmp_path, small_model, CHOICE, "task_acc", num_windows=80,
+                       heldout_windows=20)  # fmt: skip
+    sides = [samples_of(config_from(values | {"window_seed": s}, "test")) for s in (0, 1)]
+    sets = [[set(s.windows.window_hashes) for s in both] for both in sides]
+    assert sets[0] == sets[1]
+
+
+def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model, tmp_path):
+    """A study whose leader was given up on one window of a wrong answer."""
+    from lpserve.coordinator import Seat, run_at
+
+    config = config_from(values_of(tmp_path, small_model, CHOICE, "task_margin", budget=40,
+                                   sizes=None), "test")  # fmt: skip
+    result = run(config)
+    scored = result.outcome.scored
+    loss_MN = scored.loss_MN.copy()
+    loss_MN[5, 3] = np.nan  # the right answers' NLLs are all there
+    with sqlite3.connect(tmp_path / "run" / "scores.sqlite") as db:
+        db.execute("DELETE FROM scores WHERE mask = ?", (keys(scored.masks_MP)[5],))
+    follower = replace(config, seed=1, out=str(tmp_path / "follower"))
+    with Store(tmp_path / "run" / "scores.sqlite", holder="a test") as store:
+        samples = samples_of(config)
+        spec = engine_spec(config, None, samples[0].windows.length)
+        pool = LocalPool(spec, samples[0].windows)
+        try:
+            with heeded_signals() as signals:
+                seat = Seat(store=store, pool=pool, signals=signals)
+                told = run_at(check_model(follower), samples, seat, Progress(interval_s=100.0),
+                              masks_of=replace(scored, other_loss_MN=loss_MN))  # fmt: skip
+        finally:
+            pool.close()
+    assert np.isnan(told.outcome.scored.loss_MN[5]).any()
+
+
+def test_shares_of_a_margin_are_for_each_token(small_model, tmp_path):
+    """A task without choices is a text whose scored tokens are the answers': of the same windows,
+    the draws of questions and of windows tell alike."""
+    values = values_of(tmp_path, small_model, LAST_WORD, "task_margin", num_windows=12)
+    calibration, heldout = samples_of(config_from(values, "test"))
+    for name, sample in (("calibration", calibration), ("heldout", heldout)):
+        np.savez(tmp_path / f"{name}.npz", tokens=sample.windows.tokens_NT,
+                 scored=sample.windows.scored_NT)  # fmt: skip
+    plain = {k: v for k, v in values.items() if k != "include_path"}
+    text = run(config_from(plain | {
+        "utility": "neg_nll", "calibration": str(tmp_path / "calibration.npz"),
+        "heldout": str(tmp_path / "heldout.npz"), "out": str(tmp_path / "text"),
+    }, "test")).outcome.plan  # fmt: skip
+    task = run(config_from(values, "test")).outcome.plan
+    for mine, theirs in zip(task.plans, text.plans, strict=True):
+        assert mine.stability is not None
+        assert theirs.stability is not None
+        assert mine.stability["regret"] < 3 * theirs.stability["regret"] + 0.05
 
 
 def test_a_question_that_comes_twice_is_asked_once(small_model, tmp_path, rng):
@@ -448,6 +609,9 @@ def no_engine(monkeypatch):
         ({"calibration": f"task:{LAST_WORD}", "utility": "task_acc_norm"}, "without a choice"),
         ({"num_fewshot": -1}, "num_fewshot must be a whole number, at least 0"),
         ({"screen_windows": 8}, "screen_windows must be below the number of windows"),
+        ({"length": 64}, "length is about texts, and there are tasks alone"),
+        ({"bos": True}, "bos is about texts, and there are tasks alone"),
+        ({"calibration": {"a": f"task:{CHOICE}", "b": f"task:{CHOICE}"}}, "'a' and 'b' both hold"),
     ],
 )
 def test_bad_input_is_one_line_before_any_engine(
@@ -463,13 +627,22 @@ def test_bad_input_is_one_line_before_any_engine(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_task_with_a_rule_of_its_own_is_refused(small_model, tmp_path, rng):
+@pytest.mark.parametrize("rule", ["contrary", "wide"])
+def test_a_task_with_a_rule_of_its_own_is_refused(rule, small_model, tmp_path, rng):
     documents = made_documents(rng, lambda rng: int(rng.integers(4)))
     tasks = own_task(tmp_path / "own", documents,
-                     process_results="!function made_documents.contrary")  # fmt: skip
+                     process_results=f"!function made_documents.{rule}")  # fmt: skip
     values = values_of(tmp_path, small_model, "made", "task_acc", include_path=tasks)
     with pytest.raises(InputError, match="task 'made'"):
         samples_of(config_from(values, "test"))
+
+
+def test_examples_are_about_tasks(tmp_path, small_model):
+    values = values_of(tmp_path, small_model, CHOICE, "neg_nll", num_fewshot=1,
+                       calibration=str(FOLDER / "calibration.txt"))  # fmt: skip
+    del values["include_path"]
+    with pytest.raises(InputError, match="num_fewshot is about tasks, and there are texts"):
+        run(config_from(values, "test"))
 
 
 def test_a_task_that_generates_is_refused(small_model, tmp_path, rng):

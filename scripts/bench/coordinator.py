@@ -242,7 +242,7 @@ def refits(*, in_loop: bool, budget: int) -> Refits:
     lpserve.dispatcher.TARGET_UNIT_S = BATCH_S
     spent: list[float] = []
     plain_propose = lpserve.coordinator.RoundPlanner.propose
-    on_thread = lpserve.coordinator._in_background
+    on_thread = lpserve.coordinator.in_background
 
     def propose(self: Any, *args: Any) -> Round:
         started = time.perf_counter()
@@ -270,7 +270,7 @@ def refits(*, in_loop: bool, budget: int) -> Refits:
             (lpserve.coordinator, "Dispatcher"): TimedDispatcher,
             (lpserve.coordinator, "Store"): TimedStore,
             (lpserve.coordinator.RoundPlanner, "propose"): propose,
-            (lpserve.coordinator, "_in_background"): in_the_loop if in_loop else on_thread,
+            (lpserve.coordinator, "in_background"): in_the_loop if in_loop else on_thread,
         }
         before = {key: getattr(*key) for key in changed}
         for (owner, name), value in changed.items():
