@@ -21,6 +21,7 @@ from lpserve.coordinator import run
 from lpserve.dispatcher import Dispatcher, GivenUp
 from lpserve.errors import InputError
 from lpserve.masks import keys
+from lpserve.protocols import Protocol
 from lpserve.types import EngineSpec
 from lpserve.windows import TokenWindows
 from tests.test_cli import lpserve
@@ -210,3 +211,32 @@ def test_two_real_engines_give_the_local_pools_plan(engine, tmp_path):
     for a, b in zip(*plans, strict=True):
         assert a["removed"] == b["removed"]
         assert a["calibration_ppl"] == pytest.approx(b["calibration_ppl"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_evaluations_and_tasks_over_actors_tell_what_one_engine_does(tmp_path):
+    """Two actors with the bundled model each; float32 on CPU, so that figures are equal."""
+    from lpserve.demo import FOLDER
+    from lpserve.evaluate import EvalConfig, evaluate
+    from lpserve.layer_sets import LayerSet
+
+    model, tasks = str(FOLDER / "model"), str(FOLDER / "tasks")
+    text = tmp_path / "text.txt"
+    text.write_text((FOLDER / "heldout.txt").read_text()[:20_000])
+    told, plans = [], []
+    for pool, engines in (("local", 1), ("ray", 2)):
+        out = tmp_path / pool
+        evaluation = EvalConfig(
+            model=model, sets=(LayerSet("three", (2, 7, 8)), LayerSet("first", (0,))),
+            texts={"novel": str(text)}, tasks=("dracula_last_word",), include_path=tasks, limit=20,
+            protocol=Protocol(length=128), pool=pool, engines=engines, out=str(out / "eval"),
+        )  # fmt: skip
+        told.append(evaluate(evaluation).results)
+        values = {
+            "model": model, "calibration": "task:dracula_last_word", "include_path": tasks,
+            "utility": "task_margin", "num_windows": 6, "heldout_windows": 4, "budget": 30,
+            "max_removed": 2, "pool": pool, "engines": engines, "out": str(out / "run"),
+        }  # fmt: skip
+        plans.append(run(config_from(values, "test")).outcome.plan)
+    assert told[0] == told[1]
+    assert plans[0] == plans[1]
