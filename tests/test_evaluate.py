@@ -206,6 +206,7 @@ def test_perplexity_of_a_set_is_that_of_its_export(pruned, short_text, tmp_path)
     assert together.value(str(REMOVED), "ppl novel") == pytest.approx(by_hand, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on(short_text, tmp_path):
     """SIGKILL once something is stored, SIGINT once more is, then to the end."""
     out = tmp_path / "eval"

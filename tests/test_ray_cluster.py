@@ -193,6 +193,7 @@ def test_only_an_address_that_nothing_answers_at_is_left_behind(listening, tmp_p
         assert _left_behind() is not listening
 
 
+@pytest.mark.slow
 def test_a_cluster_is_started_where_an_earlier_one_left_its_address():
     """In a process of its own, since Ray reads the folder once; sockets need a short path."""
     code = "from lpserve.ray_pool.cluster import connect; print(connect())"

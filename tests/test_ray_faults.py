@@ -72,7 +72,10 @@ def kill_when(process: subprocess.Popen[str], path: Path, scores: int, victims) 
         os.kill(victim, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("then", [{"engines": 3}, {"pool": "local", "engines": 1}])
+@pytest.mark.parametrize(
+    "then",
+    [{"engines": 3}, pytest.param({"pool": "local", "engines": 1}, marks=pytest.mark.slow)],
+)
 def test_a_killed_driver_resumes_with_another_number_of_engines(then, tmp_path, texts):  # noqa: F811
     alone, stored = undisturbed(tmp_path, texts)
     path = tmp_path / "run" / "scores.sqlite"

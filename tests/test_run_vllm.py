@@ -65,6 +65,7 @@ def test_the_run_says_which_path_ran_and_why(runs):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_resumed_by_either_path_and_a_bad_option_is_refused(runs):
     out, _ = runs["vllm"]
     before = (out / "plan.json").read_bytes()

@@ -15,20 +15,20 @@ from tests.engine.test_hf_parity import NUM_LAYERS
 SHORT = {"dtype": "float32", "prompt_tokens": 8, "new_tokens": 3, "batch": 2, "repeats": 1}
 
 
-def test_dense_and_pruned_in_both_engines(model_dir, tmp_path):
+@pytest.mark.parametrize(
+    "engines", [("transformers",), pytest.param(("transformers", "vllm"), marks=pytest.mark.slow)]
+)
+def test_dense_and_pruned_side_by_side(engines, model_dir, tmp_path):
     dense, pruned = model_dir("llama"), tmp_path / "pruned"
     lpserve.export_checkpoint(dense, removed=[1, 4], out=pruned)
     options = {"enforce_eager": True, "kv_cache_memory_bytes": 4 << 20}
     config = SpeedConfig(
-        models=(str(dense), str(pruned)), engines=("transformers", "vllm"), vllm_options=options,
-        **SHORT,
+        models=(str(dense), str(pruned)), engines=engines, vllm_options=options, **SHORT,
     )  # fmt: skip
     speeds = measure(config)
     told = [(s.engine, s.model, s.num_layers) for s in speeds]
-    assert told == [
-        ("transformers", str(dense), NUM_LAYERS), ("transformers", str(pruned), NUM_LAYERS - 2),
-        ("vllm", str(dense), NUM_LAYERS), ("vllm", str(pruned), NUM_LAYERS - 2),
-    ]  # fmt: skip
+    models = [(str(dense), NUM_LAYERS), (str(pruned), NUM_LAYERS - 2)]
+    assert told == [(engine, model, layers) for engine in engines for model, layers in models]
     for s in speeds:
         entries = read_checkpoint(s.model).tensors
         assert s.weight_bytes == sum(entry.num_bytes for entry in entries)
@@ -38,7 +38,7 @@ def test_dense_and_pruned_in_both_engines(model_dir, tmp_path):
         assert s.peak_bytes > s.weight_bytes / 2  # the process holds them
     assert speeds[1].weight_bytes < speeds[0].weight_bytes
     lines = table(speeds)
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + 2 * len(engines)
     assert lines[2].endswith("| 1.00 x / 1.00 x / 1.00 x |")
 
 

@@ -207,7 +207,8 @@ def few_documents(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize(
     ("task", "utility", "metric", "num_fewshot"),
-    [(CHOICE, "task_acc", "acc", None), (CHOICE, "task_acc_norm", "acc_norm", 2),
+    [(CHOICE, "task_acc", "acc", None),
+     pytest.param(CHOICE, "task_acc_norm", "acc_norm", 2, marks=pytest.mark.slow),
      (LAST_WORD, "task_acc", "acc", None), (LAST_WORD, "task_margin", "perplexity", 2)],
 )  # fmt: skip
 def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_documents, tmp_path):
@@ -237,7 +238,10 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
     assert len(set(wanted.tolist())) > 1
 
 
-@pytest.mark.parametrize("utility", ["task_acc", "task_margin", "task_margin_norm"])
+@pytest.mark.parametrize(
+    "utility",
+    ["task_acc", "task_margin", pytest.param("task_margin_norm", marks=pytest.mark.slow)],
+)
 def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path, capsys):
     task = LAST_WORD if utility == "task_margin" else CHOICE
     config = config_from(values_of(tmp_path, small_model, task, utility), "test")
@@ -598,7 +602,6 @@ def no_engine(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"calibration": "task:dracula_continuaton"}, "did you mean 'dracula_continuation'?"),
         ({"include_path": "nowhere"}, "task folder nowhere does not exist"),
         ({"utility": "neg_nll"}, "is a task, utility neg_nll is about texts"),
         ({"calibration": str(FOLDER / "calibration.txt")}, "is about tasks, calibration 'calibra"),
