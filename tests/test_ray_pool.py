@@ -215,7 +215,8 @@ def test_two_real_engines_give_the_local_pools_plan(engine, tmp_path):
 
 @pytest.mark.slow
 def test_evaluations_and_tasks_over_actors_tell_what_one_engine_does(tmp_path):
-    """Two actors with the bundled model each; float32 on CPU, so that figures are equal."""
+    """Two actors with the bundled model each. Windows are divided over them, so that sums of
+    float32 terms have another order: 1e-6 relative."""
     from lpserve.demo import FOLDER
     from lpserve.evaluate import EvalConfig, evaluate
     from lpserve.layer_sets import LayerSet
@@ -238,5 +239,10 @@ def test_evaluations_and_tasks_over_actors_tell_what_one_engine_does(tmp_path):
             "max_removed": 2, "pool": pool, "engines": engines, "out": str(out / "run"),
         }  # fmt: skip
         plans.append(run(config_from(values, "test")).outcome.plan)
-    assert told[0] == told[1]
-    assert plans[0] == plans[1]
+    for mine, other in zip(*told, strict=True):
+        assert (mine.layer_set, mine.measure) == (other.layer_set, other.measure)
+        assert mine.value == pytest.approx(other.value, rel=1e-6)
+    for mine, other in zip(plans[0].plans, plans[1].plans, strict=True):
+        assert mine.removed == other.removed
+        assert mine.calibration_utility == pytest.approx(other.calibration_utility, rel=1e-6)
+        assert mine.heldout_utility == pytest.approx(other.heldout_utility, rel=1e-6)
