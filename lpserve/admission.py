@@ -67,17 +67,22 @@ def samples_of(config: RunConfig) -> tuple[Sample, Sample]:
         num_fewshot=config.num_fewshot,
     )  # fmt: skip
     calibration, heldout = (Sample.concatenate(side) for side in parts)
-    check_samples(config, calibration, heldout)
-    refuse_shared(calibration, heldout)
+    check_utility(config.utility, calibration, heldout)
+    check_sides(config, calibration, heldout)
     return calibration, heldout
 
 
-def check_samples(config: RunConfig, *samples: Sample) -> None:
-    """Raise InputError where windows do not fit the model, or the utility is not defined."""
-    check_windows_of(config, *(sample.windows for sample in samples))
+def check_utility(utility: str, *samples: Sample) -> None:
+    """Raise InputError where a utility is not defined on questions."""
     for sample in samples:
         if sample.questions is not None:
-            sample.questions.check(config.utility)
+            sample.questions.check(utility)
+
+
+def check_sides(config: EngineConfig, calibration: Sample, heldout: Sample) -> None:
+    """Raise InputError where windows do not fit the model, or are on both sides."""
+    check_windows_of(config, calibration.windows, heldout.windows)
+    refuse_shared(calibration, heldout)
 
 
 def windows_of(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:

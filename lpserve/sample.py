@@ -59,7 +59,8 @@ class Sample:
     @property
     def num_tokens_U(self) -> IntArray:
         """Scored positions of the told windows."""
-        return self.told_windows.num_tokens_N
+        num_tokens_N = self.windows.num_tokens_N
+        return num_tokens_N if self.questions is None else num_tokens_N[self.questions.right_rows_Q]
 
     def told(self, values: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
         """NLLs of the told windows, `float32[M, U]`, from sums `[M, N]` by metric."""

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lpserve.admission import check_model, check_samples
+from lpserve.admission import check_model, check_sides, check_utility
 from lpserve.config import RunConfig, as_json, config_from, corpora
 from lpserve.errors import InputError
-from lpserve.sample import Sample, refuse_shared
+from lpserve.sample import Sample
 from lpserve.tasks import cut_samples
 from lpserve.types import is_task_utility, metric_of
 from lpserve.windows import TokenWindows, WindowRequest
@@ -392,8 +392,8 @@ def study_windows(study: Study, configs: Sequence[RunConfig]) -> StudyWindows:
     for config in configs:
         config.refuse_idle(num_fewshot=False)
         calibration, held = windows.of(config)
-        check_samples(config, calibration, held)
+        check_utility(config.utility, calibration, held)
         if calibration.content_hash not in told:
-            refuse_shared(calibration, held)
+            check_sides(base, calibration, held)
         told.add(calibration.content_hash)
     return windows

@@ -176,7 +176,7 @@ class _Asked:
     """Question and answers without what comes before: two questions that share one are the same."""
 
 
-def _asked(name: str, task: Any, num_fewshot: int | None) -> Iterator[_Asked]:
+def _asked(name: str, task: Any, num_fewshot: int | None) -> list[_Asked]:
     """Every question of a task; raises InputError where it cannot be asked, or not without telling
     what is held out."""
     kind = task.get_config("output_type")
@@ -201,8 +201,7 @@ def _asked(name: str, task: Any, num_fewshot: int | None) -> Iterator[_Asked]:
         requests: dict[int, list[Any]] = {}
         for instance in task.instances:
             requests.setdefault(instance.doc_id, []).append(instance)
-        found = [_question(name, task, kind, some) for some in requests.values()]
-    yield from found
+        return [_question(name, task, kind, some) for some in requests.values()]
 
 
 def _question(name: str, task: Any, kind: str, instances: list[Any]) -> _Asked:
