@@ -87,6 +87,9 @@ class Evaluation:
     """Scores that the store held."""
     layer_forwards: int
     skip_layer_forwards: int
+    requests_cut: int
+    """Different requests of tasks that were longer than the model reads: they lost their
+    beginning."""
 
     def value(self, layer_set: str, measure: str) -> float:
         """One figure; raises KeyError."""
@@ -141,6 +144,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
             masks_read=session.masks_read,
             layer_forwards=session.work.layer_forwards,
             skip_layer_forwards=session.work.skip_layer_forwards,
+            requests_cut=0 if tasks is None else tasks.requests_cut,
         )
         _write(folder, config, session, evaluation)
     return evaluation
@@ -173,6 +177,7 @@ class _Tasks:
         from lpserve.task_requests import max_input_length
 
         self._config = config
+        self.requests_cut = 0
         self.max_length = config.max_length or max_input_length(config.model)
         self._manager, loaded = loader.manager, loader.load(config.tasks)
         for name, task in loaded.items():
@@ -210,6 +215,7 @@ class _Tasks:
                 continue
             for task, metrics in found["results"].items():
                 results += _figures(layer_set, task, metrics)
+        self.requests_cut = len(lm.cut)
         return results
 
 
@@ -262,6 +268,7 @@ def _write(
         "num_fewshot": config.num_fewshot,
         "limit": config.limit,
         "max_length": config.max_length,
+        "requests_cut": evaluation.requests_cut,
         "versions": {"lpserve": lpserve.__version__, **info.versions},
         "results": [
             {"set": r.layer_set, "removed": list(r.removed), "measure": r.measure,

@@ -68,6 +68,7 @@ class SetsLM(RequestsLM):
         self.current = 0
         """Row of the mask that is asked about."""
         self._session = session
+        self._told_cut = 0
         self._masks_MP = masks_MP
         self._answers: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
 
@@ -83,11 +84,21 @@ class SetsLM(RequestsLM):
             nll_N, misses_N = self._scored(part)
             for row, nll, misses in zip(part, nll_N.tolist(), misses_N.tolist(), strict=True):
                 found[row] = (-nll, misses == 0)
+        self._tell_cut()
         answers = [found[row] for row in rows]
         for (text, _, _), answer in zip(requests, answers, strict=True):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, answer)
         return answers
+
+    def _tell_cut(self) -> None:
+        """Says once of every request that it lost its beginning."""
+        if len(self.cut) > self._told_cut:
+            self._session.progress.note(
+                f"{len(self.cut) - self._told_cut} requests are longer than {self.max_length} "
+                "tokens and lost their beginning: fewer examples (num_fewshot) make them shorter"
+            )
+            self._told_cut = len(self.cut)
 
     def _scored(self, rows: Sequence[Row]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """NLL and misses `[N]` of the current mask; all masks are scored."""
@@ -125,6 +136,7 @@ class SetsLM(RequestsLM):
             InputError: the engine cannot generate, or a task asks for sampling.
         """
         wanted = [_Wanted.of(self, *request.args) for request in requests]
+        self._tell_cut()
         mask_P, ends = self._masks_MP[self.current], end_ids(self.tokenizer)
         while open_ := [request for request in wanted if request.left]:
             # those with most left go together: the others join once they have as much
@@ -174,7 +186,10 @@ class _Wanted:
             raise InputError(f"a task generates {most} tokens; the model reads {lm.max_length}")
         end = lm.tokenizer.decode([lm.eot_token_id])
         until = handle_stop_sequences(known.get("until"), eos=end)
-        ids = lm.tok_encode(context)[-room:] or [lm.prefix_token_id]
+        whole = lm.tok_encode(context)
+        ids = whole[-room:] or [lm.prefix_token_id]
+        if len(ids) < len(whole):
+            lm.cut.add((tuple(ids), 0))
         return cls(context=ids, until=[stop for stop in until if stop], left=most)
 
     def take(self, tokens: list[int], asked: int, tokenizer: Any) -> None:

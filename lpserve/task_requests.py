@@ -44,6 +44,8 @@ class RequestsLM(TemplateLM):
         super().__init__()
         self.tokenizer = tokenizer
         self._max_length = max_length
+        self.cut: set[Row] = set()
+        """Requests that lost their beginning, as they were scored."""
 
     @property
     def eot_token_id(self) -> int:
@@ -87,8 +89,12 @@ class RequestsLM(TemplateLM):
 
     def row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
         """The window of a request."""
-        tokens = (*context, *continuation)[-(self._max_length + 1) :]
-        return tokens, min(len(continuation), len(tokens) - 1)
+        whole = (*context, *continuation)
+        tokens = whole[-(self._max_length + 1) :]
+        row = tokens, min(len(continuation), len(tokens) - 1)
+        if len(tokens) < len(whole):
+            self.cut.add(row)
+        return row
 
 
 def windows_of_rows(rows: Sequence[Row], name: str) -> TokenWindows:

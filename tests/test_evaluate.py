@@ -165,6 +165,20 @@ def test_tasks_pick_as_with_lm_evals_own_model(pruned, tmp_path):
     assert [r for r in again.results if r.layer_set != "first"] == list(ours.results)
 
 
+def test_requests_that_lose_their_beginning_are_told(tmp_path, capsys):
+    """Contexts of the bundled tasks have 50 words and more: none is asked whole in 24 tokens."""
+    values = {"model": MODEL, "sets": (LayerSet("three", REMOVED),), "tasks": TASKS[1:],
+              "limit": 3, "include_path": str(FOLDER / "tasks")}  # fmt: skip
+    short = evaluate(EvalConfig(**values, max_length=24, out=str(tmp_path / "short")))
+    assert short.requests_cut == 3
+    told = capsys.readouterr().err
+    assert told.count("3 requests are longer than 24 tokens and lost their beginning") == 1
+    assert json.loads((tmp_path / "short" / "results.json").read_text())["requests_cut"] == 3
+    whole = evaluate(EvalConfig(**values, out=str(tmp_path / "whole")))
+    assert whole.requests_cut == 0
+    assert "lost their beginning" not in capsys.readouterr().err
+
+
 @pytest.fixture
 def short_text(tmp_path):
     path = tmp_path / "short.txt"
