@@ -82,7 +82,8 @@ class Speed:
     """Slowest and fastest repeat."""
     peak_bytes: int
     """GPU: most that torch had allocated. CPU: most memory of the process beyond what it took
-    before the model was loaded. vLLM's cache of keys and values is part of it."""
+    before the model was loaded. Summed over the ranks. vLLM's cache of keys and values is part of
+    it."""
 
 
 def measure(config: SpeedConfig) -> list[Speed]:
@@ -109,6 +110,10 @@ def measure(config: SpeedConfig) -> list[Speed]:
 
         if find_spec("vllm") is None:
             raise InputError("engine vllm needs vLLM: install lpserve[vllm]")
+        import torch
+
+        if config.device == "cpu" and torch.cuda.is_available():
+            raise InputError("engine vllm takes the GPU where there is one: leave --device out")
     return [
         _measured(config, model, engine, weights[model])
         for engine in config.engines

@@ -21,6 +21,8 @@ import numpy as np
 
 Generate = Callable[[Any, int], int]
 """(prompts int [B, P], new tokens of each) -> tokens generated in all."""
+Held = tuple[int, int, int]
+"""Id of a process, the most bytes that torch had allocated on its GPU, and the most it took."""
 
 
 def main(task: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     before = _resident_bytes()
     started = time.perf_counter()
     opened = _transformers if task["engine"] == "transformers" else _vllm
-    generate, about = opened(task, "cuda" if on_gpu else "cpu")
+    generate, workers, about = opened(task, "cuda" if on_gpu else "cpu")
     load_s = time.perf_counter() - started
     rng = np.random.default_rng(task["seed"])
     prompts_BP = rng.integers(0, about.pop("vocab_size"), (task["batch"], task["prompt_tokens"]))
@@ -54,7 +56,8 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     batch = seconds(prompts_BP, new)
     decode_s = (statistics.median(alone) - statistics.median(first)) / max(1, new - 1)
     rates = sorted(task["batch"] * new / s for s in batch)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_bytes() - before
+    held = {pid: (on_device, taken) for pid, on_device, taken in (*workers(), _held())}
+    peak = sum(on_device if on_gpu else taken - before for on_device, taken in held.values())
     return {
         **about,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -64,11 +67,15 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         "decode_s": decode_s,
         "batch_tokens_per_s": statistics.median(rates),
         "batch_tokens_per_s_range": [rates[0], rates[-1]],
-        "peak_bytes": int(peak),
+        "peak_bytes": peak,
     }
 
 
-def _transformers(task: dict[str, Any], device: str) -> tuple[Generate, dict[str, Any]]:
+Opened = tuple[Generate, Callable[[], list[Held]], dict[str, Any]]
+"""What generates, what its worker processes held, and what is told of the engine."""
+
+
+def _transformers(task: dict[str, Any], device: str) -> Opened:
     import torch
     import transformers
     from transformers import AutoModelForCausalLM
@@ -93,10 +100,10 @@ def _transformers(task: dict[str, Any], device: str) -> tuple[Generate, dict[str
     config = model.config.get_text_config()
     about = {"num_layers": config.num_hidden_layers, "vocab_size": config.vocab_size,
              "version": transformers.__version__}  # fmt: skip
-    return generate, about
+    return generate, list, about
 
 
-def _vllm(task: dict[str, Any], device: str) -> tuple[Generate, dict[str, Any]]:
+def _vllm(task: dict[str, Any], device: str) -> Opened:
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
@@ -123,7 +130,7 @@ def _vllm(task: dict[str, Any], device: str) -> tuple[Generate, dict[str, Any]]:
     config = AutoConfig.from_pretrained(task["model"], local_files_only=True).get_text_config()
     about = {"num_layers": config.num_hidden_layers, "vocab_size": config.vocab_size,
              "version": vllm.__version__}  # fmt: skip
-    return generate, about
+    return generate, lambda: llm.collective_rpc(_held), about
 
 
 def _resident_bytes() -> int:
@@ -132,8 +139,11 @@ def _resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _held(_worker: object = None) -> Held:
+    import torch
+
+    on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return os.getpid(), on_device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

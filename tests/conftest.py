@@ -12,7 +12,8 @@ from threadpoolctl import threadpool_limits
 
 from tests.reference import save_model, small_config
 
-SEED = int(os.environ.get("LPSERVE_TEST_SEED", secrets.randbits(31)))
+# in the environment, so that pytest's worker processes have the one that is told
+SEED = int(os.environ.setdefault("LPSERVE_TEST_SEED", str(secrets.randbits(31))))
 
 
 def pytest_report_header() -> str:
@@ -30,6 +31,16 @@ def one_blas_thread():
     """As in a run: on matrices this small, threads only wait for each other."""
     with threadpool_limits(1):
         yield
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where an engine is opened in this process."""
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("an engine was opened")
+
+    monkeypatch.setattr("lpserve.admission.LocalPool", opened)
 
 
 @pytest.fixture(scope="session")

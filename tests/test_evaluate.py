@@ -318,14 +318,6 @@ def test_a_model_is_given_one_token_less_than_it_has_positions():
     assert max_input_length(MODEL) == 511
 
 
-@pytest.fixture
-def no_engine(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("an engine was started")
-
-    monkeypatch.setattr("lpserve.scoring.open_pool", refuse)
-
-
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [

@@ -42,6 +42,23 @@ def test_dense_and_pruned_side_by_side(engines, model_dir, tmp_path):
     assert lines[2].endswith("| 1.00 x / 1.00 x / 1.00 x |")
 
 
+@pytest.mark.slow
+def test_memory_is_that_of_all_ranks(model_dir, monkeypatch):
+    """Every rank is a process that holds torch and vLLM: two ranks and who asks them take at least
+    half as much again as one process."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options = {"enforce_eager": True, "kv_cache_memory_bytes": 4 << 20}
+    held = []
+    for more in ({}, {"tensor_parallel_size": 2}):
+        config = SpeedConfig(
+            models=(str(model_dir("llama")),), engines=("vllm",), vllm_options=options | more,
+            **SHORT,
+        )  # fmt: skip
+        held.append(measure(config)[0].peak_bytes)
+    alone, ranks = held
+    assert ranks > 1.5 * alone
+
+
 def test_an_engine_that_fails_is_told_in_one_line(model_dir):
     config = SpeedConfig(
         models=(str(model_dir("llama")),), engines=("vllm",), vllm_options={"no_such": 1}, **SHORT

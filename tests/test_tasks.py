@@ -329,12 +329,19 @@ def test_a_run_of_a_task_resumes_extends_and_exports(small_model, tmp_path, caps
 def test_few_questions_may_screen_sets(small_model, tmp_path):
     values = values_of(
         tmp_path, small_model, CHOICE, "task_margin", screen_windows=3, budget=50, sizes=None,
-        max_removed=3,
+        max_removed=4,
     )  # fmt: skip
-    scored = run(config_from(values, "test")).outcome.scored
+    # a run may end with every set that it screened scored whole: of 40 random models none did, one
+    # left two such sets; another seed then
+    for seed in range(4):
+        values |= {"seed": seed, "out": str(tmp_path / f"run-{seed}")}
+        scored = run(config_from(values, "test")).outcome.scored
+        screened_M = scored.screened_M()
+        if screened_M.any():
+            break
+    else:
+        pytest.fail("no run left a screened set")
     assert scored.screen == (0, 1, 2)
-    screened_M = scored.screened_M()
-    assert screened_M.any()
     for row in np.flatnonzero(screened_M):
         assert np.isfinite(scored.loss_MN[row, :3]).all()
         assert np.isnan(scored.loss_MN[row, 3:]).all()
@@ -344,7 +351,7 @@ def test_few_questions_may_screen_sets(small_model, tmp_path):
     calibration, _ = samples_of(config_from(values, "test"))
     hashes = np.array(calibration.windows.window_hashes)
     on_screen = set(hashes[calibration.window_rows([0, 1, 2])])
-    stored = stored_scores(tmp_path / "run" / "scores.sqlite")
+    stored = stored_scores(Path(values["out"]) / "scores.sqlite")
     mine = set(hashes)
     for key in keys(scored.masks_MP[screened_M]):
         assert {window for k, window in stored if k == key and window in mine} == on_screen
@@ -590,16 +597,6 @@ def test_a_question_that_comes_twice_is_asked_once(small_model, tmp_path, rng):
 
 
 # -- what is refused -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_engine(monkeypatch):
-    """Fails where an engine is opened."""
-
-    def opened(*_, **__):
-        raise AssertionError("an engine was opened")
-
-    monkeypatch.setattr("lpserve.admission.LocalPool", opened)
 
 
 @pytest.mark.parametrize(
