@@ -254,6 +254,7 @@ def test_a_torn_event_line_is_cut_off(tmp_path, texts):
     assert all(json.loads(line) for line in events.read_text().splitlines())
 
 
+@pytest.mark.slow  # half a minute of fits
 def test_the_paper_surrogate_serves_a_whole_run(tmp_path, texts):
     result = run(make_config(tmp_path, texts, surrogate="paper", utility="ppl_ratio", budget=60))
     assert result.outcome.analysis.surrogate_name == "paper"

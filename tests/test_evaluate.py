@@ -261,6 +261,7 @@ def test_an_evaluation_that_was_killed_goes_on(short_text, tmp_path):
     assert undisturbed == (out / "results.csv").read_text()
 
 
+@pytest.mark.slow  # half a minute of imports
 def test_lm_evals_command_line_knows_the_model(tmp_path):
     done = subprocess.run(
         [
@@ -392,6 +393,7 @@ metric_list: [{metric: exact_match}]
 """
 
 
+@pytest.mark.slow  # a start of vLLM, and three evaluations
 def test_generated_texts_are_those_of_the_exported_checkpoint(pruned, tmp_path):
     """vLLM under masks against transformers' own generation: the same strings, stops and all."""
     tasks = tmp_path / "tasks"

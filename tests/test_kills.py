@@ -28,7 +28,7 @@ def command(out: Path, budget: int) -> list[str]:
         "--model", str(FOLDER / "model"),
         "--calibration", str(FOLDER / "calibration.txt"),
         "--heldout", str(FOLDER / "heldout.txt"),
-        "--num-windows", "8", "--heldout-windows", "8", "--length", "128",
+        "--num-windows", "8", "--heldout-windows", "8", "--length", "64",
         "--budget", str(budget), "--max-removed", "6", "--out", str(out),
     ]  # fmt: skip
 

@@ -184,6 +184,7 @@ def test_a_local_engine_that_breaks_ends_the_run_and_says_so(tmp_path, texts, rn
     assert result.outcome.plan == alone.outcome.plan
 
 
+@pytest.mark.slow  # one process after another
 def test_engines_that_die_on_every_mask_end_the_run_with_the_reason():
     masks = np.ones((40, P), dtype=bool)
     masks[np.arange(40), np.arange(40) % P] = False

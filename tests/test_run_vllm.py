@@ -15,7 +15,18 @@ from lpserve.masks import keys
 from lpserve.scored import read_scores
 from tests.test_cli import lpserve
 
-FLAGS = ["--budget", 60, "--max-removed", 2, "--heldout-windows", 4, "--progress-s", 1]
+FLAGS = [
+    "--budget",
+    60,
+    "--max-removed",
+    2,
+    "--num-windows",
+    4,
+    "--heldout-windows",
+    4,
+    "--progress-s",
+    1,
+]
 
 
 @pytest.fixture(scope="module")

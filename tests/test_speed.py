@@ -59,6 +59,7 @@ def test_memory_is_that_of_all_ranks(model_dir, monkeypatch):
     assert ranks > 1.5 * alone
 
 
+@pytest.mark.slow  # a start of vLLM
 def test_an_engine_that_fails_is_told_in_one_line(model_dir):
     config = SpeedConfig(
         models=(str(model_dir("llama")),), engines=("vllm",), vllm_options={"no_such": 1}, **SHORT

@@ -122,6 +122,7 @@ def test_the_same_study_again_does_nothing(finished_study):
     assert answers_of(finished_study.study.out) == before
 
 
+@pytest.mark.slow
 def test_a_study_may_grow(tmp_path):
     few = SMALL | {"seed": [0], "num_windows": [1]}
     first = sweep(study_of(small(tmp_path, sweep=few), "test"))

@@ -209,7 +209,8 @@ def few_documents(tmp_path_factory) -> str:
     ("task", "utility", "metric", "num_fewshot"),
     [(CHOICE, "task_acc", "acc", None),
      pytest.param(CHOICE, "task_acc_norm", "acc_norm", 2, marks=pytest.mark.slow),
-     (LAST_WORD, "task_acc", "acc", None), (LAST_WORD, "task_margin", "perplexity", 2)],
+     (LAST_WORD, "task_acc", "acc", None),
+     pytest.param(LAST_WORD, "task_margin", "perplexity", 2, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_documents, tmp_path):
     """The bundled model on all documents of a task: calibration and held-out questions together."""
@@ -240,7 +241,10 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
 
 @pytest.mark.parametrize(
     "utility",
-    ["task_acc", "task_margin", pytest.param("task_margin_norm", marks=pytest.mark.slow)],
+    [
+        "task_margin",
+        *(pytest.param(u, marks=pytest.mark.slow) for u in ("task_acc", "task_margin_norm")),
+    ],
 )
 def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path, capsys):
     task = LAST_WORD if utility == "task_margin" else CHOICE

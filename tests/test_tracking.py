@@ -136,6 +136,7 @@ def test_a_run_is_logged_once_and_brought_up_to_date(server, tmp_path, texts):
     assert masks[0] > plan.masks_scored
 
 
+@pytest.mark.slow
 def test_a_study_is_a_run_with_its_points_inside(server, tmp_path, capsys):
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(small(tmp_path, sweep={"utility": ["neg_nll", "ppl_ratio"]})))

@@ -73,7 +73,7 @@ def test_skipping_layers_equals_deleting_them(family, model_dir, rng):
 
 @pytest.mark.parametrize(
     "family",
-    [f if f in ("llama", "gemma2") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+    [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
 )
 def test_other_masks_budget_and_micro_batch_do_not_matter(family, model_dir, rng):
     path = model_dir(family)

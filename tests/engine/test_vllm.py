@@ -54,14 +54,15 @@ def open_vllm(model, windows, dtype: str = "float32", **options) -> VllmEngine:
     return VllmEngine(spec, windows)
 
 
-ALIKE = ("llama-mha", "mixtral", "olmo2", "opt", "gpt-neox", "phi3", "qwen2", "qwen3")
-"""Each close to one that stays among the fast tests, and a start of vLLM."""
+FAST = ("llama", "gpt2", "gemma2", "deepseek-v2")
+"""Plain, learned positions, norms around layers and two kinds of windows, latent attention: the
+others are each close to one of them, and a start of vLLM."""
 
 
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name
+        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
         for name in VLLM_FAMILIES
     ],
 )
@@ -210,6 +211,7 @@ def test_a_quantized_checkpoint_scores_alike_on_both_paths(
     assert 1e-5 < relative(mean_nll(scoring, windows), mean_nll(exact, windows)) < 1e-1
 
 
+@pytest.mark.slow
 def test_global_state_is_left_as_found_and_engines_follow_one_another(model_dir, rng):
     environment, setter = dict(os.environ), torch.set_num_threads
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
