@@ -135,8 +135,10 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
     ) as session:  # fmt: skip
         masks_MP = masks_of(sets, num_players)
         results = _perplexities(session, sets, masks_MP, cuts)
+        requests_cut = 0
         if tasks is not None:
-            results += tasks.run(session, tokenizer, sets, masks_MP)
+            figures, requests_cut = tasks.run(session, tokenizer, sets, masks_MP)
+            results += figures
         evaluation = Evaluation(
             results=tuple(results),
             protocols={name: str(cut) for name, cut in cuts.items()},
@@ -144,7 +146,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
             masks_read=session.masks_read,
             layer_forwards=session.work.layer_forwards,
             skip_layer_forwards=session.work.skip_layer_forwards,
-            requests_cut=0 if tasks is None else tasks.requests_cut,
+            requests_cut=requests_cut,
         )
         _write(folder, config, session, evaluation)
     return evaluation
@@ -177,7 +179,6 @@ class _Tasks:
         from lpserve.task_requests import max_input_length
 
         self._config = config
-        self.requests_cut = 0
         self.max_length = config.max_length or max_input_length(config.model)
         self._manager, loaded = loader.manager, loader.load(config.tasks)
         for name, task in loaded.items():
@@ -194,7 +195,8 @@ class _Tasks:
 
     def run(
         self, session: ScoringSession, tokenizer: Any, sets: Sequence[LayerSet], masks_MP: Any
-    ) -> list[Result]:
+    ) -> tuple[list[Result], int]:
+        """Figures, and how many different requests lost their beginning."""
         import lm_eval
 
         from lpserve.lm_eval_model import NotFiniteError, SetsLM
@@ -215,8 +217,7 @@ class _Tasks:
                 continue
             for task, metrics in found["results"].items():
                 results += _figures(layer_set, task, metrics)
-        self.requests_cut = len(lm.cut)
-        return results
+        return results, len(lm.cut)
 
 
 @contextmanager

@@ -186,11 +186,8 @@ class _Wanted:
             raise InputError(f"a task generates {most} tokens; the model reads {lm.max_length}")
         end = lm.tokenizer.decode([lm.eot_token_id])
         until = handle_stop_sequences(known.get("until"), eos=end)
-        whole = lm.tok_encode(context)
-        ids = whole[-room:] or [lm.prefix_token_id]
-        if len(ids) < len(whole):
-            lm.cut.add((tuple(ids), 0))
-        return cls(context=ids, until=[stop for stop in until if stop], left=most)
+        ids = lm.last(lm.tok_encode(context), room) or (lm.prefix_token_id,)
+        return cls(context=list(ids), until=[stop for stop in until if stop], left=most)
 
     def take(self, tokens: list[int], asked: int, tokenizer: Any) -> None:
         self.tokens += tokens

@@ -23,6 +23,8 @@ Generate = Callable[[Any, int], int]
 """(prompts int [B, P], new tokens of each) -> tokens generated in all."""
 Held = tuple[int, int, int]
 """Id of a process, the most bytes that torch had allocated on its GPU, and the most it took."""
+Opened = tuple[Generate, Callable[[], list[Held]], dict[str, Any]]
+"""What generates, what its worker processes held, and what is told of the engine."""
 
 
 def main(task: dict[str, Any]) -> dict[str, Any]:
@@ -69,10 +71,6 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         "batch_tokens_per_s_range": [rates[0], rates[-1]],
         "peak_bytes": peak,
     }
-
-
-Opened = tuple[Generate, Callable[[], list[Held]], dict[str, Any]]
-"""What generates, what its worker processes held, and what is told of the engine."""
 
 
 def _transformers(task: dict[str, Any], device: str) -> Opened:

@@ -44,8 +44,8 @@ class RequestsLM(TemplateLM):
         super().__init__()
         self.tokenizer = tokenizer
         self._max_length = max_length
-        self.cut: set[Row] = set()
-        """Requests that lost their beginning, as they were scored."""
+        self.cut: set[tuple[int, ...]] = set()
+        """Tokens of the requests that lost their beginning, as they were given."""
 
     @property
     def eot_token_id(self) -> int:
@@ -89,12 +89,15 @@ class RequestsLM(TemplateLM):
 
     def row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
         """The window of a request."""
-        whole = (*context, *continuation)
-        tokens = whole[-(self._max_length + 1) :]
-        row = tokens, min(len(continuation), len(tokens) - 1)
-        if len(tokens) < len(whole):
-            self.cut.add(row)
-        return row
+        tokens = self.last((*context, *continuation), self._max_length + 1)
+        return tokens, min(len(continuation), len(tokens) - 1)
+
+    def last(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
+        """At most so many of the last tokens; notes a request that loses its beginning."""
+        kept = tuple(tokens[-most:])
+        if len(kept) < len(tokens):
+            self.cut.add(kept)
+        return kept
 
 
 def windows_of_rows(rows: Sequence[Row], name: str) -> TokenWindows:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -215,3 +217,8 @@ def window_nll(model: torch.nn.Module, tokens_NT: np.ndarray, scored_NT: np.ndar
 def relative(got: np.ndarray, expected: np.ndarray) -> float:
     """Largest relative difference."""
     return float((np.abs(got - expected) / np.abs(expected)).max())
+
+
+def slow_but(names: Iterable[str], *fast: str) -> list[Any]:
+    """Parameters of which all but `fast` make slow tests."""
+    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]

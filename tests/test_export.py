@@ -26,15 +26,13 @@ from tests.reference import (
     reference_model,
     relative,
     save_model,
+    slow_but,
     small_config,
     window_nll,
 )
 
 
-@pytest.mark.parametrize(
-    "family",
-    [f if f in ("gpt2", "gemma2") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
-)
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "gpt2", "gemma2"))
 def test_the_export_scores_what_the_skip_engine_scores(family, model_dir, rng, tmp_path):
     path = model_dir(family)
     windows = lpserve.TokenWindows.from_tokens(rng.integers(0, 97, (3, 40)))

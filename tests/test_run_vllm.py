@@ -16,17 +16,9 @@ from lpserve.scored import read_scores
 from tests.test_cli import lpserve
 
 FLAGS = [
-    "--budget",
-    60,
-    "--max-removed",
-    2,
-    "--num-windows",
-    4,
-    "--heldout-windows",
-    4,
-    "--progress-s",
-    1,
-]
+    "--budget", 60, "--max-removed", 2, "--num-windows", 4, "--heldout-windows", 4,
+    "--progress-s", 1,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import lpserve
 from lpserve.checkpoint import read_checkpoint
 from lpserve.cli import main
 from lpserve.demo import FOLDER
-from lpserve.errors import EngineError
+from lpserve.errors import EngineError, InputError
 from lpserve.speed import SpeedConfig, measure, table
 from tests.engine.test_hf_parity import NUM_LAYERS
 
@@ -67,6 +67,13 @@ def test_an_engine_that_fails_is_told_in_one_line(model_dir):
     with pytest.raises(EngineError, match=r"cannot be measured with vllm: .*no_such") as caught:
         measure(config)
     assert "\n" not in str(caught.value)
+
+
+def test_vllm_is_not_told_to_leave_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = SpeedConfig(models=(str(FOLDER / "model"),), engines=("vllm",), device="cpu")
+    with pytest.raises(InputError, match="leave --device out"):
+        measure(config)
 
 
 @pytest.mark.parametrize(

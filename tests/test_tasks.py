@@ -606,6 +606,11 @@ def test_a_question_that_comes_twice_is_asked_once(small_model, tmp_path, rng):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        pytest.param(
+            {"calibration": "task:dracula_continuaton"},
+            "did you mean 'dracula_continuation'?",
+            marks=pytest.mark.slow,
+        ),
         ({"include_path": "nowhere"}, "task folder nowhere does not exist"),
         ({"utility": "neg_nll"}, "is a task, utility neg_nll is about texts"),
         ({"calibration": str(FOLDER / "calibration.txt")}, "is about tasks, calibration 'calibra"),

@@ -17,6 +17,7 @@ from tests.reference import (
     SPREAD,
     reference_model,
     relative,
+    slow_but,
     window_nll,
     with_layers_deleted,
 )
@@ -71,10 +72,7 @@ def test_skipping_layers_equals_deleting_them(family, model_dir, rng):
     assert gaps[np.triu_indices(len(distinct), k=1)].min() > SPREAD
 
 
-@pytest.mark.parametrize(
-    "family",
-    [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
-)
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "llama"))
 def test_other_masks_budget_and_micro_batch_do_not_matter(family, model_dir, rng):
     path = model_dir(family)
     windows = some_windows(rng, num=5)

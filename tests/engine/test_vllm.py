@@ -25,6 +25,7 @@ from tests.reference import (
     quantize_int8,
     reference_model,
     relative,
+    slow_but,
     window_nll,
     with_layers_deleted,
 )
@@ -59,13 +60,7 @@ FAST = ("llama", "gpt2", "gemma2", "deepseek-v2")
 others are each close to one of them, and a start of vLLM."""
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
-        for name in VLLM_FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", slow_but(VLLM_FAMILIES, *FAST))
 def test_both_paths_equal_deleting_layers(family, model_dir, rng):
     path, windows = model_dir(family), some_windows(rng, num=6)
     masks = np.concatenate([edge_masks(), rng.random((6, NUM_LAYERS)) < 0.6])
