@@ -10,41 +10,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lpserve.config import RunConfig as RunConfig
-    from lpserve.coordinator import run as run
+    from lpserve.data.windows import TokenWindows as TokenWindows
     from lpserve.engine import open_engine as open_engine
-    from lpserve.export import export_checkpoint as export_checkpoint
-    from lpserve.export import export_run as export_run
-    from lpserve.plan import Plan as Plan
-    from lpserve.plan import load_plan as load_plan
-    from lpserve.plots import plot_interactions as plot_interactions
-    from lpserve.plots import plot_plan as plot_plan
-    from lpserve.plots import plot_values as plot_values
-    from lpserve.shapley import ShapleyValues as ShapleyValues
-    from lpserve.shapley import shapley_values as shapley_values
-    from lpserve.store import Store as Store
+    from lpserve.export.export import export_checkpoint as export_checkpoint
+    from lpserve.export.export import export_run as export_run
+    from lpserve.plan.plan import Plan as Plan
+    from lpserve.plan.plan import load_plan as load_plan
+    from lpserve.report.plots import plot_interactions as plot_interactions
+    from lpserve.report.plots import plot_plan as plot_plan
+    from lpserve.report.plots import plot_values as plot_values
+    from lpserve.runner.coordinator import run as run
+    from lpserve.store.store import Store as Store
     from lpserve.types import EngineSpec as EngineSpec
     from lpserve.types import Scores as Scores
-    from lpserve.windows import TokenWindows as TokenWindows
+    from lpserve.values.shapley import ShapleyValues as ShapleyValues
+    from lpserve.values.shapley import shapley_values as shapley_values
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "EngineSpec": "lpserve.types",
-    "Plan": "lpserve.plan",
+    "Plan": "lpserve.plan.plan",
     "RunConfig": "lpserve.config",
     "Scores": "lpserve.types",
-    "ShapleyValues": "lpserve.shapley",
-    "Store": "lpserve.store",
-    "TokenWindows": "lpserve.windows",
-    "export_checkpoint": "lpserve.export",
-    "export_run": "lpserve.export",
-    "load_plan": "lpserve.plan",
+    "ShapleyValues": "lpserve.values.shapley",
+    "Store": "lpserve.store.store",
+    "TokenWindows": "lpserve.data.windows",
+    "export_checkpoint": "lpserve.export.export",
+    "export_run": "lpserve.export.export",
+    "load_plan": "lpserve.plan.plan",
     "open_engine": "lpserve.engine",
-    "plot_interactions": "lpserve.plots",
-    "plot_plan": "lpserve.plots",
-    "plot_values": "lpserve.plots",
-    "run": "lpserve.coordinator",
-    "shapley_values": "lpserve.shapley",
+    "plot_interactions": "lpserve.report.plots",
+    "plot_plan": "lpserve.report.plots",
+    "plot_values": "lpserve.report.plots",
+    "run": "lpserve.runner.coordinator",
+    "shapley_values": "lpserve.values.shapley",
 }
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "__version__",

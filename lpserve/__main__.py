@@ -2,6 +2,6 @@
 
 import sys
 
-from lpserve.cli import main
+from lpserve.cli.entry import main
 
 sys.exit(main())

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
+from lpserve.analysis.record import ScoredRun, read_scores
 from lpserve.engine.base import Engine
 from lpserve.errors import InputError
 from lpserve.masks import keys
-from lpserve.scored import ScoredRun, read_scores
-from lpserve.shapley import check_game
 from lpserve.surrogate import KINDS, make_surrogate
 from lpserve.types import BoolArray, FloatArray, is_task_utility, metric_of, utilities
+from lpserve.values.shapley import check_game
 
 try:
     from shapiq import Game
@@ -161,7 +161,7 @@ class LayerGame(Game):
         alone, have no score.
 
         Args:
-            run: a run folder, or what `lpserve.scored.read_scores` gives.
+            run: a run folder, or what `lpserve.analysis.record.read_scores` gives.
             surrogate: as in `from_table`; `scored.surrogate` is the run's own choice.
 
         Raises:

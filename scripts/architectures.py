@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lpserve.engine.vllm import VllmEngine
+from lpserve.data.windows import TokenWindows
+from lpserve.engine.vllm.engine import VllmEngine
 from lpserve.errors import LpserveError
 from lpserve.types import EngineSpec
-from lpserve.windows import TokenWindows
 from tests.reference import (
     VLLM_FAMILIES,
     reference_model,

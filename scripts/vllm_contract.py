@@ -3,7 +3,7 @@
     PYTHONPATH=. python scripts/vllm_contract.py vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
 
 For releases that cannot run on the machine at hand. Nothing of the wheel is imported: names,
-parameters and attributes of `CONTRACT` in lpserve/engine/vllm_worker/contract.py are looked up in
+parameters and attributes of `CONTRACT` in lpserve/engine/vllm/worker/contract.py are looked up in
 its syntax trees.
 Prints one line for each difference; exits 1 if there is any.
 """
@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lpserve.engine.vllm_worker.contract import CONTRACT, Touched
+from lpserve.engine.vllm.worker.contract import CONTRACT, Touched
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 

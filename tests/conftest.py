@@ -40,7 +40,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("an engine was opened")
 
-    monkeypatch.setattr("lpserve.admission.LocalPool", opened)
+    monkeypatch.setattr("lpserve.scoring.open.LocalPool", opened)
 
 
 @pytest.fixture(scope="session")

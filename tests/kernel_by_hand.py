@@ -7,9 +7,9 @@ from itertools import combinations
 
 import numpy as np
 
-from lpserve.kernel import COMPONENTS, MaskKernel
 from lpserve.masks import all_masks
 from lpserve.surrogate import KernelSurrogate
+from lpserve.surrogate.kernel import COMPONENTS, MaskKernel
 
 KINDS = tuple(COMPONENTS)
 

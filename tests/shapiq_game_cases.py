@@ -20,16 +20,16 @@ import pytest
 import shapiq
 
 import lpserve
+from lpserve.analysis.record import read_scores
 from lpserve.config import config_from
-from lpserve.coordinator import run
 from lpserve.engine.synthetic import SyntheticEngine
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, drop_one, full_mask, keys
-from lpserve.scored import read_scores
+from lpserve.runner.coordinator import run
 from lpserve.shapiq_game import LayerGame
-from lpserve.shapley import exact_values
 from lpserve.surrogate import make_surrogate
 from lpserve.types import EngineSpec
+from lpserve.values.shapley import exact_values
 from tests.test_architecture import MODULES, imports, module_name
 
 UTILITIES = ("neg_nll", "ppl_ratio")

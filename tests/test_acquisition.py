@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from lpserve.acquisition import _branches, _new_layers, candidate_pool, most_telling
 from lpserve.masks import all_masks, draw, keys, trie_layer_forwards
+from lpserve.rounds.acquisition import _branches, _new_layers, candidate_pool, most_telling
 from lpserve.surrogate import KernelSurrogate
 from tests.kernel_by_hand import (
     KINDS,

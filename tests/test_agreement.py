@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lpserve.agreement import Answer, choices, overlap, tau
+from lpserve.study.agreement import Answer, choices, overlap, tau
 
 MIXTURES, UTILITIES = ("a", "b", "c"), ("u", "v")
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lpserve.cli import main
+from lpserve.cli.entry import main
 from lpserve.config import config_from
-from lpserve.coordinator import run
 from lpserve.demo import FOLDER
 from lpserve.errors import DiskFullError
-from lpserve.store import Store
+from lpserve.runner.coordinator import run
+from lpserve.store.store import Store
 from tests.reference import save_model, small_config
 from tests.test_coordinator import make_config, stored_scores, texts
 
@@ -29,12 +29,12 @@ TEXT = str(FOLDER / "calibration.txt")
 @pytest.fixture(autouse=True)
 def no_model_is_loaded(monkeypatch):
     """Any attempt to load weights fails the test."""
-    import lpserve.engine.hf
+    import lpserve.engine.hf.engine
 
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(lpserve.engine.hf, "_load", refuse)
+    monkeypatch.setattr(lpserve.engine.hf.engine, "_load", refuse)
 
 
 def refused(capsys, tmp_path: Path, *argv: str) -> str:
@@ -179,7 +179,7 @@ def test_a_model_changed_in_place_is_another_game(tmp_path, texts):
 def test_a_store_in_use_by_another_run_is_refused(tmp_path, capsys):
     store = tmp_path / "shared.sqlite"
     code = (
-        "import sys; from lpserve.store import Store; "
+        "import sys; from lpserve.store.store import Store; "
         f"s = Store({str(store)!r}, holder='the night run'); print('open', flush=True); "
         "sys.stdin.readline()"
     )
@@ -287,7 +287,7 @@ def test_exports_of_the_wrong_thing_are_refused(tmp_path, capsys, texts):
 
 def test_an_export_target_that_is_not_empty_is_refused(tmp_path):
     from lpserve.errors import InputError
-    from lpserve.export import export_checkpoint
+    from lpserve.export.export import export_checkpoint
 
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "mine.txt").write_text("keep me")

@@ -16,7 +16,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from lpserve.baselines import (
+from lpserve.errors import InputError
+from lpserve.masks import all_masks, full_mask, keys, paper_kept_counts, removed_players, without
+from lpserve.rivals.baselines import (
     EVOPRESS_INITIAL,
     EVOPRESS_MOST_SWAPS,
     EVOPRESS_OFFSPRING,
@@ -38,11 +40,9 @@ from lpserve.baselines import (
     paper_draws,
     random_search,
 )
-from lpserve.errors import InputError
-from lpserve.masks import all_masks, full_mask, keys, paper_kept_counts, removed_players, without
-from lpserve.shapley import paper_values
 from lpserve.surrogate import PaperSurrogate
 from lpserve.types import BoolArray, FloatArray
+from lpserve.values.shapley import paper_values
 from tests.conftest import SEED
 
 WINDOWS = 16

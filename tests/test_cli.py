@@ -85,7 +85,7 @@ def test_help_teaches(command):
 
 def test_starting_the_command_line_loads_no_heavy_library():
     code = (
-        "import sys, lpserve.cli; "
+        "import sys, lpserve.cli.entry; "
         "print([m for m in ('torch', 'transformers', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,9 +17,9 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from lpserve.cli import _parser, main
+from lpserve.cli.entry import _parser, main
 from lpserve.config import config_from
-from lpserve.engine.vllm_options import check_options
+from lpserve.engine.vllm.options import check_options
 from tests.test_cost import llama
 
 ROOT = Path(__file__).parent.parent

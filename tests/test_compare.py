@@ -13,16 +13,16 @@ import pytest
 import torch
 
 import lpserve
-from lpserve.admission import windows_of
-from lpserve.baselines import Ask, best_block, best_sets, drive, last_layers, ours, taylor
-from lpserve.cli import main
-from lpserve.compare import SOURCES, CompareConfig, compare
+from lpserve.cli.entry import main
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
-from lpserve.layer_sets import LayerSet
 from lpserve.masks import removed_players
-from lpserve.rounds import RoundSettings
-from lpserve.spending import Spent
+from lpserve.plan.layer_sets import LayerSet
+from lpserve.rivals.accounting import Spent
+from lpserve.rivals.baselines import Ask, best_block, best_sets, drive, last_layers, ours, taylor
+from lpserve.rivals.compare import SOURCES, CompareConfig, compare
+from lpserve.rounds.planner import RoundSettings
+from lpserve.runner.setup import windows_of
 from tests.engine.test_hf_parity import NUM_LAYERS, some_windows, without_padding_token
 from tests.reference import decoder_list, reference_model
 from tests.test_coordinator import known_game, make_config, texts
@@ -260,7 +260,7 @@ def test_bad_input_is_one_line_before_any_engine(flags, reason, tmp_path, capsys
     def refuse(*args, **kwargs):
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr("lpserve.scoring.open_pool", refuse)
+    monkeypatch.setattr("lpserve.scoring.session.open_pool", refuse)
     code = main(["baselines", "--demo", *flags, "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().err.strip().splitlines()
     assert code == 2, lines

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 
 import lpserve
+from lpserve.analysis.record import read_scores
 from lpserve.config import config_from
-from lpserve.coordinator import run
 from lpserve.engine.synthetic import SyntheticEngine
 from lpserve.errors import EngineError, InputError, RunInterrupted
 from lpserve.masks import all_masks, keys, without
-from lpserve.scored import read_scores
-from lpserve.shapley import exact_values
+from lpserve.runner.coordinator import run
 from lpserve.types import EngineSpec
+from lpserve.values.shapley import exact_values
 
 P = 8
 

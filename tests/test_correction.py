@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lpserve.correction import corrected, correction
 from lpserve.masks import all_masks, draw
-from lpserve.shapley import ShapleyValues, exact_values
+from lpserve.values.residual_correction import corrected, correction
+from lpserve.values.shapley import ShapleyValues, exact_values
 
 P = 8
 

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lpserve import dispatcher
-from lpserve.checkpoint import read_checkpoint
-from lpserve.cli import main
-from lpserve.coordinator import run
-from lpserve.cost import (
+from lpserve.cli.entry import main
+from lpserve.demo import FOLDER
+from lpserve.errors import InputError
+from lpserve.masks import StratifiedDesign, keys
+from lpserve.model.checkpoint import read_checkpoint
+from lpserve.rounds.planner import RoundSettings
+from lpserve.runner.coordinator import run
+from lpserve.runner.cost import (
     TARGET_UNIT_S,
     CostSettings,
     cost,
@@ -25,11 +28,8 @@ from lpserve.cost import (
     sample_rounds,
     split_units,
 )
-from lpserve.demo import FOLDER
-from lpserve.errors import InputError
-from lpserve.masks import StratifiedDesign, keys
-from lpserve.progress import Progress
-from lpserve.rounds import RoundSettings
+from lpserve.scoring import dispatcher
+from lpserve.scoring.progress import Progress
 from tests.test_coordinator import make_config, texts
 
 __all__ = ["texts"]

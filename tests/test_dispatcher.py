@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lpserve.dispatcher import Dispatcher, GivenUp
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import EngineError
 from lpserve.masks import keys
-from lpserve.pool import UnitResult
-from lpserve.store import Block
-from lpserve.windows import TokenWindows
+from lpserve.scoring.dispatcher import Dispatcher, GivenUp
+from lpserve.scoring.pool import UnitResult
+from lpserve.store.store import Block
 
 pytest.importorskip("ray")
 BENCH = str(Path(__file__).parent.parent / "scripts" / "bench")

@@ -23,16 +23,16 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import lpserve
-from lpserve.cli import main
+from lpserve.cli.entry import main
 from lpserve.config import EngineConfig
+from lpserve.data.protocols import PROTOCOLS, Protocol
+from lpserve.data.windows import TokenWindows, load_tokenizer
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
-from lpserve.evaluate import EvalConfig, evaluate, sets_from
-from lpserve.layer_sets import LayerSet, masks_of, whole_model
-from lpserve.lm_eval_model import SetsLM, max_input_length
-from lpserve.protocols import PROTOCOLS, Protocol
-from lpserve.scoring import ScoringSession
-from lpserve.windows import TokenWindows, load_tokenizer
+from lpserve.evaluation.evaluate import EvalConfig, evaluate, sets_from
+from lpserve.evaluation.lm_eval_model import SetsLM, max_input_length
+from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
+from lpserve.scoring.session import ScoringSession
 from tests.reference import window_nll
 
 MODEL = str(FOLDER / "model")
@@ -211,7 +211,7 @@ def test_perplexity_of_a_set_is_that_of_its_export(pruned, short_text, tmp_path)
     assert about["engine"]["path"].startswith("transformers/")
     from transformers import AutoModelForCausalLM
 
-    from lpserve.protocols import protocol_windows
+    from lpserve.data.protocols import protocol_windows
 
     cut = protocol_windows(short_text, load_tokenizer(MODEL), protocol, name="novel")
     model = AutoModelForCausalLM.from_pretrained(pruned[0], dtype="float32").eval()
@@ -281,7 +281,7 @@ def test_a_set_without_finite_scores_is_left_out_and_said(
     short_text, tmp_path, monkeypatch, capsys
 ):
     """One set whose scores are NaN: the others keep their figures."""
-    from lpserve.engine.hf import TransformersEngine
+    from lpserve.engine.hf.engine import TransformersEngine
 
     original = TransformersEngine.score
 

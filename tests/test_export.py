@@ -18,9 +18,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import lpserve
-from lpserve.checkpoint import read_checkpoint
 from lpserve.errors import ExportError, InputError
-from lpserve.export import export_checkpoint, prune_config, reloaded_nll
+from lpserve.export.export import export_checkpoint, prune_config, reloaded_nll
+from lpserve.model.checkpoint import read_checkpoint
 from tests.reference import (
     FAMILIES,
     reference_model,
@@ -53,15 +53,15 @@ def test_the_export_scores_what_the_skip_engine_scores(family, model_dir, rng, t
 
 
 def test_a_wrong_export_is_refused_and_leaves_nothing(model_dir, rng, tmp_path, monkeypatch):
-    import lpserve.export
+    import lpserve.export.export
 
-    plain = lpserve.export._new_name
+    plain = lpserve.export.export._new_name
 
     def swapped(name, pruned):  # the tensors of two layers change places
         renamed = plain(name, pruned)
         return renamed and renamed.replace(".0.", ".X.").replace(".1.", ".0.").replace(".X.", ".1.")
 
-    monkeypatch.setattr(lpserve.export, "_new_name", swapped)
+    monkeypatch.setattr(lpserve.export.export, "_new_name", swapped)
     with pytest.raises(ExportError, match="off the skip engine"):
         export_checkpoint(model_dir("llama"), [3], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -169,8 +169,8 @@ MEMORY_SCRIPT = """
 import sys, threading, time, psutil
 import torch, transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-import lpserve.export as export
-from lpserve.checkpoint import read_checkpoint
+import lpserve.export.export as export
+from lpserve.model.checkpoint import read_checkpoint
 process = psutil.Process()
 base = process.memory_info().rss
 peak, done = [base], []

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lpserve.errors import InputError
-from lpserve.fidelity import estimated, screen_rows
 from lpserve.masks import draw
+from lpserve.rounds.screening import estimated, screen_rows
 from lpserve.types import BoolArray, FloatArray
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as parquet
 import pytest
 
-from lpserve.export import export_checkpoint
+from lpserve.export.export import export_checkpoint
 from tests.gate.cases import CASES, EXPECTED, arithmetic, command, run_case
 from tests.reference import save_model, small_config
 

@@ -11,7 +11,8 @@ import math
 import numpy as np
 import pytest
 
-from lpserve.kernel import (
+from lpserve.masks import all_masks
+from lpserve.surrogate.kernel import (
     PRIOR_DECAY,
     PRIOR_GROWTH,
     PRIOR_NUGGET,
@@ -20,7 +21,6 @@ from lpserve.kernel import (
     tune,
     whitening,
 )
-from lpserve.masks import all_masks
 from tests.kernel_by_hand import KINDS, covariance, pair_game, random_kernel, scored_covariance
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from lpserve.checkpoint import read_checkpoint
 from lpserve.errors import InputError
-from lpserve.export import mergekit_yaml, prune_config
-from lpserve.layer_sets import LayerSet, layer_set, mask_set, masks_of, read_sets
+from lpserve.export.export import mergekit_yaml, prune_config
+from lpserve.model.checkpoint import read_checkpoint
+from lpserve.plan.layer_sets import LayerSet, layer_set, mask_set, masks_of, read_sets
 from tests.reference import save_model, small_config
 
 LAYERS = 6

@@ -15,7 +15,7 @@ import pytest
 
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, drop_one, keys, removed_players, without
-from lpserve.plan import (
+from lpserve.plan.plan import (
     Candidate,
     Plan,
     PlanEntry,

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from lpserve.progress import Progress
+from lpserve.scoring.progress import Progress
 from lpserve.types import Work
 
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lpserve
+from lpserve.data.protocols import PROTOCOLS, Protocol, protocol_windows
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
-from lpserve.protocols import PROTOCOLS, Protocol, protocol_windows
 
 TOLERANCE = 1e-5  # float32 sums over some hundred tokens; a token scored twice is worth 1e-3
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lpserve.coordinator import run
 from lpserve.errors import InputError
 from lpserve.masks import keys
-from lpserve.progress import RunState
-from lpserve.ray_pool.cluster import _left_behind
+from lpserve.runner.coordinator import run
+from lpserve.scoring.progress import RunState
+from lpserve.scoring.ray.cluster import _left_behind
 from lpserve.types import Work
 from tests.test_coordinator import stored_scores, texts  # noqa: F401
 from tests.test_ray_pool import pool_of, ray_config, score_all, undisturbed
@@ -196,7 +196,7 @@ def test_only_an_address_that_nothing_answers_at_is_left_behind(listening, tmp_p
 @pytest.mark.slow
 def test_a_cluster_is_started_where_an_earlier_one_left_its_address():
     """In a process of its own, since Ray reads the folder once; sockets need a short path."""
-    code = "from lpserve.ray_pool.cluster import connect; print(connect())"
+    code = "from lpserve.scoring.ray.cluster import connect; print(connect())"
     with tempfile.TemporaryDirectory(prefix="lp") as folder, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # nothing else takes the port, and nothing listens
         address = Path(folder) / "ray" / "ray_current_cluster"

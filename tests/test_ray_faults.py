@@ -22,14 +22,14 @@ import numpy as np
 import psutil
 import pytest
 
-import lpserve.dispatcher
+import lpserve.scoring.dispatcher
 from lpserve.config import as_json, config_from
-from lpserve.coordinator import run
-from lpserve.dispatcher import Dispatcher
 from lpserve.errors import DiskFullError, EngineError
 from lpserve.masks import keys
-from lpserve.pool import LocalPool, Unit, UnitResult
-from lpserve.store import Store
+from lpserve.runner.coordinator import run
+from lpserve.scoring.dispatcher import Dispatcher
+from lpserve.scoring.pool import LocalPool, Unit, UnitResult
+from lpserve.store.store import Store
 from tests.test_coordinator import make_config, stored_count, stored_scores, texts  # noqa: F401
 from tests.test_ray_pool import Block, P, pool_of, ray_config, score_all, undisturbed
 
@@ -212,7 +212,7 @@ class Recording:
 
 
 def test_a_mask_is_split_over_windows_when_engines_outnumber_masks(rng, monkeypatch):
-    monkeypatch.setattr(lpserve.dispatcher, "LEAST_UNIT_S", 0.05)
+    monkeypatch.setattr(lpserve.scoring.dispatcher, "LEAST_UNIT_S", 0.05)
     masks = np.unique(rng.random((20, P)) < 0.6, axis=0)
     plain, windows = pool_of(4, delay_s=0.3)
     pool = Recording(plain)

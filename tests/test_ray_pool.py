@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 from lpserve.config import config_from
-from lpserve.coordinator import run
-from lpserve.dispatcher import Dispatcher, GivenUp
+from lpserve.data.protocols import Protocol
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.masks import keys
-from lpserve.protocols import Protocol
+from lpserve.runner.coordinator import run
+from lpserve.scoring.dispatcher import Dispatcher, GivenUp
 from lpserve.types import EngineSpec
-from lpserve.windows import TokenWindows
 from tests.test_cli import lpserve
 from tests.test_coordinator import make_config, stored_scores, texts  # noqa: F401
 
@@ -68,12 +68,12 @@ def test_any_number_of_engines_gives_the_local_pools_masks_scores_and_plan(
 
 @pytest.mark.slow
 def test_killed_engines_are_replaced_and_nothing_is_lost(tmp_path, texts, monkeypatch):  # noqa: F811
-    import lpserve.ray_pool
+    import lpserve.scoring.ray.pool
 
     alone, stored = undisturbed(tmp_path, texts)
     pools = []
 
-    class Watched(lpserve.ray_pool.RayPool):
+    class Watched(lpserve.scoring.ray.pool.RayPool):
         def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, **kwargs)
             pools.append(self)
@@ -87,7 +87,7 @@ def test_killed_engines_are_replaced_and_nothing_is_lost(tmp_path, texts, monkey
                     os.kill(self.processes[0].pid, signal.SIGKILL)
             return result
 
-    monkeypatch.setattr(lpserve.ray_pool, "RayPool", Watched)
+    monkeypatch.setattr(lpserve.scoring.ray.pool, "RayPool", Watched)
     result = run(ray_config(tmp_path, texts, 2, delay_s=0.01))
     assert pools[0].restarts >= 1
     assert stored_scores(tmp_path / "run" / "scores.sqlite") == stored
@@ -95,7 +95,7 @@ def test_killed_engines_are_replaced_and_nothing_is_lost(tmp_path, texts, monkey
 
 
 def pool_of(engines: int | None, deadline_s: float | None = None, tell=lambda _: None, **options):
-    from lpserve.ray_pool import RayPool
+    from lpserve.scoring.ray.pool import RayPool
 
     windows = TokenWindows.from_tokens(np.random.default_rng(0).integers(0, 100, (3, 16)))
     spec = EngineSpec(kind="synthetic", model="", options={"num_players": P, **options})
@@ -218,8 +218,8 @@ def test_evaluations_and_tasks_over_actors_tell_what_one_engine_does(tmp_path):
     """Two actors with the bundled model each. Windows are divided over them, so that sums of
     float32 terms have another order: 1e-6 relative."""
     from lpserve.demo import FOLDER
-    from lpserve.evaluate import EvalConfig, evaluate
-    from lpserve.layer_sets import LayerSet
+    from lpserve.evaluation.evaluate import EvalConfig, evaluate
+    from lpserve.plan.layer_sets import LayerSet
 
     model, tasks = str(FOLDER / "model"), str(FOLDER / "tasks")
     text = tmp_path / "text.txt"

@@ -11,7 +11,7 @@ import pytest
 
 import lpserve
 from lpserve.errors import InputError
-from lpserve.plots import plot_interactions, plot_plan, plot_values
+from lpserve.report.plots import plot_interactions, plot_plan, plot_values
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BUNDLED = "from lpserve.demo import FOLDER"

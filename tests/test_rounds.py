@@ -13,10 +13,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from lpserve.history import History, Round
 from lpserve.masks import all_masks, drop_one, keys, removed_players, without
-from lpserve.plan import best_row, greedy_path
-from lpserve.rounds import RoundPlanner, RoundSettings, StopRules, design_strata
+from lpserve.plan.plan import best_row, greedy_path
+from lpserve.rounds.history import History, Round
+from lpserve.rounds.planner import RoundPlanner, RoundSettings, StopRules, design_strata
 from lpserve.surrogate import PaperSurrogate
 from lpserve.types import BoolArray, FloatArray
 

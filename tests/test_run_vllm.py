@@ -11,8 +11,8 @@ import json
 import numpy as np
 import pytest
 
+from lpserve.analysis.record import read_scores
 from lpserve.masks import keys
-from lpserve.scored import read_scores
 from tests.test_cli import lpserve
 
 FLAGS = [

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.masks import full_mask
-from lpserve.score_tables import SCHEMA, export_scores, import_scores
-from lpserve.store import Store
+from lpserve.store.store import Store
+from lpserve.store.tables import SCHEMA, export_scores, import_scores
 from lpserve.types import Game, Player
-from lpserve.windows import TokenWindows
 from tests.test_store import make_game, put_all, random_masks, random_nll, random_windows, same_bits
 
 SUFFIXES = ["parquet", "csv"]
@@ -264,7 +264,7 @@ def without_columns(*names: str) -> Callable[[list[dict]], None]:
 def test_a_table_that_is_not_of_scores_is_refused_and_adds_nothing(
     change, words, suffix, tmp_path, rng, monkeypatch
 ):
-    monkeypatch.setattr("lpserve.score_tables._PUT_ROWS", 1)  # as in a long table
+    monkeypatch.setattr("lpserve.store.tables._PUT_ROWS", 1)  # as in a long table
     rows = exported_rows(tmp_path, rng)
     change(rows)
     path = tmp_path / f"bad.{suffix}"
@@ -349,8 +349,8 @@ def test_other_suffixes_and_missing_folders_are_refused_both_ways(name, tmp_path
 EXPORT_WITH_LIMIT = """
 import resource, sys
 from lpserve.errors import DiskFullError
-from lpserve.score_tables import export_scores
-from lpserve.store import Store
+from lpserve.store.tables import export_scores
+from lpserve.store.store import Store
 with Store(sys.argv[1]) as store:
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
     try:

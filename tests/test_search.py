@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import norm
 
 from lpserve.masks import all_masks, keys, removed_players, swap_one, without
-from lpserve.search import (
+from lpserve.plan.search import (
     DOUBT,
     MAX_EXHAUSTIVE,
     chance_of_better,

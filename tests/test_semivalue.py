@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from scipy.stats import hypergeom
 
-from lpserve.kernel import MaskKernel
 from lpserve.masks import all_masks
-from lpserve.semivalue import empty_weight, value_covariance, value_variance
+from lpserve.surrogate.kernel import MaskKernel
+from lpserve.values.semivalue import empty_weight, value_covariance, value_variance
 from tests.kernel_by_hand import KINDS, covariance, random_kernel, weight_matrix
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")

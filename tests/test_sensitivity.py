@@ -8,9 +8,9 @@ from itertools import product
 import numpy as np
 import pytest
 
+from lpserve.analysis.resample import mean_nll, window_weights
+from lpserve.analysis.stability import set_stability
 from lpserve.masks import all_masks, removed_players
-from lpserve.resample import mean_nll, window_weights
-from lpserve.sensitivity import set_stability
 from lpserve.types import Z90
 
 TOKENS = 50

@@ -15,7 +15,9 @@ import pytest
 
 from lpserve.errors import InputError
 from lpserve.masks import all_masks
-from lpserve.shapley import (
+from lpserve.surrogate import KernelSurrogate, PaperSurrogate
+from lpserve.types import Z90
+from lpserve.values.shapley import (
     ShapleyValues,
     exact_noise,
     exact_values,
@@ -27,8 +29,6 @@ from lpserve.shapley import (
     toggle_differences,
     value_calibration,
 )
-from lpserve.surrogate import KernelSurrogate, PaperSurrogate
-from lpserve.types import Z90
 from tests.kernel_by_hand import KINDS, as_dict, naive_values, pair_game
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
@@ -171,7 +171,9 @@ def test_too_few_coalitions_are_refused(rng):
 
 
 def test_toggle_differences_equal_toggling_one_by_one(rng, monkeypatch):
-    monkeypatch.setattr("lpserve.shapley._TOGGLE_ROWS", 40)  # several chunks, the last one short
+    monkeypatch.setattr(
+        "lpserve.values.shapley._TOGGLE_ROWS", 40
+    )  # several chunks, the last one short
     masks = rng.random((23, 6)) < rng.random((23, 1))
     utility = pair_game(6, rng, triples=0.1)
     expected = np.empty((23, 6))
@@ -287,7 +289,7 @@ def test_values_import_no_torch():
     code = """
 import sys
 import numpy as np
-from lpserve.shapley import shapley_values
+from lpserve.values.shapley import shapley_values
 rng = np.random.default_rng(0)
 masks = np.unique(rng.random((30, 6)) < 0.6, axis=0)
 values = shapley_values(masks, rng.normal(size=len(masks)))

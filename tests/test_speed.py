@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 import lpserve
-from lpserve.checkpoint import read_checkpoint
-from lpserve.cli import main
+from lpserve.cli.entry import main
 from lpserve.demo import FOLDER
 from lpserve.errors import EngineError, InputError
-from lpserve.speed import SpeedConfig, measure, table
+from lpserve.evaluation.speed import SpeedConfig, measure, table
+from lpserve.model.checkpoint import read_checkpoint
 from tests.engine.test_hf_parity import NUM_LAYERS
 
 SHORT = {"dtype": "float32", "prompt_tokens": 8, "new_tokens": 3, "batch": 2, "repeats": 1}
@@ -91,7 +91,7 @@ def test_bad_input_is_one_line_before_anything_loads(flags, reason, capsys, monk
     def refuse(*args, **kwargs):
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr("lpserve.speed.subprocess.run", refuse)
+    monkeypatch.setattr("lpserve.evaluation.speed.subprocess.run", refuse)
     assert main(["speed", str(FOLDER / "model"), *flags]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lpserve import lease
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import DiskFullError, InputError, StoreBusyError, StoreCorruptError
 from lpserve.masks import full_mask, keys
-from lpserve.store import MAX_BLOCK_WINDOWS, Store
+from lpserve.store import lease
+from lpserve.store.store import MAX_BLOCK_WINDOWS, Store
 from lpserve.types import Game, Player
-from lpserve.windows import TokenWindows
 
 NUM_PLAYERS = 12
 
@@ -280,8 +280,8 @@ def test_quarantine_is_kept_for_its_block_mask_game_and_metric(tmp_path, rng, sh
 
 HOLD = """
 import sys
-from lpserve import lease
-from lpserve.store import Store
+from lpserve.store import lease
+from lpserve.store.store import Store
 lease.BEAT_S = 0.1
 with Store(sys.argv[1], holder="the night run", shared=sys.argv[2] == "True"):
     print("open", flush=True)
@@ -516,7 +516,7 @@ def test_no_flipped_byte_anywhere_makes_a_wrong_score(tmp_path, rng, shared):
 PUT_AND_DIE = """
 import os, signal, sys
 import numpy as np
-from lpserve.store import Store
+from lpserve.store.store import Store
 from tests.test_store import GAME, random_windows
 store = Store(sys.argv[1])
 block = store.blocks_for(random_windows(np.random.default_rng(5), 4))[0]
@@ -550,7 +550,7 @@ def test_what_a_killed_process_left_in_the_log_is_not_written_to_a_damaged_file(
 PUT_IN_A_LOOP = """
 import sys
 import numpy as np
-from lpserve.store import Store
+from lpserve.store.store import Store
 from tests.test_store import GAME, numbered_score, random_windows
 windows = random_windows(np.random.default_rng(5), 4)
 with Store(sys.argv[1], shared=sys.argv[2] == "True") as store:

@@ -22,11 +22,11 @@ from typing import IO
 import numpy as np
 import pytest
 
-from lpserve import lease
 from lpserve.errors import InputError, StoreBusyError
-from lpserve.locks import PathLock
-from lpserve.mounts import filesystem_type, is_shared
-from lpserve.store import Store
+from lpserve.store import lease
+from lpserve.store.filesystem import filesystem_type, is_shared
+from lpserve.store.lock import PathLock
+from lpserve.store.store import Store
 from tests.test_store import (
     GAME,
     filled,
@@ -42,9 +42,9 @@ from tests.test_store import (
 WRITER = """
 import sys
 import numpy as np
-from lpserve import lease
+from lpserve.store import lease
 from lpserve.errors import StoreBusyError
-from lpserve.store import Store
+from lpserve.store.store import Store
 from tests.test_store import GAME, numbered_score, random_windows
 lease.LEASE_S, lease.BEAT_S = 5.0, 0.1
 windows = random_windows(np.random.default_rng(5), 4)

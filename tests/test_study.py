@@ -7,13 +7,13 @@ import itertools
 import numpy as np
 import pytest
 
-from lpserve.admission import windows_of
 from lpserve.config import as_json
 from lpserve.demo import FOLDER, demo_study
 from lpserve.errors import InputError
-from lpserve.study import Study, study_of
-from lpserve.study_cost import study_cost
-from lpserve.sweep import all_windows
+from lpserve.runner.setup import windows_of
+from lpserve.study.cost import study_cost
+from lpserve.study.study import Study, study_of
+from lpserve.study.sweep import all_windows
 
 TEXTS = {"sherlock": str(FOLDER / "calibration.txt"), "dracula": str(FOLDER / "heldout.txt")}
 

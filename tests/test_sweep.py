@@ -18,13 +18,13 @@ import pytest
 import yaml
 
 import lpserve
-from lpserve.cli import main
-from lpserve.coordinator import run
+from lpserve.analysis.record import read_scores
+from lpserve.cli.entry import main
 from lpserve.demo import FOLDER
-from lpserve.scored import read_scores
-from lpserve.store import Store
-from lpserve.study import study_of
-from lpserve.sweep import SweepResult, all_windows, sweep
+from lpserve.runner.coordinator import run
+from lpserve.store.store import Store
+from lpserve.study.study import study_of
+from lpserve.study.sweep import SweepResult, all_windows, sweep
 from tests.test_coordinator import stored_count, stored_scores
 from tests.test_study import TEXTS, values_of
 

@@ -20,24 +20,25 @@ import yaml
 from transformers import LlamaConfig
 
 import lpserve
-from lpserve.admission import check_model, engine_spec, samples_of
-from lpserve.cli import main
+from lpserve.analysis.record import read_scores
+from lpserve.cli.entry import main
 from lpserve.config import config_from
-from lpserve.coordinator import run
+from lpserve.data.items import Sample
+from lpserve.data.questions import Questions
+from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
-from lpserve.evaluate import EvalConfig, evaluate
-from lpserve.layer_sets import LayerSet, masks_of, whole_model
+from lpserve.evaluation.evaluate import EvalConfig, evaluate
 from lpserve.masks import all_masks, full_mask, keys
-from lpserve.pool import LocalPool
-from lpserve.progress import Progress
-from lpserve.questions import Questions
-from lpserve.sample import Sample
-from lpserve.scored import read_scores
-from lpserve.signals import heeded_signals
-from lpserve.store import Store
+from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
+from lpserve.runner.coordinator import run
+from lpserve.runner.setup import check_model, samples_of
+from lpserve.scoring.open import engine_spec
+from lpserve.scoring.pool import LocalPool
+from lpserve.scoring.progress import Progress
+from lpserve.scoring.signals import heeded_signals
+from lpserve.store.store import Store
 from lpserve.types import TASK_UTILITIES, utilities
-from lpserve.windows import TokenWindows
 from tests.conftest import SEED
 from tests.reference import save_model
 from tests.test_coordinator import stored_scores
@@ -479,8 +480,8 @@ def test_questions_are_known_by_themselves_and_not_by_how_wide_others_are(rng):
 
 
 def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):
-    from lpserve.study import study_of
-    from lpserve.sweep import sweep
+    from lpserve.study.study import study_of
+    from lpserve.study.sweep import sweep
 
     documents = made_documents(rng, lambda rng: int(rng.integers(2)))
     for document in documents:
@@ -541,7 +542,7 @@ def test_what_one_seed_holds_out_no_other_calibrates_on(small_model, tmp_path):
 
 def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model, tmp_path):
     """A study whose leader was given up on one window of a wrong answer."""
-    from lpserve.coordinator import Seat, run_at
+    from lpserve.runner.coordinator import Seat, run_at
 
     config = config_from(values_of(tmp_path, small_model, CHOICE, "task_margin", budget=40,
                                    sizes=None), "test")  # fmt: skip
@@ -677,9 +678,9 @@ def test_rivals_are_not_compared_on_tasks(small_model, tmp_path, capsys):
 
 
 def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
-    from lpserve.study import study_of
-    from lpserve.sweep import sweep
-    from lpserve.sweep_report import write_sweep
+    from lpserve.study.page import write_sweep
+    from lpserve.study.study import study_of
+    from lpserve.study.sweep import sweep
 
     values = values_of(
         tmp_path, small_model, CHOICE, "task_acc", budget=40, sizes=None, max_removed=2,
@@ -718,8 +719,8 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
 
 
 def test_a_study_may_hold_texts_beside_tasks_with_a_text_held_out(small_model, tmp_path):
-    from lpserve.study import study_of
-    from lpserve.sweep import all_windows, sweep
+    from lpserve.study.study import study_of
+    from lpserve.study.sweep import all_windows, sweep
 
     values = values_of(
         tmp_path, small_model, CHOICE, "task_acc", budget=30, sizes=None, max_removed=2,

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import lpserve
-from lpserve.cli import main
+from lpserve.analysis.record import read_scores
+from lpserve.cli.entry import main
 from lpserve.config import config_from
-from lpserve.coordinator import run
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, keys
-from lpserve.scored import read_scores
-from lpserve.study import study_of
-from lpserve.sweep import sweep
+from lpserve.runner.coordinator import run
+from lpserve.study.study import study_of
+from lpserve.study.sweep import sweep
 from lpserve.types import METRICS, metric_of, utilities
 from tests.engine.test_hf_parity import NUM_LAYERS, some_windows, without_padding_token
 from tests.test_coordinator import make_config, stored_scores, texts

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lpserve.demo import FOLDER
-from lpserve.errors import InputError
-from lpserve.windows import (
+from lpserve.data.windows import (
     TokenStream,
     TokenWindows,
     WindowRequest,
@@ -20,6 +18,8 @@ from lpserve.windows import (
     load_tokenizer,
     refuse_overlap,
 )
+from lpserve.demo import FOLDER
+from lpserve.errors import InputError
 
 TEXT = FOLDER / "calibration.txt"
 OTHER = FOLDER / "heldout.txt"

@@ -44,9 +44,9 @@ def add_baselines(commands: Any) -> None:
 
 
 def _baselines(arguments: argparse.Namespace) -> int:
-    from lpserve.compare import SOURCES, CompareConfig, compare
     from lpserve.config import EngineConfig, corpora
-    from lpserve.evaluate import sets_from
+    from lpserve.evaluation.evaluate import sets_from
+    from lpserve.rivals.compare import SOURCES, CompareConfig, compare
 
     keys = ("num_windows", "heldout_windows", "length", "bos", "text_field", "max_removed",
             "budget", "seed", "window_seed", "out")  # fmt: skip

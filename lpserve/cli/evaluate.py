@@ -65,11 +65,11 @@ def _eval(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; ours is the progress
     from dataclasses import replace
 
-    from lpserve.admission import num_players_of
     from lpserve.config import EngineConfig, corpora
-    from lpserve.evaluate import EvalConfig, evaluate, sets_from
-    from lpserve.layer_sets import layer_set, mask_set, set_name
-    from lpserve.protocols import PROTOCOLS
+    from lpserve.data.protocols import PROTOCOLS
+    from lpserve.evaluation.evaluate import EvalConfig, evaluate, sets_from
+    from lpserve.plan.layer_sets import layer_set, mask_set, set_name
+    from lpserve.runner.setup import num_players_of
 
     if arguments.demo:
         _fill_demo(arguments)
@@ -146,7 +146,7 @@ def _lm_eval(arguments: argparse.Namespace) -> int:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        import lpserve.lm_eval_model  # noqa: F401
+        import lpserve.evaluation.lm_eval_model  # noqa: F401
     except ImportError as error:
         raise InputError(f"lm-eval is missing ({error}): install lpserve[eval]") from None
     sys.argv = ["lm-eval", *arguments.rest]

@@ -35,7 +35,7 @@ def add_speed(commands: Any) -> None:
 
 
 def _speed(arguments: argparse.Namespace) -> int:
-    from lpserve.speed import SpeedConfig, measure, table
+    from lpserve.evaluation.speed import SpeedConfig, measure, table
 
     keys = ("dtype", "device", "prompt_tokens", "new_tokens", "batch", "repeats")
     values: dict[str, Any] = {

@@ -56,11 +56,11 @@ def add_sweep(commands: Any) -> None:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from lpserve.config import load_config_file
-    from lpserve.study import study_of
-    from lpserve.study_cost import ASK_ABOVE_PFLOP, study_cost
-    from lpserve.sweep import all_windows, sweep
-    from lpserve.sweep_report import log_sweep, summary, write_record, write_sweep
-    from lpserve.tracking import Tracking
+    from lpserve.report.tracking import Tracking
+    from lpserve.study.cost import ASK_ABOVE_PFLOP, study_cost
+    from lpserve.study.page import log_sweep, summary, write_record, write_sweep
+    from lpserve.study.study import study_of
+    from lpserve.study.sweep import all_windows, sweep
 
     if bool(arguments.study) == arguments.demo:
         raise InputError("name a study file, or --demo")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine
 from lpserve.errors import InputError
 from lpserve.types import EngineSpec
-from lpserve.windows import TokenWindows
 
 ENGINE_KINDS = ("transformers", "vllm", "synthetic")
 
@@ -42,11 +42,11 @@ def open_engine(
 def build_engine(spec: EngineSpec, windows: TokenWindows) -> Engine:
     """Build the engine that a spec describes."""
     if spec.kind == "transformers":
-        from lpserve.engine.hf import TransformersEngine
+        from lpserve.engine.hf.engine import TransformersEngine
 
         return _build(TransformersEngine, spec, windows)
     if spec.kind == "vllm":
-        from lpserve.engine.vllm import VllmEngine
+        from lpserve.engine.vllm.engine import VllmEngine
 
         return VllmEngine(spec, windows)  # its options are vLLM's: checked there
     if spec.kind == "synthetic":

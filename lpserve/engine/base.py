@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from lpserve.checkpoint import Checkpoint, position_limit
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
+from lpserve.model.checkpoint import Checkpoint, position_limit
 from lpserve.types import (
     BoolArray,
     EngineInfo,
@@ -23,7 +24,6 @@ from lpserve.types import (
     check_metric,
     needs_whole_model,
 )
-from lpserve.windows import TokenWindows
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import LayerStack
 from lpserve.engine.head import on_device, plain_nll
 from lpserve.types import FloatArray
-from lpserve.windows import TokenWindows
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.types import top_of
-from lpserve.windows import TokenWindows
 
 _MAX_CACHED = 64
 

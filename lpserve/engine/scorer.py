@@ -19,12 +19,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import LayerStack
 from lpserve.engine.trie import TrieExecutor, TrieSettings
 from lpserve.errors import InputError
 from lpserve.masks import sort_distinct
 from lpserve.types import BoolArray, FloatArray, IntArray, Work
-from lpserve.windows import TokenWindows
 
 PADDED_LENGTH_STEP = 32
 CPU_MICRO_BATCH_TOKENS = 4096

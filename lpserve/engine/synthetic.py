@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import check_also, check_masks
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct, trie_layer_forwards
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
-from lpserve.windows import TokenWindows
 
 
 class SyntheticEngine:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import LayerStack
 from lpserve.errors import InputError
 from lpserve.masks import sort_distinct
 from lpserve.types import BoolArray, FloatArray, Work, needs_whole_model
-from lpserve.windows import TokenWindows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,6 @@ Notation: M training masks, Q queried masks.
 from __future__ import annotations
 
 from lpserve.config import SURROGATES as KINDS
-from lpserve.kernel import COMPONENTS
 from lpserve.surrogate.auto import RIVALS, AutoSurrogate
 from lpserve.surrogate.base import HeldOut, Predictor, Surrogate
 from lpserve.surrogate.crossfit import CrossFitted
@@ -16,6 +15,7 @@ from lpserve.surrogate.gaussian import (
     TUNING_MASKS,
     KernelSurrogate,
 )
+from lpserve.surrogate.kernel import COMPONENTS
 from lpserve.surrogate.paper import PaperSurrogate
 from lpserve.surrogate.stack import Stack
 

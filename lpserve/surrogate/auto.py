@@ -18,10 +18,10 @@ import numpy as np
 
 import lpserve.surrogate.boosting as boosting
 import lpserve.surrogate.ensemble as ensemble
-from lpserve.kernel import COMPONENTS
 from lpserve.surrogate.base import HeldOut, Predictor, training_set
 from lpserve.surrogate.crossfit import CrossFitted
 from lpserve.surrogate.gaussian import TUNING_MASKS, KernelSurrogate
+from lpserve.surrogate.kernel import COMPONENTS
 from lpserve.surrogate.stack import Stack, left_out
 from lpserve.types import BoolArray, FloatArray, IntArray
 

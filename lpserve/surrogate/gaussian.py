@@ -1,8 +1,8 @@
-"""Gaussian processes on masks (`lpserve.kernel`): `gp`, `ridge` and `gp+ridge`.
+"""Gaussian processes on masks (`lpserve.surrogate.kernel`): `gp`, `ridge` and `gp+ridge`.
 
-One posterior, one leave-one-out formula and one exact form for values (`lpserve.semivalue`) serve
-all. The game is deterministic: scored masks are reproduced (but for a jitter of 1e-10 of their
-variance), unseen ones keep the part of a score that no neighbour shares as uncertainty.
+One posterior, one leave-one-out formula and one exact form for values (`lpserve.values.semivalue`)
+serve all. The game is deterministic: scored masks are reproduced (but for a jitter of 1e-10 of
+their variance), unseen ones keep the part of a score that no neighbour shares as uncertainty.
 
 Notation: M training masks, Q queried masks, P players.
 """
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from lpserve.kernel import MaskKernel, tune, whitening
 from lpserve.masks import keys
 from lpserve.surrogate.base import HeldOut, heldout
+from lpserve.surrogate.kernel import MaskKernel, tune, whitening
 from lpserve.types import BoolArray, FloatArray, IntArray
 
 MAX_TRAINING_MASKS = 3000

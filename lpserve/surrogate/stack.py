@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
-from lpserve.kernel import whitening
 from lpserve.surrogate.base import HeldOut, Predictor, heldout
 from lpserve.surrogate.crossfit import CrossFitted
 from lpserve.surrogate.gaussian import KernelSurrogate
+from lpserve.surrogate.kernel import whitening
 from lpserve.types import BoolArray, FloatArray, IntArray
 
 FOLDS = 5

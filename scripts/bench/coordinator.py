@@ -34,19 +34,19 @@ import psutil
 import ray
 from probes import MIB, machine_lines, publish
 
-import lpserve.coordinator
-import lpserve.dispatcher
-import lpserve.ray_pool
+import lpserve.runner.coordinator
+import lpserve.scoring.dispatcher
+import lpserve.scoring.ray.pool
 from lpserve.config import config_from
-from lpserve.coordinator import run
-from lpserve.dispatcher import Dispatcher, GivenUp
-from lpserve.history import Round
-from lpserve.pool import Unit
-from lpserve.ray_pool import RayPool
-from lpserve.scoreboard import Request, Scoreboard
-from lpserve.store import Store
+from lpserve.data.windows import TokenWindows
+from lpserve.rounds.history import Round
+from lpserve.runner.coordinator import run
+from lpserve.scoring.dispatcher import Dispatcher, GivenUp
+from lpserve.scoring.pool import Unit
+from lpserve.scoring.ray.pool import RayPool
+from lpserve.scoring.tracker import Request, Scoreboard
+from lpserve.store.store import Store
 from lpserve.types import BoolArray, EngineSpec
-from lpserve.windows import TokenWindows
 
 NUM_PLAYERS, NUM_WINDOWS, LENGTH = 32, 10, 128
 BATCH_S = 1.0
@@ -158,7 +158,7 @@ def distinct_masks(count: int) -> Iterator[BoolArray]:
 
 def stream(engines: int, masks: int, delay_s: float, batch_s: float) -> Stream:
     """Score distinct masks; at most two requests of `REQUEST` masks are open."""
-    lpserve.dispatcher.TARGET_UNIT_S = batch_s
+    lpserve.scoring.dispatcher.TARGET_UNIT_S = batch_s
     options = {"num_players": NUM_PLAYERS, "delay_s": delay_s}
     spec = EngineSpec(kind="synthetic", model="", options=options)
     TimedPool.lags = Lags()
@@ -239,10 +239,10 @@ class Refits:
 
 def refits(*, in_loop: bool, budget: int) -> Refits:
     """A run of 4 engines; how long submits wait, and how long proposing a round takes."""
-    lpserve.dispatcher.TARGET_UNIT_S = BATCH_S
+    lpserve.scoring.dispatcher.TARGET_UNIT_S = BATCH_S
     spent: list[float] = []
-    plain_propose = lpserve.coordinator.RoundPlanner.propose
-    on_thread = lpserve.coordinator.in_background
+    plain_propose = lpserve.runner.coordinator.RoundPlanner.propose
+    on_thread = lpserve.runner.coordinator.in_background
 
     def propose(self: Any, *args: Any) -> Round:
         started = time.perf_counter()
@@ -266,11 +266,11 @@ def refits(*, in_loop: bool, budget: int) -> Refits:
             "bench",
         )  # fmt: skip
         changed: dict[tuple[Any, str], Any] = {
-            (lpserve.ray_pool, "RayPool"): TimedPool,
-            (lpserve.coordinator, "Dispatcher"): TimedDispatcher,
-            (lpserve.coordinator, "Store"): TimedStore,
-            (lpserve.coordinator.RoundPlanner, "propose"): propose,
-            (lpserve.coordinator, "in_background"): in_the_loop if in_loop else on_thread,
+            (lpserve.scoring.ray.pool, "RayPool"): TimedPool,
+            (lpserve.runner.coordinator, "Dispatcher"): TimedDispatcher,
+            (lpserve.runner.coordinator, "Store"): TimedStore,
+            (lpserve.runner.coordinator.RoundPlanner, "propose"): propose,
+            (lpserve.runner.coordinator, "in_background"): in_the_loop if in_loop else on_thread,
         }
         before = {key: getattr(*key) for key in changed}
         for (owner, name), value in changed.items():
@@ -347,7 +347,7 @@ def batch_lines(args: argparse.Namespace) -> list[str]:
         "| masks a batch | batches | batches/s | wall clock a batch, ms | driver CPU a batch, ms |",
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
-    least, lpserve.dispatcher.LEAST_UNIT_S = lpserve.dispatcher.LEAST_UNIT_S, 1e-3
+    least, lpserve.scoring.dispatcher.LEAST_UNIT_S = lpserve.scoring.dispatcher.LEAST_UNIT_S, 1e-3
     for delay_s in (0.005, 0.002):
         done = stream(8, args.batch_masks, delay_s, 0.02)
         lines.append(
@@ -355,7 +355,7 @@ def batch_lines(args: argparse.Namespace) -> list[str]:
             f"{done.batches / done.wall_s:.0f} | {1e3 * done.wall_s / done.batches:.2f} | "
             f"{1e3 * done.cpu_s / done.batches:.2f} |"
         )
-    lpserve.dispatcher.LEAST_UNIT_S = least
+    lpserve.scoring.dispatcher.LEAST_UNIT_S = least
     return [*lines, ""]
 
 

@@ -14,8 +14,8 @@ to n-2) and cut at each budget; everything that a budget gives is computed from 
 * Values: mean squared error over the mean square of the exact values; medians over seeds, least
   and most in brackets. Coverage: how often a 90% interval (`stderr_P`) holds the exact value on the
   same windows, mean over players and seeds, and its mean width. Twice: from masks that were chosen
-  for the values alone (`lpserve.acquisition`; each batch P masks, or a tenth of those before), and
-  from those of a run, which walks the greedy path and searches sets as well.
+  for the values alone (`lpserve.rounds.acquisition`; each batch P masks, or a tenth of those
+  before), and from those of a run, which walks the greedy path and searches sets as well.
 * The paper's network (arXiv 2602.07804) on its 8,000 draws stands under the tables of its utility,
   `ppl_ratio`.
 * Plans: the best scored set of each size against the best of all.
@@ -43,8 +43,6 @@ from probes import machine_lines, publish
 from threadpoolctl import threadpool_limits
 
 import lpserve
-from lpserve.acquisition import HEAD_COST, candidate_pool, most_telling
-from lpserve.baselines import PAPER_COALITIONS, PAPER_DRAWS, paper_draws
 from lpserve.masks import (
     StratifiedDesign,
     all_masks,
@@ -53,10 +51,12 @@ from lpserve.masks import (
     paper_kept_counts,
     trie_layer_forwards,
 )
-from lpserve.rounds import RoundSettings
-from lpserve.shapley import exact_values, monte_carlo_values
+from lpserve.rivals.baselines import PAPER_COALITIONS, PAPER_DRAWS, paper_draws
+from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, most_telling
+from lpserve.rounds.planner import RoundSettings
 from lpserve.surrogate import QUICK_TUNING_MASKS, AutoSurrogate, PaperSurrogate
 from lpserve.types import UTILITIES, Z90, BoolArray, FloatArray, utilities
+from lpserve.values.shapley import exact_values, monte_carlo_values
 
 BUDGETS = (60, 100, 200, 400, 800)
 PLAN_BUDGETS = (60, 90, 120, 160, 200, 300)

@@ -3,7 +3,7 @@
     PYTHONPATH=. python scripts/bench/fidelity.py --game demo12.npz --out fidelity.md
 
 Every run plays the same rounds with the same budget of masks, on all windows or with a screen of
-the first n (`lpserve.fidelity`); seeds are 0..N-1. What a run spends:
+the first n (`lpserve.rounds.screening`); seeds are 0..N-1. What a run spends:
 
 * Mask-windows: scores of one mask on one window, over those of a run without a screen.
 * Layer-forwards: those that the trie of each round takes on the screen's and on the other windows
@@ -28,9 +28,9 @@ from played_rounds import Utility, played_rounds
 from probes import machine_lines, publish
 from threadpoolctl import threadpool_limits
 
-from lpserve.baselines import Ask
-from lpserve.rounds import RoundSettings
-from lpserve.spending import Spent
+from lpserve.rivals.accounting import Spent
+from lpserve.rivals.baselines import Ask
+from lpserve.rounds.planner import RoundSettings
 from lpserve.types import BoolArray, FloatArray, known_utilities
 
 BUDGETS = (90, 120, 160, 200, 300)

@@ -32,10 +32,10 @@ from synthetic_games import NUM_TOKENS, ProductGame, layer_game, reference_best
 from threadpoolctl import threadpool_limits
 
 import lpserve
-from lpserve.baselines import PAPER_DRAWS, Proposer, drive, greedy, paper
+from lpserve.analysis.resample import mean_nll, window_weights
 from lpserve.masks import StratifiedDesign, full_mask, keys
-from lpserve.resample import mean_nll, window_weights
-from lpserve.rounds import RoundSettings
+from lpserve.rivals.baselines import PAPER_DRAWS, Proposer, drive, greedy, paper
+from lpserve.rounds.planner import RoundSettings
 from lpserve.surrogate import make_surrogate
 from lpserve.types import Z90, BoolArray, FloatArray
 

@@ -21,9 +21,9 @@ import lpserve
 from lpserve.config import config_from
 from lpserve.demo import demo_values
 from lpserve.masks import all_masks
-from lpserve.progress import Progress
-from lpserve.shapley import exact_values
+from lpserve.scoring.progress import Progress
 from lpserve.types import Z90
+from lpserve.values.shapley import exact_values
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     PYTHONPATH=. python scripts/bench/plan_rivals.py --game demo12.npz --out rivals.md
 
 Every search is a list of batches of masks, in order, and is cut and counted in the same way: see
-`lpserve.spending`.
+`lpserve.rivals.accounting`.
 
 What a search has found is the best set of each size that it scored on all windows; its regret is
 that set's perplexity over the best one's of that size. The paper's pipeline knows its budget and
@@ -27,8 +27,9 @@ from played_rounds import played_rounds
 from probes import machine_lines, publish
 from threadpoolctl import threadpool_limits
 
-from lpserve.acquisition import HEAD_COST
-from lpserve.baselines import (
+from lpserve.masks import all_masks, paper_kept_counts
+from lpserve.rivals.accounting import Spent, within
+from lpserve.rivals.baselines import (
     PAPER_DRAWS,
     PAPER_LEAST_DRAWS,
     Ask,
@@ -40,9 +41,8 @@ from lpserve.baselines import (
     paper,
     random_search,
 )
-from lpserve.masks import all_masks, paper_kept_counts
-from lpserve.rounds import RoundSettings
-from lpserve.spending import Spent, within
+from lpserve.rounds.acquisition import HEAD_COST
+from lpserve.rounds.planner import RoundSettings
 from lpserve.types import BoolArray, FloatArray
 
 BUDGETS = (60, 90, 120, 160, 200, 400, 800)

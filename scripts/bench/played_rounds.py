@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lpserve.history import History, Round
-from lpserve.rounds import RoundPlanner, RoundSettings
+from lpserve.rounds.history import History, Round
+from lpserve.rounds.planner import RoundPlanner, RoundSettings
 from lpserve.types import BoolArray, FloatArray
 
 Utility = Callable[[np.ndarray], FloatArray]

@@ -26,9 +26,9 @@ import torch
 import transformers
 
 import lpserve
+from lpserve.data.windows import TokenWindows
 from lpserve.demo import demo_values
-from lpserve.engine.hf import TransformersEngine
-from lpserve.windows import TokenWindows
+from lpserve.engine.hf.engine import TransformersEngine
 
 MIB = 2**20
 FLAT_SHARE = 0.01

@@ -63,7 +63,7 @@ from probes import (
 from torch.nn.functional import cross_entropy
 
 from lpserve import TokenWindows, open_engine
-from lpserve.engine.hf import TransformersEngine
+from lpserve.engine.hf.engine import TransformersEngine
 from lpserve.masks import StratifiedDesign, draw, paper_kept_counts, sort_distinct
 from lpserve.types import BoolArray, FloatArray, Scores
 

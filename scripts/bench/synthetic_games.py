@@ -52,8 +52,8 @@ import numpy as np
 from game_statistics import EnumeratedGame, losses, print_table, statistics
 
 from lpserve.masks import without
-from lpserve.semivalue import each_left_out, shares
 from lpserve.types import BoolArray, FloatArray, IntArray
+from lpserve.values.semivalue import each_left_out, shares
 
 NUM_TOKENS = 127
 """Scored tokens of a window."""
@@ -121,7 +121,7 @@ class ProductGame:
         return self.nll(masks_MP).mean(axis=1) / NUM_TOKENS
 
     def window_values(self, sizes: tuple[int, int]) -> FloatArray:
-        """Exact values (`lpserve.shapley`) of every window alone, `float64[P, N]`, utility
+        """Exact values (`lpserve.values.shapley`) of every window alone, `float64[P, N]`, utility
         `neg_nll`, sizes before the player joins: with E others dropped, a term gives
 
             phi_i = mean over E of (mean over sets of E others of prod_j a_j) * (a_i - 1).

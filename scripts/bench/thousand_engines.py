@@ -2,11 +2,11 @@
 
     PYTHONPATH=. python scripts/bench/thousand_engines.py --unit-ms 1.8 --mask-us 22
 
-`lpserve.dispatcher.Dispatcher` cuts, sizes, repeats, retries and bisects as in a run; engines,
-clock and driver are simulated. An engine works on its units in order, dies or hangs at random and
-comes back after a restart; a hang ends at the Ray pool's deadline. The driver serves one answer at
-a time at the costs given, which `coordinator.py` measures. Round n is proposed once round n-2 is
-complete, after the time of a refit.
+`lpserve.scoring.dispatcher.Dispatcher` cuts, sizes, repeats, retries and bisects as in a run;
+engines, clock and driver are simulated. An engine works on its units in order, dies or hangs at
+random and comes back after a restart; a hang ends at the Ray pool's deadline. The driver serves one
+answer at a time at the costs given, which `coordinator.py` measures. Round n is proposed once round
+n-2 is complete, after the time of a refit.
 
 Efficiency: the time that the same masks would take if every engine worked without a pause or a
 failure from the first second to the last, over the time that they take. Deterministic for a seed.
@@ -37,13 +37,13 @@ import numpy as np
 from coordinator import NUM_PLAYERS, REQUEST, distinct_masks
 from probes import publish
 
-from lpserve.dispatcher import Dispatcher, GivenUp
-from lpserve.pool import Unit, UnitResult
-from lpserve.progress import RunState
-from lpserve.ray_pool import DEADLINE_FACTOR, LEAST_DEADLINE_S
-from lpserve.store import Block
+from lpserve.data.windows import TokenWindows
+from lpserve.scoring.dispatcher import Dispatcher, GivenUp
+from lpserve.scoring.pool import Unit, UnitResult
+from lpserve.scoring.progress import RunState
+from lpserve.scoring.ray.pool import DEADLINE_FACTOR, LEAST_DEADLINE_S
+from lpserve.store.store import Block
 from lpserve.types import BoolArray, EngineInfo, Scores, Work
-from lpserve.windows import TokenWindows
 
 TARGET = 0.95
 GPU_HOURS_A_FAILURE = 50_677.0
@@ -91,7 +91,7 @@ class SimulatedEngine:
 
 
 class SimulatedPool:
-    """See `lpserve.pool.EnginePool`; time passes in `next` alone."""
+    """See `lpserve.scoring.pool.EnginePool`; time passes in `next` alone."""
 
     info: EngineInfo
 

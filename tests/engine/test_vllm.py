@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lpserve
-from lpserve.engine.vllm import VllmEngine
+from lpserve.engine.vllm.engine import VllmEngine
 from lpserve.errors import EngineError, InputError
 from lpserve.types import EngineSpec
 from tests.engine.test_hf_parity import NUM_LAYERS, edge_masks, some_windows
@@ -99,7 +99,7 @@ def test_auto_takes_scoring_after_the_self_check_and_says_why(model_dir, rng):
 
 
 def test_auto_serves_by_requests_what_scoring_cannot_and_says_why(model_dir, rng, monkeypatch):
-    from lpserve.engine.vllm_worker import model as worker_model
+    from lpserve.engine.vllm.worker import model as worker_model
 
     def refuse(name, module):
         raise EngineError(f"{name} is attention of a new kind")
@@ -116,21 +116,21 @@ def test_auto_serves_by_requests_what_scoring_cannot_and_says_why(model_dir, rng
 
 
 def test_auto_does_not_trust_scores_that_differ(model_dir, rng, monkeypatch):
-    from lpserve.engine import vllm_attention
+    from lpserve.engine.vllm import attention
 
     def wrong(q, k, v, spec, length):
         return q
 
-    monkeypatch.setattr(vllm_attention, "_fused", wrong)
+    monkeypatch.setattr(attention, "_fused", wrong)
     with open_vllm(model_dir("llama"), some_windows(rng)) as engine:
         assert engine.info.path == "vllm/requests"
         assert "from those of requests" in engine.info.path_reason
 
 
 def test_an_engine_whose_masks_have_no_effect_refuses(model_dir, rng, monkeypatch):
-    from lpserve.engine import vllm_stack
+    from lpserve.engine.vllm import stack
 
-    monkeypatch.setattr(vllm_stack.LayerTap, "skips", lambda self, index: False)
+    monkeypatch.setattr(stack.LayerTap, "skips", lambda self, index: False)
     with pytest.raises(EngineError, match="one score to different masks"):
         open_vllm(model_dir("llama"), some_windows(rng), path="requests")
 

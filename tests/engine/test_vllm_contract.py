@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lpserve.engine.vllm_worker import contract
-from lpserve.engine.vllm_worker.contract import CONTRACT, Touched, check_contract
+from lpserve.engine.vllm.worker import contract
+from lpserve.engine.vllm.worker.contract import CONTRACT, Touched, check_contract
 from lpserve.errors import EngineError
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lpserve import TokenWindows
-from lpserve.engine.vllm_options import (
+from lpserve.engine.vllm.options import (
     REFUSED,
     check_options,
     check_vllm_options,
@@ -58,7 +58,7 @@ def test_a_wrong_option_is_refused_in_one_line(options, words):
 
 
 def test_every_refused_name_is_an_argument_of_vllm_or_ours():
-    from lpserve.engine.vllm_worker import known_arguments
+    from lpserve.engine.vllm.worker.extension import known_arguments
 
     assert set(REFUSED) - {"device"} <= known_arguments()
 

@@ -19,7 +19,7 @@ import lpserve
 from lpserve.engine.head import WholeVocabulary
 from lpserve.engine.scorer import StackScorer, prefix_bounds
 from lpserve.engine.trie import TrieSettings
-from lpserve.engine.vllm_stack import LayerTap, VllmStack
+from lpserve.engine.vllm.stack import LayerTap, VllmStack
 from lpserve.errors import EngineError
 
 WIDTH, VOCABULARY, PLAYERS = 6, 11, 5

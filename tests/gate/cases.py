@@ -161,7 +161,7 @@ def record(names: list[str]) -> None:
                 of_study = out / "scores.sqlite"
                 store = of_study if of_study.exists() else out.with_suffix(".sqlite")
                 command("scores", str(store), "--out", str(scores))
-        print("recorded", case.name)
+        sys.stdout.write(f"recorded {case.name}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""From scores to answers: surrogate, values, plan, and how sure they are."""

@@ -1,0 +1,177 @@
+"""Would other windows have chosen another set? From the stored per-window scores, nothing scored.
+
+Calibration matters more than the search (arXiv 2604.24938): with few windows the best scored set of
+a size is often best by luck. For the sets of one size this compares the plan's set with its scored
+rivals under paired draws of the windows (`lpserve.analysis.resample`), between disjoint halves of
+them, and between corpora. The winner was chosen on these very windows, so that the shares are
+rather too kind to it.
+
+Notation: M masks of one size, P players, N windows, B draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lpserve.analysis.resample import mean_nll, window_weights
+from lpserve.masks import removed_players
+from lpserve.plan.plan import best_row
+from lpserve.types import Z90, BoolArray, FloatArray, IntArray
+
+SETTLED = 0.9
+"""A set is settled when it is the best scored one in this share of the draws."""
+_SPLITS = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stability:
+    """How the best scored set of one size depends on the windows."""
+
+    num_sets: int
+    """Scored sets of this size."""
+    stays_best: float
+    """Share of draws of the windows in which the plan's set is the best of them."""
+    regret: float
+    """Mean over draws of the plan's perplexity over the draw's best, minus 1; of other losses, of
+    their exponentials, for each token of an answer where they are nats of whole answers."""
+    rival: list[int] | None
+    """What is removed by the set that wins most of the other draws; None: no other ever wins."""
+    rival_gap: float | None
+    """The rival's mean loss minus the plan's on all windows (`types.loss_unit`)."""
+    rival_gap_stderr: float | None
+    """Its standard error over windows, paired."""
+    windows_needed: int | None
+    """Windows of the same mixture that would make the gap 1.645 of its standard errors."""
+    halves_overlap: float | None
+    """Share of removed players that the best sets of two disjoint halves of the windows have in
+    common; mean over 100 splits. None with fewer than 4 windows."""
+    halves_regret: float | None
+    """Perplexity on one half of what is best on the other, over that of the half's own best, minus
+    1; mean over both ways of the splits."""
+    corpora: dict[str, list[int]] = field(default_factory=dict)
+    """With several corpora: what each alone would remove."""
+
+    @property
+    def settled(self) -> bool:
+        return self.stays_best >= SETTLED
+
+    def warning(self, drawn: str, unit: str) -> str:
+        """One line for a set that the windows do not settle.
+
+        Args:
+            drawn: what was drawn and how many: `10 windows`, `200 questions`.
+            unit: of the losses.
+        """
+        kind = drawn.split()[-1]
+        assert self.rival is not None
+        assert self.rival_gap is not None
+        assert self.rival_gap_stderr is not None
+        enough = (
+            f"about {self.windows_needed} {kind} of this kind would settle it"
+            if self.windows_needed is not None
+            else f"no number of {kind} would tell them apart"
+        )
+        return (
+            f"the draw of {kind} decides this set: in {1 - self.stays_best:.0%} of draws of the "
+            f"{drawn} another scored set is better, mostly {self.rival} "
+            f"({self.rival_gap:.4f} +- {Z90 * self.rival_gap_stderr:.4f} {unit} behind); "
+            f"{enough}"
+        )
+
+
+def set_stability(
+    masks_MP: BoolArray,
+    loss_MN: FloatArray,
+    num_tokens_N: IntArray,
+    corpora: Sequence[tuple[str, int]],
+    chosen: int,
+    seed: int,
+    scale: float = 1.0,
+) -> Stability | None:
+    """Stability of row `chosen` among the scored sets of its size; None for a single window.
+
+    Args:
+        masks_MP: masks of one size, distinct.
+        loss_MN: their summed losses (NLLs in nats, say), finite.
+        corpora: name and number of windows of each corpus, in order.
+        scale: what mean losses are divided by where they become shares (`types.loss_scale`).
+    """
+    num_windows = len(num_tokens_N)
+    if num_windows < 2:
+        return None
+    weights_BN = window_weights([count for _, count in corpora], seed=seed)
+    drawn_MB = mean_nll(loss_MN, num_tokens_N, weights_BN)
+    best_B = drawn_MB.min(axis=0)
+    winner_B = drawn_MB.argmin(axis=0)
+    winner_B[drawn_MB[chosen] <= best_B] = chosen
+    wins_M = np.bincount(winner_B, minlength=len(masks_MP))
+    stays_best = float(wins_M[chosen] / len(winner_B))
+    wins_M[chosen] = 0
+    rival = int(np.argmax(wins_M)) if wins_M.any() else None
+    gap, error, needed = (None, None, None)
+    if rival is not None:
+        gap = float((loss_MN[rival] - loss_MN[chosen]).sum() / num_tokens_N.sum())
+        error = float((drawn_MB[rival] - drawn_MB[chosen]).std(ddof=1))
+        needed = _windows_needed(num_windows, gap, error)
+    overlap, regret = _halves(masks_MP, loss_MN / scale, num_tokens_N, seed)
+    return Stability(
+        num_sets=len(masks_MP),
+        stays_best=stays_best,
+        regret=float(np.expm1((drawn_MB[chosen] - best_B) / scale).mean()),
+        rival=list(removed_players(masks_MP[rival])) if rival is not None else None,
+        rival_gap=gap,
+        rival_gap_stderr=error,
+        windows_needed=needed,
+        halves_overlap=overlap,
+        halves_regret=regret,
+        corpora=_by_corpus(masks_MP, loss_MN, corpora),
+    )
+
+
+def _windows_needed(num_windows: int, gap: float, error: float) -> int | None:
+    """A standard error falls with the root of the number of windows."""
+    if gap <= 0:
+        return None
+    return max(num_windows, math.ceil(num_windows * (Z90 * error / gap) ** 2))
+
+
+def _halves(
+    masks_MP: BoolArray, loss_MN: FloatArray, num_tokens_N: IntArray, seed: int
+) -> tuple[float | None, float | None]:
+    """Overlap of the best sets of two disjoint halves, and what one's best costs on the other."""
+    num_windows = len(num_tokens_N)
+    if num_windows < 4:
+        return None, None
+    rng = np.random.default_rng([seed, num_windows])
+    removed = int((~masks_MP[0]).sum())
+    overlaps, regrets = [], []
+    for _ in range(_SPLITS):
+        order = rng.permutation(num_windows)
+        half = num_windows // 2
+        means = [
+            loss_MN[:, part].sum(axis=1) / num_tokens_N[part].sum()
+            for part in (order[:half], order[half : 2 * half])
+        ]
+        one, other = (int(np.argmin(mean_M)) for mean_M in means)
+        overlaps.append(int((~masks_MP[one] & ~masks_MP[other]).sum()) / removed)
+        regrets.append(np.expm1(means[1][one] - means[1][other]))
+        regrets.append(np.expm1(means[0][other] - means[0][one]))
+    return float(np.mean(overlaps)), float(np.mean(regrets))
+
+
+def _by_corpus(
+    masks_MP: BoolArray, loss_MN: FloatArray, corpora: Sequence[tuple[str, int]]
+) -> dict[str, list[int]]:
+    if len(corpora) < 2:
+        return {}
+    found, start = {}, 0
+    for name, count in corpora:
+        row = best_row(masks_MP, -loss_MN[:, start : start + count].sum(axis=1))
+        assert row is not None
+        found[name] = list(removed_players(masks_MP[row]))
+        start += count
+    return found

@@ -1,0 +1,1 @@
+"""What masks are scored on: windows of texts, questions of tasks."""

@@ -1,0 +1,143 @@
+"""How lm-eval's requests become windows: what all of its models here have in common.
+
+A request (context, continuation) is a window whose continuation is scored; its log-likelihood is
+minus the window's NLL, and it is greedy where no position misses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+from lpserve.data.windows import TokenWindows
+from lpserve.model.checkpoint import position_limit, read_checkpoint
+
+DEFAULT_MAX_LENGTH = 2048
+"""Where the config names no number of positions, as lm-eval has it."""
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""Texts of context and continuation, where known, and their tokens."""
+Row = tuple[tuple[int, ...], int]
+"""Tokens of a request, and how many of the last are scored."""
+
+
+def max_input_length(model: str) -> int:
+    """Tokens that lm-eval may give a model at once: one less than it has positions, since the last
+    scored token is part of a window here."""
+    found = position_limit(read_checkpoint(model).config)
+    return DEFAULT_MAX_LENGTH if found is None else found[1] - 1
+
+
+class RequestsLM(TemplateLM):
+    """The tokenizer's side of an lm-eval model.
+
+    Args:
+        max_length: most tokens of a request that the model is given; longer ones lose their
+            beginning.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self._max_length = max_length
+        self.cut: set[tuple[int, ...]] = set()
+        """Tokens of the requests that lost their beginning, as they were given."""
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None else self.tokenizer.eos_token_id
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        special: dict[str, bool] = {}
+        if add_special_tokens is not None:
+            special["add_special_tokens"] = add_special_tokens
+        elif string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            special["add_special_tokens"] = False  # the string has its BOS already
+        return self.tokenizer.encode(string, **special)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )  # fmt: skip
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
+        """The window of a request."""
+        tokens = self.last((*context, *continuation), self._max_length + 1)
+        return tokens, min(len(continuation), len(tokens) - 1)
+
+    def last(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
+        """At most so many of the last tokens; notes a request that loses its beginning."""
+        kept = tuple(tokens[-most:])
+        if len(kept) < len(tokens):
+            self.cut.add(kept)
+        return kept
+
+
+def windows_of_rows(rows: Sequence[Row], name: str) -> TokenWindows:
+    """Windows of requests, padded to the longest."""
+    length = max(len(tokens) for tokens, _ in rows)
+    tokens_NT = np.zeros((len(rows), length), dtype=np.int32)
+    scored_NT = np.zeros((len(rows), length), dtype=bool)
+    for place, (tokens, num_scored) in enumerate(rows):
+        tokens_NT[place, : len(tokens)] = tokens
+        scored_NT[place, len(tokens) - num_scored : len(tokens)] = True
+    return TokenWindows.from_tokens(tokens_NT, scored_NT, name=name)
+
+
+class _Encoder(RequestsLM):
+    """Keeps the windows of what it is asked, and knows no model."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        super().__init__(tokenizer, max_length)
+        self.rows: list[Row] = []
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        self.rows += [self.row(context, continuation) for _, context, continuation in requests]
+        return [(0.0, False)] * len(requests)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        raise NotImplementedError
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        raise NotImplementedError
+
+
+def encoded_rows(requests: Sequence[tuple[str, str]], tokenizer: Any, max_length: int) -> list[Row]:
+    """The windows of contexts and continuations, as lm-eval encodes them."""
+    encoder = _Encoder(tokenizer, max_length)
+    encoder.loglikelihood(
+        [
+            Instance(request_type="loglikelihood", doc={}, arguments=request, idx=0)
+            for request in requests
+        ]
+    )
+    return encoder.rows

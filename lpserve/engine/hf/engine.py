@@ -1,0 +1,201 @@
+"""The transformers engine: the trie executor over a model's own layers, on CPU or one GPU.
+
+Exact by construction: the layers, their arguments, the norm and the head are transformers' own, so
+a mask scores what transformers gives with the other layers deleted together with their per-layer
+config entries (float32 on CPU: within 1e-5 relative a window).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
+
+from lpserve.data.windows import TokenWindows
+from lpserve.engine.base import (
+    check_also,
+    check_decoder,
+    check_masks,
+    check_windows,
+    scores_of,
+)
+from lpserve.engine.criteria import HiddenStates, hidden_states, taylor_importance
+from lpserve.engine.hf.stack import RecordedStack
+from lpserve.engine.scorer import (
+    HEAD_CHUNK_BYTES,
+    PADDED_LENGTH_STEP,
+    StackScorer,
+    free_bytes,
+    full_precision,
+    trie_settings,
+)
+from lpserve.errors import EngineError, InputError
+from lpserve.model.checkpoint import Checkpoint, attention_needed, checkpoint_hash, read_checkpoint
+from lpserve.types import METRICS, BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TransformersEngine:
+    """See `lpserve.engine.base.Engine`. Options:
+
+    * `state_budget_mb`: memory for hidden states (default: a quarter of what is free, at most
+      1 GiB on CPU, 32 GiB on a GPU).
+    * `micro_batch_tokens`: most tokens a layer is given at once. Setting it fills micro-batches
+      with states of several masks; the default does so on a GPU only (32,768), while on CPU a
+      micro-batch is one state of at most 4,096 tokens.
+    * `attn_implementation`: passed to transformers; default: transformers' own choice, and `eager`
+      where soft-capped scores need it.
+    * `compile_layers`: run the layers, and the reduction of logits, through `torch.compile`, which
+      fuses norms, rotary and gates (default: on a GPU). Layers of one shape share what is compiled.
+    """
+
+    OPTIONS = ("state_budget_mb", "micro_batch_tokens", "attn_implementation", "compile_layers")
+
+    def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
+        if spec.dtype not in DTYPES:
+            raise InputError(f"unknown dtype {spec.dtype!r}: one of {', '.join(DTYPES)}")
+        checkpoint = read_checkpoint(spec.model)
+        check_decoder(checkpoint)
+        check_windows(checkpoint, windows)
+        device = _device(spec.device)
+        self._checkpoint = checkpoint
+        self._model = _load(checkpoint, spec, device)
+        settings = trie_settings(spec.options, device.type, free_bytes(device))
+        head_chunk = HEAD_CHUNK_BYTES[device.type]
+        compiled = spec.options.get("compile_layers", device.type == "cuda")
+        if not isinstance(compiled, bool):
+            raise InputError(f"compile_layers must be true or false: got {compiled!r}")
+        with full_precision():
+            stack = RecordedStack(self._model, head_chunk_bytes=head_chunk, compile_layers=compiled)
+        self._scorer = StackScorer(stack, settings, padded_step=_padded_step(self._model))
+        self._default = self.register(windows)
+        self.info = EngineInfo(
+            kind="transformers",
+            path=f"transformers/{self._model.config._attn_implementation}"
+            + ("/compiled" if compiled else ""),
+            model=str(Path(spec.model).resolve()),
+            model_hash=checkpoint_hash(checkpoint),
+            players=tuple(Player(index=i, layer=i) for i in range(stack.num_players)),
+            dtype=spec.dtype,
+            device=str(device),
+            noise_nll=self._scorer.batch_noise(self._default) if settings.pack_states else 0.0,
+            vocab_size=stack.vocab_size,
+            metrics=METRICS,
+            versions={"torch": torch.__version__, "transformers": transformers.__version__},
+            settings={
+                "state_budget_bytes": settings.state_budget_bytes,
+                "micro_batch_tokens": settings.micro_batch_tokens,
+                "pack_states": settings.pack_states,
+                "head_chunk_bytes": head_chunk,
+                "compile_layers": compiled,
+                "threads": torch.get_num_threads(),
+            },
+        )
+
+    def register(self, windows: TokenWindows) -> str:
+        check_windows(self._checkpoint, windows)
+        return self._scorer.register(windows)
+
+    def score(
+        self, masks_MP: BoolArray, windows: str | None = None, also: Sequence[str] = ()
+    ) -> Scores:
+        key = self._default if windows is None else windows
+        masks_MP = check_masks(masks_MP, self.info.num_players)
+        also = check_also(self.info, also)
+        values_MNC, work = self._scorer.score(masks_MP, key, also)
+        return scores_of(values_MNC, also, self._scorer.num_tokens(key), work)
+
+    def hidden_states(self, windows: str | None = None) -> HiddenStates:
+        """How hidden states turn in the whole model, on registered windows."""
+        with full_precision():
+            return hidden_states(self._scorer.stack, self._scorer.blocks(windows or self._default))
+
+    def taylor_importance(self, windows: str | None = None) -> FloatArray:
+        """First-order importance of every layer's weights, `float64[P]`; takes gradients."""
+        stack = self._scorer.stack
+        assert isinstance(stack, RecordedStack)
+        blocks = self._scorer.blocks(windows or self._default)
+        return taylor_importance(self._model, list(stack.layers), blocks)
+
+    def close(self) -> None:
+        if hasattr(self, "_model"):
+            del self._model, self._scorer
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def __enter__(self) -> TransformersEngine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}: auto, cpu or cuda[:n]") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not supported: auto, cpu or cuda[:n]")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name!r} is asked for, but torch sees no GPU")
+    return device
+
+
+def _padded_step(model: Any) -> int:
+    """Rotary tables that depend on the sequence length leave no room for padding."""
+    rope = str(model.config.get_text_config().to_dict().get("rope_parameters") or {})
+    return 1 if "dynamic" in rope or "longrope" in rope else PADDED_LENGTH_STEP
+
+
+def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any:
+    attention = spec.options.get("attn_implementation") or attention_needed(checkpoint.config)
+    kwargs: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    with _quiet_transformers():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(checkpoint.path),
+                dtype=DTYPES[spec.dtype],
+                local_files_only=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
+            line = str(error).strip().splitlines()[0]
+            raise InputError(f"transformers cannot load {checkpoint.path}: {line}") from error
+    model, report = loaded
+    absent = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
+    if absent:
+        raise InputError(
+            f"model {checkpoint.path}: {len(absent)} weights are missing or misshapen, first "
+            f"{absent[0]}; copy the checkpoint again"
+        )
+    model = model.to(device).eval()
+    if len({p.dtype for p in model.parameters() if p.is_floating_point()}) != 1:
+        raise EngineError(f"model {checkpoint.path} keeps weights of several dtypes: not supported")
+    return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars or notices while loading; put back afterwards."""
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""The vLLM engine: its paths, its arguments, its life in this process."""

@@ -1,0 +1,423 @@
+"""A LayerStack over layers that hand on (hidden, residual), as vLLM's do.
+
+`LayerTap` patches the layers once; `VllmStack` drives them for the trie executor. Neither names
+anything of vLLM: what a model is and how its forward is called comes from `worker/`.
+
+vLLM's layers mostly return two tensors whose sum is the hidden state, so that the next norm can
+add and normalise at once. What a state must carry between layers is found by probing every layer
+on real data, and is exact, bit for bit:
+
+* `hidden`: one tensor; the layer takes no residual or does not read it;
+* `sum`: one tensor, hidden + residual, given to the next layer without a residual;
+* `pair`: both tensors, where rounding makes the sum differ.
+
+Shapes: B rows, T tokens, n = B * T flat tokens, d width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lpserve.data.windows import TokenWindows
+from lpserve.engine.head import Head, Vocabulary, on_device
+from lpserve.engine.replay import same_value
+from lpserve.errors import EngineError
+
+STATE_KINDS = ("hidden", "sum", "pair")
+"""What a state carries, smallest first."""
+_MAX_CALLS = 16
+"""Batch shapes whose recorded arguments are kept."""
+
+Handler = Callable[[int, dict[str, Any]], Any]
+
+
+class LayerTap:
+    """The layers of one rank, patched once: skipped by mask, or handed to a handler."""
+
+    def __init__(
+        self, layers: list[nn.Module], first: int, before_layer: Callable[[], None]
+    ) -> None:
+        self.layers = layers
+        self.first = first
+        """Index of the first of them in the model."""
+        self.keep = [True] * len(layers)
+        self.calls = [0] * len(layers)
+        """Times that each layer's own forward ran."""
+        self._before_layer = before_layer
+        self._handler: Handler | None = None
+        self._originals = [layer.forward for layer in layers]
+        self._signatures = [inspect.signature(original) for original in self._originals]
+        self.takes_residual = ["residual" in s.parameters for s in self._signatures]
+        for index, layer in enumerate(layers):
+            if hasattr(layer, "_lpserve_index"):
+                raise EngineError(f"layer {first + index} is patched already")
+            layer.forward = self._make(index)
+            layer._lpserve_index = index  # pyright: ignore[reportArgumentType]
+
+    def read_mask(self) -> list[bool]:
+        """The mask as the patches see it; refuses when a patch is not in place any more."""
+        for index, layer in enumerate(self.layers):
+            if getattr(layer.forward, "_lpserve_tap", None) is not self:
+                raise EngineError(f"layer {self.first + index} lost its patch")
+        return list(self.keep)
+
+    def skips(self, index: int) -> bool:
+        """Whether the mask leaves this layer out (requests)."""
+        return not self.keep[index]
+
+    def run(self, index: int, arguments: dict[str, Any]) -> Any:
+        """The layer's own forward."""
+        self.calls[index] += 1
+        return self._originals[index](**arguments)
+
+    @contextmanager
+    def handled(self, handler: Handler) -> Iterator[None]:
+        """Call `handler(index, arguments by name)` in place of the layers."""
+        self._handler = handler
+        try:
+            yield
+        finally:
+            self._handler = None
+
+    def _make(self, index: int) -> Callable[..., Any]:
+        signature, original = self._signatures[index], self._originals[index]
+        last = index == len(self.layers) - 1
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._before_layer()
+            if self._handler is not None:
+                return self._handler(index, _by_name(signature, args, kwargs))
+            if not self.skips(index):
+                self.calls[index] += 1
+                return original(*args, **kwargs)
+            arguments = _by_name(signature, args, kwargs)
+            return self.passed_on(index, arguments["hidden_states"], arguments, ends=last)
+
+        forward._lpserve_tap = self  # pyright: ignore[reportFunctionMemberAccess]
+        return forward
+
+    def passed_on(
+        self, index: int, hidden: torch.Tensor, arguments: dict[str, Any], *, ends: bool
+    ) -> Any:
+        """What a layer that does nothing returns. The last one owes the norm a residual."""
+        if not self.takes_residual[index]:
+            return hidden
+        residual = arguments["residual"]
+        return hidden, torch.zeros_like(hidden) if ends and residual is None else residual
+
+
+class Link(Protocol):
+    """To the neighbours in a pipeline of ranks; a rank that holds all layers is first and last."""
+
+    is_first: bool
+    is_last: bool
+
+    def send(self, tensor: torch.Tensor) -> None: ...
+
+    def receive(self, shape: torch.Size) -> torch.Tensor: ...
+
+
+class DrivenModel(Protocol):
+    """What a stack needs of a model; `worker/` makes one of vLLM's."""
+
+    tap: LayerTap
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    tensor_parallel_size: int
+    length: int
+    """Tokens of each window in the calls that follow."""
+
+    @property
+    def link(self) -> Link: ...
+
+    def session(self) -> AbstractContextManager[None]: ...
+
+    def run(self, ids_n: torch.Tensor, positions_n: torch.Tensor) -> torch.Tensor: ...
+
+    def vocabulary(self) -> Vocabulary: ...
+
+
+class VllmStack:
+    """See `lpserve.engine.base.LayerStack`. Use inside `session()`."""
+
+    def __init__(self, model: DrivenModel, *, head_chunk_bytes: int) -> None:
+        self._model = model
+        self._tap = model.tap
+        self._head = Head(
+            model.vocabulary(),
+            vocab_size=-(-model.vocab_size // model.tensor_parallel_size),
+            chunk_bytes=head_chunk_bytes,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._calls: dict[tuple[int, int], _Recorded] = {}
+        self._prepared: set[int] = set()
+        self._probe_length = 0
+        self.num_players = len(model.tap.layers)
+        self.width = 0
+        self.state_kind = ""
+        """`hidden`, `sum` or `pair`; see the module. All ranks must use the same."""
+
+    def session(self) -> AbstractContextManager[None]:
+        return self._model.session()
+
+    def state_bytes(self, length: int) -> int:
+        tensors = 2 if self.state_kind == "pair" else 1
+        return length * self.width * tensors * self._model.dtype.itemsize
+
+    def prepare(self, windows: TokenWindows) -> None:
+        """Record this padded length, and find once what a state carries.
+
+        Raises:
+            EngineError: the layers cannot be driven one by one.
+        """
+        if windows.length in self._prepared:
+            return
+        self._probe_length = windows.length
+        tokens_T = on_device(windows.tokens_NT[0], self._model.device)
+        length = windows.length
+        record = self._record(tokens_T, length, 1)
+        self._refuse_text(record, self._record((tokens_T + 1) % self._model.vocab_size, length, 1))
+        self.width = record.hidden.shape[-1]
+        self._prepared.add(length)
+
+    def embed(self, block: TokenWindows) -> torch.Tensor:
+        shape = (block.num_windows, block.length, self.width)
+        if not self._model.link.is_first:
+            parts = (2,) if self.state_kind == "pair" else ()
+            return self._model.link.receive(torch.Size((*shape[:2], *parts, self.width)))
+        ids_n = on_device(block.tokens_NT.reshape(-1), self._model.device)
+        state = self._record(ids_n, block.length, block.num_windows).hidden.view(shape)
+        if self.state_kind == "pair":
+            return torch.stack([state, torch.zeros_like(state)], dim=2)
+        return state
+
+    def run_player(self, player: int, state_BTd: torch.Tensor) -> torch.Tensor:
+        rows, length = state_BTd.shape[:2]
+        record = self._recorded(length, rows)
+        hidden, residual = self._unpack(state_BTd, record)
+        out, left = self._layer(record, player, hidden, residual)
+        if self.state_kind == "pair":
+            return torch.stack([_flat(out), _flat(left)], dim=1).view(state_BTd.shape)
+        if self.state_kind == "sum":
+            out = out + left
+        return out.view(state_BTd.shape)
+
+    def reduce(
+        self,
+        state_BTd: torch.Tensor,
+        block: TokenWindows,
+        also: Sequence[str] = (),
+        whole_NTd: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows = len(state_BTd)
+        if not self._model.link.is_last:
+            for state in state_BTd.split(block.num_windows):
+                self._model.link.send(state)
+            return state_BTd.new_zeros((rows, 1 + len(also)), dtype=torch.float64)
+        whole = None if whole_NTd is None else self._final(whole_NTd)
+        return self._head.reduce(self._final(state_BTd), block, also, whole)
+
+    def _final(self, state_BTd: torch.Tensor) -> torch.Tensor:
+        """What the model gives its head, `[B, T, d]`."""
+        rows, length = state_BTd.shape[:2]
+        record = self._recorded(length, rows)
+        return self._tail(record, *self._unpack(state_BTd, record)).view(rows, length, -1)
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def _unpack(
+        self, state_BTd: torch.Tensor, record: _Recorded
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Fresh tensors in the model's own shape: layers may write into what they are given."""
+        shape = record.hidden.shape
+        if self.state_kind == "pair":
+            hidden, residual = state_BTd.flatten(0, 1).unbind(1)
+            return hidden.reshape(shape).clone(), residual.reshape(shape).clone()
+        return state_BTd.reshape(shape).clone(), None
+
+    def _layer(
+        self, record: _Recorded, player: int, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._model.length = record.length
+        arguments = record.arguments[player] | {"hidden_states": hidden}
+        if self._tap.takes_residual[player]:
+            arguments["residual"] = residual
+        output: Any = self._tap.run(player, arguments)
+        if isinstance(output, tuple):
+            return output[0], output[-1]
+        return output, output
+
+    def _tail(
+        self, record: _Recorded, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the model does after its last layer, up to the head: usually a norm."""
+
+        def pass_on(index: int, arguments: dict[str, Any]) -> Any:
+            ends = index == self.num_players - 1
+            taken = hidden if ends else arguments["hidden_states"]
+            if ends and residual is not None:
+                arguments = arguments | {"residual": residual}
+            return self._tap.passed_on(index, taken, arguments, ends=ends)
+
+        with self._tap.handled(pass_on):
+            return self._model.run(record.ids_n, record.positions_n)
+
+    def _recorded(self, length: int, rows: int) -> _Recorded:
+        if (length, rows) not in self._calls:
+            ids_n = torch.zeros(length * rows, dtype=torch.long, device=self._model.device)
+            self._record(ids_n, length, rows)
+        return self._calls[length, rows]
+
+    def _record(self, ids_n: torch.Tensor, length: int, rows: int) -> _Recorded:
+        """One forward in which no layer does anything: embedding, and every layer's arguments."""
+        device = self._model.device
+        positions_n = torch.arange(length, device=device).repeat(rows)
+        record = _Recorded(ids_n, positions_n, length)
+        handed: list[torch.Tensor] = []  # what the layer before returned
+
+        def pass_on(index: int, arguments: dict[str, Any]) -> Any:
+            hidden = arguments.pop("hidden_states")
+            residual = arguments.pop("residual", None)
+            if not index:
+                record.hidden, record.residual = hidden, residual
+            elif (
+                not handed
+                or hidden is not handed[0]
+                or (self._tap.takes_residual[index] and residual is not handed[-1])
+            ):
+                raise EngineError(
+                    f"something happens between layers {index - 1} and {index} of "
+                    f"{self._model.name}: its layers cannot be skipped one by one"
+                )
+            record.arguments.append(arguments)
+            hidden = hidden.view_as(hidden)  # a new object, so that the next layer shows it
+            if not self._tap.takes_residual[index]:
+                handed[:] = [hidden]
+                return hidden
+            residual = torch.zeros_like(hidden) if residual is None else residual.view_as(residual)
+            handed[:] = [hidden, residual]
+            return hidden, residual
+
+        with self._tap.handled(pass_on):
+            self._model.run(ids_n, positions_n)
+        if len(record.arguments) != self.num_players:
+            raise EngineError(
+                f"{self._model.name} ran {len(record.arguments)} of its {self.num_players} layers"
+            )
+        if len(self._calls) >= _MAX_CALLS:
+            self._calls.clear()
+        self._calls[length, rows] = record
+        return record
+
+    def _refuse_text(self, record: _Recorded, other: _Recorded) -> None:
+        """Raise EngineError when an argument notices other tokens."""
+        for index, (a, b) in enumerate(zip(record.arguments, other.arguments, strict=True)):
+            for name, value in a.items():
+                if not same_value(value, b.get(name)):
+                    raise EngineError(
+                        f"layer {index} of {self._model.name} takes {name!r}, which depends on the "
+                        "text: its layers cannot be skipped one by one"
+                    )
+
+    # -- what a state carries --------------------------------------------------------------------
+
+    def probe(self) -> list[str]:
+        """The kinds of state with which every layer here gives exactly what it gives by itself.
+
+        Runs the model's own chain on the text that `prepare` saw; ranks of a pipeline hand it on.
+
+        Raises:
+            EngineError: the layers do not agree about what they take.
+        """
+        record = self._calls[self._probe_length, 1]
+        link = self._model.link
+        if not any(self._tap.takes_residual):
+            kinds = ["hidden"]
+        elif not all(self._tap.takes_residual):
+            raise EngineError(f"{self._model.name}: some layers take a residual and some do not")
+        else:
+            kinds = list(STATE_KINDS)
+        if link.is_first:
+            if record.residual is not None:
+                raise EngineError(f"{self._model.name} gives its first layer a residual")
+            start = record.hidden
+            hidden, residual = self._layer(record, 0, start.clone(), None)
+            chain = range(1, self.num_players + link.is_last)
+        else:
+            start = hidden = link.receive(record.hidden.shape)
+            residual = link.receive(record.hidden.shape)
+            chain = range(self.num_players + link.is_last)
+        fits = dict.fromkeys(kinds, True)
+        for player in chain:
+            zeros = torch.zeros_like(hidden) if player == self.num_players else None
+            real = self._next(record, player, hidden, residual)
+            alone = self._next(record, player, hidden, zeros)
+            summed = self._next(record, player, hidden + residual, zeros)
+            fits["hidden"] &= torch.equal(real[0], alone[0])
+            if "sum" in fits:
+                fits["sum"] &= torch.equal(real[0] + real[1], summed[0] + summed[1])
+            hidden, residual = real
+        if not link.is_last:
+            link.send(hidden)
+            link.send(residual)
+        for player in range(self.num_players if "pair" in fits else 0):
+            none = self._next(record, player, start, None)
+            zeros = self._next(record, player, start, torch.zeros_like(start))
+            fits["pair"] &= torch.equal(none[0], zeros[0]) and torch.equal(none[1], zeros[1])
+        return [kind for kind in kinds if fits[kind]]
+
+    def _next(
+        self, record: _Recorded, player: int, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next layer, or what follows the last one, on copies."""
+        copy = None if residual is None else residual.clone()
+        if player < self.num_players:
+            return self._layer(record, player, hidden.clone(), copy)
+        final = self._tail(record, hidden.clone(), copy)
+        return final, torch.zeros_like(final)
+
+
+class _Recorded:
+    """Arguments of every layer for one batch shape, hidden state and residual left out."""
+
+    def __init__(self, ids_n: torch.Tensor, positions_n: torch.Tensor, length: int) -> None:
+        self.ids_n = ids_n
+        self.positions_n = positions_n
+        self.length = length
+        self.hidden = torch.empty(0)
+        self.residual: torch.Tensor | None = None
+        self.arguments: list[dict[str, Any]] = []
+
+
+def _by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments by name, `**kwargs` of the layer spread out."""
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise EngineError(f"a layer takes its arguments as *{name}")
+        else:
+            named[name] = value
+    if not isinstance(named.get("hidden_states"), torch.Tensor):
+        raise EngineError("a layer takes no tensor named hidden_states")
+    named.setdefault("residual", None)
+    if "residual" not in signature.parameters:
+        named.pop("residual")
+    return named
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])

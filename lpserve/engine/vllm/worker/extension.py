@@ -1,0 +1,235 @@
+"""Runs inside vLLM's workers: the only package that names vLLM internals.
+
+`WorkerExtension` is mixed into vLLM's worker (`worker_extension_cls`) and called by
+`collective_rpc`; its methods begin with `lpserve_`. It patches every decoder layer once, so that
+
+* in the `requests` path a dropped layer hands its input on, and
+* in the `scoring` path `VllmStack` gives the trie executor vLLM's own layers one by one.
+
+`contract.py` lists what is touched; `model.py` drives a model in vLLM's contexts. Expected refusals
+come back as `{"error": ...}`: an exception in one worker can kill the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lpserve.data.windows import TokenWindows
+from lpserve.engine.scorer import StackScorer, free_bytes, full_precision
+from lpserve.engine.trie import TrieSettings
+from lpserve.engine.vllm.stack import LayerTap, VllmStack
+from lpserve.engine.vllm.worker.contract import check_contract
+from lpserve.engine.vllm.worker.model import VllmModel
+from lpserve.errors import EngineError, InputError
+
+
+def known_arguments() -> frozenset[str]:
+    """Names of the arguments of `vllm.LLM`."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return frozenset(EngineArgs.__dataclass_fields__)
+
+
+def shut_down(llm: Any) -> None:
+    """End an engine (None: one that did not start) and vLLM's distributed state."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    if llm is not None:
+        llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+class WorkerExtension:
+    """Methods of vLLM's worker. Arguments and results are plain values and bytes."""
+
+    # of the worker that this is mixed into
+    model_config: Any
+    vllm_config: Any
+    device: torch.device
+    get_model: Callable[[], Any]
+    _lpserve_tap: LayerTap
+    _lpserve_stack: VllmStack
+    _lpserve_scorer: StackScorer
+
+    def lpserve_open(self) -> dict[str, Any]:
+        """Patch the layers, once; describe what this rank holds."""
+        return _reported(lambda: _open(self))
+
+    def lpserve_set_mask(self, keep: list[bool]) -> list[bool]:
+        """Which of all layers run from now on in requests, True = kept; returns the part of this
+        rank, read back from the patches."""
+        tap = self._lpserve_tap
+        tap.keep[:] = keep[tap.first : tap.first + len(tap.layers)]
+        return tap.read_mask()
+
+    def lpserve_prepare(self, state_budget_bytes: int, micro_batch_tokens: int, pack_states: bool,
+                        head_chunk_bytes: int) -> dict[str, Any]:  # fmt: skip
+        """Make the scoring path ready, or say why it cannot be."""
+
+        def prepare() -> dict[str, Any]:
+            model = VllmModel(self, self._lpserve_tap)
+            self._lpserve_stack = VllmStack(model, head_chunk_bytes=head_chunk_bytes)
+            settings = TrieSettings(
+                state_budget_bytes=state_budget_bytes, micro_batch_tokens=micro_batch_tokens,
+                pack_states=pack_states,
+            )  # fmt: skip
+            total = self.model_config.get_total_num_hidden_layers()
+            self._lpserve_scorer = StackScorer(
+                self._lpserve_stack, settings, part=(self._lpserve_tap.first, total)
+            )
+            return {}
+
+        return _reported(prepare)
+
+    def lpserve_register(self, tokens: bytes, scored: bytes, shape: list[int]) -> dict[str, Any]:
+        """Register windows (int32 and bool bytes of [N, T]) with the scoring path."""
+        tokens_NT = np.frombuffer(tokens, dtype=np.int32).reshape(shape)
+        scored_NT = np.frombuffer(scored, dtype=bool).reshape(shape)
+
+        def register() -> dict[str, Any]:
+            with self._lpserve_stack.session():
+                key = self._lpserve_scorer.register(TokenWindows.from_tokens(tokens_NT, scored_NT))
+            return {"key": key}
+
+        return _reported(register)
+
+    def lpserve_probe(self) -> dict[str, Any]:
+        """The kinds of state that are exact on this rank; windows must be registered."""
+
+        def probe() -> dict[str, Any]:
+            with full_precision(), self._lpserve_stack.session():
+                return {"kinds": self._lpserve_stack.probe()}
+
+        return _reported(probe)
+
+    def lpserve_set_state(self, kind: str) -> None:
+        """The kind of state that all ranks use."""
+        self._lpserve_stack.state_kind = kind
+
+    def lpserve_score(
+        self, key: str, masks: bytes, num_masks: int, also: list[str]
+    ) -> dict[str, Any]:
+        """NLL and other metrics of registered windows under masks (bool bytes of [M, P]), scoring
+        path."""
+        masks_MP = np.frombuffer(masks, dtype=bool).reshape(num_masks, -1)
+
+        def score() -> dict[str, Any]:
+            with self._lpserve_stack.session():
+                values_MNC, work = self._lpserve_scorer.score(masks_MP, key, also)
+            return {"values": values_MNC.tobytes(), "shape": list(values_MNC.shape),
+                    "work": [work.masks, work.distinct_masks, work.layer_forwards,
+                             work.skip_layer_forwards, work.tokens, work.seconds]}  # fmt: skip
+
+        return _reported(score)
+
+    def lpserve_noise(self, key: str) -> float:
+        """`StackScorer.batch_noise` of this rank."""
+        with self._lpserve_stack.session():
+            return self._lpserve_scorer.batch_noise(key)
+
+    def lpserve_calls(self) -> dict[str, Any]:
+        """Times that each layer really ran so far, and the class that ran."""
+        tap = self._lpserve_tap
+        return {
+            "calls": list(tap.calls),
+            "classes": [type(layer).__module__ for layer in tap.layers],
+        }
+
+
+def _open(worker: Any) -> dict[str, Any]:
+    check_contract()
+    if not hasattr(worker, "_lpserve_tap"):
+        layers, first = _decoder_layers(worker)
+        worker._lpserve_tap = LayerTap(layers, first, _forget_moe_order)
+        _allocate_receive_buffers(worker)
+        _use_plain_rotary_with_mla(worker)
+    parallel = worker.vllm_config.parallel_config
+    config = worker.model_config
+    return {
+        "num_layers": config.get_total_num_hidden_layers(),
+        "first_layer": worker._lpserve_tap.first,
+        "local_layers": len(worker._lpserve_tap.layers),
+        "architecture": type(worker.get_model()).__name__,
+        "vocab_size": config.get_vocab_size(),
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "quantization": config.quantization,
+        "device": str(worker.device),
+        "free_bytes": free_bytes(worker.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _decoder_layers(worker: Any) -> tuple[list[nn.Module], int]:
+    """The decoder layers on this rank and the index of the first of them, found by structure."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    total = worker.model_config.get_total_num_hidden_layers()
+    model = worker.get_model()
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == total
+    }
+    # of nested lists (one part of each layer, say) the outermost drives the rest
+    outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    attends = {id(m) for m in worker.vllm_config.compilation_config.static_forward_context.values()}
+    fitting = [n for n in outer if any(id(m) in attends for m in lists[n].modules())]
+    if len(fitting) != 1:
+        raise EngineError(
+            f"{type(model).__name__}: found {len(fitting)} lists of {total} decoder layers, not one"
+        )
+    modules = lists[fitting[0]]
+    local = [i for i, layer in enumerate(modules) if not isinstance(layer, PPMissingLayer)]
+    return [modules[i] for i in local], local[0]
+
+
+def _forget_moe_order() -> None:
+    """vLLM may name mixture-of-experts layers by counting them as they run (forward context's
+    `all_moe_layers`); with a layer left out, the count would pick other layers' experts."""
+    from vllm.forward_context import get_forward_context
+
+    get_forward_context().all_moe_layers = None
+
+
+def _allocate_receive_buffers(worker: Any) -> None:
+    """Pipeline parallelism on CPU: vLLM 0.32 allocates the receive buffers in a warm-up run that
+    eager mode with a fixed KV cache skips, and the first request fails without them."""
+    from vllm.distributed import get_pp_group
+
+    runner = worker.model_runner
+    if get_pp_group().is_first_rank or getattr(runner, "intermediate_tensors", 0) is not None:
+        return
+    runner.intermediate_tensors = worker.get_model().make_empty_intermediate_tensors(
+        batch_size=worker.scheduler_config.max_num_batched_tokens,
+        dtype=worker.model_config.dtype,
+        device=worker.device,
+    )
+
+
+def _use_plain_rotary_with_mla(worker: Any) -> None:
+    """vLLM 0.32's rotary kernel for CPU reads MLA's strided queries as if they were contiguous:
+    scores then depend on what else is in the batch. Its own plain form is right."""
+    from vllm.model_executor.layers.attention import MLAAttention
+
+    modules = list(worker.get_model().modules())
+    if worker.device.type != "cpu" or not any(isinstance(m, MLAAttention) for m in modules):
+        return
+    for module in modules:
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module._forward_method = module.forward_native
+
+
+def _reported(method: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return method()
+    except (EngineError, InputError) as error:
+        return {"error": str(error), "kind": type(error).__name__}
+    except Exception as error:  # raised in a worker it would take the engine down without a word
+        line = (str(error).splitlines() or [""])[0]
+        return {"error": f"{type(error).__name__}: {line}", "kind": "failure"}

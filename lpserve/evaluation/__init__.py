@@ -1,0 +1,1 @@
+"""Sets and checkpoints measured: perplexity, tasks, speed."""

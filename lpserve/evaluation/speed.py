@@ -1,0 +1,161 @@
+"""Checkpoints in use: latency, throughput and memory, the dense model beside pruned ones.
+
+Each checkpoint is measured in each engine in a fresh process (`speed_worker`), one after another,
+with the same prompts; figures are of this machine. The first checkpoint is what the others are
+compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lpserve.config import DTYPES
+from lpserve.engine.base import check_decoder
+from lpserve.errors import EngineError, InputError
+from lpserve.model.checkpoint import position_limit, read_checkpoint
+
+ENGINES = ("transformers", "vllm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedConfig:
+    """What to measure."""
+
+    models: tuple[str, ...]
+    """Checkpoint folders; the first is the baseline."""
+    engines: tuple[str, ...] = ("transformers",)
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    """`auto` (a GPU where there is one) or `cpu`."""
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    batch: int = 16
+    """Requests of the batch that throughput is measured on."""
+    repeats: int = 3
+    """Timed repeats, after one to warm up; medians are told."""
+    seed: int = 0
+    """Of the prompts."""
+    vllm_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM`."""
+
+    def __post_init__(self) -> None:
+        for key, choices in (("engines", ENGINES), ("dtype", DTYPES), ("device", ("auto", "cpu"))):
+            given = getattr(self, key)
+            for value in (given,) if isinstance(given, str) else given:
+                if value not in choices:
+                    raise InputError(f"{key} must be of {', '.join(choices)}: got {value!r}")
+        for key in ("prompt_tokens", "new_tokens", "batch", "repeats"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{key} must be a whole number above 0: got {value!r}")
+        if not self.models:
+            raise InputError("no model to measure: name checkpoint folders, the dense one first")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """One checkpoint in one engine."""
+
+    model: str
+    engine: str
+    version: str
+    """Of the engine."""
+    device: str
+    threads: int
+    num_layers: int
+    weight_bytes: int
+    """Of the checkpoint's tensors, as stored."""
+    load_s: float
+    first_token_s: float
+    """From a prompt to its first new token, one request."""
+    decode_s: float
+    """A further token of one request."""
+    batch_tokens_per_s: float
+    """New tokens of the batch over the time from its prompts to its end."""
+    batch_tokens_per_s_range: tuple[float, float]
+    """Slowest and fastest repeat."""
+    peak_bytes: int
+    """GPU: most that torch had allocated. CPU: most memory of the process beyond what it took
+    before the model was loaded. Summed over the ranks. vLLM's cache of keys and values is part of
+    it."""
+
+
+def measure(config: SpeedConfig) -> list[Speed]:
+    """Measure every checkpoint in every engine, in order.
+
+    Raises:
+        InputError: a checkpoint cannot be used, or has too few positions; before anything loads.
+        EngineError: a process failed; its last line is told.
+    """
+    weights = {}
+    for model in config.models:
+        checkpoint = read_checkpoint(model)
+        check_decoder(checkpoint)
+        length = config.prompt_tokens + config.new_tokens
+        found = position_limit(checkpoint.config)
+        if found is not None and length > found[1]:
+            raise InputError(
+                f"model {model} has {found[1]} positions ({found[0]}): prompt_tokens + new_tokens "
+                f"is {length}"
+            )
+        weights[model] = sum(entry.num_bytes for entry in checkpoint.tensors)
+    if "vllm" in config.engines:
+        from importlib.util import find_spec
+
+        if find_spec("vllm") is None:
+            raise InputError("engine vllm needs vLLM: install lpserve[vllm]")
+        import torch
+
+        if config.device == "cpu" and torch.cuda.is_available():
+            raise InputError("engine vllm takes the GPU where there is one: leave --device out")
+    return [
+        _measured(config, model, engine, weights[model])
+        for engine in config.engines
+        for model in config.models
+    ]
+
+
+def _measured(config: SpeedConfig, model: str, engine: str, weight_bytes: int) -> Speed:
+    task = asdict(config) | {"model": str(Path(model).resolve()), "engine": engine}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("speed_worker.py")), json.dumps(task)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise EngineError(f"{model} cannot be measured with {engine}: {last}")
+    found = json.loads(lines[-1])
+    found["batch_tokens_per_s_range"] = tuple(found["batch_tokens_per_s_range"])
+    return Speed(model=model, engine=engine, weight_bytes=weight_bytes, **found)
+
+
+def table(speeds: list[Speed]) -> list[str]:
+    """A Markdown table; factors are over the first checkpoint in the same engine."""
+    lines = [
+        "| engine | checkpoint | layers | weights MiB | peak MiB | first token ms | ms a token | "
+        "batch tokens/s (range) | faster: first token / token / batch |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for s in speeds:
+        base = next(b for b in speeds if b.engine == s.engine)
+        low, high = s.batch_tokens_per_s_range
+        faster = (
+            base.first_token_s / s.first_token_s,
+            base.decode_s / s.decode_s,
+            s.batch_tokens_per_s / base.batch_tokens_per_s,
+        )
+        lines.append(
+            f"| {s.engine} {s.version} | {s.model} | {s.num_layers} "
+            f"| {s.weight_bytes / 2**20:,.1f} "
+            f"| {s.peak_bytes / 2**20:,.0f} | {1e3 * s.first_token_s:.2f} | {1e3 * s.decode_s:.2f} "
+            f"| {s.batch_tokens_per_s:,.0f} ({low:,.0f} to {high:,.0f}) "
+            f"| {' / '.join(f'{f:.2f} x' for f in faster)} |"
+        )
+    return lines

@@ -1,0 +1,1 @@
+"""What a checkpoint folder says of a model: files, architecture, players, sizes. Loads no torch."""

@@ -1,0 +1,1 @@
+"""Sets of players to remove: proposed, compared, chosen. Nothing here scores."""

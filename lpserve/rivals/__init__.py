@@ -1,0 +1,1 @@
+"""Published searches on the same engines, and what each found for its cost."""

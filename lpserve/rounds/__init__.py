@@ -1,0 +1,1 @@
+"""Which masks each round asks for, and when a run may end."""

@@ -1,0 +1,490 @@
+"""The only loop: propose -> submit -> store -> refit -> decide. Wires everything, owns nothing.
+
+    planner --round n--> dispatcher --units--> pool --results--> store --> scoreboard
+       ^                                                                       |
+       +---------------- complete rounds, up to n - 2 -------------------------+
+
+Round n is proposed (the surrogate refitted) as soon as round n-2 is complete, while the engines
+work on round n-1; on a thread of its own, so that results are stored and engines fed meanwhile. A
+round's masks are counted once the store has committed them.
+
+Stopping (SIGINT, SIGTERM): nothing more is submitted, what is in flight within the grace time is
+stored, and the same command resumes. A second signal ends the wait.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from lpserve.analysis.analyse import Outcome, analyse, candidate_masks, make_plan
+from lpserve.analysis.record import ScoredRun
+from lpserve.config import RunConfig, as_json
+from lpserve.data.items import Sample, write_samples
+from lpserve.engine.base import check_also
+from lpserve.errors import LpserveError
+from lpserve.masks import from_keys, key_text, keys
+from lpserve.plan import search
+from lpserve.report.page import write_outputs
+from lpserve.report.tracking import Tracking, tell_run
+from lpserve.rounds.history import History, Round
+from lpserve.rounds.planner import RoundPlanner
+from lpserve.rounds.screening import screen_rows
+from lpserve.runner.background import in_background
+from lpserve.runner.setup import (
+    check_model,
+    described,
+    refuse_other_game,
+    refuse_other_windows,
+    round_settings,
+    samples_of,
+)
+from lpserve.scoring.dispatcher import GivenUp
+from lpserve.scoring.open import engine_spec, open_pool
+from lpserve.scoring.pool import EnginePool, UnitResult
+from lpserve.scoring.progress import Progress
+from lpserve.scoring.session import POLL_S, Scoring
+from lpserve.scoring.signals import Signals, heeded_signals
+from lpserve.scoring.tracker import Request, Scoreboard
+from lpserve.store.run_folder import RunFolder
+from lpserve.store.store import Store
+from lpserve.types import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Work,
+    has_perplexity,
+    known_utilities,
+    loss_scale,
+    loss_weights,
+    metric_of,
+    perplexity,
+)
+
+_PROPOSAL_POLL_S = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    folder: Path
+    outcome: Outcome
+    scores_new: int
+    """Scores of a mask on a window that engines gave; all others were in the store."""
+    work: Work
+    """What that took the engines."""
+
+
+def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
+    """Score masks within the budget, estimate values, choose and check a plan, write the folder.
+
+    The same config resumes an interrupted run and extends a finished one when the budget grew.
+
+    Raises:
+        InputError: something in the config, the model, the texts, the folder or the store cannot
+            be used; raised before a model loads, and nothing is left behind.
+        RunInterrupted: a signal stopped the run.
+        EngineError: no engine could start.
+    """
+    config = check_model(config)
+    calibration, heldout = samples_of(config)
+    if config.screen_windows:
+        screen_rows(calibration.corpora, config.screen_windows)  # refused before an engine starts
+    progress = progress or Progress(interval_s=config.progress_s)
+    tracking = Tracking(config.mlflow, config.experiment) if config.mlflow else None
+    with ExitStack() as stack:
+        folder = stack.enter_context(closing(RunFolder(config.out)))
+        stored = _same_run(folder, config, calibration, heldout)
+        signals = stack.enter_context(heeded_signals())
+        store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
+        longest = max(calibration.windows.length, heldout.windows.length)
+        spec = engine_spec(config, stored, longest)
+        pool = open_pool(config, spec, calibration.windows, progress.note)
+        stack.callback(pool.close)
+        seat = Seat(store=store, pool=pool, signals=signals)
+        result = _at_work(config, folder, stored, (calibration, heldout), seat, progress, None, ())
+        if tracking is not None:
+            plan, values = result.outcome.plan, result.outcome.analysis.values
+            tell_run(tracking, as_json(config), result.folder, plan, values, progress.note)
+        return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """What runs that follow one another share: an open store, engines, and signals to heed."""
+
+    store: Store
+    pool: EnginePool
+    signals: Signals
+
+
+def run_at(
+    config: RunConfig,
+    samples: tuple[Sample, Sample],
+    seat: Seat,
+    progress: Progress,
+    *,
+    masks_of: ScoredRun | None = None,
+    also: tuple[str, ...] = (),
+) -> RunResult:
+    """A run at engines that are open, on calibration and held-out samples that are cut.
+
+    Args:
+        config: with every default filled in (`admission.check_model`).
+        masks_of: another run of the same game whose windows hold these: its first `budget` masks
+            are read again and no other mask is scored, but for the held-out check.
+        also: metrics that others will ask of the same masks: scored in the same pass.
+
+    Raises: as `run`.
+    """
+    with closing(RunFolder(config.out)) as folder:
+        stored = _same_run(folder, config, samples[0], None)
+        return _at_work(config, folder, stored, samples, seat, progress, masks_of, also)
+
+
+def _same_run(
+    folder: RunFolder, config: RunConfig, calibration: Sample, heldout: Sample | None
+) -> dict[str, Any] | None:
+    """What an earlier run left in the folder, if it is this run's to go on with.
+
+    Without `heldout` whoever has opened the engines decides on held-out windows, store and device.
+    """
+    stored = folder.read_config()
+    if stored is not None:
+        folder.refuse_other(stored, as_json(config), () if heldout else ("store", "device"))
+        refuse_other_windows(folder, stored, calibration, heldout)
+    return stored
+
+
+def _at_work(
+    config: RunConfig,
+    folder: RunFolder,
+    stored: dict[str, Any] | None,
+    samples: tuple[Sample, Sample],
+    seat: Seat,
+    progress: Progress,
+    masks_of: ScoredRun | None,
+    also: tuple[str, ...],
+) -> RunResult:
+    if stored is not None:
+        refuse_other_game(folder, stored, seat.pool.info)
+    metric = metric_of(config.utility)
+    metrics = tuple(dict.fromkeys(m for m in (metric, *also) if m != "nll"))
+    check_also(seat.pool.info, metrics)  # before the folder is this run's
+    folder.begun = True
+    job = _Job(config, folder, seat, *samples, progress, metrics)
+    seat.signals.at_work = True
+    job.write_config(stored)
+    with progress, threadpool_limits(1, user_api="blas"):
+        if masks_of is None:
+            job.score_rounds()
+        else:
+            job.adopt(masks_of)
+        outcome = job.conclude()
+    return RunResult(
+        folder=folder.path, outcome=outcome, scores_new=job.scores_new, work=progress.state.work
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A round that is being scored."""
+
+    round: Round
+    requests: list[Request]
+    """New masks, and promoted ones if there are any."""
+
+    @property
+    def complete(self) -> bool:
+        return all(request.complete for request in self.requests)
+
+    @property
+    def values(self) -> dict[str, NDArray[np.float32]]:
+        """Metric -> stored sums, `float32[M, N]`."""
+        return {
+            metric: np.concatenate([request.values[metric] for request in self.requests])
+            for metric in self.requests[0].values
+        }
+
+
+class _Job:
+    """One run at work."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        seat: Seat,
+        calibration: Sample,
+        heldout: Sample,
+        progress: Progress,
+        metrics: tuple[str, ...],
+    ) -> None:
+        """
+        Args:
+            metrics: scored beside the NLL.
+        """
+        store, pool = seat.store, seat.pool
+        self.config, self.folder, self.store, self.pool = config, folder, store, pool
+        self.calibration, self.heldout, self.progress = calibration, heldout, progress
+        self.metrics = metrics
+        self.scoring = Scoring(store, pool, seat.signals, progress, config.grace_s)
+        self.dispatcher, self.game = self.scoring.dispatcher, self.scoring.game
+        screened = config.screen_windows
+        self.screen = screen_rows(calibration.corpora, screened) if screened else None
+        self.board = self._board(calibration, self.screen)
+        self.settings = round_settings(config, pool.info.num_players)
+        self.planner = RoundPlanner(
+            self.settings,
+            lambda loss_MU: self.utility(config.utility, loss_MU),
+            None if config.utility == search.UTILITY
+            else lambda loss_MU: self.utility(search.UTILITY, loss_MU),
+            None if self.screen is None
+            else lambda loss_MU: self.utility(search.UTILITY, loss_MU, self.screen),
+        )  # fmt: skip
+        self.weight_U = loss_weights(config.utility, calibration.num_tokens_U)
+        scale = loss_scale(config.utility, calibration.num_tokens_U)
+        self.search_weight_U = (self.weight_U * scale).astype(np.float64)
+        self.history = History()
+        """Losses, which decide."""
+        self.told = History()
+        """NLLs, which perplexities are told from; the same where the utility is `neg_nll`."""
+        self._full_loss_U: NDArray[np.float32] | None = None
+        self._ended, self._noise = "", 0.0
+        self.scores_new = 0
+
+    def _board(self, sample: Sample, screen: IntArray | None) -> Scoreboard:
+        rows = None if screen is None else sample.window_rows(screen)
+        where = (self.store, self.game, sample.windows, self.dispatcher)
+        return Scoreboard(*where, screen=rows, also=self.metrics)
+
+    def utility(
+        self, name: str, loss_MU: NDArray[np.float32], units: IntArray | None = None
+    ) -> FloatArray:
+        """See `types.known_utilities`."""
+        assert self._full_loss_U is not None
+        weight_U = self.weight_U if name == self.config.utility else self.search_weight_U
+        return known_utilities(name, loss_MU, weight_U, self._full_loss_U, units)
+
+    # -- scoring -------------------------------------------------------------------------------
+
+    def score_rounds(self) -> None:
+        """Rounds until the budget is spent, nothing is left to ask, or a signal stops the run."""
+        self.progress.begin("scoring", self.config.budget)
+        pending: deque[_Asked] = deque()
+        proposal: Future[Round] | None = None
+        next_round, asked, exhausted = 0, 0, False
+        while pending or not exhausted:
+            due = not exhausted and next_round <= len(self.history.masks) + 1
+            if due and proposal is None:
+                proposal = in_background(self.planner.propose, next_round, self.history)
+            if proposal is not None and proposal.done():
+                found = proposal.result().first(self.config.budget - asked)
+                proposal = None
+                asked += len(found)
+                exhausted = not len(found.all_masks) or asked == self.config.budget
+                if len(found.all_masks):
+                    pending.append(self._ask(found))
+                    self.folder.event(
+                        "round", round=next_round, masks=len(found), asked=asked,
+                        screened=int((~found.whole_M).sum()), promoted=len(found.promoted_QP),
+                    )  # fmt: skip
+                    next_round += 1
+            elif proposal is not None and self.dispatcher.idle:
+                wait([proposal], POLL_S)
+            else:
+                self._drain(POLL_S if proposal is None else _PROPOSAL_POLL_S)
+            self._complete(pending)
+            self._check_signals()
+        self._settle(pending)
+        self.progress.state.total = self.progress.state.done
+
+    def _settle(self, pending: deque[_Asked]) -> None:
+        """Promotions that are still due once no new mask is asked for."""
+        while len((found := self.planner.settle(self.history)).promoted_QP):
+            pending.append(self._ask(found))
+            self.folder.event("round", promoted=len(found.promoted_QP))
+            while pending:
+                self._drain(POLL_S)
+                self._complete(pending)
+                self._check_signals()
+
+    def _ask(self, asked: Round) -> _Asked:
+        requests = [self.board.request(asked.masks_MP, asked.whole_M)]
+        if len(asked.promoted_QP):
+            requests.append(self.board.request(asked.promoted_QP, again=True))
+        return _Asked(asked, requests)
+
+    def _complete(self, pending: deque[_Asked]) -> None:
+        """Move rounds that are complete, in order, to the history."""
+        while pending and pending[0].complete:
+            asked = pending.popleft()
+            self._take(asked.round.all_masks, asked.values)
+            self._show_best(asked.round.all_masks, self.told.loss[-1])
+        self._show()
+
+    def _take(self, masks_MP: BoolArray, values: dict[str, NDArray[np.float32]]) -> None:
+        """Masks and their sums `[M, N]` into the history; the first of all is the whole model."""
+        nll_MU = self.calibration.told(values)
+        loss_MU = self.calibration.losses(self.config.utility, values)
+        if self._full_loss_U is None:
+            self._full_loss_U = loss_MU[0]
+            of_nll, utility = self.pool.info.noise_nll, self.config.utility
+            self._noise = self.calibration.noise(utility, of_nll, values["nll"][0])
+            if not np.isfinite([nll_MU[0], loss_MU[0]]).all():
+                what = "the whole model's own score is not finite"
+                raise LpserveError(f"{what}: check the model and the dtype")
+        # the planner reads rounds by the number of mask arrays: losses come first
+        for history, values_MU in ((self.told, nll_MU), (self.history, loss_MU)):
+            history.loss.append(values_MU)
+            history.masks.append(masks_MP)
+
+    def adopt(self, other: ScoredRun) -> None:
+        """Take the first `budget` masks of another run, with their scores on these windows.
+
+        Greedy steps that the other passed by are not: what was hopeless there may be best here.
+        """
+        asked = other.masks_MP[: self.config.budget]
+        # perhaps on some windows; of questions, perhaps on those of wrong answers
+        given_up_M = np.isnan(other.nll_MN + other.loss_MN)[: len(asked)].any(axis=1)
+        values, windows = {}, self.calibration.windows
+        for metric in ("nll", *self.metrics):
+            values[metric], known_MN = self.store.get(self.game, windows, asked, metric)
+            if not known_MN[~given_up_M].all():
+                raise LpserveError(
+                    f"{self.store.path} lacks {metric} of the masks that are to be read again"
+                )
+        self._take(asked, values)
+        self.planner.sources.update(zip(keys(asked), other.sources, strict=False))
+        self._ended = f"the {len(asked)} masks are those of another run"
+        self.folder.event("masks read again", masks=len(asked))
+
+    def _drain(self, timeout_s: float) -> None:
+        self.scoring.drain(timeout_s, self.accept)
+
+    def accept(self, result: UnitResult | GivenUp) -> None:
+        self.board.accept(result)
+        if isinstance(result, GivenUp):
+            mask = key_text(keys(result.unit.masks_MP)[0], self.settings.num_players)
+            self.folder.event("quarantined", mask=mask, reason=result.reason)
+            self.progress.note(f"mask {mask} cannot be scored and is left out: {result.reason}")
+        elif result.scores is not None:
+            self.scores_new += result.scores.nll_MN.size
+            self.progress.state.work += result.scores.work
+
+    def _check_signals(self) -> None:
+        self.scoring.check_signals(self.accept, self._interrupted)
+
+    def _interrupted(self) -> int:
+        self.folder.event("interrupted", scored=self.board.scored)
+        return self.board.scored
+
+    # -- progress ------------------------------------------------------------------------------
+
+    def _show(self) -> None:
+        state = self.progress.state
+        state.done = self.board.scored
+        state.reused = self.board.reused
+        state.quarantined = len(self.board.quarantined)
+        heldout = getattr(self.planner.surrogate, "heldout", None)
+        if heldout is not None:
+            state.surrogate = self.planner.surrogate.name
+            state.heldout_r2, state.heldout_spearman = heldout.r2, heldout.spearman
+        if self.progress.update():
+            self.pool.publish(state)
+
+    def _show_best(self, masks_MP: BoolArray, nll_MU: NDArray[np.float32]) -> None:
+        removed_M = (~masks_MP).sum(axis=1)
+        total = self.calibration.num_tokens_U.sum()
+        ppl_M = perplexity(nll_MU.astype(np.float64).sum(axis=1) / total)
+        best = self.progress.state.best
+        for removed, ppl in zip(removed_M.tolist(), ppl_M.tolist(), strict=True):
+            if 1 <= removed <= self.settings.max_removed and ppl < best.get(removed, np.inf):
+                best[removed] = ppl
+
+    # -- conclusion ----------------------------------------------------------------------------
+
+    def conclude(self) -> Outcome:
+        """Values, plan, held-out check of the candidates; writes every file of the folder."""
+        scored = self._scored_run()
+        analysis = analyse(scored)
+        wanted = candidate_masks(scored, analysis)
+        calibration, self.board = self.board, self._board(self.heldout, None)
+        self.progress.begin("held-out", len(wanted))
+        request = self.board.request(wanted)
+        while not request.complete:
+            self._drain(POLL_S)
+            self._show()
+            self._check_signals()
+        self._show()
+        scored = replace(
+            scored, heldout_masks_MP=wanted, heldout_nll_MN=self.heldout.told(request.values),
+            heldout_loss_MN=self.heldout.other_losses(self.config.utility, request.values),
+        )  # fmt: skip
+        outcome = Outcome(
+            scored=scored,
+            analysis=analysis,
+            plan=make_plan(scored, analysis),
+            quarantined={key_text(k, self.settings.num_players): reason for k, reason in
+                         {**calibration.quarantined, **self.board.quarantined}.items()},
+        )  # fmt: skip
+        write_outputs(self.folder, outcome, config_json=self.described)
+        self.folder.event("finished", masks_scored=outcome.plan.masks_scored)
+        return outcome
+
+    def _scored_run(self) -> ScoredRun:
+        masks_MP, loss_MU = self.history.upto(len(self.history.masks))
+        _, nll_MU = self.told.upto(len(self.history.masks))
+        info, config = self.pool.info, self.config
+        return ScoredRun(
+            model=info.model,
+            model_hash=info.model_hash,
+            players=info.players,
+            utility=config.utility,
+            surrogate=config.surrogate,
+            sizes=self.settings.sizes,
+            max_removed=self.settings.max_removed,
+            seed=config.seed,
+            noise_nll=self._noise,
+            masks_MP=masks_MP,
+            nll_MN=nll_MU,
+            other_loss_MN=None if has_perplexity(config.utility) else loss_MU,
+            num_tokens_N=self.calibration.num_tokens_U,
+            corpora=self.calibration.corpora,
+            sources=tuple(self.planner.sources[key] for key in keys(masks_MP)),
+            passed_by_MP=from_keys(sorted(self.planner.passed_by), info.num_players),
+            stopped=self._why_ended(len(masks_MP)),
+            screen=() if self.screen is None else tuple(self.screen.tolist()),
+            heldout_masks_MP=masks_MP[:0],
+            heldout_nll_MN=np.empty((0, self.heldout.num_units), dtype=np.float32),
+            heldout_num_tokens_N=self.heldout.num_tokens_U,
+        )
+
+    def _why_ended(self, num_masks: int) -> str:
+        if self._ended:
+            return self._ended
+        if num_masks >= self.config.budget:
+            return f"the budget of {self.config.budget} masks is spent"
+        return self.planner.stopped or "every mask that plan and values can use is scored"
+
+    def write_config(self, stored: dict[str, Any] | None) -> None:
+        """config.json and windows.npz: everything needed to repeat the run."""
+        self.described = described(
+            self.config, self.pool.info, self.calibration, self.heldout, stored
+        )
+        self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
+        path = self.folder.path / "windows.npz"
+        if not path.exists() or (stored or {}).get("windows") != self.described["windows"]:
+            write_samples(path, self.calibration, self.heldout)
+        self.folder.event("started", config=as_json(self.config), pid=os.getpid())

@@ -1,0 +1,497 @@
+"""What a run will do and what that implies, before any GPU is rented. Imports no torch.
+
+Reads a checkpoint's config and safetensors headers, walks the rounds that a run with these settings
+walks, and counts: masks, distinct layer-forwards, heads, tokens, FLOP, memory. A time follows only
+from a rate that the user names; nothing here knows the speed of any device.
+
+Which masks a run asks for depends on scores that do not exist yet. Round sizes, greedy
+neighbourhoods and the sampled design are the run's own; scores come from a stand-in (a random loss
+for every layer), in place of the surrogate's proposals stand sets of low stand-in loss, and random
+masks stand for those that a run chooses for what they say about the values and for what they cost.
+The latter share more prefixes, so a run takes fewer layer-forwards than told, rarely more.
+
+Notation: M masks, P players (layers), N windows, T tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lpserve.config import resolved_max_removed
+from lpserve.errors import InputError
+from lpserve.masks import full_mask, keys, sort_distinct, trie_player_forwards
+from lpserve.model.checkpoint import Checkpoint, TensorEntry, find_layer_prefix, read_checkpoint
+from lpserve.plan.plan import ranking_mask
+from lpserve.rounds.history import History
+from lpserve.rounds.planner import RoundPlanner, RoundSettings
+from lpserve.types import BoolArray, FloatArray, IntArray
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TARGET_UNIT_S = 2.0
+"""Seconds of work in a unit, as the dispatcher aims for (held equal by test)."""
+HELDOUT_CANDIDATES = 4
+"""Sets of each size that held-out windows check: greedy, ranking, search and the best."""
+_PROPOSALS = 16  # stand-in sets of each size for a round of proposals
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+_WIDTH = ("hidden_size", "n_embd", "d_model")
+_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k",
+           "moe_topk", "top_k_experts")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostSettings:
+    """What to count. Names are the flags of `lpserve run` where both have them."""
+
+    model: str
+    budget: int = 400
+    max_removed: int | None = None
+    """Default: 3/8 of the layers."""
+    num_windows: int = 10
+    heldout_windows: int = 64
+    length: int = 128
+    round_size: int | None = None
+    """Default: the number of layers."""
+    seed: int = 0
+    dtype: str = "float32"
+    engines: int = 1
+    gpus_per_engine: int = 1
+    tflops_per_gpu: float | None = None
+    """TFLOP/s that one GPU keeps up on this work, as the user assumes; None: no time is given."""
+    gpu_memory_gb: float | None = None
+    """GiB of one GPU; None: nothing to compare with."""
+
+    def __post_init__(self) -> None:
+        whole = {"budget": 1, "num_windows": 1, "heldout_windows": 1, "length": 2, "seed": 0,
+                 "engines": 1, "gpus_per_engine": 1}  # fmt: skip
+        for name, least in whole.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}: got {getattr(self, name)}")
+        for name in ("max_removed", "round_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1: got {value}")
+        for name in ("tflops_per_gpu", "gpu_memory_gb"):
+            value = getattr(self, name)
+            if value is not None and not (np.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be a number above 0: got {value}")
+        if self.dtype not in ITEM_BYTES:
+            raise InputError(f"dtype must be one of {', '.join(ITEM_BYTES)}: got {self.dtype!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ModelSize:
+    """What config and headers say of a model."""
+
+    parameters: int
+    """All of them, embeddings included."""
+    layer_parameters_P: IntArray
+    """Matrix entries that a token meets in each layer: of experts the active ones only."""
+    head_parameters: int
+    """Entries of the output projection; tied to the embedding or not."""
+    attention_width: int
+    """Heads x head size."""
+    hidden_size: int
+    experts: str
+    """How experts were counted, "" where there are none."""
+
+    def layer_flop_P(self, length: int) -> FloatArray:
+        """FLOP of one token in each layer: 2 a parameter, 4 T d for attention over T tokens."""
+        parameters_P = self.layer_parameters_P.astype(np.float64)
+        return 2.0 * parameters_P + 4.0 * length * self.attention_width
+
+    def head_flop(self) -> float:
+        """FLOP of one token in the output projection."""
+        return 2.0 * self.head_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """The work of one part of a run; layer-forwards are of one layer over all its windows."""
+
+    masks: int
+    layer_forwards: int
+    alone: int
+    """Layer-forwards if every mask ran alone, its dropped layers skipped."""
+    tokens: int
+    """Tokens of all windows: what one layer-forward or one head takes."""
+    flop: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """The whole count."""
+
+    settings: CostSettings
+    size: ModelSize
+    max_removed: int
+    round_size: int
+    rounds: list[int]
+    """Masks of every round."""
+    unit_masks: int
+    """Most masks that one engine is handed at once."""
+    scoring: Part
+    heldout: Part
+
+    @property
+    def flop(self) -> float:
+        return self.scoring.flop + self.heldout.flop
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of the arithmetic at the assumed rate, every engine busy; None without a rate."""
+        rate = self.settings.tflops_per_gpu
+        if rate is None:
+            return None
+        return self.flop / (self.settings.engines * self.settings.gpus_per_engine * rate * 1e12)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of weights on one GPU, spread evenly over an engine's GPUs."""
+        item = ITEM_BYTES[self.settings.dtype]
+        return self.size.parameters * item / self.settings.gpus_per_engine
+
+    @property
+    def path_bytes(self) -> float:
+        """Bytes of the states of one path down the trie: hidden state and residual, P + 1 times."""
+        players = len(self.size.layer_parameters_P)
+        item = ITEM_BYTES[self.settings.dtype]
+        return 2.0 * (players + 1) * self.scoring.tokens * self.size.hidden_size * item
+
+
+def cost(settings: CostSettings) -> Cost:
+    """Count a run.
+
+    Raises:
+        InputError: the checkpoint cannot be read or understood, or a setting is out of range.
+    """
+    checkpoint = read_checkpoint(settings.model)
+    size = model_size(checkpoint)
+    players = len(size.layer_parameters_P)
+    removed = resolved_max_removed(settings.max_removed, players)
+    rounds_settings = RoundSettings(
+        num_players=players, max_removed=removed, sizes=(players - removed, players - 1),
+        seed=settings.seed, surrogate="ridge", round_size=settings.round_size or players,
+    )  # fmt: skip
+    least = rounds_settings.minimum_budget()
+    if settings.budget < least:
+        raise InputError(
+            f"budget must be at least {least} for {players} layers and max_removed {removed}: "
+            f"got {settings.budget}"
+        )
+    rounds = sample_rounds(rounds_settings, settings.budget)
+    tokens = settings.num_windows * settings.length
+    unit = _unit_masks(settings, size, rounds, tokens)
+    units = [u for masks_MP in rounds for u in split_units(masks_MP, unit, settings.engines)]
+    heldout = _heldout_masks(rounds_settings)
+    heldout_tokens = settings.heldout_windows * settings.length
+    return Cost(
+        settings=settings, size=size, max_removed=removed,
+        round_size=rounds_settings.round_size, rounds=[len(r) for r in rounds], unit_masks=unit,
+        scoring=_part(units, size, tokens, settings.length),
+        heldout=_part(
+            split_units(heldout, len(heldout), settings.engines), size, heldout_tokens,
+            settings.length,
+        ),
+    )  # fmt: skip
+
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+def model_size(checkpoint: Checkpoint) -> ModelSize:
+    """Parameters by structure: the layers are a numbered list, the head has a row for each token.
+
+    Raises:
+        InputError: the config or the tensors do not say enough.
+    """
+    config = _text_config(checkpoint.config)
+    players = _first(config, _LAYERS)
+    vocab = _first(config, ("vocab_size",))
+    hidden = _first(config, _WIDTH)
+    heads = _first(config, _HEADS)
+    prefix = _layer_prefix(checkpoint, players)
+    layer_P: list[list[TensorEntry]] = [[] for _ in range(players)]
+    others: list[TensorEntry] = []
+    for entry in checkpoint.tensors:
+        if entry.name.startswith(prefix):
+            layer_P[int(entry.name[len(prefix) :].split(".")[0])].append(entry)
+        else:
+            others.append(entry)
+    _refuse_packed(checkpoint)
+    outputs = [entry for entry in others if len(entry.shape) == 2 and vocab in entry.shape]
+    if not outputs:
+        raise InputError(
+            f"model {checkpoint.path}: no tensor outside the layers has {vocab} rows (vocab_size), "
+            "so the output projection cannot be found"
+        )
+    active = next((config[name] for name in _ACTIVE if isinstance(config.get(name), int)), None)
+    counted = [_layer_parameters(entries, active) for entries in layer_P]
+    has_experts = any(experts for _, experts in counted)
+    head_dim = config.get("head_dim")
+    width = heads * (head_dim if isinstance(head_dim, int) else hidden // heads)
+    return ModelSize(
+        parameters=sum(int(np.prod(entry.shape)) for entry in checkpoint.tensors),
+        layer_parameters_P=np.array([parameters for parameters, _ in counted], dtype=np.int64),
+        head_parameters=max(int(np.prod(entry.shape)) for entry in outputs),
+        attention_width=width,
+        hidden_size=hidden,
+        experts="" if not has_experts else _expert_note(active),
+    )
+
+
+def _layer_parameters(entries: list[TensorEntry], active: int | None) -> tuple[int, int]:
+    """Matrix entries that a token meets in a layer, and how many experts the layer has."""
+    plain, experts, indices, stacked = 0, 0, set[str](), 0
+    for entry in entries:
+        if len(entry.shape) < 2:
+            continue
+        parameters = int(np.prod(entry.shape))
+        found = re.search(r"\.experts\.(?:(\d+)\.)?", entry.name)
+        if not found:
+            plain += parameters
+            continue
+        experts += parameters
+        if found[1] is not None:
+            indices.add(found[1])
+        elif len(entry.shape) == 3:
+            stacked = entry.shape[0]
+    number = len(indices) or stacked
+    if number and active is not None:
+        experts = experts * min(active, number) // number
+    return plain + experts, number
+
+
+def _expert_note(active: int | None) -> str:
+    if active is None:
+        return "experts: the config does not say how many a token meets; ALL are counted"
+    return f"experts: {active} of a layer's are met by a token (config), the others not counted"
+
+
+def _refuse_packed(checkpoint: Checkpoint) -> None:
+    packed = [e for e in checkpoint.tensors if e.dtype[0] in "IU" and len(e.shape) >= 2]
+    if packed:
+        raise InputError(
+            f"model {checkpoint.path}: {packed[0].name} is packed in integers ({packed[0].dtype}), "
+            "so parameters cannot be read from its headers; give the checkpoint that was quantized"
+        )
+
+
+def _layer_prefix(checkpoint: Checkpoint, players: int) -> str:
+    words = {
+        match[1] for entry in checkpoint.tensors
+        if (match := re.match(r"(?:[^0-9.][^.]*\.)*?([^0-9.][^.]*)\.\d+\.", entry.name))
+    }  # fmt: skip
+    found = []
+    for word in sorted(words):
+        try:
+            found.append(find_layer_prefix(checkpoint, players, word))
+        except InputError:
+            continue
+    if len(found) != 1:
+        raise InputError(
+            f"model {checkpoint.path}: {len(found)} numbered lists of tensors have {players} "
+            "entries (num_hidden_layers); need exactly one"
+        )
+    return found[0]
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, dict) else dict(config)
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
+    for name in names:
+        if type(config.get(name)) is int and config[name] > 0:
+            return config[name]
+    raise InputError(f"the model's config.json names no {names[0]}")
+
+
+# -- the masks ---------------------------------------------------------------------------------
+
+
+class _StandIn(RoundPlanner):
+    """The rounds of a run with nothing fitted: proposals are sets of low stand-in loss."""
+
+    def __init__(self, settings: RoundSettings, loss_P: FloatArray) -> None:
+        super().__init__(settings, lambda nll_MN: -nll_MN.mean(axis=1, dtype=np.float64))
+        self._most, self._loss_P = settings.max_removed, loss_P
+        self._rng = np.random.default_rng([settings.seed, settings.num_players])
+
+    def _fit(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def _can_be_best(
+        self, path: list[BoolArray], masks_MP: BoolArray, path_M: FloatArray
+    ) -> BoolArray:
+        return path[-1][path[-1]]  # all of them: a run asks for fewer
+
+    def _rankings(self, index: int) -> list[BoolArray]:
+        return [ranking_mask(self._loss_P, (r + index) % self._most + 1) for r in range(self._most)]
+
+    def _hopes(
+        self, masks_MP: BoolArray, search_M: FloatArray, count: int, batch: Sequence[BoolArray]
+    ) -> BoolArray:
+        sets = [
+            ranking_mask(self._loss_P * self._rng.lognormal(0.0, 0.5, len(self._loss_P)), r)
+            for _ in range(_PROPOSALS)
+            for r in range(1, self._most + 1)
+        ]
+        distinct, _ = sort_distinct(np.array(sets))
+        fresh = distinct[[key not in self._seen for key in keys(distinct)]]
+        return fresh[self._rng.permutation(len(fresh))[:count]]
+
+
+def sample_rounds(settings: RoundSettings, budget: int) -> list[BoolArray]:
+    """The masks of every round, `bool[M, P]` each, up to the budget in all."""
+    rng = np.random.default_rng([settings.seed, settings.num_players, 1])
+    loss_P = rng.gamma(1.0, 1.0, settings.num_players)
+    planner, history, asked = _StandIn(settings, loss_P), History(), 0
+    while asked < budget:
+        masks_MP = planner.propose(len(history.masks), history).masks_MP[: budget - asked]
+        if not len(masks_MP):
+            break
+        asked += len(masks_MP)
+        loss_M = 1.0 + (~masks_MP) @ loss_P
+        history.masks.append(masks_MP)
+        history.loss.append(loss_M[:, None].astype(np.float32))
+    return history.masks
+
+
+def split_units(masks_MP: BoolArray, most: int, engines: int) -> list[BoolArray]:
+    """A round cut in key order into units of at most `most` masks, and at least one an engine."""
+    sorted_DP, _ = sort_distinct(masks_MP)
+    size = max(1, min(most, -(-len(sorted_DP) // engines)))
+    return [sorted_DP[start : start + size] for start in range(0, len(sorted_DP), size)]
+
+
+def _unit_masks(
+    settings: CostSettings, size: ModelSize, rounds: list[BoolArray], tokens: int
+) -> int:
+    """Masks in two seconds of one engine at the assumed rate; without a rate a whole round."""
+    most = max(len(masks_MP) for masks_MP in rounds)
+    if settings.tflops_per_gpu is None:
+        return most
+    whole = _part(rounds, size, tokens, settings.length)
+    rate = settings.gpus_per_engine * settings.tflops_per_gpu * 1e12
+    return max(1, min(most, int(TARGET_UNIT_S * rate * whole.masks / whole.flop)))
+
+
+def _heldout_masks(settings: RoundSettings) -> BoolArray:
+    """All kept and `HELDOUT_CANDIDATES` stand-in sets of each size."""
+    players = settings.num_players
+    rng = np.random.default_rng([settings.seed, players, 2])
+    sets = [full_mask(players)]
+    for r in range(1, settings.max_removed + 1):
+        sets += [ranking_mask(rng.random(players), r) for _ in range(HELDOUT_CANDIDATES)]
+    return sort_distinct(np.array(sets))[0]
+
+
+def _part(units: list[BoolArray], size: ModelSize, tokens: int, length: int) -> Part:
+    forwards_P = sum((trie_player_forwards(u) for u in units), np.zeros(1, dtype=np.int64))
+    masks = sum(len(unit) for unit in units)
+    per_token = float(forwards_P @ size.layer_flop_P(length)) + masks * size.head_flop()
+    return Part(
+        masks=masks,
+        layer_forwards=int(forwards_P.sum()),
+        alone=int(sum(unit.sum() for unit in units)),
+        tokens=tokens,
+        flop=per_token * tokens,
+    )
+
+
+# -- the text ----------------------------------------------------------------------------------
+
+
+def describe(found: Cost) -> str:
+    """The count as text: what was counted, what was assumed, what to look out for."""
+    settings, size = found.settings, found.size
+    players, gpus = len(size.layer_parameters_P), settings.engines * settings.gpus_per_engine
+    layer = size.layer_parameters_P
+    spread = (
+        f"{layer.min():,}" if layer.min() == layer.max() else f"{layer.min():,}-{layer.max():,}"
+    )
+    lines = [
+        f"model      {players} layers, {size.parameters:,} parameters; a layer {spread}, "
+        f"the head {size.head_parameters:,}",
+        f"rounds     {len(found.rounds)} of {min(found.rounds)} to {max(found.rounds)} masks, "
+        f"sets of up to {found.max_removed} removed layers",
+        *_part_lines("scoring", found.scoring, settings.num_windows, settings.length),
+        *_part_lines("held out", found.heldout, settings.heldout_windows, settings.length),
+        f"FLOP       {found.flop:.3e}, of it held out {found.heldout.flop / found.flop:.0%}",
+        f"memory     {found.weight_bytes / 2**30:.1f} GiB of weights on a GPU ({settings.dtype}, "
+        f"{settings.gpus_per_engine} for an engine); {found.path_bytes / 2**30:.2f} GiB for the "
+        "states of one path",
+    ]
+    seconds = found.seconds
+    if seconds is None:
+        lines.append("time       not told: give --tflops-per-gpu, the rate that you assume")
+    else:
+        lines.append(
+            f"time       {_duration(seconds)} = FLOP / (engines {settings.engines} x "
+            f"GPUs {settings.gpus_per_engine} x {settings.tflops_per_gpu:g} TFLOP/s); "
+            f"{gpus * seconds / 3600:.2f} GPU-hours"
+        )
+    return "\n".join([*lines, "", *_assumptions(found), *_warnings(found)])
+
+
+def _part_lines(name: str, part: Part, windows: int, length: int) -> list[str]:
+    return [
+        f"{name:<9}  {part.masks:,} masks on {windows} x {length} tokens: "
+        f"{part.layer_forwards:,} layer-forwards ({part.alone:,} with no prefix shared, "
+        f"{part.alone / part.layer_forwards:.2f} x), {part.masks:,} heads, "
+        f"{part.flop:.3e} FLOP",
+    ]
+
+
+def _assumptions(found: Cost) -> list[str]:
+    settings = found.settings
+    unit = "a whole round" if settings.tflops_per_gpu is None else f"{found.unit_masks} masks"
+    lines = [
+        "Counted: parameters (headers), masks, and layer-forwards after skipping, de-duplication "
+        "and prefix sharing,",
+        f"  on sampled rounds (seed {settings.seed}) cut into units of at most {unit}, at least "
+        "one an engine. Which sets the search",
+        f"  asks for is known only to a run: stand-ins of the same sizes; held out, "
+        f"{HELDOUT_CANDIDATES} sets of each size.",
+        "Assumed: 2 FLOP a parameter and token; attention 4 x T x heads x head size a token and "
+        "layer, no window, no causal",
+        "  halving; the rate is yours and holds for layers and head alike; every engine is always "
+        "busy.",
+        "Not in it: loading, the checks at start, choosing the masks of each round (on the "
+        "driver's CPU; a fast cluster waits for it),",
+        "  the network, a scorer other than `scoring`, export.",
+    ]
+    if found.size.experts:
+        lines.append(found.size.experts[0].upper() + found.size.experts[1:] + ".")
+    return lines
+
+
+def _warnings(found: Cost) -> list[str]:
+    settings, lines = found.settings, []
+    if settings.gpu_memory_gb is not None:
+        need = (found.weight_bytes + found.path_bytes) / 2**30
+        if need > settings.gpu_memory_gb:
+            lines.append(
+                f"WARNING: weights and one path of states take {need:.1f} GiB, a GPU has "
+                f"{settings.gpu_memory_gb:g}: more GPUs an engine, fewer windows, or a smaller "
+                "dtype"
+            )
+    if found.round_size < 2 * settings.engines:
+        lines.append(
+            f"WARNING: a round of {found.round_size} masks cannot keep {settings.engines} engines "
+            f"busy: --round-size {8 * settings.engines} or more"
+        )
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

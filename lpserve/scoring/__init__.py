@@ -1,0 +1,1 @@
+"""Engines kept busy, and their results committed before they count."""

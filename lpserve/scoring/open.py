@@ -1,0 +1,43 @@
+"""Engines opened as a config says: the engine's description, and the pool that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lpserve.config import EngineConfig
+from lpserve.data.windows import TokenWindows
+from lpserve.errors import InputError
+from lpserve.scoring.pool import EnginePool, LocalPool, pinned
+from lpserve.types import EngineSpec
+
+
+def open_pool(
+    config: EngineConfig, spec: EngineSpec, windows: TokenWindows, tell: Callable[[str], None]
+) -> EnginePool:
+    """The pool of a config, its engines started; raises InputError where Ray is missing."""
+    if config.pool == "local":
+        return LocalPool(spec, windows)
+    try:
+        from lpserve.scoring.ray.pool import RayPool
+    except ImportError as error:
+        raise InputError(f"pool ray needs Ray ({error}): install lpserve[ray]") from None
+    engines = None if config.engines == "auto" else int(config.engines)
+    return RayPool(spec, windows, engines, tell=tell)
+
+
+def engine_spec(config: EngineConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:
+    """The engine, with the path, micro-batch and memory settings that the run began with.
+
+    Args:
+        longest: tokens of the longest window that will be scored.
+    """
+    spec = EngineSpec(
+        kind=config.engine, model=config.model, dtype=config.dtype, device=config.device,
+        options=dict(config.engine_options),
+    )  # fmt: skip
+    if config.engine == "vllm":
+        spec = replace(spec, options={"max_model_len": longest + 1, **spec.options})
+    engine = (stored or {}).get("engine", {})
+    return pinned(spec, engine["settings"]) if engine.get("kind") == spec.kind else spec

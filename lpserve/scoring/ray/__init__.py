@@ -1,0 +1,1 @@
+"""Many engines as Ray actors. Nothing else imports Ray."""

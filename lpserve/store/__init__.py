@@ -1,0 +1,1 @@
+"""Durable files: the score store, its lock and lease, tables, run folders."""

@@ -1,0 +1,126 @@
+"""A run's folder: its lock, its config, atomic files and the event journal.
+
+A folder belongs to one config; only the keys in `config.CHANGEABLE` may differ when it is resumed.
+A folder that this process made is removed again when the run never gets to start; not on a path
+that other hosts share, where another's run may have begun in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lpserve.config import CHANGEABLE
+from lpserve.errors import DiskFullError, InputError
+from lpserve.store.filesystem import is_shared
+from lpserve.store.lock import PathLock
+
+CONFIG_FORMAT = 1
+
+
+class RunFolder:
+    """An open, locked run folder.
+
+    Raises:
+        InputError: the path is a file, or cannot be made.
+        StoreBusyError: another run is at work in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._made = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"run folder {self.path} cannot be made: {error.strerror}") from None
+        self._made = self._made and not is_shared(self.path)
+        self.begun = False
+        """Whether the run got to start: its folder then stays."""
+        self._lock = PathLock(self.path / "run", holder=f"a run in {self.path}")
+
+    def read_config(self) -> dict[str, Any] | None:
+        """What an earlier run wrote to config.json, or None."""
+        path = self.path / "config.json"
+        if not path.exists():
+            return None
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["format"] != CONFIG_FORMAT or not isinstance(stored["config"], dict):
+                raise ValueError("unknown format")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} is not a run's config ({error}); choose another --out"
+            ) from None
+        return stored
+
+    def refuse_other(
+        self, stored: dict[str, Any], config: dict[str, Any], but: Collection[str] = ()
+    ) -> None:
+        """Raise InputError where a config differs from the folder's in a key that must not; those
+        of `but` may."""
+        old = stored["config"]
+        for key in sorted(set(old) | set(config)):
+            if key not in (*CHANGEABLE, "out", *but) and old.get(key) != config.get(key):
+                raise InputError(
+                    f"run folder {self.path} belongs to another run: {key} was {old.get(key)!r}, "
+                    f"is {config.get(key)!r}; choose another --out, or give the same {key}"
+                )
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a file whole or not at all."""
+        path = self.path / name
+        write_whole(path, text)
+        return path
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Append one line to events.jsonl; a torn last line of a killed run is cut off first."""
+        path = self.path / "events.jsonl"
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **details}) + "\n"
+        with space_checked(path), path.open("ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line.encode())
+
+    def close(self) -> None:
+        """Release the lock; remove a folder that is this process's alone if nothing began in it."""
+        self._lock.release()
+        if self._made and not self.begun:
+            for name in ("run.lock", "scores.sqlite", "scores.sqlite.lock"):
+                (self.path / name).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; raises DiskFullError, InputError."""
+    with space_checked(path):
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextmanager
+def space_checked(path: Path) -> Iterator[None]:
+    """Turn errors of writing `path` into ours: DiskFullError, InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFullError(
+                f"no space to write {path}; scores are kept: free space and give the same command "
+                "again"
+            ) from None
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,199 @@
+"""Scores as a table, out of a store and back into one: Parquet or CSV, by the file's suffix.
+
+One row for each (game, mask, window), complete in itself, so that any table tool can read it::
+
+    game    model   numerics  players            mask  window  num_tokens  metric  nll
+    9f3a..  1c07..  float32   [[0, "layer"], ..  1011  77b0..  511         nll     1843.2206
+
+`mask` is player 0 first, 1 = kept; `nll` is the stored float32, NaN and inf included. Both ways
+stream. Where blocks overlap, the score the store answers with is written; quarantine is left out.
+
+Knows pyarrow and the store, no run and no engine.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv, parquet
+
+from lpserve.errors import DiskFullError, InputError
+from lpserve.masks import from_keys
+from lpserve.store.store import Store, StoredScores, StoredWindows
+from lpserve.types import Game, Player
+
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("game", "model", "numerics", "players", "mask", "window")]
+    + [("num_tokens", pa.int64()), ("metric", pa.string()), ("nll", pa.float32())]
+)
+_PUT_ROWS = 1 << 16  # rows gathered before they are committed
+_Group = tuple[Game, str, tuple[tuple[str, int], ...]]  # game, metric, (window, tokens) in order
+
+
+def export_scores(store: Store, path: str | Path) -> int:
+    """Write every score of a store; returns the number of rows. The file is whole or not there.
+
+    Raises:
+        InputError: a suffix other than .parquet and .csv, or the file cannot be written.
+        DiskFullError: no space.
+    """
+    path = _checked(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    games, rows = store.games(), 0
+    try:
+        with temporary.open("wb") as file:
+            make = csv.CSVWriter if path.suffix == ".csv" else parquet.ParquetWriter
+            with make(file, SCHEMA) as writer:
+                for scores in store.read_all():
+                    batch = _table_rows(games[scores.game], scores)
+                    writer.write_batch(batch)
+                    rows += batch.num_rows
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFullError(f"no space to write {path}; free space and export again") from None
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return rows
+
+
+def import_scores(store: Store, path: str | Path) -> int:
+    """Add a table's scores to a store; returns how many (block, mask) scores were new.
+
+    What the store holds already stays as it is. The rows of a mask that follow each other become
+    blocks; in a table that was sorted by window these are single windows, correct but slow.
+
+    Raises:
+        InputError: not such a table; nothing of it is added.
+    """
+    path = _checked(path)
+    for _ in _rows(path):  # nothing is written before all of it has been checked
+        pass
+    added, waiting = 0, 0
+    scores: dict[_Group, dict[str, list[float]]] = {}
+    for (game, metric, mask), rows in groupby(_rows(path), key=lambda row: row[:3]):
+        nll_of: dict[tuple[str, int], float] = {}
+        for *_, window, num_tokens, nll in rows:
+            nll_of.setdefault((window, num_tokens), nll)
+        scores.setdefault((game, metric, tuple(nll_of)), {}).setdefault(mask, [*nll_of.values()])
+        waiting += len(nll_of)
+        if waiting >= _PUT_ROWS:
+            added += _put(store, scores)
+            scores, waiting = {}, 0
+    return added + _put(store, scores)
+
+
+def _put(store: Store, scores: dict[_Group, dict[str, list[float]]]) -> int:
+    added = 0
+    for (game, metric, pairs), nll_of in scores.items():
+        hashes, num_tokens = zip(*pairs, strict=True)
+        windows = StoredWindows(hashes, np.array(num_tokens, dtype=np.int64))
+        masks_MP = np.array([[kept == "1" for kept in mask] for mask in nll_of])
+        nll_MN = np.array(list(nll_of.values()))
+        game_id = store.game_id(game)
+        _, known_MN = store.get(game_id, windows, masks_MP, metric)
+        if known_MN.all():  # in whatever blocks: new ones would only repeat them
+            continue
+        for block in store.blocks_for(windows):
+            fresh = ~known_MN[:, block.rows].all(axis=1)
+            nll = nll_MN[fresh][:, block.rows]
+            added += store.put(game_id, block, masks_MP[fresh], nll, metric)
+    return added
+
+
+def _table_rows(game: Game, scores: StoredScores) -> pa.RecordBatch:
+    masks_MP = from_keys(scores.mask_keys, len(game.players))
+    mask_texts = ["".join("01"[kept] for kept in mask_P) for mask_P in masks_MP.tolist()]
+    row, column = np.nonzero(scores.first_MN)
+    about = (game.content_hash, game.model_hash, game.numerics,
+             json.dumps([[p.layer, p.part] for p in game.players]))  # fmt: skip
+    columns = [
+        *(pa.repeat(text, len(row)) for text in about),
+        pa.array(mask_texts).take(pa.array(row)),
+        pa.array(scores.windows.window_hashes).take(pa.array(column)),
+        pa.array(scores.windows.num_tokens_N[column]),
+        pa.repeat(scores.metric, len(row)),
+        pa.array(scores.nll_MN[row, column]),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _rows(path: Path) -> Iterator[tuple[Game, str, str, str, int, float]]:
+    """(game, metric, mask, window, num_tokens, nll) of every row, checked."""
+    games: dict[tuple[str, ...], Game] = {}
+    tokens_of: dict[str, int] = {}
+    number = 0
+    for batch in _batches(path):
+        for row in zip(*(column.to_pylist() for column in batch), strict=True):
+            number += 1
+            key, (mask, window, num_tokens, metric, nll) = row[:4], row[4:]
+            if key not in games:
+                games[key] = _game(*key, where=f"{path}, row {number}")
+            game = games[key]
+            if len(mask) != len(game.players) or mask.strip("01"):
+                raise InputError(f"{path}, row {number}: mask {mask[:200]!r} is not a 0 or 1 for "
+                                 f"each of {len(game.players)} players")  # fmt: skip
+            window_fits = re.fullmatch("[0-9a-f]{64}", window) and num_tokens > 0
+            if not window_fits or tokens_of.setdefault(window, num_tokens) != num_tokens:
+                raise InputError(f"{path}, row {number}: not a window, or not as in an earlier "
+                                 f"row: {window[:200]!r} of {num_tokens} tokens")  # fmt: skip
+            yield game, metric, mask, window, num_tokens, nll
+
+
+def _game(game: str, model: str, numerics: str, players: str, *, where: str) -> Game:
+    try:
+        listed = enumerate(json.loads(players))
+        parts = tuple(Player(index=i, layer=layer, part=part) for i, (layer, part) in listed)
+    except (ValueError, TypeError):
+        raise InputError(f"{where}: players are not [[layer, part], ..]") from None
+    found = Game(model_hash=model, players=parts, numerics=numerics)
+    if found.content_hash != game:
+        raise InputError(f"{where}: game is not the hash of its model, players and numerics")
+    return found
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        names, batches = _open_csv(path) if path.suffix == ".csv" else _open_parquet(path)
+        if missing := [name for name in SCHEMA.names if names.count(name) != 1]:
+            raise InputError(f"{path} is not a score table: needs one column {', '.join(missing)}")
+        for batch in batches:
+            batch = batch.select(SCHEMA.names).cast(SCHEMA)
+            if empty := [name for name in SCHEMA.names if batch[name].null_count]:
+                raise InputError(f"{path} has empty cells in column {', '.join(empty)}")
+            yield batch
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _open_csv(path: Path) -> tuple[list[str], Iterator[pa.RecordBatch]]:
+    with csv.open_csv(path) as reader:
+        names = reader.schema.names
+    wanted = [name for name in SCHEMA.names if name in names]
+    options = csv.ConvertOptions(include_columns=wanted, column_types=SCHEMA, null_values=[])
+    return names, iter(csv.open_csv(path, convert_options=options))  # no null: NaN is a score
+
+
+def _open_parquet(path: Path) -> tuple[list[str], Iterator[pa.RecordBatch]]:
+    file = parquet.ParquetFile(path)
+    return file.schema_arrow.names, file.iter_batches(1 << 13, columns=SCHEMA.names)
+
+
+def _checked(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix not in (".parquet", ".csv"):
+        raise InputError(f"{path}: a score table is .parquet or .csv: name the file so")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: folder {path.parent} does not exist")
+    return path

@@ -1,0 +1,1 @@
+"""Many runs that differ in single choices, and which choices matter."""

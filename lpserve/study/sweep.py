@@ -1,0 +1,322 @@
+"""A study at work: engines opened once for a model, every family's masks scored once.
+
+A point is finished when its folder holds point.json, the last file written there. The same study
+goes on where it was stopped; a point that fails is told and tried again the next time, the others
+finish. The scores of all points are in one store, in parts that no two points overlap in
+(`study.StudyWindows.atoms`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lpserve.analysis.record import ScoredRun, read_scores
+from lpserve.config import RunConfig
+from lpserve.data.items import Sample
+from lpserve.errors import (
+    DiskFullError,
+    InputError,
+    LpserveError,
+    RunInterrupted,
+    StoreBusyError,
+    StoreCorruptError,
+)
+from lpserve.runner.coordinator import RunResult, Seat, run_at
+from lpserve.scoring.open import engine_spec, open_pool
+from lpserve.scoring.pool import EnginePool
+from lpserve.scoring.progress import Progress
+from lpserve.scoring.signals import Signals, heeded_signals
+from lpserve.store.lock import PathLock
+from lpserve.store.run_folder import write_whole
+from lpserve.store.store import Store
+from lpserve.study.study import Family, Point, Study, StudyWindows, study_windows
+
+POINT_FORMAT = 1
+_ENDS_ALL = (RunInterrupted, DiskFullError, StoreBusyError, StoreCorruptError)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """What is known of a point, or of a run that chose masks for others."""
+
+    point: Point
+    in_study: bool
+    """Whether it is a point; else it only chose masks."""
+    masks_of: str
+    """The run whose masks it read again; its own id where it chose them."""
+    failed: str
+    """Why there is no result; "": there is one."""
+    masks: int = 0
+    """Masks on calibration windows."""
+    scores: int = 0
+    """Scores of a mask on a window that it read, held-out ones included."""
+    scores_new: int = 0
+    """Those of them that engines gave for it; the others were in the store."""
+    layer_forwards: int = 0
+    seconds: float = 0.0
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.point.config.out)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepResult:
+    """Every point of a study, finished or failed."""
+
+    study: Study
+    runs: tuple[Finished, ...]
+    """Those that only chose masks, then the points in the study's order."""
+    scores_held: int
+    """Distinct scores of a mask on a window that the study's store holds."""
+    scores_twice: int
+    """Scores that were made again although the store held them: none, unless a study grew by
+    windows that overlap with stored ones in part."""
+
+    @property
+    def points(self) -> list[Finished]:
+        return [run for run in self.runs if run.in_study]
+
+    @property
+    def failed(self) -> list[Finished]:
+        return [run for run in self.points if run.failed]
+
+    @property
+    def scores_new(self) -> int:
+        return sum(run.scores_new for run in self.runs)
+
+    @property
+    def scores_read(self) -> int:
+        return sum(run.scores for run in self.runs) - self.scores_new
+
+
+def all_windows(study: Study) -> dict[str, StudyWindows]:
+    """Model -> the windows of its points, cut and checked; raises InputError."""
+    configs: dict[str, list[Any]] = {}
+    for family in study.families():
+        members = [family.leader, *family.points]
+        configs.setdefault(family.leader.config.model, []).extend(p.config for p in members)
+    return {model: study_windows(study, own) for model, own in configs.items()}
+
+
+def sweep(
+    study: Study, windows: Mapping[str, StudyWindows] | None = None, *,
+    tell: Callable[[str], None] = lambda line: None,
+) -> SweepResult:  # fmt: skip
+    """Run every point that is not finished; raises what ends all of them.
+
+    Args:
+        windows: what `all_windows` cut; None: cut now.
+        tell: called with a line before every point, and where one fails.
+
+    Raises:
+        InputError: a text cannot be used; raised before an engine starts.
+        RunInterrupted: a signal came; what was scored is kept.
+        StoreBusyError, StoreCorruptError, DiskFullError: the store can take no more.
+    """
+    windows = windows or all_windows(study)
+    try:
+        (study.out / "points").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"study folder {study.out} cannot be made: {error.strerror}") from None
+    with ExitStack() as stack:
+        lock = PathLock(study.out / "study", holder=f"a sweep in {study.out}")
+        stack.callback(lock.release)
+        signals = stack.enter_context(heeded_signals())
+        store = stack.enter_context(
+            Store(study.out / "scores.sqlite", holder=f"a sweep in {study.out}")
+        )
+        work = _Sweep(study, windows, store, signals, tell)
+        stack.callback(work.close)
+        for group in study.groups():
+            work.run(group)
+        held = distinct = 0
+        for scores in store.read_all():
+            if scores.metric != "nll":  # others are made in the same pass
+                continue
+            held += scores.first_MN.size
+            distinct += int(scores.first_MN.sum())
+        place = {point.id: i for i, point in enumerate(study.points)}
+        runs = sorted(work.found, key=lambda run: place.get(run.point.id, -1))
+        return SweepResult(
+            study=study, runs=tuple(runs), scores_held=distinct, scores_twice=held - distinct
+        )
+
+
+@dataclass(slots=True)
+class _Sweep:
+    study: Study
+    windows: Mapping[str, StudyWindows]
+    store: Store
+    signals: Signals
+    tell: Callable[[str], None]
+    found: list[Finished] = field(default_factory=list)
+    _pool: EnginePool | None = None
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def run(self, group: Sequence[Family]) -> None:
+        """The families of one model and dtype; its engines are closed at the end."""
+        configs = [p.config for family in group for p in (family.leader, *family.points)]
+        windows = self.windows[group[0].leader.config.model]
+        for atom in [*windows.atoms(configs), windows.heldout.windows]:
+            self.store.blocks_for(atom)
+        for family in group:
+            self._family(family, windows)
+        self.close()
+
+    def _family(self, family: Family, windows: StudyWindows) -> None:
+        leader = family.leader
+        in_study = leader in family.points
+        led = self._one(leader, windows, in_study, masks_of=None)
+        source = None
+        for point in family.points:
+            if point is leader:
+                continue
+            if led.failed:
+                reason = f"its masks are those of point {leader.id}, which failed"
+                self._add(Finished(point=point, in_study=True, masks_of=leader.id, failed=reason))
+                continue
+            source = source or read_scores(leader.config.out)
+            self._one(point, windows, True, masks_of=(leader.id, source))
+
+    def _one(
+        self, point: Point, windows: StudyWindows, in_study: bool,
+        masks_of: tuple[str, ScoredRun] | None,
+    ) -> Finished:  # fmt: skip
+        whose = masks_of[0] if masks_of else point.id
+        if self.signals.count:
+            raise RunInterrupted(
+                f"interrupted; what was scored is kept in {self.study.out}: give the same command "
+                "again to resume"
+            )
+        known = finished(point, in_study, whose, windows, self.study.metrics)
+        if known is not None:
+            return self._add(known)
+        named = ", ".join(f"{d} {point.levels[d]}" for d in self.study.varied)
+        what = named if in_study else f"masks for {named}"
+        place = f"{len(self.found) + 1}/{self.study.num_runs}"
+        self.tell(f"[{place}] {point.id}: {what or 'the only point'}")
+        started = time.monotonic()
+        try:
+            calibration, heldout = windows.of(point.config)
+            seat = Seat(store=self.store, pool=self._opened(point, windows), signals=self.signals)
+            result = run_at(
+                point.config, (calibration, heldout), seat,
+                Progress(interval_s=point.config.progress_s),
+                masks_of=masks_of[1] if masks_of else None, also=self.study.metrics,
+            )  # fmt: skip
+        except _ENDS_ALL:
+            raise
+        except Exception as error:
+            self.close()  # what was in flight is of no use to the next point
+            reason = _reason(error)
+            _record_failure(point, error)
+            self.tell(f"    failed: {reason}")
+            failure = Finished(point=point, in_study=in_study, masks_of=whose, failed=reason)
+            return self._add(failure)
+        run = _finished_now(
+            point, in_study, whose, result,
+            calibration.windows.num_windows, heldout.windows.num_windows,
+            time.monotonic() - started,
+        )  # fmt: skip
+        _write(run, calibration, heldout, self.study.metrics)
+        return self._add(run)
+
+    def _opened(self, point: Point, windows: StudyWindows) -> EnginePool:
+        if self._pool is None:
+            config = point.config
+            longest = windows.longest
+            spec = engine_spec(config, self._settings_before(config), longest.length)
+            self.signals.at_work = False  # loading a model may be broken off
+            self._pool = open_pool(config, spec, longest, self.tell)
+        return self._pool
+
+    def _settings_before(self, config: RunConfig) -> dict[str, Any] | None:
+        """config.json of a finished run of this model and dtype, whose settings engines keep."""
+        for run in self.found:
+            path, other = run.folder / "config.json", run.point.config
+            same = (other.model, other.dtype) == (config.model, config.dtype)
+            if same and not run.failed and path.exists():
+                return json.loads(path.read_text(encoding="utf-8"))
+        return None
+
+    def _add(self, run: Finished) -> Finished:
+        self.found.append(run)
+        return run
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no more is known"]
+    return lines[0] if isinstance(error, LpserveError) else f"{type(error).__name__}: {lines[0]}"
+
+
+def _record_failure(point: Point, error: Exception) -> None:
+    """failure.txt in the point's folder, for whoever looks into it, if there can be one."""
+    folder = Path(point.config.out)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(traceback.format_exception(error))
+        (folder / "failure.txt").write_text(text, encoding="utf-8")
+
+
+def _finished_now(
+    point: Point, in_study: bool, masks_of: str, result: RunResult,
+    num_windows: int, heldout_windows: int, seconds: float,
+) -> Finished:  # fmt: skip
+    scored = result.outcome.scored
+    scores = len(scored.masks_MP) * num_windows + len(scored.heldout_masks_MP) * heldout_windows
+    return Finished(
+        point=point, in_study=in_study, masks_of=masks_of, failed="",
+        masks=len(scored.masks_MP), scores=scores,
+        scores_new=result.scores_new, layer_forwards=result.work.layer_forwards,
+        seconds=round(seconds, 3),
+    )  # fmt: skip
+
+
+def _write(run: Finished, calibration: Sample, heldout: Sample, metrics: Sequence[str]) -> None:
+    record = {
+        "format": POINT_FORMAT, "point": run.point.id, "levels": run.point.levels,
+        "masks_of": run.masks_of, "masks": run.masks, "scores": run.scores,
+        "scores_new": run.scores_new, "layer_forwards": run.layer_forwards,
+        "seconds": run.seconds, "metrics": sorted(metrics),
+        "calibration": calibration.content_hash, "heldout": heldout.content_hash,
+    }  # fmt: skip
+    write_whole(run.folder / "point.json", json.dumps(record, indent=1) + "\n")
+    (run.folder / "failure.txt").unlink(missing_ok=True)
+
+
+def finished(
+    point: Point, in_study: bool, masks_of: str, windows: StudyWindows, metrics: Sequence[str]
+) -> Finished | None:
+    """What an earlier sweep left of a point, if it read the same masks on the same windows, for
+    every metric that the study's utilities need."""
+    path = Path(point.config.out) / "point.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        calibration, heldout = windows.of(point.config)
+        same = {
+            "format": POINT_FORMAT, "masks_of": masks_of,
+            "calibration": calibration.content_hash, "heldout": heldout.content_hash,
+        }  # fmt: skip
+        if any(record[key] != value for key, value in same.items()):
+            return None
+        if masks_of == point.id and not set(metrics) <= set(record["metrics"]):
+            return None  # others may read its masks
+        return Finished(
+            point=point, in_study=in_study, masks_of=masks_of, failed="",
+            **{k: record[k] for k in ("masks", "scores", "scores_new", "layer_forwards",
+                                      "seconds")},
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

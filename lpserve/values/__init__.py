@@ -1,0 +1,1 @@
+"""Shapley values, interactions and their errors."""
