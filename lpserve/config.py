@@ -27,9 +27,19 @@ STOP_GAIN = 0.001
 """Share of perplexity by which a set is said to beat another, unless the user names one."""
 
 CHANGEABLE = (
-    "budget", "pool", "engines", "engine", "engine_options", "grace_s", "progress_s",
-    "stop_chance", "stop_gain", "stop_width", "mlflow", "experiment",
-)  # fmt: skip
+    "budget",
+    "pool",
+    "engines",
+    "engine",
+    "engine_options",
+    "grace_s",
+    "progress_s",
+    "stop_chance",
+    "stop_gain",
+    "stop_width",
+    "mlflow",
+    "experiment",
+)
 """Keys that may differ when a run is resumed in its folder; another engine must play the same
 game."""
 
@@ -222,7 +232,7 @@ class RunConfig(WindowConfig):
                 f"of {', '.join(TASK_UTILITIES)}"
             )
 
-    def refuse_idle(self, *, num_fewshot: bool) -> None:
+    def check_unused_keys(self, *, num_fewshot: bool) -> None:
         """Raise InputError where a key was given that nothing here reads.
 
         Args:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lpserve.analysis.record import ScoredRun, read_scores
+from lpserve.analysis.record import RunRecord, read_record
 from lpserve.engine.base import Engine
 from lpserve.errors import InputError
 from lpserve.masks import keys
@@ -148,7 +148,7 @@ class LayerGame(Game):
     @classmethod
     def from_run(
         cls,
-        run: str | Path | ScoredRun,
+        run: str | Path | RunRecord,
         *,
         surrogate: str | None = None,
         normalize: bool = True,
@@ -161,14 +161,14 @@ class LayerGame(Game):
         alone, have no score.
 
         Args:
-            run: a run folder, or what `lpserve.analysis.record.read_scores` gives.
+            run: a run folder, or what `lpserve.analysis.record.read_record` gives.
             surrogate: as in `from_table`; `scored.surrogate` is the run's own choice.
 
         Raises:
             InputError: the folder holds no finished run, or the empty coalition was not scored
                 (a run scores it when its sizes begin at 0).
         """
-        scored = run if isinstance(run, ScoredRun) else read_scores(run)
+        scored = run if isinstance(run, RunRecord) else read_record(run)
         full_loss_N = _whole_model(scored.loss_MN[0].astype(np.float64))
         has_score_M = scored.scored_M() & ~scored.screened_M()
         masks_MP, loss_MN = scored.masks_MP[has_score_M], scored.loss_MN[has_score_M]
@@ -240,7 +240,7 @@ class _EngineUtility:
 
     def __call__(self, masks_MP: BoolArray) -> FloatArray:
         metric = metric_of(self._name)
-        scores = self._engine.score(masks_MP, also=() if metric == "nll" else (metric,))
+        scores = self._engine.score(masks_MP, extra_metrics=() if metric == "nll" else (metric,))
         loss_MN = scores.of(metric)
         if self._full_loss_N is None:
             assert masks_MP[0].all()  # a LayerGame asks for the whole model first

@@ -31,14 +31,22 @@ from tests.reference import (
 
 NUM_LAYERS = 6
 ATTENTION = {
-    "llama-mha": "multi-head", "llama": "grouped queries", "qwen3": "norms on queries and keys",
-    "qwen3-moe": "norms on queries and keys; experts", "mixtral": "experts",
-    "mistral-window": "sliding window", "gemma2": "soft caps, alternating window",
-    "gemma3": "alternating window", "gpt-oss": "sinks, alternating window; experts",
-    "bloom": "ALiBi", "deepseek-v2": "latent (MLA); experts", "opt": "learned positions",
-    "gpt2": "learned positions", "cohere": "parallel block",
+    "llama-mha": "multi-head",
+    "llama": "grouped queries",
+    "qwen3": "norms on queries and keys",
+    "qwen3-moe": "norms on queries and keys; experts",
+    "mixtral": "experts",
+    "mistral-window": "sliding window",
+    "gemma2": "soft caps, alternating window",
+    "gemma3": "alternating window",
+    "gpt-oss": "sinks, alternating window; experts",
+    "bloom": "ALiBi",
+    "deepseek-v2": "latent (MLA); experts",
+    "opt": "learned positions",
+    "gpt2": "learned positions",
+    "cohere": "parallel block",
     "gpt-neox": "parallel block, partial rotary",
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -48,9 +56,14 @@ def main() -> None:
     windows = TokenWindows.from_tokens(tokens_NT)
     full = np.ones(NUM_LAYERS, dtype=bool)
     masks_MP = np.stack(
-        [full, ~full, *(np.arange(NUM_LAYERS) != i for i in (0, 5)), np.arange(NUM_LAYERS) == 3,
-         *(rng.random((4, NUM_LAYERS)) < 0.6)]
-    )  # fmt: skip
+        [
+            full,
+            ~full,
+            *(np.arange(NUM_LAYERS) != i for i in (0, 5)),
+            np.arange(NUM_LAYERS) == 3,
+            *(rng.random((4, NUM_LAYERS)) < 0.6),
+        ]
+    )
     print("| architecture | attention | `scoring` | `requests` | state |")
     print("| --- | --- | ---: | ---: | --- |")
     for family in VLLM_FAMILIES:

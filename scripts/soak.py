@@ -75,8 +75,10 @@ class Soak:
         log = (self.folder / "driver.log").open("ab")
         self.driver = subprocess.Popen(
             [*self.soaked_command(), "--pool", "ray", "--engines", engines],
-            stdout=log, stderr=subprocess.STDOUT, env=environment,
-        )  # fmt: skip
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
         self.say(f"driver started with --engines {engines}")
 
     def soaked_command(self) -> list[str]:
@@ -164,11 +166,32 @@ def command(
     options = {"num_players": NUM_PLAYERS, "game_seed": 3, **more}
     flags = [f for k, v in options.items() for f in ("--engine-option", f"{k}={v}")]
     return [
-        sys.executable, "-m", "lpserve", "run", "--engine", "synthetic", "--model", "synthetic",
-        "--calibration", str(folder / "text.npz"), "--heldout", str(folder / "heldout.npz"),
-        "--num-windows", str(NUM_WINDOWS), "--budget", str(args.budget), "--max-removed", "6",
-        "--round-size", "60", "--progress-s", "10", "--out", str(out), *flags,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "lpserve",
+        "run",
+        "--engine",
+        "synthetic",
+        "--model",
+        "synthetic",
+        "--calibration",
+        str(folder / "text.npz"),
+        "--heldout",
+        str(folder / "heldout.npz"),
+        "--num-windows",
+        str(NUM_WINDOWS),
+        "--budget",
+        str(args.budget),
+        "--max-removed",
+        "6",
+        "--round-size",
+        "60",
+        "--progress-s",
+        "10",
+        "--out",
+        str(out),
+        *flags,
+    ]
 
 
 def scores(path: Path) -> dict[tuple[bytes, int], bytes]:

@@ -37,8 +37,16 @@ WARMUP_SHARE = 0.05
 WEIGHT_DECAY = 0.1  # of the matrices inside layers
 SEPARATOR = "<|endoftext|>"  # between texts; also the model's BOS and EOS
 BYTES = pre_tokenizers.ByteLevel.alphabet()
-LEAST = {"layers": 1, "width": 1, "vocab": len(BYTES) + 1, "context": 2, "batch": 1, "steps": 1,
-         "seed": 0, "threads": 1}  # fmt: skip
+LEAST = {
+    "layers": 1,
+    "width": 1,
+    "vocab": len(BYTES) + 1,
+    "context": 2,
+    "batch": 1,
+    "steps": 1,
+    "seed": 0,
+    "threads": 1,
+}
 
 
 class Muon(torch.optim.Optimizer):
@@ -151,8 +159,10 @@ def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocab:
-        raise InputError(f"the texts are too short: they yield {tokenizer.get_vocab_size()} tokens "
-                         f"of vocabulary, --vocab is {vocab}")  # fmt: skip
+        raise InputError(
+            f"the texts are too short: they yield {tokenizer.get_vocab_size()} tokens "
+            f"of vocabulary, --vocab is {vocab}"
+        )
     return tokenizer
 
 
@@ -160,8 +170,10 @@ def encode(tokenizer: Tokenizer, texts: list[str], context: int, name: str) -> t
     """Token ids of all texts, int64 [L], SEPARATOR before each."""
     ids = [i for text in texts for i in (0, *tokenizer.encode(text, add_special_tokens=False).ids)]
     if len(ids) < context:
-        raise InputError(f"the texts are too short: their {name} share has {len(ids)} tokens, "
-                         f"--context is {context}")  # fmt: skip
+        raise InputError(
+            f"the texts are too short: their {name} share has {len(ids)} tokens, "
+            f"--context is {context}"
+        )
     return torch.tensor(ids)
 
 
@@ -176,11 +188,17 @@ def build_model(options: argparse.Namespace) -> Any:
         "qwen3": {**gated, "head_dim": HEAD_SIZE},
     }
     config = AutoConfig.for_model(
-        options.architecture, vocab_size=options.vocab, hidden_size=width,
-        num_hidden_layers=options.layers, num_attention_heads=heads,
-        max_position_embeddings=options.context, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=0, **own[options.architecture],
-    )  # fmt: skip
+        options.architecture,
+        vocab_size=options.vocab,
+        hidden_size=width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=heads,
+        max_position_embeddings=options.context,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        **own[options.architecture],
+    )
     return AutoModelForCausalLM.from_config(config).to(options.device)
 
 
@@ -230,8 +248,11 @@ def fit(model: Any, ids: torch.Tensor, options: argparse.Namespace) -> None:
         losses.append(loss.detach())
         if (step + 1) % every == 0 or step + 1 == options.steps:
             mean = torch.stack(losses).mean().item()
-            print(f"step {step + 1}/{options.steps}: loss {mean:.3f} nats per token, "
-                  f"{time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"step {step + 1}/{options.steps}: loss {mean:.3f} nats per token, "
+                f"{time.monotonic() - started:.0f} s",
+                flush=True,
+            )
             if not math.isfinite(mean):
                 raise LpserveError(f"training diverged by step {step + 1}; lower --lr")
             losses.clear()
@@ -269,20 +290,26 @@ def train(options: argparse.Namespace) -> None:
     except OSError as error:
         raise InputError(f"--out {options.out} cannot be made: {error}") from None
     model = build_model(options)
-    print(f"{options.architecture}, {model.num_parameters():,} parameters, {len(ids):,} tokens of "
-          f"text, {options.steps * options.batch * options.context / len(ids):.1f} passes over it",
-          flush=True)  # fmt: skip
+    print(
+        f"{options.architecture}, {model.num_parameters():,} parameters, {len(ids):,} tokens of "
+        f"text, {options.steps * options.batch * options.context / len(ids):.1f} passes over it",
+        flush=True,
+    )
     fit(model, ids, options)
     hf_logging.disable_progress_bar()
     model.save_pretrained(options.out)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=SEPARATOR, eos_token=SEPARATOR,
+        tokenizer_object=tokenizer,
+        bos_token=SEPARATOR,
+        eos_token=SEPARATOR,
         model_max_length=options.context,
-    ).save_pretrained(options.out)  # fmt: skip
+    ).save_pretrained(options.out)
     loss = mean_nll(model, heldout_ids, options)
     unigrams = unigram_nll(ids, heldout_ids, options.vocab)
-    print(f"held-out loss {loss:.3f} nats per token, perplexity {math.exp(loss):.1f} "
-          f"(token frequencies alone: {unigrams:.3f} nats)")  # fmt: skip
+    print(
+        f"held-out loss {loss:.3f} nats per token, perplexity {math.exp(loss):.1f} "
+        f"(token frequencies alone: {unigrams:.3f} nats)"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -45,14 +45,23 @@ def small_config(family: str, num_layers: int = 6) -> PretrainedConfig:
         return tf.MistralConfig(**common, sliding_window=11)
     if family == "gemma2":
         return tf.Gemma2Config(
-            **common, sliding_window=9, attn_logit_softcapping=2.0, final_logit_softcapping=5.0,
+            **common,
+            sliding_window=9,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=5.0,
             query_pre_attn_scalar=32,
-        )  # fmt: skip
+        )
     if family == "gpt2":
         return tf.GPT2Config(
-            n_embd=64, n_layer=num_layers, n_head=2, n_positions=64, vocab_size=97,
-            initializer_range=0.15, bos_token_id=0, eos_token_id=1,
-        )  # fmt: skip
+            n_embd=64,
+            n_layer=num_layers,
+            n_head=2,
+            n_positions=64,
+            vocab_size=97,
+            initializer_range=0.15,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
     return _more_families(family, common)
 
 
@@ -68,68 +77,133 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
         return tf.Qwen2Config(**plain)
     if family == "gemma3":
         return tf.Gemma3TextConfig(
-            **common, sliding_window=9, query_pre_attn_scalar=32,
+            **common,
+            sliding_window=9,
+            query_pre_attn_scalar=32,
             layer_types=["sliding_attention", "full_attention"] * (layers // 2),
-        )  # fmt: skip
+        )
     if family == "opt":
         return tf.OPTConfig(
-            hidden_size=64, ffn_dim=96, num_hidden_layers=layers, num_attention_heads=2,
-            vocab_size=97, max_position_embeddings=64, init_std=0.15, word_embed_proj_dim=64,
-            bos_token_id=0, eos_token_id=1, pad_token_id=1, dropout=0.0,
-        )  # fmt: skip
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            vocab_size=97,
+            max_position_embeddings=64,
+            init_std=0.15,
+            word_embed_proj_dim=64,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+            dropout=0.0,
+        )
     if family == "gpt-neox":
         return tf.GPTNeoXConfig(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=2,
-            vocab_size=97, max_position_embeddings=64, initializer_range=0.15, bos_token_id=0,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            vocab_size=97,
+            max_position_embeddings=64,
+            initializer_range=0.15,
+            bos_token_id=0,
             eos_token_id=1,
-        )  # fmt: skip
+        )
     if family == "phi3":
         return tf.Phi3Config(**plain)
     if family == "mixtral":
         return tf.MixtralConfig(**common, num_local_experts=4, **experts)
     if family == "qwen3-moe":
         return tf.Qwen3MoeConfig(
-            **common, num_experts=4, moe_intermediate_size=48, decoder_sparse_step=1,
-            norm_topk_prob=True, **experts,
-        )  # fmt: skip
+            **common,
+            num_experts=4,
+            moe_intermediate_size=48,
+            decoder_sparse_step=1,
+            norm_topk_prob=True,
+            **experts,
+        )
     if family == "cohere":
         return tf.CohereConfig(**plain, logit_scale=0.5)
     if family == "gpt-oss":
         return tf.GptOssConfig(
-            **common, num_local_experts=4, num_experts_per_tok=2, sliding_window=9,
+            **common,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=9,
             rope_parameters={
-                "rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "beta_fast": 32.0,
-                "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 32,
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "rope_theta": 10000.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 32,
             },
-        )  # fmt: skip
+        )
     if family == "bloom":
         return tf.BloomConfig(
-            hidden_size=64, n_layer=layers, n_head=2, vocab_size=97, initializer_range=0.15,
-            bos_token_id=0, eos_token_id=1,
-        )  # fmt: skip
+            hidden_size=64,
+            n_layer=layers,
+            n_head=2,
+            vocab_size=97,
+            initializer_range=0.15,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
     if family == "deepseek-v2":
         return tf.DeepseekV2Config(
             **{k: v for k, v in common.items() if k not in ("head_dim", "num_key_value_heads")},
-            num_key_value_heads=2, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=32,
-            qk_rope_head_dim=64, v_head_dim=32, n_routed_experts=4, num_experts_per_tok=2,
-            moe_intermediate_size=48, first_k_dense_replace=1, n_group=1, topk_group=1,
+            num_key_value_heads=2,
+            kv_lora_rank=512,
+            q_lora_rank=None,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=64,
+            v_head_dim=32,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
             n_shared_experts=1,
-        )  # fmt: skip
+        )
     if family == "olmo2":
         return tf.Olmo2Config(**plain)
     if family == "falcon":
         return tf.FalconConfig(
-            hidden_size=64, num_hidden_layers=layers, num_attention_heads=2, vocab_size=97,
-            initializer_range=0.15, bos_token_id=0, eos_token_id=1, alibi=True, bias=True,
-        )  # fmt: skip
+            hidden_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            vocab_size=97,
+            initializer_range=0.15,
+            bos_token_id=0,
+            eos_token_id=1,
+            alibi=True,
+            bias=True,
+        )
     raise ValueError(family)
 
 
 VLLM_FAMILIES = (
-    "llama", "llama-mha", "qwen2", "qwen3", "mistral-window", "gemma2", "gemma3", "opt", "gpt2",
-    "gpt-neox", "phi3", "mixtral", "qwen3-moe", "cohere", "gpt-oss", "bloom", "olmo2",
+    "llama",
+    "llama-mha",
+    "qwen2",
+    "qwen3",
+    "mistral-window",
+    "gemma2",
+    "gemma3",
+    "opt",
+    "gpt2",
+    "gpt-neox",
+    "phi3",
+    "mixtral",
+    "qwen3-moe",
+    "cohere",
+    "gpt-oss",
+    "bloom",
+    "olmo2",
     "deepseek-v2",
-)  # fmt: skip
+)
 """Attention of these, beyond plain: q/k norms, windows, soft caps, sinks, ALiBi, latent (MLA)."""
 
 
@@ -164,14 +238,18 @@ def quantize_int8(path: Path, target: Path) -> Path:
     eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
     config = json.loads((target / "config.json").read_text())
     config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "int-quantized",
-        "quantization_status": "compressed", "ignore": ["lm_head"],
-        "config_groups": {"group_0": {
-            "targets": ["Linear"],
-            "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
-            "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
-        }},
-    }  # fmt: skip
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**eight_bits, "strategy": "channel", "dynamic": False},
+                "input_activations": {**eight_bits, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
     (target / "config.json").write_text(json.dumps(config))
     return target
 

@@ -20,7 +20,7 @@ import pytest
 import shapiq
 
 import lpserve
-from lpserve.analysis.record import read_scores
+from lpserve.analysis.record import read_record
 from lpserve.config import config_from
 from lpserve.engine.synthetic import SyntheticEngine
 from lpserve.errors import InputError
@@ -410,7 +410,7 @@ def test_a_run_of_truncated_values_is_refused_in_one_line(make_run):
 
 @pytest.mark.parametrize("utility", UTILITIES)
 def test_masks_of_a_run_without_a_finite_score_follow_the_utilitys_rule(make_run, utility):
-    scored = read_scores(make_run(utility=utility).folder)
+    scored = read_record(make_run(utility=utility).folder)
     inner = np.flatnonzero(scored.masks_MP.any(axis=1) & ~scored.masks_MP.all(axis=1))
     given_up, broken = inner[0], inner[-1]
     nll = scored.nll_MN.copy()
@@ -437,7 +437,7 @@ def test_masks_of_a_run_without_a_finite_score_follow_the_utilitys_rule(make_run
 
 
 def test_a_mask_of_a_run_that_was_scored_on_a_screen_alone_has_no_score(make_run):
-    scored = read_scores(make_run(utility="ppl_ratio").folder)
+    scored = read_record(make_run(utility="ppl_ratio").folder)
     screened = np.flatnonzero(scored.masks_MP.any(axis=1) & ~scored.masks_MP.all(axis=1))[2]
     nll = scored.nll_MN.copy()
     nll[screened, 1:] = np.nan
@@ -500,16 +500,25 @@ def test_utilities_of_other_metrics_are_scored_for_them(model_dir, tmp_path, rng
     folder = str(model_dir("llama"))
     with lpserve.open_engine(folder, windows) as engine:
         masks = all_masks(engine.info.num_players)
-        divergence = engine.score(masks, also=("kl",)).of("kl").sum(axis=1)
+        divergence = engine.score(masks, extra_metrics=("kl",)).of("kl").sum(axis=1)
         expected = -divergence / windows.num_tokens_N.sum()
         game = LayerGame.from_engine(engine, "neg_kl", normalize=False)
         assert np.abs(game(masks) - expected).max() < 1e-6
     config = config_from(
-        {"model": folder, "calibration": str(tmp_path / "calibration.npz"),
-         "heldout": str(tmp_path / "heldout.npz"), "budget": 64, "max_removed": 3,
-         "sizes": [0, len(masks[0]) - 1], "utility": "neg_kl", "surrogate": "gp",
-         "out": str(tmp_path / "run"), "progress_s": 100.0}, "test",
-    )  # fmt: skip
+        {
+            "model": folder,
+            "calibration": str(tmp_path / "calibration.npz"),
+            "heldout": str(tmp_path / "heldout.npz"),
+            "budget": 64,
+            "max_removed": 3,
+            "sizes": [0, len(masks[0]) - 1],
+            "utility": "neg_kl",
+            "surrogate": "gp",
+            "out": str(tmp_path / "run"),
+            "progress_s": 100.0,
+        },
+        "test",
+    )
     scored = run(config).outcome.scored
     game = LayerGame.from_run(tmp_path / "run", normalize=False)
     expected = -scored.loss_MN.astype(np.float64).sum(axis=1) / scored.num_tokens_N.sum()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lpserve.masks import all_masks, draw, keys, trie_layer_forwards
-from lpserve.rounds.acquisition import _branches, _new_layers, candidate_pool, most_telling
+from lpserve.rounds.acquisition import _branches, _new_layers, candidate_pool, select_for_values
 from lpserve.surrogate import KernelSurrogate
 from tests.kernel_by_hand import (
     KINDS,
@@ -138,9 +138,15 @@ def fitted(kind: str, with_empty: bool, noisy: bool, rng: np.random.Generator) -
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(0, 5), (2, 4), (0, 2)])
-@pytest.mark.parametrize(("with_empty", "noisy", "num_pending"), [
-    (False, False, 0), (True, False, 3), (False, True, 4), (True, True, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("with_empty", "noisy", "num_pending"),
+    [
+        (False, False, 0),
+        (True, False, 3),
+        (False, True, 4),
+        (True, True, 0),
+    ],
+)
 def test_picks_are_those_of_a_slow_greedy_search(kind, sizes, with_empty, noisy, num_pending, rng):
     surrogate = fitted(kind, with_empty, noisy, rng)
     every = all_masks(6)
@@ -149,7 +155,9 @@ def test_picks_are_those_of_a_slow_greedy_search(kind, sizes, with_empty, noisy,
     free = [row for row in rng.permutation(64).tolist() if row not in scored]
     pending, pool = free[:num_pending], free[num_pending:-4]  # four are not in the pool
     head = float(rng.uniform(0.3, 3))
-    got = most_telling(surrogate, sizes, every[pool], 5, pending_MP=every[pending], head_cost=head)
+    got = select_for_values(
+        surrogate, sizes, every[pool], 5, pending_MP=every[pending], head_cost=head
+    )
     assert got.shape == (5, 6)
     rows = [row_of[key] for key in keys(got)]
     assert len(set(rows)) == 5
@@ -174,9 +182,9 @@ def test_what_is_pending_is_never_picked_and_a_small_pool_is_picked_whole(rng):
     every = all_masks(6)
     free = every[[key not in known for key in keys(every)]]
     pending, pool = free[:30], free[30:37]
-    got = most_telling(surrogate, (0, 5), pool, 20, pending_MP=pending, head_cost=1.0)
+    got = select_for_values(surrogate, (0, 5), pool, 20, pending_MP=pending, head_cost=1.0)
     assert sorted(keys(got)) == sorted(keys(pool))
-    none = most_telling(surrogate, (0, 5), pool[:0], 4, pending_MP=pending, head_cost=1.0)
+    none = select_for_values(surrogate, (0, 5), pool[:0], 4, pending_MP=pending, head_cost=1.0)
     assert none.shape == (0, 6)
 
 
@@ -191,7 +199,7 @@ def test_an_expensive_head_makes_all_masks_cost_the_same(rng):
         prior, weights = posterior(surrogate, every)[1], weight_matrix(6, (0, 5))
         gains = slow_gains(prior, weights, [], free)
         for head in (1e-3, 1e9):
-            pick = most_telling(
+            pick = select_for_values(
                 surrogate, (0, 5), every[free], 1, pending_MP=every[:0], head_cost=head
             )
             cost = every[free].sum(axis=1) + head
@@ -210,7 +218,9 @@ def test_picks_lower_the_variance_of_the_values_faster_than_random_masks(rng):
         free = [row for row, key in enumerate(keys(every)) if key not in known]
         prior, weights = posterior(surrogate, every)[1], weight_matrix(7, (2, 6))
         row_of = {key: row for row, key in enumerate(keys(every))}
-        picks = most_telling(surrogate, (2, 6), every[free], 8, pending_MP=every[:0], head_cost=1e6)
+        picks = select_for_values(
+            surrogate, (2, 6), every[free], 8, pending_MP=every[:0], head_cost=1e6
+        )
         chosen = [row_of[key] for key in keys(picks)]
         random = rng.choice(free, 8, replace=False).tolist()
         better += total_gain(prior, weights, chosen) > total_gain(prior, weights, random)
@@ -229,7 +239,7 @@ def test_picks_are_deterministic(kind, rng):
     every = all_masks(6)[1:]
     free = every[[key not in known for key in keys(every)]]
     one, other = (
-        most_telling(surrogate, (0, 5), free[4:], 6, pending_MP=free[:4], head_cost=0.5)
+        select_for_values(surrogate, (0, 5), free[4:], 6, pending_MP=free[:4], head_cost=0.5)
         for _ in range(2)
     )
     np.testing.assert_array_equal(one, other)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lpserve.study.agreement import Answer, choices, overlap, tau
+from lpserve.study.agreement import PointAnswer, choices, overlap, tau
 
 MIXTURES, UTILITIES = ("a", "b", "c"), ("u", "v")
 
 
-def answers_of(rng, seeds=("0", "1", "2"), players=9, sizes=(2, 4)) -> list[Answer]:
+def answers_of(rng, seeds=("0", "1", "2"), players=9, sizes=(2, 4)) -> list[PointAnswer]:
     """A full study with random answers."""
     return [
-        Answer(
+        PointAnswer(
             id=f"{mixture}{utility}{seed}",
             levels={"calibration": mixture, "utility": utility, "seed": seed, "model": "m"},
             values_P=rng.normal(size=players),
@@ -42,8 +42,10 @@ def test_every_pair_of_levels_is_compared_over_matched_points(rng):
     found = {c.dimension: c for c in choices(answers, ("calibration", "utility", "seed"))}
     assert set(found) == {"calibration", "utility", "seed"}
     for dimension, first, second in (
-        ("calibration", "a", "c"), ("utility", "u", "v"), ("seed", "0", "2"),
-    ):  # fmt: skip
+        ("calibration", "a", "c"),
+        ("utility", "u", "v"),
+        ("seed", "0", "2"),
+    ):
         pair = next(p for p in found[dimension].pairs if p.levels == (first, second))
         matched = []
         for mixture, utility, seed in itertools.product(MIXTURES, UTILITIES, "012"):
@@ -66,9 +68,11 @@ def test_the_interval_is_students_over_the_means_of_the_seeds(rng):
     choice = next(c for c in choices(answers, ("utility",)))
     by_id = {answer.id: answer for answer in answers}
     means = [
-        np.mean([by_id[f"{m}v{s}"].heldout_nll[2] - by_id[f"{m}u{s}"].heldout_nll[2]
-                 for m in MIXTURES]) for s in "01234"
-    ]  # fmt: skip
+        np.mean(
+            [by_id[f"{m}v{s}"].heldout_nll[2] - by_id[f"{m}u{s}"].heldout_nll[2] for m in MIXTURES]
+        )
+        for s in "01234"
+    ]
     low, high = stats.t.interval(0.9, 4, np.mean(means), np.std(means, ddof=1) / np.sqrt(5))
     estimate = choice.pairs[0].heldout[2]
     assert (estimate.low, estimate.high) == (pytest.approx(low), pytest.approx(high))
@@ -110,7 +114,9 @@ def test_seeds_that_share_points_are_not_taken_for_independent(rng):
     for seed in "012":
         values = np.array(range(6), dtype=np.float64) * (-1 if seed == "2" else 1)
         levels = {"seed": seed, "utility": "u"}
-        answers.append(Answer(id=seed, levels=levels, values_P=values, removed={}, heldout_nll={}))
+        answers.append(
+            PointAnswer(id=seed, levels=levels, values_P=values, removed={}, heldout_nll={})
+        )
     choice = choices(answers, ("seed",))[0]
     assert choice.tau.mean == pytest.approx((1 - 1 - 1) / 3)
     assert choice.tau.low == -1.0  # no wider than possible, and nothing is excluded
@@ -123,13 +129,21 @@ def test_what_cannot_be_compared_is_left_out(rng):
     pair = next(p for p in choices(lost, ("utility",))[0].pairs)
     assert pair.points == len(MIXTURES) * 3 - 1
     models = [
-        Answer(id=a.id + m, levels={**a.levels, "model": m}, values_P=a.values_P[: 9 - (m == "n")],
-               removed=a.removed, heldout_nll=a.heldout_nll)
-        for a in answers for m in ("m", "n")
-    ]  # fmt: skip
+        PointAnswer(
+            id=a.id + m,
+            levels={**a.levels, "model": m},
+            values_P=a.values_P[: 9 - (m == "n")],
+            removed=a.removed,
+            heldout_nll=a.heldout_nll,
+        )
+        for a in answers
+        for m in ("m", "n")
+    ]
     found = choices(models, ("model", "utility"))  # models of other depths never meet
     assert [c.dimension for c in found] == ["utility"]
-    flat = [Answer(id=a.id, levels=a.levels, values_P=np.zeros(9), removed={}, heldout_nll={})
-            for a in answers[:2]]  # fmt: skip
+    flat = [
+        PointAnswer(id=a.id, levels=a.levels, values_P=np.zeros(9), removed={}, heldout_nll={})
+        for a in answers[:2]
+    ]
     assert np.isnan(tau(*flat))
     assert overlap(answers[0], answers[0], 4) == 1.0

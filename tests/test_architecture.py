@@ -14,17 +14,41 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A folder imports itself and the folders before it. The root's modules are the vocabulary.
 ORDER = (
-    "", "model", "data", "engine", "store", "surrogate", "scoring", "values", "plan", "rounds",
-    "analysis", "report", "runner", "export", "evaluation", "rivals", "study", "demo", "cli",
+    "",
+    "model",
+    "data",
+    "engine",
+    "store",
+    "surrogate",
+    "scoring",
+    "values",
+    "plan",
+    "rounds",
+    "analysis",
+    "report",
+    "runner",
+    "export",
+    "evaluation",
+    "rivals",
+    "study",
+    "demo",
+    "cli",
     "testing",
-)  # fmt: skip
+)
 FACES = ("", "__main__", "shapiq_game")
 """Modules at the root that import what they show."""
 HEAVY = {"torch", "transformers", "ray", "vllm"}
 WITHOUT_HEAVY = (
-    "errors", "types", "config", "masks", "model.checkpoint", "store.lock", "store.store", "store.lease",
+    "errors",
+    "types",
+    "config",
+    "masks",
+    "model.checkpoint",
+    "store.lock",
+    "store.store",
+    "store.lease",
     "runner.cost",
-)  # fmt: skip
+)
 
 
 def module_name(path: Path) -> str:

@@ -54,9 +54,15 @@ def refused(capsys, tmp_path: Path, *argv: str) -> str:
 
 def run_flags(tmp_path: Path, **changes: object) -> list[str]:
     flags: dict[str, object] = {
-        "model": MODEL, "calibration": TEXT, "num_windows": 4, "heldout_windows": 4, "length": 64,
-        "budget": 100, "max_removed": 4, "out": tmp_path / "out",
-    }  # fmt: skip
+        "model": MODEL,
+        "calibration": TEXT,
+        "num_windows": 4,
+        "heldout_windows": 4,
+        "length": 64,
+        "budget": 100,
+        "max_removed": 4,
+        "out": tmp_path / "out",
+    }
     flags |= changes
     argv = ["run"]
     for key, value in flags.items():
@@ -307,7 +313,14 @@ def test_a_bad_value_type_in_a_config_names_its_key():
     from lpserve.errors import InputError
 
     base = {"model": "m", "calibration": "x.txt"}
-    for key, value in (("budget", "many"), ("budget", True), ("bos", 1), ("sizes", [1]),
-                       ("out", ""), ("progress_s", "x"), ("engine_options", 3)):  # fmt: skip
+    for key, value in (
+        ("budget", "many"),
+        ("budget", True),
+        ("bos", 1),
+        ("sizes", [1]),
+        ("out", ""),
+        ("progress_s", "x"),
+        ("engine_options", 3),
+    ):
         with pytest.raises(InputError, match=key):
             config_from(base | {key: value}, "test")

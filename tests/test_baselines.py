@@ -26,9 +26,9 @@ from lpserve.rivals.baselines import (
     PAPER_COALITIONS,
     PAPER_DRAWS,
     PAPER_LEAST_DRAWS,
+    Answer,
     Ask,
     Proposer,
-    Scored,
     _brood,
     best_sets,
     drive,
@@ -86,7 +86,7 @@ class Played:
 
     make: Callable[[], Proposer]
     game: TableGame
-    record: list[Scored]
+    record: list[Answer]
 
 
 @pytest.fixture(scope="module", params=RIVALS.values(), ids=list(RIVALS))
@@ -96,11 +96,11 @@ def played(request: pytest.FixtureRequest) -> Played:
     return Played(make, game, drive(make(), game.score, 1 << 10))
 
 
-def asked(record: Sequence[Scored]) -> list[tuple[range | None, bytes]]:
+def asked(record: Sequence[Answer]) -> list[tuple[range | None, bytes]]:
     return [(s.ask.windows, key) for s in record for key in keys(s.ask.masks_MP)]
 
 
-def distinct(record: Sequence[Scored]) -> set[bytes]:
+def distinct(record: Sequence[Answer]) -> set[bytes]:
     return {key for _, key in asked(record)}
 
 
@@ -204,7 +204,7 @@ def test_best_sets_are_the_lowest_finite_scores_on_all_windows(ties, rng):
     nll = rng.integers(3, size=64) * 1.0 if ties else rng.normal(size=64)
     nll[rng.choice(64, 12, replace=False)] = [np.nan, np.inf, -np.inf] * 4
     windows = [None, range(2), None, range(16)]
-    record = [Scored(Ask(masks[i::4], windows[i]), nll[i::4]) for i in range(4)]
+    record = [Answer(Ask(masks[i::4], windows[i]), nll[i::4]) for i in range(4)]
     expected: dict[int, tuple[float, bytes]] = {}
     for row in range(0, 64, 2):  # parts 0 and 2: on all windows
         r, key = int((~masks[row]).sum()), keys(masks[row : row + 1])[0]
@@ -305,12 +305,13 @@ def test_generations_are_as_published(failing, rng):
     game = TableGame(players, rng, failing)
     record = drive(
         evolutionary(players, most, num_windows=WINDOWS, seed=int(rng.integers(99))),
-        game.score, 1 << players,
-    )  # fmt: skip
+        game.score,
+        1 << players,
+    )
     initial, *rest = record
     assert isinstance(initial.ask.windows, range)
     kept = initial.ask.masks_MP.sum(axis=1)
-    whole: list[Scored] = []
+    whole: list[Answer] = []
     parents: dict[int, BoolArray] = {}
     for r in range(1, most + 1):
         rows = np.flatnonzero(kept == players - r)
@@ -369,8 +370,9 @@ def test_the_evolution_finds_the_best_sets_of_an_additive_game(rng):
     game.nll_CN = np.repeat((~all_masks(players)[:, ::-1] @ cost)[:, None], WINDOWS, axis=1)
     record = drive(
         evolutionary(players, 3, num_windows=WINDOWS, seed=int(rng.integers(99))),
-        game.score, 1 << players,
-    )  # fmt: skip
+        game.score,
+        1 << players,
+    )
     for r in range(1, 4):
         best = tuple(sorted(np.argsort(cost)[:r].tolist()))
         assert removed_players(best_sets(record)[r][0]) == best
@@ -398,8 +400,11 @@ def test_the_papers_pipeline_equals_its_parts(rng):
     assert first[0].all()
     assert keys(first[1:]) == list(dict.fromkeys(keys(np.array(taken))))
     full = game.of([])
-    pairs = [(m, math.exp(full - game.of(removed_players(m)))) for m in taken
-             if math.isfinite(game.of(removed_players(m)))]  # fmt: skip
+    pairs = [
+        (m, math.exp(full - game.of(removed_players(m))))
+        for m in taken
+        if math.isfinite(game.of(removed_players(m)))
+    ]
     surrogate = PaperSurrogate(seed)
     surrogate.train(np.array([m for m, _ in pairs]), np.array([ratio for _, ratio in pairs]))
     values = paper_values(surrogate.mean, coalitions).values_P
@@ -432,8 +437,11 @@ def test_the_papers_pipeline_draws_from_the_strata_that_it_is_given(rng):
 def test_with_room_for_them_all_8000_draws_are_made():
     draws = paper_draws(9, PAPER_DRAWS, np.random.default_rng(4))
     ask = next(paper(9, 3, budget=1 << 9, seed=4))
-    assert keys(ask.masks_MP) == keys(np.concatenate([full_mask(9)[None], list(dict.fromkeys(
-        map(tuple, draws.tolist())))]).astype(bool))  # fmt: skip
+    assert keys(ask.masks_MP) == keys(
+        np.concatenate(
+            [full_mask(9)[None], list(dict.fromkeys(map(tuple, draws.tolist())))]
+        ).astype(bool)
+    )
 
 
 def test_the_papers_pipeline_ends_where_it_has_nothing_to_train_on(rng):

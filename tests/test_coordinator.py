@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import lpserve
-from lpserve.analysis.record import read_scores
+from lpserve.analysis.record import read_record
 from lpserve.config import config_from
 from lpserve.engine.synthetic import SyntheticEngine
 from lpserve.errors import EngineError, InputError, RunInterrupted
@@ -78,8 +78,16 @@ def stored_scores(path: Path) -> dict[tuple[bytes, str], float]:
 def test_a_run_finds_the_best_sets_and_writes_everything(tmp_path, texts):
     result = run(make_config(tmp_path, texts))
     folder, plan = result.folder, result.outcome.plan
-    for name in ("config.json", "scores.sqlite", "shapley.csv", "plan.json", "report.html",
-                 "events.jsonl", "windows.npz", "scores.npz"):  # fmt: skip
+    for name in (
+        "config.json",
+        "scores.sqlite",
+        "shapley.csv",
+        "plan.json",
+        "report.html",
+        "events.jsonl",
+        "windows.npz",
+        "scores.npz",
+    ):
         assert (folder / name).stat().st_size > 0, name
     assert plan.masks_scored == 90
     game = known_game(texts)
@@ -143,9 +151,9 @@ def test_a_finished_run_again_scores_nothing_and_gives_the_same_plan(tmp_path, t
 
 
 def test_a_larger_budget_extends_the_same_sequence(tmp_path, texts):
-    small = read_scores(run(make_config(tmp_path, texts, budget=60)).folder)
-    large = read_scores(run(make_config(tmp_path, texts, budget=90)).folder)
-    alone = read_scores(run(make_config(tmp_path, texts, out=str(tmp_path / "alone"))).folder)
+    small = read_record(run(make_config(tmp_path, texts, budget=60)).folder)
+    large = read_record(run(make_config(tmp_path, texts, budget=90)).folder)
+    alone = read_record(run(make_config(tmp_path, texts, out=str(tmp_path / "alone"))).folder)
     assert (large.masks_MP[:60] == small.masks_MP).all()
     assert (large.masks_MP == alone.masks_MP).all()
 
@@ -304,7 +312,7 @@ def test_a_screen_scores_sets_on_few_windows_first(tmp_path, texts):
     assert [e.removed for e in plan.plans] == [e.removed for e in plain.outcome.plan.plans]
     for entry in plan.plans:
         assert where[keys(without(P, entry.removed)[None])[0]] == {0, 1, 2, 3}
-    again = read_scores(result.folder)
+    again = read_record(result.folder)
     assert again.screen == (0,)
     np.testing.assert_array_equal(again.screened_M(), scored.screened_M())
     assert int(scored.screened_M().sum()) == len(alone)

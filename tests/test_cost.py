@@ -58,24 +58,36 @@ def llama(folder: Path, layers: int, width: int, ffn: int, vocab: int, heads: in
     small = width // heads * kv
     for i in range(layers):
         shapes = {
-            "self_attn.q_proj": [width, width], "self_attn.k_proj": [small, width],
-            "self_attn.v_proj": [small, width], "self_attn.o_proj": [width, width],
-            "mlp.gate_proj": [ffn, width], "mlp.up_proj": [ffn, width],
-            "mlp.down_proj": [width, ffn], "input_layernorm": [width],
-        }  # fmt: skip
+            "self_attn.q_proj": [width, width],
+            "self_attn.k_proj": [small, width],
+            "self_attn.v_proj": [small, width],
+            "self_attn.o_proj": [width, width],
+            "mlp.gate_proj": [ffn, width],
+            "mlp.up_proj": [ffn, width],
+            "mlp.down_proj": [width, ffn],
+            "input_layernorm": [width],
+        }
         tensors |= {f"model.layers.{i}.{n}.weight": s for n, s in shapes.items()}
     config = {
-        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, "hidden_size": width,
-        "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocab,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocab,
+    }
     return write_headers(folder, config, tensors)
 
 
 def round_settings(players: int, removed: int, seed: int, size: int) -> RoundSettings:
     return RoundSettings(
-        num_players=players, max_removed=removed, sizes=(players - removed, players - 1),
-        seed=seed, surrogate="ridge", round_size=size,
-    )  # fmt: skip
+        num_players=players,
+        max_removed=removed,
+        sizes=(players - removed, players - 1),
+        seed=seed,
+        surrogate="ridge",
+        round_size=size,
+    )
 
 
 @pytest.mark.parametrize("case", range(6))
@@ -84,9 +96,14 @@ def test_counts_are_those_of_an_enumeration_of_prefixes(tmp_path, rng, case):
     removed, width, windows, length = int(rng.integers(1, players // 2 + 1)), 64, 3, 20
     model = llama(tmp_path / "m", players, width, 96, 101, 4, 2)
     settings = CostSettings(
-        model=str(model), budget=int(rng.integers(4 * players, 150)), max_removed=removed,
-        num_windows=windows, length=length, engines=engines, seed=case,
-    )  # fmt: skip
+        model=str(model),
+        budget=int(rng.integers(4 * players, 150)),
+        max_removed=removed,
+        num_windows=windows,
+        length=length,
+        engines=engines,
+        seed=case,
+    )
     found = cost(settings)
     rounds = sample_rounds(round_settings(players, removed, case, players), settings.budget)
     prefixes, masks, alone = 0, 0, 0
@@ -140,8 +157,13 @@ def test_experts_that_a_token_does_not_meet_are_not_counted(tmp_path):
     for i in range(3):
         shapes[f"model.layers.{i}.attn.q.weight"] = [8, 8]
         shapes |= {f"model.layers.{i}.mlp.experts.{j}.up.weight": [16, 8] for j in range(4)}
-    config = {"num_hidden_layers": 3, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 50,
-              "num_experts_per_tok": 2}  # fmt: skip
+    config = {
+        "num_hidden_layers": 3,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+        "num_experts_per_tok": 2,
+    }
     size = model_size(read_checkpoint(write_headers(tmp_path / "a", config, shapes)))
     assert size.layer_parameters_P.tolist() == [64 + 2 * 128] * 3
     assert size.parameters == 400 + 3 * (64 + 4 * 128)

@@ -19,7 +19,7 @@ from lpserve.errors import EngineError
 from lpserve.masks import keys
 from lpserve.scoring.dispatcher import Dispatcher, GivenUp
 from lpserve.scoring.pool import UnitResult
-from lpserve.store.store import Block
+from lpserve.store.store import WindowBlock
 
 pytest.importorskip("ray")
 BENCH = str(Path(__file__).parent.parent / "scripts" / "bench")
@@ -34,9 +34,16 @@ def bench():
 
 def setting(bench, rng, **changes):
     values = {
-        "name": "test", "engines": 20, "masks": 3000, "mask_s": 0.5, "round_masks": 1000,
-        "restart_s": 20.0, "unit_cost_s": 1e-3, "mask_cost_s": 1e-5, "seed": int(rng.integers(1e9)),
-    }  # fmt: skip
+        "name": "test",
+        "engines": 20,
+        "masks": 3000,
+        "mask_s": 0.5,
+        "round_masks": 1000,
+        "restart_s": 20.0,
+        "unit_cost_s": 1e-3,
+        "mask_cost_s": 1e-5,
+        "seed": int(rng.integers(1e9)),
+    }
     return bench.Setting(**(values | changes))
 
 
@@ -46,7 +53,7 @@ def dispatch(bench, chosen, pool=None):
     dispatcher = Dispatcher(pool, clock=lambda: pool.now)
     windows = dispatcher.register(TokenWindows.from_tokens(np.zeros((1, 128), dtype=np.int64)))
     masks_MP = np.concatenate(list(bench.distinct_masks(chosen.masks)))
-    dispatcher.add(masks_MP, Block(id=0, rows=np.arange(1)), windows)
+    dispatcher.add(masks_MP, WindowBlock(id=0, rows=np.arange(1)), windows)
     results = []
     while not dispatcher.idle:
         result = dispatcher.next(0.0)

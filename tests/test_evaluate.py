@@ -135,14 +135,22 @@ def test_greedy_is_seen(lm):
 
 def test_tasks_pick_as_with_lm_evals_own_model(pruned, tmp_path):
     config = EvalConfig(
-        model=MODEL, sets=(LayerSet("three", REMOVED),), tasks=TASKS, limit=30,
-        include_path=str(FOLDER / "tasks"), max_length=MAX_LENGTH, out=str(tmp_path / "eval"),
-    )  # fmt: skip
+        model=MODEL,
+        sets=(LayerSet("three", REMOVED),),
+        tasks=TASKS,
+        limit=30,
+        include_path=str(FOLDER / "tasks"),
+        max_length=MAX_LENGTH,
+        out=str(tmp_path / "eval"),
+    )
     ours = evaluate(config)
     found: Any = cast("Any", simple_evaluate)(
-        pruned[1], tasks=list(TASKS), limit=30, bootstrap_iters=0,
+        pruned[1],
+        tasks=list(TASKS),
+        limit=30,
+        bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(FOLDER / "tasks"), include_defaults=False),
-    )  # fmt: skip
+    )
     for task in TASKS:
         for name in ("acc", "acc_norm", "perplexity"):
             wanted = found["results"][task].get(f"{name},none")
@@ -158,17 +166,22 @@ def test_tasks_pick_as_with_lm_evals_own_model(pruned, tmp_path):
     assert rows[0] == "set,removed,measure,value,stderr"
     assert len(rows) == 1 + len(ours.results) == 1 + 2 * 4
     # again, with one set more: only that is scored
-    again = evaluate(config.__class__(**{
-        **config.__dict__, "sets": (*config.sets, LayerSet("first", (0,)))
-    }))  # fmt: skip
+    again = evaluate(
+        config.__class__(**{**config.__dict__, "sets": (*config.sets, LayerSet("first", (0,)))})
+    )
     assert (again.masks_scored, again.masks_read) == (1, 2)
     assert [r for r in again.results if r.layer_set != "first"] == list(ours.results)
 
 
 def test_requests_that_lose_their_beginning_are_told(tmp_path, capsys):
     """Contexts of the bundled tasks have 50 words and more: none is asked whole in 24 tokens."""
-    values = {"model": MODEL, "sets": (LayerSet("three", REMOVED),), "tasks": TASKS[1:],
-              "limit": 3, "include_path": str(FOLDER / "tasks")}  # fmt: skip
+    values = {
+        "model": MODEL,
+        "sets": (LayerSet("three", REMOVED),),
+        "tasks": TASKS[1:],
+        "limit": 3,
+        "include_path": str(FOLDER / "tasks"),
+    }
     short = evaluate(EvalConfig(**values, max_length=24, out=str(tmp_path / "short")))
     assert short.requests_cut == 3
     told = capsys.readouterr().err
@@ -190,9 +203,12 @@ def test_perplexity_of_a_set_is_that_of_its_export(pruned, short_text, tmp_path)
     protocol = Protocol(length=100, stride=60, bos="none")
     sets = tuple(LayerSet(str(r), r) for r in ((0,), REMOVED, (1, 2, 3, 4)))
     config = EvalConfig(
-        model=MODEL, sets=sets, texts={"novel": short_text}, protocol=protocol,
+        model=MODEL,
+        sets=sets,
+        texts={"novel": short_text},
+        protocol=protocol,
         out=str(tmp_path / "all"),
-    )  # fmt: skip
+    )
     together = evaluate(config)
     exported = evaluate(
         EvalConfig(
@@ -225,10 +241,22 @@ def test_an_evaluation_that_was_killed_goes_on(short_text, tmp_path):
     """SIGKILL once something is stored, SIGINT once more is, then to the end."""
     out = tmp_path / "eval"
     command = [
-        sys.executable, "-m", "lpserve", "eval", "--model", MODEL, "--text", short_text,
-        "--protocol", "llm-pruner-128", "--out", str(out), "--progress-s", "0.2",
+        sys.executable,
+        "-m",
+        "lpserve",
+        "eval",
+        "--model",
+        MODEL,
+        "--text",
+        short_text,
+        "--protocol",
+        "llm-pruner-128",
+        "--out",
+        str(out),
+        "--progress-s",
+        "0.2",
         *(f for i in range(11) for f in ("--removed", f"{i},{i + 1}")),
-    ]  # fmt: skip
+    ]
 
     def stored() -> int:
         import sqlite3
@@ -253,9 +281,12 @@ def test_an_evaluation_that_was_killed_goes_on(short_text, tmp_path):
     assert f"{12 - before} masks scored, {before} read from the store" in done.stdout
     sets = tuple(LayerSet(f"-{i},{i + 1}", (i, i + 1)) for i in range(11))
     config = EvalConfig(
-        model=MODEL, sets=sets, texts={"short": short_text}, out=str(tmp_path / "fresh"),
+        model=MODEL,
+        sets=sets,
+        texts={"short": short_text},
+        out=str(tmp_path / "fresh"),
         protocol=PROTOCOLS["llm-pruner-128"],
-    )  # fmt: skip
+    )
     evaluate(config)
     undisturbed = (tmp_path / "fresh" / "results.csv").read_text()
     assert undisturbed == (out / "results.csv").read_text()
@@ -265,13 +296,26 @@ def test_an_evaluation_that_was_killed_goes_on(short_text, tmp_path):
 def test_lm_evals_command_line_knows_the_model(tmp_path):
     done = subprocess.run(
         [
-            sys.executable, "-m", "lpserve", "lm-eval", "run", "--model", "lpserve",
-            "--model_args", f"model={MODEL},removed=2+7+8,store={tmp_path / 's.sqlite'}",
-            "--tasks", "dracula_continuation", "--include_path", str(FOLDER / "tasks"),
-            "--limit", "4",
+            sys.executable,
+            "-m",
+            "lpserve",
+            "lm-eval",
+            "run",
+            "--model",
+            "lpserve",
+            "--model_args",
+            f"model={MODEL},removed=2+7+8,store={tmp_path / 's.sqlite'}",
+            "--tasks",
+            "dracula_continuation",
+            "--include_path",
+            str(FOLDER / "tasks"),
+            "--limit",
+            "4",
         ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "dracula_continuation" in done.stdout
     assert "acc_norm" in done.stdout
@@ -292,10 +336,15 @@ def test_a_set_without_finite_scores_is_left_out_and_said(
 
     monkeypatch.setattr(TransformersEngine, "score", score)
     config = EvalConfig(
-        model=MODEL, sets=(LayerSet("bad", (3,)), LayerSet("good", (8,))), tasks=TASKS[:1], limit=4,
-        texts={"novel": short_text}, protocol=Protocol(length=64), out=str(tmp_path / "eval"),
+        model=MODEL,
+        sets=(LayerSet("bad", (3,)), LayerSet("good", (8,))),
+        tasks=TASKS[:1],
+        limit=4,
+        texts={"novel": short_text},
+        protocol=Protocol(length=64),
+        out=str(tmp_path / "eval"),
         include_path=str(FOLDER / "tasks"),
-    )  # fmt: skip
+    )
     found = evaluate(config)
     assert "bad: log-likelihoods of requests are not finite" in capsys.readouterr().err
     measured = {(r.layer_set, r.measure) for r in found.results}
@@ -370,15 +419,29 @@ def test_bad_input_is_one_line_before_any_engine(
 
 def plan_of_another_model() -> str:
     entry = {
-        "num_removed": 1, "removed": [3], "source": "greedy", "calibration_ppl": 2.0,
-        "predicted_ppl": None, "heldout_ppl": None, "candidates": [],
-    }  # fmt: skip
-    return json.dumps({
-        "format": 1, "model": "other", "model_hash": "0" * 64, "num_players": 12,
-        "players": [{"index": i, "layer": i, "part": "layer"} for i in range(12)],
-        "utility": "neg_nll", "masks_scored": 1, "heldout_masks": 0, "full_calibration_ppl": 1.0,
-        "full_heldout_ppl": None, "plans": [entry],
-    })  # fmt: skip
+        "num_removed": 1,
+        "removed": [3],
+        "source": "greedy",
+        "calibration_ppl": 2.0,
+        "predicted_ppl": None,
+        "heldout_ppl": None,
+        "candidates": [],
+    }
+    return json.dumps(
+        {
+            "format": 1,
+            "model": "other",
+            "model_hash": "0" * 64,
+            "num_players": 12,
+            "players": [{"index": i, "layer": i, "part": "layer"} for i in range(12)],
+            "utility": "neg_nll",
+            "masks_scored": 1,
+            "heldout_masks": 0,
+            "full_calibration_ppl": 1.0,
+            "full_heldout_ppl": None,
+            "plans": [entry],
+        }
+    )
 
 
 WRITES = """

@@ -107,11 +107,19 @@ def moe_model(path: Path, **changes: Any) -> Path:
     import transformers as tf
 
     values: dict[str, Any] = {
-        "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32,
-        "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
-        "vocab_size": 97, "num_experts": 4, "num_experts_per_tok": 2,
-        "max_position_embeddings": 64, "initializer_range": 0.15,
-    }  # fmt: skip
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 97,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.15,
+    }
     return save_model(tf.Qwen3MoeConfig(**values, **changes), path, 0)
 
 
@@ -195,8 +203,11 @@ def test_copying_holds_less_than_three_tensors(tmp_path):
     assert len(list(model.glob("*.safetensors"))) > 10
     done = subprocess.run(
         [sys.executable, "-c", MEMORY_SCRIPT, str(model), str(tmp_path / "out")],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
     grown, largest = map(int, done.stdout.split())
     assert total > 2 * (3 * largest + 100e6)
     assert grown < 3 * largest + 100e6

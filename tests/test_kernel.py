@@ -127,9 +127,14 @@ def fresh_problem(kind: str, rng: np.random.Generator):
     masks = all_masks(6)[rng.choice(64, 30, replace=False)]
     target, noise = rng.normal(size=30), rng.uniform(0, 0.5, 30)
     point = np.concatenate(
-        [rng.uniform(-2, 1, 5), rng.uniform(-3, 0, 1), rng.uniform(-0.2, 0.3, 1),
-         rng.normal(0, 0.7, 6), rng.normal(0, 0.2, 6)]
-    )  # fmt: skip
+        [
+            rng.uniform(-2, 1, 5),
+            rng.uniform(-3, 0, 1),
+            rng.uniform(-0.2, 0.3, 1),
+            rng.normal(0, 0.7, 6),
+            rng.normal(0, 0.2, 6),
+        ]
+    )
     return masks, target, noise, point
 
 
@@ -191,9 +196,14 @@ def test_tuning_tells_players_that_matter_from_those_that_do_not(kind, rng):
     matters = np.zeros(8, dtype=bool)
     matters[rng.choice(8, 3, replace=False)] = True
     truth = MaskKernel(
-        constant=1.0, linear=1e-3, pairs=0.0, product=1.0, nugget=1e-3,
-        decay_P=np.where(matters, 1.0, 0.01), growth_P=np.zeros(8),
-    )  # fmt: skip
+        constant=1.0,
+        linear=1e-3,
+        pairs=0.0,
+        product=1.0,
+        nugget=1e-3,
+        decay_P=np.where(matters, 1.0, 0.01),
+        growth_P=np.zeros(8),
+    )
     rows = rng.choice(256, 150, replace=False)
     utilities = drawn_game(truth, 8, rng)[rows]
     kernel = tune(kind, all_masks(8)[rows], scaled(utilities), np.zeros(150))
@@ -202,9 +212,14 @@ def test_tuning_tells_players_that_matter_from_those_that_do_not(kind, rng):
 
 def test_tuning_finds_players_whose_loss_leaves_more_to_say(rng):
     truth = MaskKernel(
-        constant=1.0, linear=1e-3, pairs=0.0, product=1.0, nugget=1e-3,
-        decay_P=np.full(8, 0.2), growth_P=np.where(np.arange(8) == 3, 1.5, 0.0),
-    )  # fmt: skip
+        constant=1.0,
+        linear=1e-3,
+        pairs=0.0,
+        product=1.0,
+        nugget=1e-3,
+        decay_P=np.full(8, 0.2),
+        growth_P=np.where(np.arange(8) == 3, 1.5, 0.0),
+    )
     rows = rng.choice(256, 150, replace=False)
     utilities = drawn_game(truth, 8, rng)[rows]
     kernel = tune("gp", all_masks(8)[rows], scaled(utilities), np.zeros(150))
@@ -246,18 +261,30 @@ def test_a_warm_start_begins_at_the_kernel_given_and_inside_the_bounds(kind, rng
     problem = _Likelihood(kind, masks, rng.normal(size=50), np.zeros(50))
     low, high = np.array(problem.bounds).T
     ordinary = dataclasses.replace(
-        random_kernel(8, rng, kind), constant=0.7, linear=0.3, pairs=0.01, product=1.3, nugget=0.05,
-        decay_P=rng.uniform(0.1, 1, 8), growth_P=rng.normal(0, 0.1, 8),
-    )  # fmt: skip
+        random_kernel(8, rng, kind),
+        constant=0.7,
+        linear=0.3,
+        pairs=0.01,
+        product=1.3,
+        nugget=0.05,
+        decay_P=rng.uniform(0.1, 1, 8),
+        growth_P=rng.normal(0, 0.1, 8),
+    )
     begun = problem.kernel(problem.begin(ordinary))
     names = {"ridge": ("pairs",), "gp": SMOOTH, "gp+ridge": ("pairs", *SMOOTH)}[kind]
     for name in ("constant", "linear", "nugget", *names):
         expected = getattr(ordinary, name)
         np.testing.assert_allclose(getattr(begun, name), expected, rtol=1e-9, err_msg=name)
     tiny = dataclasses.replace(
-        ordinary, constant=0.0, linear=0.0, pairs=0.0, product=0.0, nugget=0.0,
-        decay_P=np.full(8, 1e-9), growth_P=np.full(8, -5.0),
-    )  # fmt: skip
+        ordinary,
+        constant=0.0,
+        linear=0.0,
+        pairs=0.0,
+        product=0.0,
+        nugget=0.0,
+        decay_P=np.full(8, 1e-9),
+        growth_P=np.full(8, -5.0),
+    )
     for start in (ordinary, tiny):
         assert (problem.begin(start) > low).all()
         assert (problem.begin(start) < high).all()

@@ -36,10 +36,16 @@ KERNEL_CASES = [
     (kind, num_players, sizes, with_empty)
     for kind in KINDS
     for num_players, sizes in (
-        (3, (0, 2)), (6, (0, 5)), (6, (2, 3)), (8, (5, 7)), (7, (6, 6)), (6, (0, 0)), (7, (0, 3)),
+        (3, (0, 2)),
+        (6, (0, 5)),
+        (6, (2, 3)),
+        (8, (5, 7)),
+        (7, (6, 6)),
+        (6, (0, 0)),
+        (7, (0, 3)),
     )
     for with_empty in (False, True)
-]  # fmt: skip
+]
 
 
 def fitted(

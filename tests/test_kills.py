@@ -24,13 +24,29 @@ FEW, MANY = 60, 240  # masks of the short and the long test
 
 def command(out: Path, budget: int) -> list[str]:
     return [
-        sys.executable, "-m", "lpserve", "run",
-        "--model", str(FOLDER / "model"),
-        "--calibration", str(FOLDER / "calibration.txt"),
-        "--heldout", str(FOLDER / "heldout.txt"),
-        "--num-windows", "8", "--heldout-windows", "8", "--length", "64",
-        "--budget", str(budget), "--max-removed", "6", "--out", str(out),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "lpserve",
+        "run",
+        "--model",
+        str(FOLDER / "model"),
+        "--calibration",
+        str(FOLDER / "calibration.txt"),
+        "--heldout",
+        str(FOLDER / "heldout.txt"),
+        "--num-windows",
+        "8",
+        "--heldout-windows",
+        "8",
+        "--length",
+        "64",
+        "--budget",
+        str(budget),
+        "--max-removed",
+        "6",
+        "--out",
+        str(out),
+    ]
 
 
 def kill_after_a_commit(out: Path, budget: int, wait_s: float) -> int:

@@ -43,8 +43,10 @@ def test_lists_of_layer_numbers(text, tmp_path):
 def test_several_sets_with_names(tmp_path):
     path = written(tmp_path, "sets.txt", "SLEB: 1, 3\nShortGPT 7B: [5]\n\n0\n")
     assert read_sets(path, LAYERS) == [
-        LayerSet("SLEB", (1, 3)), LayerSet("ShortGPT 7B", (5,)), LayerSet("-0", (0,)),
-    ]  # fmt: skip
+        LayerSet("SLEB", (1, 3)),
+        LayerSet("ShortGPT 7B", (5,)),
+        LayerSet("-0", (0,)),
+    ]
     path = written(tmp_path, "sets.json", json.dumps({"ours": [3, 1], "theirs": []}))
     assert read_sets(path, LAYERS) == [LayerSet("ours", (1, 3)), LayerSet("theirs", ())]
     path = written(tmp_path, "list.json", "[[3, 1], [0]]")

@@ -82,8 +82,13 @@ def test_ranking_drops_the_lowest_values(rng):
 def test_ranking_gives_ties_to_the_earlier_player():
     values = np.array([2.0, 1.0, 1.0, 3.0, 1.0, np.inf])
     assert [removed_players(ranking_mask(values, r)) for r in range(6)] == [
-        (), (1,), (1, 2), (1, 2, 4), (0, 1, 2, 4), (0, 1, 2, 3, 4),
-    ]  # fmt: skip
+        (),
+        (1,),
+        (1, 2),
+        (1, 2, 4),
+        (0, 1, 2, 4),
+        (0, 1, 2, 3, 4),
+    ]
 
 
 # -- greedy_path -------------------------------------------------------------------------------
@@ -152,13 +157,20 @@ def test_candidates_are_the_two_best_and_those_asked_for(rng):
     sources = {keys(masks[order[0]][None])[0]: "search"}
     got = choose_candidates(masks, utilities, 2, greedy=greedy, ranking=ranking, sources=sources)
     assert got == [
-        (order[0], "search"), (order[1], "design"), (order[4], "greedy"), (order[7], "ranking"),
-    ]  # fmt: skip
+        (order[0], "search"),
+        (order[1], "design"),
+        (order[4], "greedy"),
+        (order[7], "ranking"),
+    ]
     # a set that is several things at once is listed once, as greedy before ranking before source
     both = choose_candidates(
-        masks, utilities, 2, greedy=[greedy[0], masks[order[0]]], ranking=masks[order[0]],
+        masks,
+        utilities,
+        2,
+        greedy=[greedy[0], masks[order[0]]],
+        ranking=masks[order[0]],
         sources=sources,
-    )  # fmt: skip
+    )
     assert both == [(order[0], "greedy"), (order[1], "design")]
     short = choose_candidates(masks, utilities, 2, greedy=greedy[:1], ranking=None, sources={})
     assert short == [(order[0], "design"), (order[1], "design")]
@@ -198,9 +210,14 @@ def test_protected_players_are_kept(rng):
     protected = [1, 4]
     greedy = [without(6, [1]), without(6, [1, 2])]
     rows = choose_candidates(
-        masks, utilities, 2, greedy=greedy, ranking=without(6, [0, 5]), sources={},
+        masks,
+        utilities,
+        2,
+        greedy=greedy,
+        ranking=without(6, [0, 5]),
+        sources={},
         protected=protected,
-    )  # fmt: skip
+    )
     allowed = [row for row in range(15) if masks[row, protected].all()]
     best = sorted(allowed, key=lambda row: -utilities[row])
     assert [row for row, _ in rows][:2] == best[:2]
@@ -227,24 +244,40 @@ def some_plan() -> Plan:
     candidates = [
         Candidate(removed=[2], source="search", calibration_ppl=3.25, predicted_ppl=3.5),
         Candidate(
-            removed=[0], source="greedy", calibration_ppl=4.0, heldout_ppl=4.125,
-            heldout_delta=-0.0625, heldout_delta_stderr=0.03,
+            removed=[0],
+            source="greedy",
+            calibration_ppl=4.0,
+            heldout_ppl=4.125,
+            heldout_delta=-0.0625,
+            heldout_delta_stderr=0.03,
         ),
-    ]  # fmt: skip
+    ]
     entries = [
         PlanEntry(
-            num_removed=r, removed=list(range(r)), source="search", calibration_ppl=3.25 * r,
-            predicted_ppl=None, heldout_ppl=1 / 3, candidates=candidates[:r],
+            num_removed=r,
+            removed=list(range(r)),
+            source="search",
+            calibration_ppl=3.25 * r,
+            predicted_ppl=None,
+            heldout_ppl=1 / 3,
+            candidates=candidates[:r],
             warnings=["held-out text prefers [0]"] * (r - 1),
         )
         for r in (1, 2)
-    ]  # fmt: skip
+    ]
     return Plan(
-        model="models/small", model_hash="ab12", num_players=4,
+        model="models/small",
+        model_hash="ab12",
+        num_players=4,
         players=[{"index": i, "layer": i, "part": "layer"} for i in range(4)],
-        utility="neg_nll", masks_scored=11, heldout_masks=5, full_calibration_ppl=math.e,
-        full_heldout_ppl=None, plans=entries, protected=[3],
-    )  # fmt: skip
+        utility="neg_nll",
+        masks_scored=11,
+        heldout_masks=5,
+        full_calibration_ppl=math.e,
+        full_heldout_ppl=None,
+        plans=entries,
+        protected=[3],
+    )
 
 
 def test_a_plan_is_read_back_as_it_was_written(tmp_path):

@@ -57,7 +57,7 @@ def test_auto_engines_follow_the_nodes(cluster, rng):
     masks = np.unique(rng.random((60, P)) < 0.6, axis=0)
     first = cluster.add_node(num_cpus=1)
     told = []
-    pool, windows = pool_of(None, tell=told.append, delay_s=0.01)
+    pool, windows = pool_of(None, log=told.append, delay_s=0.01)
     try:
         assert len(pool.processes) == 1
         second = cluster.add_node(num_cpus=2)
@@ -204,7 +204,11 @@ def test_a_cluster_is_started_where_an_earlier_one_left_its_address():
         address.write_text(f"127.0.0.1:{closed.getsockname()[1]}")
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment | {"RAY_TMPDIR": folder},
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+            [sys.executable, "-c", code],
+            env=environment | {"RAY_TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
     assert done.stdout.split() == ["True"], done.stderr[-500:]

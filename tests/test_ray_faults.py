@@ -28,10 +28,10 @@ from lpserve.errors import DiskFullError, EngineError
 from lpserve.masks import keys
 from lpserve.runner.coordinator import run
 from lpserve.scoring.dispatcher import Dispatcher
-from lpserve.scoring.pool import LocalPool, Unit, UnitResult
+from lpserve.scoring.pool import LocalPool, UnitResult, WorkUnit
 from lpserve.store.store import Store
 from tests.test_coordinator import make_config, stored_count, stored_scores, texts  # noqa: F401
-from tests.test_ray_pool import Block, P, pool_of, ray_config, score_all, undisturbed
+from tests.test_ray_pool import P, WindowBlock, pool_of, ray_config, score_all, undisturbed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -40,8 +40,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def cluster():
     import ray
 
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False,
-             logging_level=logging.ERROR)  # fmt: skip
+    ray.init(
+        "local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     yield
     ray.shutdown()
 
@@ -53,9 +58,11 @@ def start(config) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     return subprocess.Popen(
         [sys.executable, "-m", "lpserve", "run", "--config", str(path)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env=environment | {"RAY_ADDRESS": "local"},
-    )  # fmt: skip
+    )
 
 
 def kill_when(process: subprocess.Popen[str], path: Path, scores: int, victims) -> None:
@@ -163,7 +170,7 @@ def test_an_engine_that_breaks_is_replaced_and_no_mask_is_given_up(rng):
     text = "".join("01"[int(bit)] for bit in bad)
     told: list[str] = []
     breaking: dict[str, Any] = {"break": [text]}
-    pool, windows = pool_of(2, tell=told.append, **breaking)
+    pool, windows = pool_of(2, log=told.append, **breaking)
     try:
         scored, given_up = score_all(pool, windows, masks)
     finally:
@@ -206,7 +213,7 @@ class Recording:
     def __getattr__(self, name):
         return getattr(self.pool, name)
 
-    def submit(self, unit: Unit, engine: str, expected_s: float | None) -> None:
+    def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
         self.units.append((unit, engine))
         self.pool.submit(unit, engine, expected_s)
 
@@ -222,7 +229,7 @@ def test_a_mask_is_split_over_windows_when_engines_outnumber_masks(rng, monkeypa
         dispatcher = Dispatcher(pool)  # pyright: ignore[reportArgumentType]
         key = dispatcher.register(windows)
         dispatcher._pace = dict.fromkeys(plain._members, 0.3 / (3 * 16))  # it is known
-        dispatcher.add(masks[-2:], Block(), key)  # pyright: ignore[reportArgumentType]
+        dispatcher.add(masks[-2:], WindowBlock(), key)  # pyright: ignore[reportArgumentType]
         results = []
         while not dispatcher.idle:
             results.append(dispatcher.next(1.0))
@@ -278,15 +285,23 @@ def test_a_vllm_worker_killed_under_its_engine_costs_the_engine_and_nothing_else
     from lpserve.demo import FOLDER
 
     values = {
-        "model": str(FOLDER / "model"), "calibration": str(FOLDER / "calibration.txt"),
-        "heldout": str(FOLDER / "heldout.txt"), "num_windows": 2, "heldout_windows": 2,
-        "budget": 90, "max_removed": 2, "progress_s": 1.0,
-    }  # fmt: skip
+        "model": str(FOLDER / "model"),
+        "calibration": str(FOLDER / "calibration.txt"),
+        "heldout": str(FOLDER / "heldout.txt"),
+        "num_windows": 2,
+        "heldout_windows": 2,
+        "budget": 90,
+        "max_removed": 2,
+        "progress_s": 1.0,
+    }
     alone = run(config_from({**values, "out": str(tmp_path / "alone")}, "test"))
     ray_values = {
-        "engine": "vllm", "pool": "ray", "engines": 1, "out": str(tmp_path / "run"),
+        "engine": "vllm",
+        "pool": "ray",
+        "engines": 1,
+        "out": str(tmp_path / "run"),
         "engine_options": {"tensor_parallel_size": 2},
-    }  # fmt: skip
+    }
     config = config_from({**values, **ray_values}, "test")
     path = tmp_path / "run" / "scores.sqlite"
 

@@ -61,19 +61,35 @@ def jobs(tmp_path_factory):
     }
     environment.pop("RAY_ADDRESS", None)
     command = [
-        RAY, "start", "--head", "--block", "--num-cpus", "2", "--port", str(port),
-        "--dashboard-port", str(dashboard), "--ray-client-server-port", str(client),
-        "--dashboard-agent-listen-port", str(agent), "--disable-usage-stats",
-    ]  # fmt: skip
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL) as head:  # fmt: skip
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus",
+        "2",
+        "--port",
+        str(port),
+        "--dashboard-port",
+        str(dashboard),
+        "--ray-client-server-port",
+        str(client),
+        "--dashboard-agent-listen-port",
+        str(agent),
+        "--disable-usage-stats",
+    ]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as head:
         address = f"http://127.0.0.1:{dashboard}"
 
         def job(action: str, *words: str) -> str:
             done = subprocess.run(
                 [RAY, "job", action, "--address", address, *words],
-                capture_output=True, text=True, env=environment, check=False,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                env=environment,
+                check=False,
+            )
             return re.sub(r"\x1b\[[0-9]*m", "", done.stdout + done.stderr)
 
         wait_for(lambda: "JobDetails" in job("list") or "[]" in job("list"), "no dashboard")

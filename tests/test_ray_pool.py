@@ -37,8 +37,13 @@ def cluster():
 
     import ray
 
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False,
-             logging_level=logging.ERROR)  # fmt: skip
+    ray.init(
+        "local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     yield
     ray.shutdown()
 
@@ -94,22 +99,22 @@ def test_killed_engines_are_replaced_and_nothing_is_lost(tmp_path, texts, monkey
     assert result.outcome.plan == alone.outcome.plan
 
 
-def pool_of(engines: int | None, deadline_s: float | None = None, tell=lambda _: None, **options):
+def pool_of(engines: int | None, deadline_s: float | None = None, log=lambda _: None, **options):
     from lpserve.scoring.ray.pool import RayPool
 
     windows = TokenWindows.from_tokens(np.random.default_rng(0).integers(0, 100, (3, 16)))
     spec = EngineSpec(kind="synthetic", model="", options={"num_players": P, **options})
-    return RayPool(spec, windows, engines, deadline_s=deadline_s, tell=tell), windows
+    return RayPool(spec, windows, engines, deadline_s=deadline_s, log=log), windows
 
 
-class Block:
+class WindowBlock:
     id, rows = 0, np.arange(3)
 
 
 def score_all(pool, windows, masks):
     """key -> NLL of what was scored, and key -> reason of what was given up."""
     dispatcher = Dispatcher(pool)
-    dispatcher.add(masks, Block(), dispatcher.register(windows))  # pyright: ignore[reportArgumentType]
+    dispatcher.add(masks, WindowBlock(), dispatcher.register(windows))  # pyright: ignore[reportArgumentType]
     scored, given_up = {}, {}
     while not dispatcher.idle:
         result = dispatcher.next(1.0)
@@ -228,16 +233,31 @@ def test_evaluations_and_tasks_over_actors_tell_what_one_engine_does(tmp_path):
     for pool, engines in (("local", 1), ("ray", 2)):
         out = tmp_path / pool
         evaluation = EvalConfig(
-            model=model, sets=(LayerSet("three", (2, 7, 8)), LayerSet("first", (0,))),
-            texts={"novel": str(text)}, tasks=("dracula_last_word",), include_path=tasks, limit=20,
-            protocol=Protocol(length=128), pool=pool, engines=engines, out=str(out / "eval"),
-        )  # fmt: skip
+            model=model,
+            sets=(LayerSet("three", (2, 7, 8)), LayerSet("first", (0,))),
+            texts={"novel": str(text)},
+            tasks=("dracula_last_word",),
+            include_path=tasks,
+            limit=20,
+            protocol=Protocol(length=128),
+            pool=pool,
+            engines=engines,
+            out=str(out / "eval"),
+        )
         told.append(evaluate(evaluation).results)
         values = {
-            "model": model, "calibration": "task:dracula_last_word", "include_path": tasks,
-            "utility": "task_margin", "num_windows": 6, "heldout_windows": 4, "budget": 30,
-            "max_removed": 2, "pool": pool, "engines": engines, "out": str(out / "run"),
-        }  # fmt: skip
+            "model": model,
+            "calibration": "task:dracula_last_word",
+            "include_path": tasks,
+            "utility": "task_margin",
+            "num_windows": 6,
+            "heldout_windows": 4,
+            "budget": 30,
+            "max_removed": 2,
+            "pool": pool,
+            "engines": engines,
+            "out": str(out / "run"),
+        }
         plans.append(run(config_from(values, "test")).outcome.plan)
     for mine, other in zip(*told, strict=True):
         assert (mine.layer_set, mine.measure) == (other.layer_set, other.measure)

@@ -45,9 +45,12 @@ def test_the_notebook_example_runs(tmp_path, monkeypatch, capsys):
 
 def test_figures_show_values_and_intervals(rng):
     values = lpserve.ShapleyValues(
-        values_P=rng.normal(size=7), stderr_P=rng.random(7), sizes=(2, 5), estimator="test",
+        values_P=rng.normal(size=7),
+        stderr_P=rng.random(7),
+        sizes=(2, 5),
+        estimator="test",
         window_stderr_P=rng.random(7),
-    )  # fmt: skip
+    )
     axes: Any = plot_values(values).axes[0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx(values.values_P)
     segments = axes.collections[0].get_segments()

@@ -154,8 +154,13 @@ def test_no_mask_is_asked_for_twice(settings, rng):
     assert not needs_empty or not played.rounds[0][-1].any()
     assert set(keys(played.masks)) <= played.planner.sources.keys()
     assert set(played.planner.sources.values()) <= {
-        "full", "greedy", "ranking", "search", "values", "design",
-    }  # fmt: skip
+        "full",
+        "greedy",
+        "ranking",
+        "search",
+        "values",
+        "design",
+    }
 
 
 @every_case
@@ -415,9 +420,10 @@ def test_the_design_covers_the_sizes_of_the_values_evenly(rng, monkeypatch):
     settings = settings_of(12, 3, sizes=(2, 9), surrogate="paper")
     played = Played(settings, pair_game(12, rng), 200, ppl_ratio, None)
     design = [
-        int(mask.sum()) for mask, key in zip(played.masks, keys(played.masks), strict=True)
+        int(mask.sum())
+        for mask, key in zip(played.masks, keys(played.masks), strict=True)
         if played.planner.sources[key] == "design"
-    ]  # fmt: skip
+    ]
     counts = [design.count(kept) for kept in range(2, 11)]
     assert sum(counts) == len(design)
     assert min(counts) > 0

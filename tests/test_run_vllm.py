@@ -11,14 +11,22 @@ import json
 import numpy as np
 import pytest
 
-from lpserve.analysis.record import read_scores
+from lpserve.analysis.record import read_record
 from lpserve.masks import keys
 from tests.test_cli import lpserve
 
 FLAGS = [
-    "--budget", 60, "--max-removed", 2, "--num-windows", 4, "--heldout-windows", 4,
-    "--progress-s", 1,
-]  # fmt: skip
+    "--budget",
+    60,
+    "--max-removed",
+    2,
+    "--num-windows",
+    4,
+    "--heldout-windows",
+    4,
+    "--progress-s",
+    1,
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +53,7 @@ def test_the_plan_is_the_transformers_engines(runs):
 
 
 def test_the_scores_are_the_transformers_engines(runs):
-    scored = {engine: read_scores(out) for engine, (out, _) in runs.items()}
+    scored = {engine: read_record(out) for engine, (out, _) in runs.items()}
     rows = {key: row for row, key in enumerate(keys(scored["transformers"].masks_MP))}
     common = [(rows[k], i) for i, k in enumerate(keys(scored["vllm"].masks_MP)) if k in rows]
     assert len(common) >= 50  # the same rounds, unless rounding turned a close choice
@@ -80,8 +88,16 @@ def test_a_finished_run_is_resumed_by_either_path_and_a_bad_option_is_refused(ru
         ("enable_prefix_caching=true", "'enable_prefix_caching' is refused"),
         ("tensor_paralel_size=2", "did you mean 'tensor_parallel_size'?"),
     ):
-        bad = lpserve("run", "--demo", "--engine", "vllm", "--engine-option", option,
-                      "--out", out.parent / "bad")  # fmt: skip
+        bad = lpserve(
+            "run",
+            "--demo",
+            "--engine",
+            "vllm",
+            "--engine-option",
+            option,
+            "--out",
+            out.parent / "bad",
+        )
         assert bad.returncode == 2, bad.stderr
         assert words in bad.stderr
         assert len(bad.stderr.strip().splitlines()) == 1

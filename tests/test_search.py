@@ -15,12 +15,12 @@ from scipy.stats import norm
 
 from lpserve.masks import all_masks, keys, removed_players, swap_one, without
 from lpserve.plan.search import (
-    DOUBT,
     MAX_EXHAUSTIVE,
-    chance_of_better,
+    STD_INFLATION,
+    best_predicted_sets,
     expected_improvement,
-    hopeful,
-    likely_best,
+    probability_of_improvement,
+    select_by_expected_improvement,
     starts,
 )
 from lpserve.surrogate import HeldOut, KernelSurrogate
@@ -82,7 +82,7 @@ def test_small_sizes_are_searched_whole(num_players, num_removed, ties, rng):
     utility = table_game(num_players, rng, ties=ties)
     everything = [without(num_players, c) for c in combinations(range(num_players), num_removed)]
     everything.sort(key=lambda m: (-float(utility(m[None])[0]), text(m)))
-    got = likely_best(
+    got = best_predicted_sets(
         Fixed(utility), num_players, num_removed, np.empty((0, num_players), dtype=bool)
     )
     assert [text(m) for m in got] == [text(m) for m in everything[:64]]
@@ -101,7 +101,7 @@ def test_beam_search_climbs_to_the_best_of_an_additive_function(trial, rng):
         return masks @ weight
 
     worst = without(num_players, np.argsort(-weight)[:num_removed].tolist())
-    got = likely_best(Fixed(mean), num_players, num_removed, worst[None])
+    got = best_predicted_sets(Fixed(mean), num_players, num_removed, worst[None])
     assert removed_players(got[0]) == tuple(sorted(np.argsort(weight)[:num_removed].tolist()))
     values = got @ weight
     assert (np.diff(values) <= 0).all()
@@ -119,11 +119,11 @@ def test_beam_search_ends_where_no_swap_of_its_best_improves(rng):
 
     starts = np.array([without(num_players, range(i, i + num_removed)) for i in (0, 5, 5, 13)])
     assert math.comb(num_players, num_removed) > MAX_EXHAUSTIVE
-    got = likely_best(Fixed(mean), num_players, num_removed, starts)
+    got = best_predicted_sets(Fixed(mean), num_players, num_removed, starts)
     best = mean(got[:1])[0]
     assert best >= mean(starts).max()
     assert mean(swap_one(got[0])).max() <= best
-    again = likely_best(Fixed(mean), num_players, num_removed, rng.permutation(starts))
+    again = best_predicted_sets(Fixed(mean), num_players, num_removed, rng.permutation(starts))
     np.testing.assert_array_equal(got, again)
 
 
@@ -135,12 +135,15 @@ def test_starts_are_the_best_sets_and_those_one_player_from_the_next_sizes_best(
     utilities = rng.normal(size=len(masks))
     utilities[rng.random(len(masks)) < 0.2] = np.nan
     best = {
-        r: [removed_players(masks[row]) for row in sorted(
-            np.flatnonzero(((~masks).sum(axis=1) == r) & np.isfinite(utilities)),
-            key=lambda row: -utilities[row],
-        )[:4]]
+        r: [
+            removed_players(masks[row])
+            for row in sorted(
+                np.flatnonzero(((~masks).sum(axis=1) == r) & np.isfinite(utilities)),
+                key=lambda row: -utilities[row],
+            )[:4]
+        ]
         for r in (2, 3, 4)
-    }  # fmt: skip
+    }
     expected = {frozenset(some) for some in best[3]}
     expected |= {frozenset({*some, p}) for some in best[2] for p in range(12) if p not in some}
     expected |= {frozenset(some) - {p} for some in best[4] for p in some}
@@ -166,8 +169,8 @@ def test_a_search_leaves_the_valley_of_its_best_scored_sets(rng):
     assert math.comb(num_players, 7) > MAX_EXHAUSTIVE
     assert mean(swap_one(first)).max() < mean(first[None])[0] < mean(last[None])[0]
     scored = np.stack([first, six])
-    alone = likely_best(Fixed(mean), num_players, 7, first[None])
-    found = likely_best(Fixed(mean), num_players, 7, starts(scored, mean(scored), 7))
+    alone = best_predicted_sets(Fixed(mean), num_players, 7, first[None])
+    found = best_predicted_sets(Fixed(mean), num_players, 7, starts(scored, mean(scored), 7))
     assert mean(alone[:1])[0] < mean(last[None])[0]
     np.testing.assert_allclose(mean(found[:1]), mean(last[None]))
 
@@ -219,8 +222,8 @@ def test_the_beam_finds_with_swaps_what_it_finds_without(rng):
     surrogate = fitted(22, 150, rng)
     starts = np.array([without(22, rng.choice(22, 8, replace=False).tolist()) for _ in range(4)])
     assert math.comb(22, 8) > MAX_EXHAUSTIVE
-    fast = likely_best(surrogate, 22, 8, starts)
-    slow = likely_best(Fixed(surrogate.mean), 22, 8, starts)
+    fast = best_predicted_sets(surrogate, 22, 8, starts)
+    slow = best_predicted_sets(Fixed(surrogate.mean), 22, 8, starts)
     np.testing.assert_array_equal(fast[0], slow[0])
     assert surrogate.mean(fast[:1])[0] >= surrogate.mean(swap_one(fast[0])).max() - 1e-12
 
@@ -258,10 +261,10 @@ def test_a_batch_takes_the_best_and_then_what_is_best_given_that(rng):
     pending = unscored(surrogate, all_masks(10, 7))[:5]
     sets = np.concatenate([unscored(surrogate, all_masks(10, kept))[7:40] for kept in (6, 5)])
     best_of = {4: float(np.median(surrogate.mean(sets))), 5: float(surrogate.mean(sets).min())}
-    picked = hopeful(surrogate, sets, best_of, 6, pending_MP=pending)
+    picked = select_by_expected_improvement(surrogate, sets, best_of, 6, pending_MP=pending)
     everything = np.concatenate([pending, sets])
     mean, cov = surrogate.joint(everything)
-    cov = DOUBT**2 * cov
+    cov = STD_INFLATION**2 * cov
     known = list(range(len(pending)))
     best = np.array([best_of[int(r)] for r in (~sets).sum(axis=1)])
     rows = []
@@ -280,7 +283,7 @@ def test_a_batch_is_no_crowd(rng):
     surrogate = fitted(9, 40, rng, "gp")
     sets = unscored(surrogate, all_masks(9, 5))
     level = float(surrogate.mean(sets).max())
-    batch = hopeful(surrogate, sets, {4: level}, 5, pending_MP=sets[:0])
+    batch = select_by_expected_improvement(surrogate, sets, {4: level}, 5, pending_MP=sets[:0])
     _, cov = surrogate.joint(sets)
     one_by_one = np.argsort(
         -expected_improvement(*surrogate.predict(sets), np.full(len(sets), level))
@@ -299,23 +302,27 @@ def test_sizes_without_a_score_come_first_and_hopeless_sets_never(rng):
     sets = np.concatenate([unscored(surrogate, all_masks(9, kept))[:20] for kept in (7, 6, 5)])
     removed = (~sets).sum(axis=1)
     best_of = {2: 1e3, 3: -np.inf, 4: -np.inf}  # nothing can beat 1000
-    picked = hopeful(surrogate, sets, best_of, 40, pending_MP=sets[:0])
+    picked = select_by_expected_improvement(surrogate, sets, best_of, 40, pending_MP=sets[:0])
     first = (~picked[:2]).sum(axis=1)
     assert sorted(first.tolist()) == [3, 4]
     for r in (3, 4):
         likeliest = sets[removed == r][np.argmax(surrogate.mean(sets[removed == r]))]
         assert keys(likeliest[None])[0] in keys(picked[:2])
     assert 2 not in (~picked).sum(axis=1)
-    assert not len(hopeful(surrogate, sets[:0], best_of, 3, pending_MP=sets[:0]))
-    assert not len(hopeful(surrogate, sets, best_of, 0, pending_MP=sets[:0]))
+    assert not len(
+        select_by_expected_improvement(surrogate, sets[:0], best_of, 3, pending_MP=sets[:0])
+    )
+    assert not len(select_by_expected_improvement(surrogate, sets, best_of, 0, pending_MP=sets[:0]))
 
 
 def test_other_surrogates_are_asked_set_by_set(rng):
     utility = table_game(8, rng)
     sets = all_masks(8, 4)
     best = float(np.quantile(utility(sets), 0.9))
-    got = hopeful(Fixed(utility, 0.3), sets, {4: best}, 7, pending_MP=sets[:0])
-    gain = expected_improvement(utility(sets), np.full(70, 0.3 * DOUBT), np.full(70, best))
+    got = select_by_expected_improvement(
+        Fixed(utility, 0.3), sets, {4: best}, 7, pending_MP=sets[:0]
+    )
+    gain = expected_improvement(utility(sets), np.full(70, 0.3 * STD_INFLATION), np.full(70, best))
     np.testing.assert_array_equal(got, sets[np.argsort(-gain, kind="stable")[:7]])
 
 
@@ -326,10 +333,10 @@ def test_the_chance_to_be_better_is_that_of_draws(rng):
     """200,000 draws: 5 standard errors of a share are at most 0.0056."""
     mean, std, best, gain = 0.5 + 0.1 * rng.normal(), 0.05, 0.5, float(rng.uniform(0, 0.1))
     surrogate = Fixed(lambda masks: np.full(len(masks), mean), std)
-    draws = rng.normal(mean, DOUBT * std, 200_000)
+    draws = rng.normal(mean, STD_INFLATION * std, 200_000)
     better = np.log(draws[draws > 0]) > math.log(best) - math.log1p(-gain)  # a lower perplexity
     share = better.sum() / len(draws)
-    got = chance_of_better(surrogate, all_masks(3, 2), best, gain)
+    got = probability_of_improvement(surrogate, all_masks(3, 2), best, gain)
     np.testing.assert_allclose(got, share, atol=0.006)
-    below = chance_of_better(surrogate, all_masks(3, 2), -0.4, gain)
-    np.testing.assert_allclose(below, norm.sf((-0.4 + gain - mean) / (DOUBT * std)))
+    below = probability_of_improvement(surrogate, all_masks(3, 2), -0.4, gain)
+    np.testing.assert_allclose(below, norm.sf((-0.4 + gain - mean) / (STD_INFLATION * std)))

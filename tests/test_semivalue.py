@@ -70,9 +70,14 @@ def test_more_masks_than_a_chunk_are_the_same_one_by_one(rng):
 def large_kernel(rng: np.random.Generator) -> MaskKernel:
     """80 players; scales chosen so that no few masks outweigh all others."""
     return MaskKernel(
-        constant=0.5, linear=0.01, pairs=2e-4, product=1.0, nugget=0.5,
-        decay_P=rng.uniform(0.002, 0.05, 80), growth_P=rng.normal(0.0, 0.03, 80),
-    )  # fmt: skip
+        constant=0.5,
+        linear=0.01,
+        pairs=2e-4,
+        product=1.0,
+        nugget=0.5,
+        decay_P=rng.uniform(0.002, 0.05, 80),
+        growth_P=rng.normal(0.0, 0.03, 80),
+    )
 
 
 def coalitions(player: int, size_Q: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -173,9 +178,14 @@ def test_players_of_one_scale_give_hypergeometric_sums(num_players, rng):
     """All players alike: k(S, m) hangs on two counts, exact at any P without enumeration."""
     decay, growth = rng.uniform(0.005, 0.1), rng.normal(0.0, 0.01)
     kernel = MaskKernel(
-        constant=0.0, linear=0.0, pairs=0.0, product=1.0, nugget=0.0,
-        decay_P=np.full(num_players, decay), growth_P=np.full(num_players, growth),
-    )  # fmt: skip
+        constant=0.0,
+        linear=0.0,
+        pairs=0.0,
+        product=1.0,
+        nugget=0.0,
+        decay_P=np.full(num_players, decay),
+        growth_P=np.full(num_players, growth),
+    )
     low = int(rng.integers(num_players))
     sizes = (low, int(rng.integers(low, num_players)))
     masks = rng.random((6, num_players)) < rng.random((6, 1))

@@ -95,8 +95,10 @@ def start(environment: dict[str, str], nodes: int, argv: list[str], log: Path) -
         return subprocess.Popen(
             ["bash", str(ROOT / "cluster" / "lpserve.sbatch"), *argv],
             env=environment | {"SLURM_JOB_NUM_NODES": str(nodes)},
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def finish(process: subprocess.Popen, log: Path) -> int:

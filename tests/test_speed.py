@@ -23,8 +23,11 @@ def test_dense_and_pruned_side_by_side(engines, model_dir, tmp_path):
     lpserve.export_checkpoint(dense, removed=[1, 4], out=pruned)
     options = {"enforce_eager": True, "kv_cache_memory_bytes": 4 << 20}
     config = SpeedConfig(
-        models=(str(dense), str(pruned)), engines=engines, vllm_options=options, **SHORT,
-    )  # fmt: skip
+        models=(str(dense), str(pruned)),
+        engines=engines,
+        vllm_options=options,
+        **SHORT,
+    )
     speeds = measure(config)
     told = [(s.engine, s.model, s.num_layers) for s in speeds]
     models = [(str(dense), NUM_LAYERS), (str(pruned), NUM_LAYERS - 2)]
@@ -51,9 +54,11 @@ def test_memory_is_that_of_all_ranks(model_dir, monkeypatch):
     held = []
     for more in ({}, {"tensor_parallel_size": 2}):
         config = SpeedConfig(
-            models=(str(model_dir("llama")),), engines=("vllm",), vllm_options=options | more,
+            models=(str(model_dir("llama")),),
+            engines=("vllm",),
+            vllm_options=options | more,
             **SHORT,
-        )  # fmt: skip
+        )
         held.append(measure(config)[0].peak_bytes)
     alone, ranks = held
     assert ranks > 1.5 * alone

@@ -148,9 +148,7 @@ def test_more_masks_than_one_query_takes_are_all_found(tmp_path, rng):
 
 
 def test_games_and_metrics_do_not_mix(tmp_path, rng):
-    games = [
-        GAME, make_game("other"), make_game(numerics="bfloat16/x"), make_game(num_players=11)
-    ]  # fmt: skip
+    games = [GAME, make_game("other"), make_game(numerics="bfloat16/x"), make_game(num_players=11)]
     windows, mask, nll = random_windows(rng, 3), full_mask(NUM_PLAYERS)[None], random_nll(rng, 5, 3)
     with Store(tmp_path / "a") as store:
         ids = [store.game_id(game) for game in games]
@@ -269,8 +267,9 @@ def test_quarantine_is_kept_for_its_block_mask_game_and_metric(tmp_path, rng, sh
     with Store(tmp_path / "a", shared=shared) as store:
         key = keys(masks)
         assert store.quarantined(game) == {
-            (first.id, key[0]): "worker died 3 times", (second.id, key[1]): "out of memory"
-        }  # fmt: skip
+            (first.id, key[0]): "worker died 3 times",
+            (second.id, key[1]): "out of memory",
+        }
         assert store.quarantined(other) == {(first.id, key[2]): "other game"}
         assert store.quarantined(game, "other") == {(first.id, key[2]): "other metric"}
         assert store.count() == 0

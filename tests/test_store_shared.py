@@ -235,10 +235,13 @@ def test_of_many_that_open_a_new_store_one_gets_it(tmp_path):
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path / "a")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for _ in range(3)
-    ]  # fmt: skip
+    ]
     opened = [out(process).readline() for process in started]
     assert sorted(opened) == ["", "", "open\n"]
     for process, line in zip(started, opened, strict=True):

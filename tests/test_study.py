@@ -20,21 +20,29 @@ TEXTS = {"sherlock": str(FOLDER / "calibration.txt"), "dracula": str(FOLDER / "h
 
 def values_of(tmp_path, **changes) -> dict:
     values = {
-        "model": str(FOLDER / "model"), "calibration": TEXTS, "length": 32, "num_windows": 3,
-        "heldout_windows": 4, "budget": 60, "max_removed": 2, "out": str(tmp_path / "study"),
+        "model": str(FOLDER / "model"),
+        "calibration": TEXTS,
+        "length": 32,
+        "num_windows": 3,
+        "heldout_windows": 4,
+        "budget": 60,
+        "max_removed": 2,
+        "out": str(tmp_path / "study"),
         "sweep": {"utility": ["neg_nll", "ppl_ratio"], "seed": [0, 1]},
-    }  # fmt: skip
+    }
     return values | changes
 
 
 def test_a_table_is_the_product_of_its_levels_and_tables_add_up(tmp_path):
     sweep = {
         "calibration": {"one": ["sherlock"], "all": ["sherlock", "dracula"]},
-        "num-windows": [2, 4], "seed": [3, 4],
-    }  # fmt: skip
+        "num-windows": [2, 4],
+        "seed": [3, 4],
+    }
     study = study_of(values_of(tmp_path, sweep=sweep), "test")
-    told = [(p.levels["calibration"], p.levels["num_windows"], p.levels["seed"])
-            for p in study.points]  # fmt: skip
+    told = [
+        (p.levels["calibration"], p.levels["num_windows"], p.levels["seed"]) for p in study.points
+    ]
     assert told == list(itertools.product(("one", "all"), ("2", "4"), ("3", "4")))
     assert study.varied == ("calibration", "num_windows", "seed")
     mixtures = {"one": ["sherlock"], "all": list(TEXTS)}
@@ -58,10 +66,14 @@ def test_a_point_is_known_by_what_it_is_and_not_by_where_it_runs(tmp_path):
 
 def test_points_that_can_be_read_again_share_masks(tmp_path):
     sweep = {
-        "calibration": {"one": ["sherlock"], "two": ["dracula"]}, "num_windows": [2, 3],
-        "utility": ["neg_nll", "ppl_ratio"], "surrogate": ["ridge", "gp"], "budget": [60, 70],
-        "seed": [0, 1], "length": [16, 32],
-    }  # fmt: skip
+        "calibration": {"one": ["sherlock"], "two": ["dracula"]},
+        "num_windows": [2, 3],
+        "utility": ["neg_nll", "ppl_ratio"],
+        "surrogate": ["ridge", "gp"],
+        "budget": [60, 70],
+        "seed": [0, 1],
+        "length": [16, 32],
+    }
     study = study_of(values_of(tmp_path, sweep=sweep), "test")
     families = study.families()
     assert len(families) == 4  # seeds and lengths have masks of their own
@@ -70,8 +82,10 @@ def test_points_that_can_be_read_again_share_masks(tmp_path):
         leader = family.leader.config
         assert family.leader not in family.points  # no point has both texts
         assert (list(leader.calibration), leader.num_windows, leader.budget) == (
-            list(TEXTS), 3, 70,
-        )  # fmt: skip
+            list(TEXTS),
+            3,
+            70,
+        )
         assert len({(p.config.seed, p.config.length) for p in family.points}) == 1
     own = study_of(values_of(tmp_path, sweep=sweep, masks="own"), "test")
     assert all(f.points == (f.leader,) for f in own.families())
@@ -121,8 +135,9 @@ def test_windows_come_in_parts_that_points_have_whole_or_not_at_all(tmp_path, rn
     counts = sorted({int(n) for n in rng.integers(1, 12, 3)})
     sweep = {
         "calibration": [["sherlock"], ["dracula"], ["sherlock", "dracula"]],
-        "num_windows": counts, "length": [16, 32],
-    }  # fmt: skip
+        "num_windows": counts,
+        "length": [16, 32],
+    }
     study = study_of(values_of(tmp_path, sweep=sweep), "test")
     windows = all_windows(study)[study.base.model]
     configs = [p.config for p in study.points]
@@ -224,7 +239,7 @@ def test_corpora_are_cut_as_far_as_their_own_points_need(tmp_path):
     values = values_of(tmp_path, calibration=texts, sweep=tables, masks="own")
     study = study_of(values, "test")
     windows = all_windows(study)[study.base.model]
-    assert [windows.of(p.config)[0].num_units for p in study.points] == [200, 4]
+    assert [windows.of(p.config)[0].num_items for p in study.points] == [200, 4]
     with pytest.raises(InputError, match="too short"):  # one family, all texts as long
         all_windows(study_of(values | {"masks": "shared"}, "test"))
 

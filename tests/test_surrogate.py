@@ -396,8 +396,9 @@ def test_the_papers_network_in_numpy_equals_torch(rng, monkeypatch):
     assert surrogate._first[1].shape == surrogate._last[0].shape == (14,)
     # weights far larger than training gives, so that CELU's exponential side is well used
     surrogate._first = (
-        rng.normal(0, 2, (7, 14)).astype(np.float32), rng.normal(0, 2, 14).astype(np.float32),
-    )  # fmt: skip
+        rng.normal(0, 2, (7, 14)).astype(np.float32),
+        rng.normal(0, 2, 14).astype(np.float32),
+    )
     surrogate._last = rng.normal(0, 1, 14).astype(np.float32), float(rng.normal())
     every = all_masks(7)
     hidden = torch.tensor(every, dtype=torch.float64) @ torch.tensor(surrogate._first[0]).double()

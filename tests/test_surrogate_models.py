@@ -34,7 +34,7 @@ from lpserve.surrogate import (
     CrossFitted,
     KernelSurrogate,
     Stack,
-    guide_of,
+    acquisition_model,
     kernel_of,
     make_surrogate,
 )
@@ -347,9 +347,14 @@ def test_boosting_is_one_scikit_learn_model_for_each_member(rng):
         use = weights[member] > 0
         # the number of trees that a left-out part chose, grown without it
         model = HistGradientBoostingRegressor(
-            learning_rate=0.3, max_iter=100, max_leaf_nodes=16, min_samples_leaf=3, max_bins=2,
-            early_stopping=False, warm_start=False,
-        )  # fmt: skip
+            learning_rate=0.3,
+            max_iter=100,
+            max_leaf_nodes=16,
+            min_samples_leaf=3,
+            max_bins=2,
+            early_stopping=False,
+            warm_start=False,
+        )
         model.fit(masks[use], targets[member, use], sample_weight=weights[member, use])
         stages = np.array(list(model.staged_predict(masks[~use])))
         loss = ((stages - targets[member, ~use]) ** 2).mean(axis=1)
@@ -383,8 +388,9 @@ def test_the_ensemble_in_numpy_equals_torch_and_its_error_is_of_left_out_masks(r
     monkeypatch.setattr(ensemble, "_CHUNK", 16)
     masks, targets, weights = training_problem(rng)
     # weights far larger than training gives, so that both functions are well used
-    arrays = [3 * a + rng.normal(size=a.shape).astype(np.float32) for a in
-              ensemble._initial(10, 7, rng)]  # fmt: skip
+    arrays = [
+        3 * a + rng.normal(size=a.shape).astype(np.float32) for a in ensemble._initial(10, 7, rng)
+    ]
     layers = [torch.from_numpy(array) for array in arrays]
     inputs = ensemble._coded(masks)
     expected = ensemble._network(torch.from_numpy(inputs), layers).numpy()
@@ -512,10 +518,13 @@ def test_stack_weights_are_the_best_of_the_simplex(rng):
         corners = [loss(corner) for corner in np.eye(size)]
         assert loss(got) <= min(corners) * (1 + 1e-9)
         slsqp = minimize(
-            lambda w, loss=loss, corners=corners: loss(w) / min(corners), np.full(size, 1 / size),
-            bounds=[(0, 1)] * size, constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
-            method="SLSQP", options={"ftol": 1e-12, "maxiter": 500},
-        )  # fmt: skip
+            lambda w, loss=loss, corners=corners: loss(w) / min(corners),
+            np.full(size, 1 / size),
+            bounds=[(0, 1)] * size,
+            constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+            method="SLSQP",
+            options={"ftol": 1e-12, "maxiter": 500},
+        )
         assert loss(got) <= loss(slsqp.x) * (1 + 1e-6)
     perfect = rng.normal(size=(30, 3))
     perfect[:, 1] = 0
@@ -546,9 +555,10 @@ def test_a_small_kernel_is_tuned_again_without_what_it_leaves_out(rng):
         mean, variance = kernel_without(surrogate, out, kernel)
         # as in test_surrogate.py: rounding times a condition number below 1e6
         np.testing.assert_allclose(
-            got.mean_M[out], surrogate.offset + surrogate.scale * mean,
+            got.mean_M[out],
+            surrogate.offset + surrogate.scale * mean,
             atol=1e-6 * utilities.std(),
-        )  # fmt: skip
+        )
         factor = surrogate.scale * max(1.0, surrogate.calibration)
         np.testing.assert_allclose(got.std_M[out], factor * np.sqrt(variance), rtol=1e-4)
 
@@ -646,7 +656,7 @@ def test_another_than_a_kernel_answers_where_it_predicts_better(rng):
         assert isinstance(surrogate, AutoSurrogate)
         surrogate.fit(masks, game(masks))
         assert kernel_of(surrogate) is None
-        assert guide_of(surrogate) is surrogate.best_kernel
+        assert acquisition_model(surrogate) is surrogate.best_kernel
         assert surrogate.name == f"auto:{surrogate.best.name}"
         unseen = unseen_masks(masks)
         error = ((surrogate.mean(unseen) - game(unseen)) ** 2).mean()
@@ -667,7 +677,7 @@ def test_a_kernel_that_explains_the_game_is_not_challenged(rng, monkeypatch):
     surrogate.fit(masks, pair_game(8, rng)(masks))
     assert surrogate.heldout.r2 > 0.99
     assert calls == []
-    assert kernel_of(surrogate) is guide_of(surrogate) is not None
+    assert kernel_of(surrogate) is acquisition_model(surrogate) is not None
     surrogate.fit(masks, np.full(100, 0.3))  # nothing to explain
     assert calls == []
     chance = rng.normal(size=100)
@@ -731,8 +741,11 @@ def test_the_smallest_held_out_error_answers_if_it_beats_the_kernel_by_a_twentie
     surrogate = AutoSurrogate(rivals=("boosting", "ensemble"))
     monkeypatch.setattr(auto, "left_out", left_out)
     monkeypatch.setattr(auto, "_RETRY_GROWTH", 0.0)
-    for boosted, networks, expected in ((1.0, 0.96, "kernel"), (0.9, 0.94, "boosting"),
-                                        (0.96, 0.94, "ensemble")):  # fmt: skip
+    for boosted, networks, expected in (
+        (1.0, 0.96, "kernel"),
+        (0.9, 0.94, "boosting"),
+        (0.96, 0.94, "ensemble"),
+    ):
         said = {"kernel": 1.0, "boosting": boosted, "ensemble": networks}
         surrogate.fit(masks, utilities)
         name = "kernel" if kernel_of(surrogate) else surrogate.best.name

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import lpserve
-from lpserve.analysis.record import read_scores
+from lpserve.analysis.record import read_record
 from lpserve.cli.entry import main
 from lpserve.demo import FOLDER
 from lpserve.runner.coordinator import run
@@ -39,8 +39,15 @@ TOLERANCE = 1e-6
 
 
 def small(tmp_path, **changes):
-    sizes = {"length": 24, "heldout_windows": 2, "budget": 45, "max_removed": 2, "sweep": SMALL,
-             "surrogate": "ridge", "progress_s": 100.0}  # fmt: skip
+    sizes = {
+        "length": 24,
+        "heldout_windows": 2,
+        "budget": 45,
+        "max_removed": 2,
+        "sweep": SMALL,
+        "surrogate": "ridge",
+        "progress_s": 100.0,
+    }
     return values_of(tmp_path, **(sizes | changes))
 
 
@@ -79,7 +86,7 @@ def test_points_tell_what_their_windows_score(finished_study, rng):
     study = finished_study.study
     windows = all_windows(study)[study.base.model]
     point = study.points[int(rng.integers(len(study.points)))]
-    scored = read_scores(point.config.out)
+    scored = read_record(point.config.out)
     calibration, heldout = (sample.windows for sample in windows.of(point.config))
     with lpserve.open_engine(study.base.model, calibration) as engine:
         again = engine.score(scored.masks_MP).nll_MN
@@ -102,10 +109,16 @@ def test_a_point_that_chose_masks_is_the_run_that_lpserve_run_gives(tmp_path, fi
     assert result.scores_new == result.scores_held
     for finished in result.points:
         config = finished.point.config
-        alone = run(lpserve.RunConfig(**{
-            **config.__dict__, "out": str(tmp_path / f"alone-{finished.point.id}"), "store": None,
-        }))  # fmt: skip
-        got = read_scores(finished.folder)
+        alone = run(
+            lpserve.RunConfig(
+                **{
+                    **config.__dict__,
+                    "out": str(tmp_path / f"alone-{finished.point.id}"),
+                    "store": None,
+                }
+            )
+        )
+        got = read_record(finished.folder)
         assert (got.masks_MP == alone.outcome.scored.masks_MP).all()
         assert np.abs(got.nll_MN / alone.outcome.scored.nll_MN - 1).max() < TOLERANCE
         plan = lpserve.load_plan(finished.folder / "plan.json")
@@ -115,7 +128,7 @@ def test_a_point_that_chose_masks_is_the_run_that_lpserve_run_gives(tmp_path, fi
 def test_the_same_study_again_does_nothing(finished_study):
     told: list[str] = []
     before = answers_of(finished_study.study.out)
-    again = sweep(finished_study.study, tell=told.append)
+    again = sweep(finished_study.study, log=told.append)
     assert told == []
     assert again.scores_held == finished_study.scores_held
     assert [r.point.id for r in again.points] == [r.point.id for r in finished_study.points]
@@ -128,7 +141,7 @@ def test_a_study_may_grow(tmp_path):
     first = sweep(study_of(small(tmp_path, sweep=few), "test"))
     told: list[str] = []
     more = SMALL | {"seed": [0, 2], "num_windows": [1]}
-    second = sweep(study_of(small(tmp_path, sweep=more), "test"), tell=told.append)
+    second = sweep(study_of(small(tmp_path, sweep=more), "test"), log=told.append)
     assert {r.point.id for r in first.points} < {r.point.id for r in second.points}
     assert len(told) == 4  # the other seed's points
     assert second.scores_twice == 0
@@ -151,7 +164,7 @@ def test_points_of_a_study_that_grew_are_held_against_the_same_windows(tmp_path)
     sweep(study_of(small(tmp_path, sweep=table), "test"))
     result = sweep(study_of(small(tmp_path, sweep=table | {"length": [24, 40]}), "test"))
     assert not result.failed
-    held = [read_scores(r.folder).heldout_num_tokens_N.tolist() for r in result.points]
+    held = [read_record(r.folder).heldout_num_tokens_N.tolist() for r in result.points]
     assert held[0] == held[1]
     assert set(held[0]) == {39}
     for finished in result.points:
@@ -190,7 +203,7 @@ def test_a_point_that_fails_is_told_and_the_others_finish(tmp_path):
     for point in (follower, leader):
         Path(point.config.out).write_text("in the way")
     told: list[str] = []
-    result = sweep(study, tell=told.append)
+    result = sweep(study, log=told.append)
     lost = {r.point.id: r.failed for r in result.failed}
     assert set(lost) == {follower.id, *(p.id for p in study.families()[1].points)}
     assert "cannot be made" in lost[follower.id]
@@ -225,8 +238,11 @@ def test_the_command_leaves_tables_and_a_page(tmp_path, capsys):
             plain = list(csv.DictReader(file))
         assert len(table) == len(plain) == rows
         for one, other in zip(table, plain, strict=True):
-            assert {k: "" if v is None else str(v) for k, v in one.items() if k != "seconds"
-                    and not isinstance(v, float)}.items() <= other.items()  # fmt: skip
+            assert {
+                k: "" if v is None else str(v)
+                for k, v in one.items()
+                if k != "seconds" and not isinstance(v, float)
+            }.items() <= other.items()
     for row in pq.read_table(out / "sets.parquet").to_pylist():
         plan = lpserve.load_plan(out / "points" / row["point"] / "plan.json")
         entry = plan.plans[1]
@@ -262,9 +278,14 @@ def test_a_failed_point_is_in_tables_and_page_and_the_command_says_so(tmp_path, 
 
 def test_bad_studies_are_refused_in_one_line_before_a_folder_is_made(tmp_path, capsys):
     broken = study_file(tmp_path, sweep={"utlity": ["neg_nll"]})
-    synthetic = {"engine": "synthetic", "engine_options": {"num_players": 8}, "length": 24,
-                 "calibration": str(tmp_path / "a.npz"), "heldout": str(tmp_path / "b.npz"),
-                 "sweep": {"seed": [0, 1]}}  # fmt: skip
+    synthetic = {
+        "engine": "synthetic",
+        "engine_options": {"num_players": 8},
+        "length": 24,
+        "calibration": str(tmp_path / "a.npz"),
+        "heldout": str(tmp_path / "b.npz"),
+        "sweep": {"seed": [0, 1]},
+    }
     for name in "ab":
         tokens = np.random.default_rng(ord(name)).integers(0, 99, (3, 24))
         np.savez(tmp_path / f"{name}.npz", tokens=tokens)

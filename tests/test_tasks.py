@@ -20,10 +20,10 @@ import yaml
 from transformers import LlamaConfig
 
 import lpserve
-from lpserve.analysis.record import read_scores
+from lpserve.analysis.record import read_record
 from lpserve.cli.entry import main
 from lpserve.config import config_from
-from lpserve.data.items import Sample
+from lpserve.data.items import ItemSet
 from lpserve.data.questions import Questions
 from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER
@@ -32,11 +32,11 @@ from lpserve.evaluation.evaluate import EvalConfig, evaluate
 from lpserve.masks import all_masks, full_mask, keys
 from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
 from lpserve.runner.coordinator import run
-from lpserve.runner.setup import check_model, samples_of
+from lpserve.runner.setup import check_model, item_sets_of
 from lpserve.scoring.open import engine_spec
 from lpserve.scoring.pool import LocalPool
 from lpserve.scoring.progress import Progress
-from lpserve.scoring.signals import heeded_signals
+from lpserve.scoring.signals import trap_signals
 from lpserve.store.store import Store
 from lpserve.types import TASK_UTILITIES, utilities
 from tests.conftest import SEED
@@ -54,10 +54,19 @@ TOLERANCE = 1e-5
 def small_model(tmp_path_factory) -> str:
     """Six random layers with the bundled model's tokenizer."""
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=NUM_LAYERS, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, vocab_size=4096, max_position_embeddings=256,
-        initializer_range=0.15, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=4096,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     folder = save_model(config, tmp_path_factory.mktemp("task-models") / "small", SEED)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(FOLDER / "model" / name, folder)
@@ -66,11 +75,19 @@ def small_model(tmp_path_factory) -> str:
 
 def values_of(tmp_path, model: str, task: str, utility: str, **changes) -> dict:
     return {
-        "model": model, "calibration": f"task:{task}", "utility": utility, "include_path": TASKS,
-        "num_windows": 8, "heldout_windows": 5, "budget": 64, "max_removed": 3,
-        "sizes": [0, NUM_LAYERS - 1], "surrogate": "gp", "out": str(tmp_path / "run"),
+        "model": model,
+        "calibration": f"task:{task}",
+        "utility": utility,
+        "include_path": TASKS,
+        "num_windows": 8,
+        "heldout_windows": 5,
+        "budget": 64,
+        "max_removed": 3,
+        "sizes": [0, NUM_LAYERS - 1],
+        "surrogate": "gp",
+        "out": str(tmp_path / "run"),
         "progress_s": 100.0,
-    } | changes  # fmt: skip
+    } | changes
 
 
 def some_questions(rng, num_questions: int = 30) -> tuple[Questions, np.ndarray]:
@@ -96,8 +113,11 @@ def some_questions(rng, num_questions: int = 30) -> tuple[Questions, np.ndarray]
 
 def loss_by_hand(utility: str, answers, right, chars, nll_N, misses_N) -> float:
     rows = [r for r in answers if r >= 0]
-    told = [-float(nll_N[r]) / (c if utility.endswith("norm") else 1)
-            for r, c in zip(answers, chars, strict=True) if r >= 0]  # fmt: skip
+    told = [
+        -float(nll_N[r]) / (c if utility.endswith("norm") else 1)
+        for r, c in zip(answers, chars, strict=True)
+        if r >= 0
+    ]
     if len(rows) == 1:
         if "acc" in utility:
             return float(misses_N[rows[0]] > 0)
@@ -116,9 +136,13 @@ def test_losses_are_those_of_a_plain_loop(utility, rng):
     got_MQ = questions.losses(utility, {"nll": nll_MN, "misses": misses_MN})
     for m, q in np.ndindex(*got_MQ.shape):
         wanted = loss_by_hand(
-            utility, questions.answers_QC[q], questions.right_QC[q], questions.chars_QC[q],
-            nll_MN[m], misses_MN[m],
-        )  # fmt: skip
+            utility,
+            questions.answers_QC[q],
+            questions.right_QC[q],
+            questions.chars_QC[q],
+            nll_MN[m],
+            misses_MN[m],
+        )
         assert got_MQ[m, q] == pytest.approx(wanted, rel=1e-6)
     assert len(np.unique(got_MQ)) > 1
 
@@ -208,32 +232,49 @@ def few_documents(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize(
     ("task", "utility", "metric", "num_fewshot"),
-    [(CHOICE, "task_acc", "acc", None),
-     pytest.param(CHOICE, "task_acc_norm", "acc_norm", 2, marks=pytest.mark.slow),
-     (LAST_WORD, "task_acc", "acc", None),
-     pytest.param(LAST_WORD, "task_margin", "perplexity", 2, marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        (CHOICE, "task_acc", "acc", None),
+        pytest.param(CHOICE, "task_acc_norm", "acc_norm", 2, marks=pytest.mark.slow),
+        (LAST_WORD, "task_acc", "acc", None),
+        pytest.param(LAST_WORD, "task_margin", "perplexity", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_documents, tmp_path):
     """The bundled model on all documents of a task: calibration and held-out questions together."""
     sets = [whole_model(), LayerSet("first", (0,)), LayerSet("some", (1, 2, 7, 8, 10, 11))]
     model = str(FOLDER / "model")
     tasks, num = (few_documents, 15) if task == CHOICE or num_fewshot else (TASKS, 100)
     config = config_from(
-        values_of(tmp_path, model, task, utility, num_windows=num * 4 // 5,
-                  heldout_windows=num // 5, num_fewshot=num_fewshot, sizes=None,
-                  include_path=tasks), "test"
-    )  # fmt: skip
+        values_of(
+            tmp_path,
+            model,
+            task,
+            utility,
+            num_windows=num * 4 // 5,
+            heldout_windows=num // 5,
+            num_fewshot=num_fewshot,
+            sizes=None,
+            include_path=tasks,
+        ),
+        "test",
+    )
     losses = []
-    for sample in samples_of(config):
+    for sample in item_sets_of(config):
         with lpserve.open_engine(model, sample.windows) as engine:
-            scores = engine.score(masks_of(sets, 12), also=("misses",))
+            scores = engine.score(masks_of(sets, 12), extra_metrics=("misses",))
         values = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
         losses.append(sample.losses(utility, values))
     mean_M = np.concatenate(losses, axis=1).astype(np.float64).mean(axis=1)
     told = evaluate(
-        EvalConfig(model=model, sets=tuple(sets[1:]), tasks=(task,), include_path=tasks,
-                   num_fewshot=num_fewshot, out=str(tmp_path / "eval"))
-    )  # fmt: skip
+        EvalConfig(
+            model=model,
+            sets=tuple(sets[1:]),
+            tasks=(task,),
+            include_path=tasks,
+            num_fewshot=num_fewshot,
+            out=str(tmp_path / "eval"),
+        )
+    )
     wanted = np.array([told.value(s.name, f"{task} {metric}") for s in sets])
     got = np.exp(mean_M) if metric == "perplexity" else 1.0 - mean_M
     assert got == pytest.approx(wanted, rel=TOLERANCE)
@@ -250,7 +291,7 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
 def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path, capsys):
     task = LAST_WORD if utility == "task_margin" else CHOICE
     config = config_from(values_of(tmp_path, small_model, task, utility), "test")
-    calibration, heldout = samples_of(config)
+    calibration, heldout = item_sets_of(config)
     loss, held = mean_losses(small_model, calibration, utility), {}
     if len(set(loss.values())) == 1:
         pytest.skip("the random model answers alike under every mask")
@@ -269,7 +310,7 @@ def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path,
         assert loss[key] <= min(loss[k] for k in sizes) + TOLERANCE
         assert entry.calibration_utility == pytest.approx(base - loss[key], abs=TOLERANCE)
         assert entry.heldout_utility == pytest.approx(base - held[key], abs=TOLERANCE)
-        right = calibration.told_windows
+        right = calibration.ppl_windows
         with lpserve.open_engine(small_model, right) as engine:
             ppl = engine.score(chosen[None]).perplexity_M()[0]
         assert entry.calibration_ppl == pytest.approx(ppl, rel=TOLERANCE)
@@ -278,7 +319,7 @@ def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path,
             mask_P[other.removed] = False
             gap = held[keys(mask_P[None])[0]] - held[key]
             assert other.heldout_delta == pytest.approx(gap, abs=2 * TOLERANCE)
-    again = read_scores(result.folder)
+    again = read_record(result.folder)
     assert np.array_equal(again.loss_MN, outcome.scored.loss_MN)
     assert main(["plan", str(result.folder), "--max-removed", "2"]) == 0
     printed = capsys.readouterr().out
@@ -290,10 +331,10 @@ def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path,
     assert f"{outcome.plan.plans[0].calibration_utility:.4g}" in page
 
 
-def mean_losses(model: str, sample: Sample, utility: str) -> dict[bytes, float]:
+def mean_losses(model: str, sample: ItemSet, utility: str) -> dict[bytes, float]:
     masks_MP = all_masks(NUM_LAYERS)
     with lpserve.open_engine(model, sample.windows) as engine:
-        scores = engine.score(masks_MP, also=("misses",))
+        scores = engine.score(masks_MP, extra_metrics=("misses",))
     values = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
     mean_M = sample.losses(utility, values).astype(np.float64).mean(axis=1)
     return dict(zip(keys(masks_MP), mean_M.tolist(), strict=True))
@@ -317,7 +358,7 @@ def test_a_run_of_a_task_resumes_extends_and_exports(small_model, tmp_path, caps
     assert main(["export", str(result.folder), "--remove", "2", "--out", str(out)]) == 0
     assert "on 8 calibration windows" in capsys.readouterr().out
     with np.load(result.folder / "windows.npz") as stored:
-        calibration, _ = samples_of(config_from(values, "test"))
+        calibration, _ = item_sets_of(config_from(values, "test"))
         assert calibration.questions is not None
         assert np.array_equal(stored["answer_tokens"], calibration.windows.tokens_NT)
         assert np.array_equal(stored["answers"], calibration.questions.answers_QC)
@@ -333,9 +374,15 @@ def test_a_run_of_a_task_resumes_extends_and_exports(small_model, tmp_path, caps
 
 def test_few_questions_may_screen_sets(small_model, tmp_path):
     values = values_of(
-        tmp_path, small_model, CHOICE, "task_margin", screen_windows=3, budget=50, sizes=None,
+        tmp_path,
+        small_model,
+        CHOICE,
+        "task_margin",
+        screen_windows=3,
+        budget=50,
+        sizes=None,
         max_removed=4,
-    )  # fmt: skip
+    )
     # a run may end with every set that it screened scored whole: of 40 random models none did, one
     # left two such sets; another seed then
     for seed in range(4):
@@ -353,7 +400,7 @@ def test_few_questions_may_screen_sets(small_model, tmp_path):
     whole_M = np.isfinite(scored.loss_MN).all(axis=1)
     assert (whole_M | screened_M).all()
     # and the store holds no score of the other questions' windows
-    calibration, _ = samples_of(config_from(values, "test"))
+    calibration, _ = item_sets_of(config_from(values, "test"))
     hashes = np.array(calibration.windows.window_hashes)
     on_screen = set(hashes[calibration.window_rows([0, 1, 2])])
     stored = stored_scores(Path(values["out"]) / "scores.sqlite")
@@ -365,21 +412,21 @@ def test_few_questions_may_screen_sets(small_model, tmp_path):
 def test_more_questions_contain_fewer_and_sides_never_meet(small_model, tmp_path, rng):
     seed = int(rng.integers(1000))
     values = values_of(tmp_path, small_model, CHOICE, "task_margin", window_seed=seed)
-    few, held_few = samples_of(config_from(values, "test"))
-    more, held = samples_of(config_from(values | {"num_windows": 40, "heldout_windows": 20}, "x"))
+    few, held_few = item_sets_of(config_from(values, "test"))
+    more, held = item_sets_of(config_from(values | {"num_windows": 40, "heldout_windows": 20}, "x"))
     assert few.content_hash == more.first(8).content_hash
     assert held_few.content_hash == held.first(5).content_hash
     hashes = [set(s.windows.window_hashes) for s in (more, held)]
     assert not hashes[0] & hashes[1]
-    other, _ = samples_of(config_from(values | {"window_seed": seed + 1}, "test"))
+    other, _ = item_sets_of(config_from(values | {"window_seed": seed + 1}, "test"))
     assert other.content_hash != few.content_hash
     both = values | {"calibration": {"a": f"task:{CHOICE}", "b": f"task:{LAST_WORD}"}}
-    mixed, _ = samples_of(config_from(both, "test"))
+    mixed, _ = item_sets_of(config_from(both, "test"))
     assert mixed.corpora == (("a", 8), ("b", 8))
     text = values | {"calibration": f"task:{LAST_WORD}", "heldout": str(FOLDER / "calibration.txt")}
-    _, of_text = samples_of(config_from(text, "test"))
+    _, of_text = item_sets_of(config_from(text, "test"))
     assert of_text.questions is None
-    assert of_text.num_units == 5
+    assert of_text.num_items == 5
 
 
 # -- tasks of other kinds ------------------------------------------------------------------------
@@ -406,10 +453,14 @@ def own_task(folder: Path, documents: list[dict], **config) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "made_documents.py").write_text(DOCUMENTS % documents)
     given = {
-        "task": "made", "output_type": "multiple_choice", "test_split": "test",
-        "doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold",
+        "task": "made",
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
         "metric_list": [{"metric": "acc"}],
-    } | config  # fmt: skip
+    } | config
     lines = yaml.safe_dump({k: v for k, v in given.items() if not str(v).startswith("!")})
     lines += "custom_dataset: !function made_documents.made\n"
     lines += "".join(f"{k}: {v}\n" for k, v in given.items() if str(v).startswith("!"))
@@ -425,8 +476,14 @@ def made_documents(rng, gold) -> list[dict]:
         choices = [
             " ".join(words[start + 20 + 5 * c :][: int(rng.integers(1, 5))]) for c in range(4)
         ]
-        found.append({"context": " ".join(words[start : start + 15]), "choices": choices,
-                      "gold": gold(rng), "answer": words[start + 60]})  # fmt: skip
+        found.append(
+            {
+                "context": " ".join(words[start : start + 15]),
+                "choices": choices,
+                "gold": gold(rng),
+                "answer": words[start + 60],
+            }
+        )
     return found
 
 
@@ -442,9 +499,16 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
     if kind == "mutual information":
         changes = {"metric_list": [{"metric": "acc"}, {"metric": "acc_mutual_info"}]}
     tasks = own_task(tmp_path / "own", made_documents(rng, gold), **changes)
-    values = values_of(tmp_path, small_model, "made", "task_acc", include_path=tasks,
-                       num_windows=24, heldout_windows=6)  # fmt: skip
-    sides = samples_of(config_from(values, "test"))
+    values = values_of(
+        tmp_path,
+        small_model,
+        "made",
+        "task_acc",
+        include_path=tasks,
+        num_windows=24,
+        heldout_windows=6,
+    )
+    sides = item_sets_of(config_from(values, "test"))
     sets = [
         whole_model(),
         LayerSet("one", (2,)),
@@ -458,9 +522,14 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
         losses.append(sample.losses("task_acc", {"nll": nll_MN, "misses": np.zeros_like(nll_MN)}))
     mean_M = np.concatenate(losses, axis=1).astype(np.float64).mean(axis=1)
     told = evaluate(
-        EvalConfig(model=small_model, sets=tuple(sets[1:]), tasks=("made",), include_path=tasks,
-                   out=str(tmp_path / "eval"))
-    )  # fmt: skip
+        EvalConfig(
+            model=small_model,
+            sets=tuple(sets[1:]),
+            tasks=("made",),
+            include_path=tasks,
+            out=str(tmp_path / "eval"),
+        )
+    )
     wanted = [told.value(s.name, "made acc") for s in sets]
     assert 1.0 - mean_M == pytest.approx(wanted)
     assert len(set(wanted)) > 1
@@ -471,9 +540,11 @@ def test_questions_are_known_by_themselves_and_not_by_how_wide_others_are(rng):
     narrow = np.flatnonzero((questions.answers_QC >= 0).sum(axis=1) <= 3)[:4]
     part = questions.select(narrow)
     trimmed = replace(
-        part, answers_QC=part.answers_QC[:, :3], right_QC=part.right_QC[:, :3],
+        part,
+        answers_QC=part.answers_QC[:, :3],
+        right_QC=part.right_QC[:, :3],
         chars_QC=part.chars_QC[:, :3],
-    )  # fmt: skip
+    )
     assert trimmed.content_hash == part.content_hash
     other = replace(part, right_QC=np.roll(part.right_QC, 1, axis=0))
     assert other.content_hash != part.content_hash or (part.right_QC == other.right_QC).all()
@@ -488,10 +559,20 @@ def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):
         document["choices"] = document["choices"][: int(rng.integers(2, 5))]
     tasks = own_task(tmp_path / "own", documents)
     values = values_of(
-        tmp_path, small_model, "made", "task_margin", include_path=tasks, budget=30, sizes=None,
-        max_removed=2, heldout_windows=4, masks="own", calibration={"made": "task:made"},
-        sweep={"num_windows": [3, 4], "window_seed": [0, 1]}, out=str(tmp_path / "study"),
-    )  # fmt: skip
+        tmp_path,
+        small_model,
+        "made",
+        "task_margin",
+        include_path=tasks,
+        budget=30,
+        sizes=None,
+        max_removed=2,
+        heldout_windows=4,
+        masks="own",
+        calibration={"made": "task:made"},
+        sweep={"num_windows": [3, 4], "window_seed": [0, 1]},
+        out=str(tmp_path / "study"),
+    )
     first = sweep(study_of(values, "test"))
     assert [run.failed for run in first.runs] == [""] * 4
     assert first.scores_twice == 0
@@ -506,18 +587,29 @@ def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):
 def test_examples_never_tell_what_is_held_out(small_model, tmp_path, rng):
     documents = made_documents(rng, lambda rng: int(rng.integers(4)))
     tasks = own_task(tmp_path / "own", documents + documents)
-    values = values_of(tmp_path, small_model, "made", "task_acc", include_path=tasks,
-                       num_windows=24, heldout_windows=6)  # fmt: skip
+    values = values_of(
+        tmp_path,
+        small_model,
+        "made",
+        "task_acc",
+        include_path=tasks,
+        num_windows=24,
+        heldout_windows=6,
+    )
     with pytest.raises(InputError, match="so that none could be held out"):
-        samples_of(config_from(values | {"num_fewshot": 2}, "test"))
+        item_sets_of(config_from(values | {"num_fewshot": 2}, "test"))
     path = tmp_path / "own" / "made_documents.py"
-    path.write_text(path.read_text().replace(
-        'return {"test": datasets', 'return {"train": datasets.Dataset.from_list('
-        '[{"context": "one", "choices": ["a", "b"], "gold": 0, "answer": "c"}] * 5), '
-        '"test": datasets'))  # fmt: skip
+    path.write_text(
+        path.read_text().replace(
+            'return {"test": datasets',
+            'return {"train": datasets.Dataset.from_list('
+            '[{"context": "one", "choices": ["a", "b"], "gold": 0, "answer": "c"}] * 5), '
+            '"test": datasets',
+        )
+    )
     path = tmp_path / "own" / "made.yaml"
     path.write_text(path.read_text() + "training_split: train\n")
-    sides = samples_of(config_from(values | {"num_fewshot": 2}, "test"))
+    sides = item_sets_of(config_from(values | {"num_fewshot": 2}, "test"))
     # every document is there twice, after other examples: each is asked once
     scored = [
         {
@@ -526,16 +618,17 @@ def test_examples_never_tell_what_is_held_out(small_model, tmp_path, rng):
         }
         for s in sides
     ]
-    assert sum(s.num_units for s in sides) == 30
+    assert sum(s.num_items for s in sides) == 30
     assert not scored[0] & scored[1]
     with pytest.raises(InputError, match="'made' cannot be asked: "):
-        samples_of(config_from(values | {"num_fewshot": 6}, "test"))
+        item_sets_of(config_from(values | {"num_fewshot": 6}, "test"))
 
 
 def test_what_one_seed_holds_out_no_other_calibrates_on(small_model, tmp_path):
-    values = values_of(tmp_path, small_model, CHOICE, "task_acc", num_windows=80,
-                       heldout_windows=20)  # fmt: skip
-    sides = [samples_of(config_from(values | {"window_seed": s}, "test")) for s in (0, 1)]
+    values = values_of(
+        tmp_path, small_model, CHOICE, "task_acc", num_windows=80, heldout_windows=20
+    )
+    sides = [item_sets_of(config_from(values | {"window_seed": s}, "test")) for s in (0, 1)]
     sets = [[set(s.windows.window_hashes) for s in both] for both in sides]
     assert sets[0] == sets[1]
 
@@ -544,8 +637,9 @@ def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model,
     """A study whose leader was given up on one window of a wrong answer."""
     from lpserve.runner.coordinator import Seat, run_at
 
-    config = config_from(values_of(tmp_path, small_model, CHOICE, "task_margin", budget=40,
-                                   sizes=None), "test")  # fmt: skip
+    config = config_from(
+        values_of(tmp_path, small_model, CHOICE, "task_margin", budget=40, sizes=None), "test"
+    )
     result = run(config)
     scored = result.outcome.scored
     loss_MN = scored.loss_MN.copy()
@@ -554,14 +648,19 @@ def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model,
         db.execute("DELETE FROM scores WHERE mask = ?", (keys(scored.masks_MP)[5],))
     follower = replace(config, seed=1, out=str(tmp_path / "follower"))
     with Store(tmp_path / "run" / "scores.sqlite", holder="a test") as store:
-        samples = samples_of(config)
+        samples = item_sets_of(config)
         spec = engine_spec(config, None, samples[0].windows.length)
         pool = LocalPool(spec, samples[0].windows)
         try:
-            with heeded_signals() as signals:
+            with trap_signals() as signals:
                 seat = Seat(store=store, pool=pool, signals=signals)
-                told = run_at(check_model(follower), samples, seat, Progress(interval_s=100.0),
-                              masks_of=replace(scored, other_loss_MN=loss_MN))  # fmt: skip
+                told = run_at(
+                    check_model(follower),
+                    samples,
+                    seat,
+                    Progress(interval_s=100.0),
+                    masks_of=replace(scored, other_loss_MN=loss_MN),
+                )
         finally:
             pool.close()
     assert np.isnan(told.outcome.scored.loss_MN[5]).any()
@@ -571,15 +670,26 @@ def test_shares_of_a_margin_are_for_each_token(small_model, tmp_path):
     """A task without choices is a text whose scored tokens are the answers': of the same windows,
     the draws of questions and of windows tell alike."""
     values = values_of(tmp_path, small_model, LAST_WORD, "task_margin", num_windows=12)
-    calibration, heldout = samples_of(config_from(values, "test"))
+    calibration, heldout = item_sets_of(config_from(values, "test"))
     for name, sample in (("calibration", calibration), ("heldout", heldout)):
-        np.savez(tmp_path / f"{name}.npz", tokens=sample.windows.tokens_NT,
-                 scored=sample.windows.scored_NT)  # fmt: skip
+        np.savez(
+            tmp_path / f"{name}.npz",
+            tokens=sample.windows.tokens_NT,
+            scored=sample.windows.scored_NT,
+        )
     plain = {k: v for k, v in values.items() if k != "include_path"}
-    text = run(config_from(plain | {
-        "utility": "neg_nll", "calibration": str(tmp_path / "calibration.npz"),
-        "heldout": str(tmp_path / "heldout.npz"), "out": str(tmp_path / "text"),
-    }, "test")).outcome.plan  # fmt: skip
+    text = run(
+        config_from(
+            plain
+            | {
+                "utility": "neg_nll",
+                "calibration": str(tmp_path / "calibration.npz"),
+                "heldout": str(tmp_path / "heldout.npz"),
+                "out": str(tmp_path / "text"),
+            },
+            "test",
+        )
+    ).outcome.plan
     task = run(config_from(values, "test")).outcome.plan
     for mine, theirs in zip(task.plans, text.plans, strict=True):
         assert mine.stability is not None
@@ -590,15 +700,23 @@ def test_shares_of_a_margin_are_for_each_token(small_model, tmp_path):
 def test_a_question_that_comes_twice_is_asked_once(small_model, tmp_path, rng):
     documents = made_documents(rng, lambda rng: int(rng.integers(4)))
     tasks = own_task(tmp_path / "own", documents + documents[:10])
-    values = values_of(tmp_path, small_model, "made", "task_acc", include_path=tasks,
-                       num_windows=24, heldout_windows=6)  # fmt: skip
-    sample, heldout = samples_of(config_from(values, "test"))
+    values = values_of(
+        tmp_path,
+        small_model,
+        "made",
+        "task_acc",
+        include_path=tasks,
+        num_windows=24,
+        heldout_windows=6,
+    )
+    sample, heldout = item_sets_of(config_from(values, "test"))
     # two choices of one question may be the same word: one window
-    different = {(document["context"], choice)
-                 for document in documents for choice in document["choices"]}  # fmt: skip
+    different = {
+        (document["context"], choice) for document in documents for choice in document["choices"]
+    }
     assert sample.windows.num_windows + heldout.windows.num_windows == len(different)
     with pytest.raises(InputError, match="too few questions: 24 different ones, 25 are asked for"):
-        samples_of(config_from(values | {"num_windows": 25}, "test"))
+        item_sets_of(config_from(values | {"num_windows": 25}, "test"))
 
 
 # -- what is refused -----------------------------------------------------------------------------
@@ -643,16 +761,23 @@ def test_bad_input_is_one_line_before_any_engine(
 @pytest.mark.parametrize("rule", ["contrary", "wide"])
 def test_a_task_with_a_rule_of_its_own_is_refused(rule, small_model, tmp_path, rng):
     documents = made_documents(rng, lambda rng: int(rng.integers(4)))
-    tasks = own_task(tmp_path / "own", documents,
-                     process_results=f"!function made_documents.{rule}")  # fmt: skip
+    tasks = own_task(
+        tmp_path / "own", documents, process_results=f"!function made_documents.{rule}"
+    )
     values = values_of(tmp_path, small_model, "made", "task_acc", include_path=tasks)
     with pytest.raises(InputError, match="task 'made'"):
-        samples_of(config_from(values, "test"))
+        item_sets_of(config_from(values, "test"))
 
 
 def test_examples_are_about_tasks(tmp_path, small_model):
-    values = values_of(tmp_path, small_model, CHOICE, "neg_nll", num_fewshot=1,
-                       calibration=str(FOLDER / "calibration.txt"))  # fmt: skip
+    values = values_of(
+        tmp_path,
+        small_model,
+        CHOICE,
+        "neg_nll",
+        num_fewshot=1,
+        calibration=str(FOLDER / "calibration.txt"),
+    )
     del values["include_path"]
     with pytest.raises(InputError, match="num_fewshot is about tasks, and there are texts"):
         run(config_from(values, "test"))
@@ -660,16 +785,29 @@ def test_examples_are_about_tasks(tmp_path, small_model):
 
 def test_a_task_that_generates_is_refused(small_model, tmp_path, rng):
     documents = made_documents(rng, lambda rng: "word")
-    tasks = own_task(tmp_path / "own", documents, output_type="generate_until",
-                     metric_list=[{"metric": "exact_match"}])  # fmt: skip
+    tasks = own_task(
+        tmp_path / "own",
+        documents,
+        output_type="generate_until",
+        metric_list=[{"metric": "exact_match"}],
+    )
     values = values_of(tmp_path, small_model, "made", "task_acc", include_path=tasks)
     with pytest.raises(InputError, match="is of kind 'generate_until'"):
-        samples_of(config_from(values, "test"))
+        item_sets_of(config_from(values, "test"))
 
 
 def test_rivals_are_not_compared_on_tasks(small_model, tmp_path, capsys):
-    told = main(["baselines", "--model", small_model, "--calibration", f"task:{CHOICE}",
-                 "--out", str(tmp_path / "b")])  # fmt: skip
+    told = main(
+        [
+            "baselines",
+            "--model",
+            small_model,
+            "--calibration",
+            f"task:{CHOICE}",
+            "--out",
+            str(tmp_path / "b"),
+        ]
+    )
     assert told == 2
     assert "only lpserve run and lpserve sweep take tasks" in capsys.readouterr().err
 
@@ -683,12 +821,23 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
     from lpserve.study.sweep import sweep
 
     values = values_of(
-        tmp_path, small_model, CHOICE, "task_acc", budget=40, sizes=None, max_removed=2,
-        heldout_windows=4, out=str(tmp_path / "study"),
+        tmp_path,
+        small_model,
+        CHOICE,
+        "task_acc",
+        budget=40,
+        sizes=None,
+        max_removed=2,
+        heldout_windows=4,
+        out=str(tmp_path / "study"),
         calibration={"choice": f"task:{CHOICE}", "word": f"task:{LAST_WORD}"},
-        sweep={"calibration": {"choice": ["choice"], "both": ["choice", "word"]},
-               "num_windows": [3, 5], "utility": ["task_acc", "task_margin"], "seed": [0, 1]},
-    )  # fmt: skip
+        sweep={
+            "calibration": {"choice": ["choice"], "both": ["choice", "word"]},
+            "num_windows": [3, 5],
+            "utility": ["task_acc", "task_margin"],
+            "seed": [0, 1],
+        },
+    )
     result = sweep(study_of(values, "test"))
     assert not result.failed
     assert len(result.points) == 16
@@ -704,11 +853,11 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
         assert float(row["heldout_utility"]) == entry["heldout_utility"]
     # a point's answers are those of the scores of its own questions
     point = next(p for p in result.points if p.masks_of != p.point.id)
-    scored = read_scores(point.folder)
-    calibration, _ = samples_of(point.point.config)
+    scored = read_record(point.folder)
+    calibration, _ = item_sets_of(point.point.config)
     assert scored.corpora == calibration.corpora
     with lpserve.open_engine(small_model, calibration.windows) as engine:
-        scores = engine.score(scored.masks_MP, also=("misses",))
+        scores = engine.score(scored.masks_MP, extra_metrics=("misses",))
     told = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
     loss_MQ = calibration.losses(scored.utility, told)
     mine, theirs = (
@@ -723,12 +872,23 @@ def test_a_study_may_hold_texts_beside_tasks_with_a_text_held_out(small_model, t
     from lpserve.study.sweep import all_windows, sweep
 
     values = values_of(
-        tmp_path, small_model, CHOICE, "task_acc", budget=30, sizes=None, max_removed=2,
-        heldout_windows=4, num_windows=3, length=24, out=str(tmp_path / "study"),
+        tmp_path,
+        small_model,
+        CHOICE,
+        "task_acc",
+        budget=30,
+        sizes=None,
+        max_removed=2,
+        heldout_windows=4,
+        num_windows=3,
+        length=24,
+        out=str(tmp_path / "study"),
         calibration={"choice": f"task:{CHOICE}", "text": str(FOLDER / "calibration.txt")},
-        sweep=[{"calibration": {"choice": ["choice"]}, "utility": ["task_margin"]},
-               {"calibration": {"text": ["text"]}, "utility": ["neg_nll", "neg_kl"]}],
-    )  # fmt: skip
+        sweep=[
+            {"calibration": {"choice": ["choice"]}, "utility": ["task_margin"]},
+            {"calibration": {"text": ["text"]}, "utility": ["neg_nll", "neg_kl"]},
+        ],
+    )
     with pytest.raises(InputError, match="name a held-out text"):
         all_windows(study_of(values, "test"))
     (tmp_path / "held.txt").write_text((FOLDER / "heldout.txt").read_text()[:20000])

@@ -29,9 +29,12 @@ from tests.conftest import SEED
 
 ROOT = Path(__file__).parent.parent
 FILES = {
-    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
     "tokenizer_config.json",
-}  # fmt: skip
+}
 CHARACTERS = (40_000, 30_000)  # of the two texts; the last 5% of each is held out
 CONTEXT, LAYERS, VOCAB = 32, 3, 384
 
@@ -46,9 +49,15 @@ class Trained(NamedTuple):
 
 def flags(texts: list[Path], **changes: object) -> list[str]:
     values = {
-        "layers": LAYERS, "width": 32, "vocab": VOCAB, "context": CONTEXT, "steps": 120,
-        "lr": 0.01, "seed": SEED, "device": "cpu",
-    } | changes  # fmt: skip
+        "layers": LAYERS,
+        "width": 32,
+        "vocab": VOCAB,
+        "context": CONTEXT,
+        "steps": 120,
+        "lr": 0.01,
+        "seed": SEED,
+        "device": "cpu",
+    } | changes
     argv = [word for text in texts for word in ("--text", str(text))]
     return argv + [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
@@ -82,9 +91,12 @@ def trained(texts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Trai
     out = tmp_path_factory.mktemp("trained") / "new" / "model"
     done = subprocess.run(
         [sys.executable, "scripts/train_demo_model.py", *argv, "--out", str(out)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
         check=True,
-    )  # fmt: skip
+    )
     contents = [path.read_text(encoding="utf-8") for path in texts]
     seen = [text[: len(text) * 95 // 100] for text in contents]
     heldout = [text[len(text) * 95 // 100 :] for text in contents]
@@ -184,8 +196,10 @@ def test_lpserve_scores_what_transformers_scores(texts: list[Path], tmp_path: Pa
 
 def test_muon_moves_matrices_as_torch_does(rng: np.random.Generator):
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    ours = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in
-            ((48, 16), (16, 48), (48, 16), (32, 32))]  # fmt: skip
+    ours = [
+        nn.Parameter(torch.randn(shape, generator=generator))
+        for shape in ((48, 16), (16, 48), (48, 16), (32, 32))
+    ]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     muon = Muon(ours, lr=0.3, weight_decay=0.1)
     reference = torch.optim.Muon(theirs, lr=0.3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")

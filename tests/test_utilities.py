@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lpserve
-from lpserve.analysis.record import read_scores
+from lpserve.analysis.record import read_record
 from lpserve.cli.entry import main
 from lpserve.config import config_from
 from lpserve.errors import InputError
@@ -42,9 +42,15 @@ def game(tmp_path, model_dir, rng):
         paths[name] = str(tmp_path / f"{name}.npz")
         np.savez(paths[name], tokens=windows.tokens_NT, scored=windows.scored_NT)
     values = {
-        "model": str(folder), **paths, "budget": 64, "max_removed": 3, "sizes": [0, NUM_LAYERS - 1],
-        "out": str(tmp_path / "run"), "progress_s": 100.0, "surrogate": "gp",
-    }  # fmt: skip
+        "model": str(folder),
+        **paths,
+        "budget": 64,
+        "max_removed": 3,
+        "sizes": [0, NUM_LAYERS - 1],
+        "out": str(tmp_path / "run"),
+        "progress_s": 100.0,
+        "surrogate": "gp",
+    }
     return values, calibration
 
 
@@ -52,7 +58,7 @@ def mean_losses(values, windows, metric: str) -> dict[bytes, float]:
     """Mask -> mean loss a token, from an engine of its own."""
     masks_MP = all_masks(NUM_LAYERS)
     with lpserve.open_engine(values["model"], windows) as engine:
-        sums_MN = engine.score(masks_MP, also=(metric,)).of(metric)
+        sums_MN = engine.score(masks_MP, extra_metrics=(metric,)).of(metric)
     means_M = sums_MN.sum(axis=1) / windows.num_tokens_N.sum()
     return dict(zip(keys(masks_MP), means_M.tolist(), strict=True))
 
@@ -98,7 +104,7 @@ def test_values_and_plan_are_about_the_utility(utility, game, capsys):
             assert entry.calibration_ppl == pytest.approx(ppl, rel=TOLERANCE)
             assert entry.heldout_ppl is not None
             assert entry.predicted_ppl is None
-    again = read_scores(result.folder)
+    again = read_record(result.folder)
     assert (again.loss_MN == outcome.scored.loss_MN).all()
     assert again.utility == utility
     if utility == "accuracy":
@@ -126,8 +132,9 @@ def test_one_store_serves_all_utilities(game, tmp_path):
     second = run(config_from(other, "test"))
     assert second.scores_new > 0  # divergences were not scored
     for name in ("a", "b"):
-        third = run(config_from((values if name == "a" else other) | {"out": str(tmp_path / name)},
-                                "test"))  # fmt: skip
+        third = run(
+            config_from((values if name == "a" else other) | {"out": str(tmp_path / name)}, "test")
+        )
         assert third.scores_new == 0
     scored = first.outcome.scored
     rows = dict(zip(keys(scored.masks_MP), scored.nll_MN, strict=True))
@@ -155,7 +162,7 @@ def test_a_study_scores_all_metrics_of_its_utilities_at_once(game, tmp_path):
         if utility == "neg_nll":
             continue
         loss = mean_losses(values, windows, METRIC_OF[utility])
-        scored = read_scores(finished.folder)
+        scored = read_record(finished.folder)
         means_M = scored.loss_MN.astype(np.float64).sum(axis=1) / windows.num_tokens_N.sum()
         for key, mean in zip(keys(scored.masks_MP), means_M.tolist(), strict=True):
             assert mean == pytest.approx(loss[key], abs=TOLERANCE)
@@ -171,8 +178,11 @@ def test_utilities_by_definition(rng):
     ratio_M = np.exp(mean_M[0] - mean_M)
     np.testing.assert_allclose(utilities("ppl_ratio", loss_MN, tokens_N, loss_MN[0]), ratio_M)
     assert [metric_of(u) for u in ("neg_nll", "ppl_ratio", "neg_kl", "accuracy")] == [
-        "nll", "nll", "kl", "misses",
-    ]  # fmt: skip
+        "nll",
+        "nll",
+        "kl",
+        "misses",
+    ]
     assert set(METRICS) == {"nll", "misses", "kl"}
 
 

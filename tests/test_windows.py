@@ -14,9 +14,9 @@ from lpserve.data.windows import (
     TokenStream,
     TokenWindows,
     WindowRequest,
+    check_no_overlap,
     cut_windows,
     load_tokenizer,
-    refuse_overlap,
 )
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
@@ -164,9 +164,11 @@ def test_an_npz_gives_its_tokens_and_scored_positions(tmp_path, rng):
 def test_selected_windows_keep_their_hash_and_corpus(rng):
     a, b = random_windows(rng), random_windows(rng, 3)
     both = TokenWindows.concatenate(
-        [TokenWindows(a.tokens_NT, a.scored_NT, (("a", 4),)),
-         TokenWindows(b.tokens_NT, b.scored_NT, (("b", 3),))]
-    )  # fmt: skip
+        [
+            TokenWindows(a.tokens_NT, a.scored_NT, (("a", 4),)),
+            TokenWindows(b.tokens_NT, b.scored_NT, (("b", 3),)),
+        ]
+    )
     some = both.select([6, 4, 0, 1, 5])
     assert hashes(some) == [hashes(both)[i] for i in (6, 4, 0, 1, 5)]
     assert some.corpora == (("b", 2), ("a", 2), ("b", 1))
@@ -311,10 +313,10 @@ def test_a_verbatim_run_of_a_window_is_refused_from_its_length_on(length, run, c
         assert shares_a_run(*sides, run) == (change == 0)
         if change == 0:
             with pytest.raises(InputError) as error:
-                refuse_overlap(*sides)
+                check_no_overlap(*sides)
             assert_one_line(error, f"verbatim run of {run} tokens")
         else:
-            refuse_overlap(*sides)
+            check_no_overlap(*sides)
 
 
 def test_windows_of_different_lengths_and_paddings_are_compared_by_their_tokens(rng):
@@ -323,11 +325,11 @@ def test_windows_of_different_lengths_and_paddings_are_compared_by_their_tokens(
     scored[:, 0] = False
     calibration = TokenWindows.from_tokens(rng.integers(1, 4096, size=(6, 80)), scored)
     held = TokenWindows.from_tokens(rng.integers(1, 4096, size=(6, 80)), scored)
-    refuse_overlap(calibration, held)
-    refuse_overlap(calibration, random_windows(rng, length=8))
+    check_no_overlap(calibration, held)
+    check_no_overlap(calibration, random_windows(rng, length=8))
     whole = random_windows(rng, length=80)
     with pytest.raises(InputError, match="verbatim run of 32"):
-        refuse_overlap(whole, TokenWindows.from_tokens(whole.tokens_NT[:, 7:50]))
+        check_no_overlap(whole, TokenWindows.from_tokens(whole.tokens_NT[:, 7:50]))
 
 
 # -- bad input -------------------------------------------------------------------------------------
@@ -387,9 +389,11 @@ def write_npz(path: Path, rng, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [("missing", "does not exist"), ("name", "no array named 'tokens'")]
-    + [(k, "is not an .npz file") for k in
-       ("random", "empty", "truncated", "damaged", "an array", "objects")],
-)  # fmt: skip
+    + [
+        (k, "is not an .npz file")
+        for k in ("random", "empty", "truncated", "damaged", "an array", "objects")
+    ],
+)
 def test_an_npz_that_cannot_be_read_is_refused(kind, words, tmp_path, rng):
     path = tmp_path / "w.npz"
     write_npz(path, rng, kind)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lpserve.analysis.record import ScoredRun
+from lpserve.analysis.record import RunRecord
 from lpserve.analysis.stability import Stability, set_stability
 from lpserve.config import STOP_GAIN
 from lpserve.errors import InputError
@@ -29,7 +29,7 @@ from lpserve.plan.plan import (
     removed_list,
 )
 from lpserve.rounds.screening import estimated
-from lpserve.surrogate import HeldOut, Surrogate, guide_of, make_surrogate
+from lpserve.surrogate import HeldOut, Surrogate, acquisition_model, make_surrogate
 from lpserve.types import (
     Z90,
     BoolArray,
@@ -80,14 +80,14 @@ class Analysis:
 class Outcome:
     """The answers of a run."""
 
-    scored: ScoredRun
+    scored: RunRecord
     analysis: Analysis
     plan: Plan
     quarantined: dict[str, str] = field(default_factory=dict)
     """Mask (0 and 1) -> why it could not be scored."""
 
 
-def analyse(scored: ScoredRun) -> Analysis:
+def analyse(scored: RunRecord) -> Analysis:
     """Fit the surrogate to all finite scores and estimate the values."""
     utilities_M = scored.utility_of(scored.loss_MN)
     rows = np.flatnonzero(np.isfinite(utilities_M))
@@ -133,7 +133,7 @@ def lowest_probability(values: ShapleyValues, num_removed: int, seed: int) -> Fl
 
 
 def make_plan(
-    scored: ScoredRun,
+    scored: RunRecord,
     analysis: Analysis,
     *,
     max_removed: int | None = None,
@@ -188,7 +188,7 @@ def make_plan(
     )
 
 
-def candidate_masks(scored: ScoredRun, analysis: Analysis) -> BoolArray:
+def candidate_masks(scored: RunRecord, analysis: Analysis) -> BoolArray:
     """All kept, and every candidate of the plan, each once: what held-out windows check."""
     most = scored.max_removed
     rows = _candidates(scored, analysis, _greedy(scored, analysis, most), most)
@@ -198,7 +198,7 @@ def candidate_masks(scored: ScoredRun, analysis: Analysis) -> BoolArray:
     return np.array(masks)[np.sort(first)]
 
 
-def _greedy(scored: ScoredRun, analysis: Analysis, most: int) -> list[BoolArray]:
+def _greedy(scored: RunRecord, analysis: Analysis, most: int) -> list[BoolArray]:
     """The path that the run walked."""
     passed_by = set(keys(scored.passed_by_MP))
     path_M = analysis.guess_M if scored.screen else analysis.utilities_M
@@ -206,7 +206,7 @@ def _greedy(scored: ScoredRun, analysis: Analysis, most: int) -> list[BoolArray]
 
 
 def _candidates(
-    scored: ScoredRun,
+    scored: RunRecord,
     analysis: Analysis,
     greedy: Sequence[BoolArray],
     most: int,
@@ -219,9 +219,14 @@ def _candidates(
     found = []
     for r in range(1, most + 1):
         rows = choose_candidates(
-            scored.masks_MP, analysis.utilities_M, r,
-            greedy=greedy, ranking=ranking_mask(order_P, r), sources=sources, protected=protected,
-        )  # fmt: skip
+            scored.masks_MP,
+            analysis.utilities_M,
+            r,
+            greedy=greedy,
+            ranking=ranking_mask(order_P, r),
+            sources=sources,
+            protected=protected,
+        )
         if not rows:
             raise InputError(
                 f"no scored set removes {r} players and keeps {list(protected)}: "
@@ -232,16 +237,19 @@ def _candidates(
 
 
 def _values(
-    scored: ScoredRun, surrogate: Surrogate, rows: IntArray, finite_M: FloatArray
+    scored: RunRecord, surrogate: Surrogate, rows: IntArray, finite_M: FloatArray
 ) -> ShapleyValues:
     masks_MP = scored.masks_MP[rows]
     resampled_MB = scored.resampled(scored.loss_MN[rows])
     if is_enumerated(masks_MP, scored.sizes):
         return shapley_values(
-            masks_MP, finite_M, scored.sizes,
-            noise_M=scored.noise_of(finite_M), resampled_MB=resampled_MB,
-        )  # fmt: skip
-    kernel = guide_of(surrogate)
+            masks_MP,
+            finite_M,
+            scored.sizes,
+            noise_M=scored.noise_of(finite_M),
+            resampled_MB=resampled_MB,
+        )
+    kernel = acquisition_model(surrogate)
     if kernel is not None:
         calibration = value_calibration(kernel, scored.sizes)
         return kernel_values(kernel, scored.sizes, resampled_MB, calibration=calibration)
@@ -255,18 +263,18 @@ def _values(
 
 
 def _interactions(
-    scored: ScoredRun, surrogate: Surrogate, rows: IntArray, finite_M: FloatArray
+    scored: RunRecord, surrogate: Surrogate, rows: IntArray, finite_M: FloatArray
 ) -> FloatArray | None:
     if scored.sizes[0] == scored.sizes[1]:
         return None
     if is_enumerated(scored.masks_MP[rows], scored.sizes):
         return exact_interactions(scored.masks_MP[rows], finite_M, scored.sizes)
-    kernel = guide_of(surrogate)
+    kernel = acquisition_model(surrogate)
     return kernel_interactions(kernel, scored.sizes) if kernel is not None else None
 
 
 def _unseen(
-    scored: ScoredRun,
+    scored: RunRecord,
     analysis: Analysis,
     num_removed: int,
     best_row: int,
@@ -275,7 +283,9 @@ def _unseen(
     """The set that was not scored, or on the screen alone, and is likeliest to beat the best."""
     search_M = scored.utility_of(scored.loss_MN, search.UTILITY)
     begin_QP = search.starts(scored.masks_MP, search_M, num_removed)
-    likely = search.likely_best(analysis.searcher, scored.num_players, num_removed, begin_QP)
+    likely = search.best_predicted_sets(
+        analysis.searcher, scored.num_players, num_removed, begin_QP
+    )
     seen = set(keys(scored.masks_MP[np.isfinite(search_M)]))
     fresh = [
         row
@@ -285,7 +295,7 @@ def _unseen(
     if not fresh:
         return None
     best = float(search_M[best_row])
-    chance_Q = search.chance_of_better(analysis.searcher, likely[fresh], best, STOP_GAIN)
+    chance_Q = search.probability_of_improvement(analysis.searcher, likely[fresh], best, STOP_GAIN)
     place = int(np.argmax(chance_Q))
     predicted = float(analysis.searcher.mean(likely[fresh[place]][None])[0])
     full_ppl = _ppl(scored.nll_MN[0], scored.num_tokens_N)
@@ -298,19 +308,24 @@ def _unseen(
     )
 
 
-def _stability(scored: ScoredRun, chosen: int, protected: Sequence[int]) -> Stability | None:
+def _stability(scored: RunRecord, chosen: int, protected: Sequence[int]) -> Stability | None:
     """Of the best set among those of its size that keep the protected players."""
     removed_M = (~scored.masks_MP).sum(axis=1)
     same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.loss_MN).all(axis=1)
     rows = np.flatnonzero(same_M & scored.masks_MP[:, list(protected)].all(axis=1))
     return set_stability(
-        scored.masks_MP[rows], scored.loss_MN[rows].astype(np.float64), scored.weight_N,
-        scored.corpora, int(np.flatnonzero(rows == chosen)[0]), scored.seed, scored.loss_scale,
-    )  # fmt: skip
+        scored.masks_MP[rows],
+        scored.loss_MN[rows].astype(np.float64),
+        scored.weight_N,
+        scored.corpora,
+        int(np.flatnonzero(rows == chosen)[0]),
+        scored.seed,
+        scored.loss_scale,
+    )
 
 
 def _entry(
-    scored: ScoredRun,
+    scored: RunRecord,
     analysis: Analysis,
     num_removed: int,
     rows: list[tuple[int, str]],
@@ -364,7 +379,7 @@ def _entry(
 
 
 def _heldout_gap(
-    scored: ScoredRun, mask_P: BoolArray, chosen_P: BoolArray
+    scored: RunRecord, mask_P: BoolArray, chosen_P: BoolArray
 ) -> tuple[float | None, float | None]:
     """Mean held-out loss minus the chosen set's, and its standard error paired over windows."""
     loss_HN, weight_N = scored.heldout() or (scored.heldout_nll_MN, scored.heldout_num_tokens_N)
@@ -377,7 +392,7 @@ def _heldout_gap(
     return float(gap_N.sum() / total), error
 
 
-def _judge(scored: ScoredRun) -> str:
+def _judge(scored: RunRecord) -> str:
     """The utility that held-out losses are of: where the run's is not defined, a text's NLLs."""
     return scored.utility if scored.heldout() is not None else "neg_nll"
 
@@ -390,7 +405,7 @@ def _ppl(nll_N: NDArray[np.float32], num_tokens_N: IntArray) -> float:
     return float(perplexity(nll_N.astype(np.float64).sum() / num_tokens_N.sum()))
 
 
-def _predicted_ppl(scored: ScoredRun, predicted: float) -> float | None:
+def _predicted_ppl(scored: RunRecord, predicted: float) -> float | None:
     if not np.isfinite(predicted) or not has_perplexity(scored.utility):
         return None
     if scored.utility == "neg_nll":
@@ -398,12 +413,12 @@ def _predicted_ppl(scored: ScoredRun, predicted: float) -> float | None:
     return _ppl(scored.nll_MN[0], scored.num_tokens_N) / predicted if predicted > 0 else None
 
 
-def _heldout_row(scored: ScoredRun, mask_P: BoolArray) -> int | None:
+def _heldout_row(scored: RunRecord, mask_P: BoolArray) -> int | None:
     found = np.flatnonzero((scored.heldout_masks_MP == mask_P).all(axis=1))
     return int(found[0]) if len(found) else None
 
 
-def _heldout_utility(scored: ScoredRun, mask_P: BoolArray) -> float | None:
+def _heldout_utility(scored: RunRecord, mask_P: BoolArray) -> float | None:
     found, row = scored.heldout(), _heldout_row(scored, mask_P)
     full = _heldout_row(scored, full_mask(scored.num_players))
     if found is None or row is None or full is None:
@@ -413,7 +428,7 @@ def _heldout_utility(scored: ScoredRun, mask_P: BoolArray) -> float | None:
     return _known(value_1[0])
 
 
-def _heldout_ppl(scored: ScoredRun, mask_P: BoolArray) -> float | None:
+def _heldout_ppl(scored: RunRecord, mask_P: BoolArray) -> float | None:
     row = _heldout_row(scored, mask_P)
     if row is None or not np.isfinite(scored.heldout_nll_MN[row]).all():
         return None

@@ -30,7 +30,7 @@ from lpserve.types import (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredRun:
+class RunRecord:
     """Everything that a decision reads."""
 
     model: str
@@ -153,15 +153,21 @@ class ScoredRun:
             return np.asarray(np.exp(full_1B - masks_MB), dtype=np.float64)
 
 
-def write_scores(path: Path, scored: ScoredRun) -> None:
+def write_record_file(path: Path, scored: RunRecord) -> None:
     """scores.npz: what `lpserve plan` decides from, without the store."""
     about = {
-        "model": scored.model, "model_hash": scored.model_hash, "utility": scored.utility,
-        "surrogate": scored.surrogate, "sizes": list(scored.sizes), "seed": scored.seed,
-        "max_removed": scored.max_removed, "noise_nll": scored.noise_nll,
-        "stopped": scored.stopped, "corpora": [list(c) for c in scored.corpora],
+        "model": scored.model,
+        "model_hash": scored.model_hash,
+        "utility": scored.utility,
+        "surrogate": scored.surrogate,
+        "sizes": list(scored.sizes),
+        "seed": scored.seed,
+        "max_removed": scored.max_removed,
+        "noise_nll": scored.noise_nll,
+        "stopped": scored.stopped,
+        "corpora": [list(c) for c in scored.corpora],
         "players": [[p.index, p.layer, p.part] for p in scored.players],
-    }  # fmt: skip
+    }
     temporary = path.with_name(f".{path.stem}.tmp.npz")
     other: dict[str, Any] = {}
     if scored.other_loss_MN is not None:
@@ -171,36 +177,50 @@ def write_scores(path: Path, scored: ScoredRun) -> None:
     np.savez_compressed(
         temporary,
         about=np.array(json.dumps(about)),
-        masks=scored.masks_MP, nll=scored.nll_MN, num_tokens=scored.num_tokens_N,
-        sources=np.array(scored.sources), passed_by=scored.passed_by_MP,
+        masks=scored.masks_MP,
+        nll=scored.nll_MN,
+        num_tokens=scored.num_tokens_N,
+        sources=np.array(scored.sources),
+        passed_by=scored.passed_by_MP,
         screen=np.array(scored.screen, dtype=np.int64),
-        heldout_masks=scored.heldout_masks_MP, heldout_nll=scored.heldout_nll_MN,
+        heldout_masks=scored.heldout_masks_MP,
+        heldout_nll=scored.heldout_nll_MN,
         heldout_num_tokens=scored.heldout_num_tokens_N,
         **other,
-    )  # fmt: skip
+    )
     temporary.replace(path)
 
 
-def read_scores(run: str | Path) -> ScoredRun:
+def read_record(run: str | Path) -> RunRecord:
     """The scores of a finished run; raises InputError when the folder holds none."""
     path = Path(run) / "scores.npz"
     try:
         with np.load(path, allow_pickle=False) as data:
             about = json.loads(str(data["about"]))
-            return ScoredRun(
-                model=about["model"], model_hash=about["model_hash"], utility=about["utility"],
-                surrogate=about["surrogate"], sizes=tuple(about["sizes"]), seed=about["seed"],
-                max_removed=about["max_removed"], noise_nll=about.get("noise_nll", 0.0),
+            return RunRecord(
+                model=about["model"],
+                model_hash=about["model_hash"],
+                utility=about["utility"],
+                surrogate=about["surrogate"],
+                sizes=tuple(about["sizes"]),
+                seed=about["seed"],
+                max_removed=about["max_removed"],
+                noise_nll=about.get("noise_nll", 0.0),
                 players=tuple(Player(index=i, layer=n, part=p) for i, n, p in about["players"]),
-                masks_MP=data["masks"], nll_MN=data["nll"], num_tokens_N=data["num_tokens"],
+                masks_MP=data["masks"],
+                nll_MN=data["nll"],
+                num_tokens_N=data["num_tokens"],
                 sources=tuple(str(s) for s in data["sources"]),
-                passed_by_MP=data["passed_by"], stopped=about["stopped"],
+                passed_by_MP=data["passed_by"],
+                stopped=about["stopped"],
                 screen=tuple(data["screen"].tolist()) if "screen" in data else (),
                 corpora=tuple((str(name), int(count)) for name, count in about["corpora"]),
-                heldout_masks_MP=data["heldout_masks"], heldout_nll_MN=data["heldout_nll"],
+                heldout_masks_MP=data["heldout_masks"],
+                heldout_nll_MN=data["heldout_nll"],
                 heldout_num_tokens_N=data["heldout_num_tokens"],
-                other_loss_MN=data.get("loss"), heldout_loss_MN=data.get("heldout_loss"),
-            )  # fmt: skip
+                other_loss_MN=data.get("loss"),
+                heldout_loss_MN=data.get("heldout_loss"),
+            )
     except FileNotFoundError:
         raise InputError(
             f"{run} holds no finished run (no scores.npz): finish `lpserve run` first"

@@ -14,9 +14,14 @@ def add_engine_flags(command: argparse.ArgumentParser) -> None:
     """Which engines score: the keys of `config.EngineConfig` beside the model."""
     add = command.add_argument
     add("--engine", help="transformers (default) or vllm")
-    add("--engine-option", action="append", metavar="KEY=VALUE", type=option,
+    add(
+        "--engine-option",
+        action="append",
+        metavar="KEY=VALUE",
+        type=option,
         help="of the engine; may be repeated. For vllm: path=auto|scoring|requests, and any "
-        "argument of vllm.LLM, such as tensor_parallel_size=2")  # fmt: skip
+        "argument of vllm.LLM, such as tensor_parallel_size=2",
+    )
     add("--pool", help="local (default) or ray")
     add("--engines", type=engines, help="number of engines, or auto: what the cluster holds (1)")
     add("--dtype", help="float32 (default), bfloat16, float16")

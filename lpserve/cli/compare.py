@@ -24,20 +24,30 @@ rivals: lpserve, random, last, shortgpt, angular, oneshot, taylor, greedy, evopr
 
 def add_baselines(commands: Any) -> None:
     command = commands.add_parser(
-        "baselines", help="rivals' searches and ours on the same engines and windows",
-        description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "baselines",
+        help="rivals' searches and ours on the same engines and windows",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.set_defaults(run=_baselines)
     add = command.add_argument
     add("--demo", action="store_true", help="the bundled model and texts")
     add("--model", metavar="DIR", help="checkpoint folder")
     add_window_flags(command)
     add("--rivals", metavar="A,B", help="whom to compare (all)")
-    add("--sets", action="append", default=[], metavar="PATH",
-        help="sets from elsewhere, as for lpserve eval; may be repeated")  # fmt: skip
+    add(
+        "--sets",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="sets from elsewhere, as for lpserve eval; may be repeated",
+    )
     add("--max-removed", type=int, help="sets of 1..N removed layers (3/8 of the layers)")
-    add("--budget", type=int,
-        help="most masks of each rival, those on few windows by their share (400)")  # fmt: skip
+    add(
+        "--budget",
+        type=int,
+        help="most masks of each rival, those on few windows by their share (400)",
+    )
     add("--seed", type=int, help="seed of random searches (0)")
     add("--out", metavar="DIR", help="scores and results (baselines)")
     add_engine_flags(command)
@@ -48,15 +58,32 @@ def _baselines(arguments: argparse.Namespace) -> int:
     from lpserve.evaluation.evaluate import sets_from
     from lpserve.rivals.compare import SOURCES, CompareConfig, compare
 
-    keys = ("num_windows", "heldout_windows", "length", "bos", "text_field", "max_removed",
-            "budget", "seed", "window_seed", "out")  # fmt: skip
+    keys = (
+        "num_windows",
+        "heldout_windows",
+        "length",
+        "bos",
+        "text_field",
+        "max_removed",
+        "budget",
+        "seed",
+        "window_seed",
+        "out",
+    )
     values: dict[str, Any] = {}
     if arguments.demo:
         from lpserve.demo import demo_values
 
         demo = demo_values()
-        names = ("model", "calibration", "heldout", "num_windows", "heldout_windows", "length",
-                 "max_removed")  # fmt: skip
+        names = (
+            "model",
+            "calibration",
+            "heldout",
+            "num_windows",
+            "heldout_windows",
+            "length",
+            "max_removed",
+        )
         values = {name: demo[name] for name in names}
     values |= engine_values(arguments)
     values |= {k: getattr(arguments, k) for k in keys if getattr(arguments, k) is not None}
@@ -92,8 +119,9 @@ def table(comparison: Any) -> list[str]:
     """Calibration perplexity (held out in brackets): a rival a row, layers removed a column; the
     best of each column is starred."""
     sizes = sorted({f.num_removed for f in comparison.found})
-    best = {r: min(f.calibration_ppl for f in comparison.found if f.num_removed == r)
-            for r in sizes}  # fmt: skip
+    best = {
+        r: min(f.calibration_ppl for f in comparison.found if f.num_removed == r) for r in sizes
+    }
     rows = [["removed", *(str(r) for r in sizes)]]
     names = list(dict.fromkeys(f.rival for f in comparison.found))
     for name in names:

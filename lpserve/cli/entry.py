@@ -68,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lpserve", description="Which layers of this LLM can go?",
+        prog="lpserve",
+        description="Which layers of this LLM can go?",
         epilog="Start with `lpserve run --demo`, or read `lpserve run --help`.",
-    )  # fmt: skip
+    )
     commands = parser.add_subparsers(
         required=True,
         metavar="run | plan | export | eval | baselines | sweep | speed | lm-eval | scores | cost",
@@ -89,9 +90,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run(commands: Any) -> None:
     run = commands.add_parser(
-        "run", help="score masks, estimate values, choose and check a plan",
-        description=_RUN_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "run",
+        help="score masks, estimate values, choose and check a plan",
+        description=_RUN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     run.set_defaults(run=_run)
     add = run.add_argument
     add("--demo", action="store_true", help="the bundled 12-layer model and texts, export included")
@@ -99,12 +102,21 @@ def _add_run(commands: Any) -> None:
     add("--model", metavar="DIR", help="checkpoint folder: config.json, *.safetensors, tokenizer")
     add_window_flags(run, tasks=True)
     add_task_flags(run)
-    add("--screen-windows", type=int, metavar="N", help="score sets that the search wants on the "
-        "first N windows of each corpus first (0: on all at once)")  # fmt: skip
+    add(
+        "--screen-windows",
+        type=int,
+        metavar="N",
+        help="score sets that the search wants on the "
+        "first N windows of each corpus first (0: on all at once)",
+    )
     add("--budget", type=int, help="most masks scored on calibration windows (400)")
     add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
-    add("--sizes", metavar="K_MIN,K_MAX", type=pair,
-        help="Shapley coalition sizes before a layer joins (P - max_removed, P - 1)")  # fmt: skip
+    add(
+        "--sizes",
+        metavar="K_MIN,K_MAX",
+        type=pair,
+        help="Shapley coalition sizes before a layer joins (P - max_removed, P - 1)",
+    )
     add(
         "--utility",
         help="what a coalition is worth: neg_nll (default), ppl_ratio (the paper's), "
@@ -114,11 +126,20 @@ def _add_run(commands: Any) -> None:
     add("--surrogate", help="auto (default), gp, ridge, gp+ridge, or paper (with ppl_ratio)")
     add("--goal", help="what masks are chosen for: both (default), plan, or values alone")
     add("--round-size", type=int, help="masks of a search round, at least (number of layers)")
-    add("--stop-chance", type=float, metavar="X", help="stop before the budget once no unseen set "
-        "has a higher probability than X of beating the plan by more than --stop-gain")  # fmt: skip
+    add(
+        "--stop-chance",
+        type=float,
+        metavar="X",
+        help="stop before the budget once no unseen set "
+        "has a higher probability than X of beating the plan by more than --stop-gain",
+    )
     add("--stop-gain", type=float, metavar="Y", help="share of perplexity (0.001)")
-    add("--stop-width", type=float, metavar="Z",
-        help="stop once every value's 90%% interval is within +-Z of the utility")  # fmt: skip
+    add(
+        "--stop-width",
+        type=float,
+        metavar="Z",
+        help="stop once every value's 90%% interval is within +-Z of the utility",
+    )
     add_engine_flags(run)
     add("--seed", type=int, help="seed of the sampled masks (0)")
     add("--store", metavar="FILE", help="score store to share between runs (OUT/scores.sqlite)")
@@ -128,25 +149,28 @@ def _add_run(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
-        "plan", help="another plan from a finished run's scores, without scoring",
+        "plan",
+        help="another plan from a finished run's scores, without scoring",
         description="Choose again from the sets that a run scored, under constraints. Prints the "
         "plan; --out writes it as JSON. Nothing is scored.",
-    )  # fmt: skip
+    )
     plan.set_defaults(run=_plan)
     plan.add_argument("folder", metavar="RUN", help="folder of a finished run")
-    plan.add_argument("--protect", metavar="I,J,...", type=numbers, default=[],
-                      help="layers that must stay")  # fmt: skip
+    plan.add_argument(
+        "--protect", metavar="I,J,...", type=numbers, default=[], help="layers that must stay"
+    )
     plan.add_argument("--max-removed", type=int, help="stop at this many removed layers")
     plan.add_argument("--out", metavar="FILE", help="write the plan here, as plan.json is written")
 
 
 def _add_export(commands: Any) -> None:
     export = commands.add_parser(
-        "export", help="write the pruned checkpoint and check it in a fresh process",
+        "export",
+        help="write the pruned checkpoint and check it in a fresh process",
         description="Write the model without the layers that the plan removes for r. The result is "
         "reloaded with transformers alone in a fresh process and must score what the run scored. "
         "A mergekit recipe of the same pruning lies beside it.",
-    )  # fmt: skip
+    )
     export.set_defaults(run=_export)
     export.add_argument("folder", metavar="RUN", help="folder of a finished run")
     export.add_argument("--remove", type=int, required=True, metavar="R", help="how many layers")
@@ -161,9 +185,10 @@ def _add_export(commands: Any) -> None:
 
 def _add_scores(commands: Any) -> None:
     scores = commands.add_parser(
-        "scores", help="copy a score store to or from Parquet or CSV",
+        "scores",
+        help="copy a score store to or from Parquet or CSV",
         description="One row for each game, mask and window, with its NLL in nats.",
-    )  # fmt: skip
+    )
     scores.set_defaults(run=_scores)
     scores.add_argument("store", metavar="STORE", help="a store file, or a run folder")
     way = scores.add_mutually_exclusive_group(required=True)
@@ -173,10 +198,11 @@ def _add_scores(commands: Any) -> None:
 
 def _add_cost(commands: Any) -> None:
     cost = commands.add_parser(
-        "cost", help="what a run will do, and the time that implies, before a GPU is rented",
+        "cost",
+        help="what a run will do, and the time that implies, before a GPU is rented",
         description="Count a run's masks, layer-forwards, FLOP and memory from config.json and "
         "safetensors headers. A time is told for a rate that you assume. Nothing is scored.",
-    )  # fmt: skip
+    )
     cost.set_defaults(run=_cost)
     add = cost.add_argument
     add("--model", required=True, metavar="DIR", help="checkpoint folder")
@@ -191,8 +217,12 @@ def _add_cost(commands: Any) -> None:
     add("--dtype", help="float32 (default), bfloat16, float16")
     add("--engines", type=int, help="number of engines (1)")
     add("--gpus-per-engine", type=int, help="tensor x pipeline parallel size (1)")
-    add("--tflops-per-gpu", type=float, metavar="F",
-        help="TFLOP/s that you assume a GPU keeps up; without it no time is told")  # fmt: skip
+    add(
+        "--tflops-per-gpu",
+        type=float,
+        metavar="F",
+        help="TFLOP/s that you assume a GPU keeps up; without it no time is told",
+    )
     add("--gpu-memory-gb", type=float, metavar="GIB", help="warn when a GPU of this memory is full")
 
 
@@ -236,9 +266,9 @@ def _demo_export(folder: Path, removed: int) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from lpserve.analysis.analyse import analyse, make_plan
-    from lpserve.analysis.record import read_scores
+    from lpserve.analysis.record import read_record
 
-    scored = read_scores(arguments.folder)
+    scored = read_record(arguments.folder)
     plan = make_plan(
         scored, analyse(scored), max_removed=arguments.max_removed, protected=arguments.protect
     )
@@ -253,9 +283,14 @@ def _export(arguments: argparse.Namespace) -> int:
     from lpserve.export.export import export_run
 
     report = export_run(
-        arguments.folder, arguments.remove, arguments.out, plan_path=arguments.plan,
-        model=arguments.model, device=arguments.device, verify=not arguments.no_verify,
-    )  # fmt: skip
+        arguments.folder,
+        arguments.remove,
+        arguments.out,
+        plan_path=arguments.plan,
+        model=arguments.model,
+        device=arguments.device,
+        verify=not arguments.no_verify,
+    )
     removed = ", ".join(map(str, report.removed))
     if not report.verified:
         print(f"exported without layers {removed} to {arguments.out}, NOT VERIFIED")

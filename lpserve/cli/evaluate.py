@@ -27,22 +27,45 @@ of layer numbers, one set a line (a name and a colon before them if you like).
 
 def add_eval(commands: Any) -> None:
     command = commands.add_parser(
-        "eval", help="perplexity and lm-eval tasks of plans and other sets of layers",
-        description=_EVAL_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "eval",
+        help="perplexity and lm-eval tasks of plans and other sets of layers",
+        description=_EVAL_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.set_defaults(run=_eval)
     add = command.add_argument
     add("--demo", action="store_true", help="the bundled model, text and tasks")
     add("--model", metavar="DIR", help="checkpoint folder")
     add("--sets", action="append", default=[], metavar="PATH", help="may be repeated; see above")
-    add("--remove", type=numbers, default=[], metavar="R,...",
-        help="of --sets, only sets of so many layers")  # fmt: skip
-    add("--removed", action="append", type=numbers, default=[], metavar="I,J,...",
-        help="a set of layers to remove; may be repeated")  # fmt: skip
-    add("--mask", action="append", default=[], metavar="0110...",
-        help="a set as a mask, 0 = removed; may be repeated")  # fmt: skip
-    add("--text", action="append", default=[], metavar="[NAME=]PATH",
-        help="text, folder of .txt or .jsonl for perplexity; may be repeated")  # fmt: skip
+    add(
+        "--remove",
+        type=numbers,
+        default=[],
+        metavar="R,...",
+        help="of --sets, only sets of so many layers",
+    )
+    add(
+        "--removed",
+        action="append",
+        type=numbers,
+        default=[],
+        metavar="I,J,...",
+        help="a set of layers to remove; may be repeated",
+    )
+    add(
+        "--mask",
+        action="append",
+        default=[],
+        metavar="0110...",
+        help="a set as a mask, 0 = removed; may be repeated",
+    )
+    add(
+        "--text",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="text, folder of .txt or .jsonl for perplexity; may be repeated",
+    )
     add("--protocol", metavar="NAME", help="gptq-2048 (default), llm-pruner-128, sliding-1024-512")
     add("--length", type=int, help="tokens of a window, instead of the protocol's")
     add("--stride", type=int, help="how far windows advance (their length)")
@@ -88,12 +111,18 @@ def _eval(arguments: argparse.Namespace) -> int:
     sets += [layer_set(set_name(r), r, num_players, "--removed") for r in arguments.removed]
     sets += [mask_set(mask, num_players, "--mask") for mask in arguments.mask]
     config = EvalConfig(
-        **engine_values(arguments), sets=tuple(sets), texts=corpora(arguments.text, "--text"),
-        protocol=protocol, text_field=arguments.text_field,
+        **engine_values(arguments),
+        sets=tuple(sets),
+        texts=corpora(arguments.text, "--text"),
+        protocol=protocol,
+        text_field=arguments.text_field,
         tasks=tuple(t.strip() for t in arguments.tasks.split(",") if t.strip()),
-        include_path=arguments.include_path, num_fewshot=arguments.num_fewshot,
-        limit=arguments.limit, max_length=arguments.max_length, out=arguments.out,
-    )  # fmt: skip
+        include_path=arguments.include_path,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        max_length=arguments.max_length,
+        out=arguments.out,
+    )
     evaluation = evaluate(config)
     for text, told in evaluation.protocols.items():
         print(f"ppl {text}: {told}")

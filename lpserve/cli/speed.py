@@ -17,9 +17,11 @@ the same random prompts; the first checkpoint is what the others are compared wi
 
 def add_speed(commands: Any) -> None:
     command = commands.add_parser(
-        "speed", help="latency, throughput and memory of pruned checkpoints in use",
-        description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "speed",
+        help="latency, throughput and memory of pruned checkpoints in use",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.set_defaults(run=_speed)
     add = command.add_argument
     add("models", nargs="+", metavar="DIR", help="checkpoint folders, the dense one first")
@@ -30,8 +32,13 @@ def add_speed(commands: Any) -> None:
     add("--new-tokens", type=int, help="tokens to generate (64)")
     add("--batch", type=int, help="requests of the batch (16)")
     add("--repeats", type=int, help="timed repeats, of which the median is told (3)")
-    add("--vllm-option", action="append", metavar="KEY=VALUE", type=option,
-        help="any argument of vllm.LLM, such as enforce_eager=true")  # fmt: skip
+    add(
+        "--vllm-option",
+        action="append",
+        metavar="KEY=VALUE",
+        type=option,
+        help="any argument of vllm.LLM, such as enforce_eager=true",
+    )
 
 
 def _speed(arguments: argparse.Namespace) -> int:

@@ -37,16 +37,21 @@ The same command goes on where it was stopped and tries failed points again.
 
 def add_sweep(commands: Any) -> None:
     command = commands.add_parser(
-        "sweep", help="a study of many runs: which choices matter",
-        description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "sweep",
+        help="a study of many runs: which choices matter",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.set_defaults(run=_sweep)
     add = command.add_argument
     add("study", nargs="?", metavar="STUDY", help="a .yaml or .toml file")
     add("--demo", action="store_true", help="a study of the bundled model and texts: 36 points")
     add("--out", metavar="DIR", help="points, scores and tables (study)")
-    add("--masks", help="shared (default): points that can read each other's scores share masks; "
-        "own: every point chooses its own, as lpserve run would")  # fmt: skip
+    add(
+        "--masks",
+        help="shared (default): points that can read each other's scores share masks; "
+        "own: every point chooses its own, as lpserve run would",
+    )
     add("--yes", action="store_true", help="begin, however much work it is")
     add("--dry-run", action="store_true", help="tell the points and the work, and stop")
     add("--model", metavar="DIR", help="checkpoint folder, if the file names none")
@@ -76,8 +81,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
     flags = engine_values(arguments)
     flags["engine_options"] = {**(values.get("engine_options") or {}), **flags["engine_options"]}
     values |= flags
-    values |= {k: getattr(arguments, k) for k in ("out", "masks", "mlflow", "experiment")
-               if getattr(arguments, k)}  # fmt: skip
+    values |= {
+        k: getattr(arguments, k)
+        for k in ("out", "masks", "mlflow", "experiment")
+        if getattr(arguments, k)
+    }
     study = study_of(values, source)
     windows = all_windows(study)
     told = study_cost(study, windows)
@@ -93,7 +101,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     tracking = None
     if study.base.mlflow:
         tracking = Tracking(study.base.mlflow, study.base.experiment)
-    result = sweep(study, windows, tell=lambda line: print(line, file=sys.stderr))
+    result = sweep(study, windows, log=lambda line: print(line, file=sys.stderr))
     write_sweep(result)
     write_record(result)
     if tracking is not None:

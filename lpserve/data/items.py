@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.data.questions import Questions
-from lpserve.data.windows import TokenWindows, refuse_overlap
+from lpserve.data.windows import TokenWindows, check_no_overlap
 from lpserve.errors import InputError
 from lpserve.types import IntArray, has_perplexity, is_task_utility, metric_of
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class ItemSet:
     """Units of one or more named corpora: texts, or tasks."""
 
     windows: TokenWindows
@@ -32,7 +32,7 @@ class Sample:
     """None: the windows are the units."""
 
     @classmethod
-    def of(cls, questions: Questions) -> Sample:
+    def of(cls, questions: Questions) -> ItemSet:
         return cls(questions.windows, questions)
 
     @property
@@ -41,7 +41,7 @@ class Sample:
         return self.windows.corpora if self.questions is None else self.questions.corpora
 
     @property
-    def num_units(self) -> int:
+    def num_items(self) -> int:
         return sum(count for _, count in self.corpora)
 
     @property
@@ -49,7 +49,7 @@ class Sample:
         return (self.questions or self.windows).content_hash
 
     @property
-    def told_windows(self) -> TokenWindows:
+    def ppl_windows(self) -> TokenWindows:
         """One window for each unit, whose NLL is told as its perplexity: of a question, the right
         answer's."""
         if self.questions is None:
@@ -57,7 +57,7 @@ class Sample:
         return self.windows.select(self.questions.right_rows_Q)
 
     @property
-    def num_tokens_U(self) -> IntArray:
+    def num_tokens_I(self) -> IntArray:
         """Scored positions of the told windows."""
         num_tokens_N = self.windows.num_tokens_N
         return num_tokens_N if self.questions is None else num_tokens_N[self.questions.right_rows_Q]
@@ -96,26 +96,28 @@ class Sample:
             return np.asarray(units, dtype=np.int64)
         return self.questions.window_rows(units)
 
-    def first(self, num_units: int) -> Sample:
+    def first(self, num_items: int) -> ItemSet:
         """The first so many units of one corpus."""
         if self.questions is None:
-            return Sample(self.windows.select(np.arange(num_units)))
-        return Sample.of(self.questions.select(np.arange(num_units)))
+            return ItemSet(self.windows.select(np.arange(num_items)))
+        return ItemSet.of(self.questions.select(np.arange(num_items)))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Everything of it, by name: `tokens` and `scored` are the told windows'."""
-        told = self.told_windows
+        told = self.ppl_windows
         arrays: dict[str, NDArray[Any]] = {"tokens": told.tokens_NT, "scored": told.scored_NT}
         if self.questions is not None:
             arrays |= {
-                "answer_tokens": self.windows.tokens_NT, "answer_scored": self.windows.scored_NT,
-                "answers": self.questions.answers_QC, "right": self.questions.right_QC,
+                "answer_tokens": self.windows.tokens_NT,
+                "answer_scored": self.windows.scored_NT,
+                "answers": self.questions.answers_QC,
+                "right": self.questions.right_QC,
                 "chars": self.questions.chars_QC,
-            }  # fmt: skip
+            }
         return arrays
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Sample]) -> Sample:
+    def concatenate(cls, parts: Sequence[ItemSet]) -> ItemSet:
         """Several corpora as one; raises InputError where texts meet tasks, or windows repeat."""
         questions = [part.questions for part in parts if part.questions is not None]
         if not questions:
@@ -125,7 +127,7 @@ class Sample:
         return cls.of(Questions.concatenate(questions))
 
 
-def write_samples(path: Path, calibration: Sample, heldout: Sample) -> None:
+def write_item_sets(path: Path, calibration: ItemSet, heldout: ItemSet) -> None:
     """Everything of both samples as one .npz, whole or not at all."""
     held = {f"heldout_{name}": array for name, array in heldout.arrays().items()}
     temporary = path.with_name(f".{path.stem}.tmp.npz")
@@ -133,11 +135,11 @@ def write_samples(path: Path, calibration: Sample, heldout: Sample) -> None:
     temporary.replace(path)
 
 
-def refuse_shared(calibration: Sample, heldout: Sample) -> None:
+def check_disjoint(calibration: ItemSet, heldout: ItemSet) -> None:
     """Raise InputError where the sides share windows, or long runs of text; questions share the
     examples that come before them, so that of those only whole windows count."""
     if calibration.questions is None or heldout.questions is None:
-        refuse_overlap(calibration.windows, heldout.windows)
+        check_no_overlap(calibration.windows, heldout.windows)
         return
     common = set(calibration.windows.window_hashes) & set(heldout.windows.window_hashes)
     if common:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.config import TASK_PREFIX, is_task
-from lpserve.data.items import Sample
+from lpserve.data.items import ItemSet
 from lpserve.data.questions import Questions
 from lpserve.data.windows import HELDOUT_SHARE, WindowRequest, cut_corpora, load_tokenizer
 from lpserve.errors import InputError
@@ -67,9 +67,9 @@ class TaskLoader:
             return self.manager.load(list(names))["tasks"]
 
 
-def cut_samples(
+def cut_item_sets(
     request: WindowRequest, model: str, *, include_path: str | None, num_fewshot: int | None
-) -> tuple[list[Sample], list[Sample]]:
+) -> tuple[list[ItemSet], list[ItemSet]]:
     """Calibration and held-out samples, corpus by corpus; overlaps are not looked for.
 
     Texts are cut as `windows.cut_corpora` does. A task's questions are those that lm-eval
@@ -91,12 +91,12 @@ def cut_samples(
         )
     if tasks and texts and not request.heldout:
         raise InputError("calibration has texts and tasks: name a held-out text with --heldout")
-    found: dict[str, Sample] = {}
-    heldout: list[Sample] = []
+    found: dict[str, ItemSet] = {}
+    heldout: list[ItemSet] = []
     if texts or held_texts:
         sides = cut_corpora(replace(request, calibration=texts, heldout=held_texts), model)
-        found |= {n: Sample(windows) for n, windows in zip(texts, sides[0], strict=True)}
-        heldout += [Sample(windows) for windows in sides[1]]
+        found |= {n: ItemSet(windows) for n, windows in zip(texts, sides[0], strict=True)}
+        heldout += [ItemSet(windows) for windows in sides[1]]
     if tasks or held_tasks:
         cutter = _TaskCutter(request, model, include_path, num_fewshot)
         for name in tasks:
@@ -141,16 +141,16 @@ class _TaskCutter:
         """Task -> its questions that may calibrate, and that may be held out."""
         self._asker = _Asker(model)
 
-    def calibration(self, name: str) -> Sample:
+    def calibration(self, name: str) -> ItemSet:
         counts = self._request.num_windows
         count = counts if isinstance(counts, int) else counts[name]
         return self._cut(name, [self._sides[t][0] for t in self._own[name]], count, "")
 
-    def heldout(self, name: str) -> Sample:
+    def heldout(self, name: str) -> ItemSet:
         parts = [self._sides[t][1] for t in self._held[name]]
         return self._cut(name, parts, self._request.heldout_windows, " held out")
 
-    def _cut(self, name: str, parts: Sequence[list[_Asked]], count: int, side: str) -> Sample:
+    def _cut(self, name: str, parts: Sequence[list[_Asked]], count: int, side: str) -> ItemSet:
         pool = [question for part in parts for question in part]
         if count > len(pool):
             raise InputError(
@@ -158,7 +158,7 @@ class _TaskCutter:
                 "are asked for"
             )
         order = np.random.default_rng(self._request.seed).permutation(len(pool))[:count]
-        return Sample.of(self._asker.questions([pool[i] for i in order.tolist()], name))
+        return ItemSet.of(self._asker.questions([pool[i] for i in order.tolist()], name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,9 +211,13 @@ def _question(name: str, task: Any, kind: str, instances: list[Any]) -> _Asked:
     # with several contexts (Winogrande) these are the choices, and the text is the answer
     text = task.doc_to_target(doc) if getattr(task, "multiple_input", 0) else task.doc_to_text(doc)
     return _Asked(
-        task_name=name, task=task, doc=doc, requests=tuple(answers[: len(choices)]),
-        others=len(answers) - len(choices), pairs=frozenset((str(text), str(c)) for c in choices),
-    )  # fmt: skip
+        task_name=name,
+        task=task,
+        doc=doc,
+        requests=tuple(answers[: len(choices)]),
+        others=len(answers) - len(choices),
+        pairs=frozenset((str(text), str(c)) for c in choices),
+    )
 
 
 def _examples_are_evaluated(task: Any) -> bool:
@@ -289,9 +293,12 @@ class _Asker:
                 answers_QC[place, c] = row
             right_QC[place, :num], chars_QC[place, :num] = _judged(question, self._draw)
         return Questions(
-            windows=windows_of_rows(list(rows), name), answers_QC=answers_QC, right_QC=right_QC,
-            chars_QC=chars_QC, corpora=((name, len(asked)),),
-        )  # fmt: skip
+            windows=windows_of_rows(list(rows), name),
+            answers_QC=answers_QC,
+            right_QC=right_QC,
+            chars_QC=chars_QC,
+            corpora=((name, len(asked)),),
+        )
 
 
 def _judged(
@@ -322,8 +329,10 @@ def _judged(
             raise InputError(f"{where} reports neither acc nor acc_norm")
         right[answer] = value == 1
     if not right.any() or right.all():
-        raise InputError(f"{where} has a question with {'no' if right.all() else 'only'} wrong "
-                         f"answers: {str(question.requests[0][0])[-80:]!r}")  # fmt: skip
+        raise InputError(
+            f"{where} has a question with {'no' if right.all() else 'only'} wrong "
+            f"answers: {str(question.requests[0][0])[-80:]!r}"
+        )
     for place in range(_DRAWS + 1):
         # likelihoods far apart and near, and all equal: then the first
         told = -draw.gamma(2.0, 10.0 ** draw.uniform(-3, 1), num) if place else np.full(num, -2.0)

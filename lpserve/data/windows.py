@@ -116,8 +116,10 @@ class TokenWindows:
         """
         tokens = np.asarray(tokens_NT)
         if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-            raise InputError(f"corpus {name!r}: tokens must be [N, T], N >= 1, T >= 2: "
-                             f"got shape {list(tokens.shape)}")  # fmt: skip
+            raise InputError(
+                f"corpus {name!r}: tokens must be [N, T], N >= 1, T >= 2: "
+                f"got shape {list(tokens.shape)}"
+            )
         if not np.issubdtype(tokens.dtype, np.integer):
             raise InputError(f"corpus {name!r}: tokens must be integers: got {tokens.dtype}")
         if scored_NT is None:
@@ -126,8 +128,10 @@ class TokenWindows:
         else:
             scored = np.array(scored_NT)
             if scored.dtype != bool or scored.shape != tokens.shape:
-                raise InputError(f"corpus {name!r}: scored must be bool {list(tokens.shape)}: "
-                                 f"got {scored.dtype} {list(scored.shape)}")  # fmt: skip
+                raise InputError(
+                    f"corpus {name!r}: scored must be bool {list(tokens.shape)}: "
+                    f"got {scored.dtype} {list(scored.shape)}"
+                )
         if scored[:, 0].any():
             raise InputError(f"corpus {name!r}: position 0 of a window cannot be scored")
         if not scored.any(axis=1).all():
@@ -230,8 +234,10 @@ class TokenStream:
     def cut(self, num_windows: int, length: int, *, seed: int, bos: bool) -> TokenWindows:
         """See `TokenWindows.from_file`."""
         if num_windows < 1 or length < 2:
-            raise InputError(f"corpus {self.name!r}: need num_windows >= 1 and length >= 2: "
-                             f"got {num_windows} and {length}")  # fmt: skip
+            raise InputError(
+                f"corpus {self.name!r}: need num_windows >= 1 and length >= 2: "
+                f"got {num_windows} and {length}"
+            )
         bos_id = self.bos_id if bos else None
         if bos and bos_id is None:
             raise InputError(f"corpus {self.name!r}: bos is set, but the tokenizer has no BOS")
@@ -292,7 +298,7 @@ def cut_windows(request: WindowRequest, tokenizer: str | Path) -> tuple[TokenWin
         InputError: unreadable or too short input, or windows of the two sides that share text.
     """
     sides = [TokenWindows.concatenate(parts) for parts in cut_corpora(request, tokenizer)]
-    refuse_overlap(*sides)
+    check_no_overlap(*sides)
     return sides[0], sides[1]
 
 
@@ -338,7 +344,7 @@ def cut_corpora(
     return calibration, heldout
 
 
-def refuse_overlap(calibration: TokenWindows, heldout: TokenWindows) -> None:
+def check_no_overlap(calibration: TokenWindows, heldout: TokenWindows) -> None:
     """Raise InputError when a held-out window repeats a calibration window or a long run of one."""
     common = set(calibration.window_hashes) & set(heldout.window_hashes)
     if common:

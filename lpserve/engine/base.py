@@ -44,14 +44,14 @@ class Engine(Protocol):
         ...
 
     def score(
-        self, masks_MP: BoolArray, windows: str | None = None, also: Sequence[str] = ()
+        self, masks_MP: BoolArray, windows: str | None = None, extra_metrics: Sequence[str] = ()
     ) -> Scores:
         """Summed NLL of every window under every mask.
 
         Args:
             masks_MP: bool [M, P], True = kept; repeats are scored once.
             windows: hash of registered windows; None: those given at opening.
-            also: further metrics, from the same pass (`types.check_metric`).
+            extra_metrics: further metrics, from the same pass (`types.check_metric`).
 
         Raises:
             InputError: the engine has no such metric (`info.metrics`).
@@ -92,13 +92,13 @@ class LayerStack(Protocol):
         self,
         state_BTd: torch.Tensor,
         block: TokenWindows,
-        also: Sequence[str] = (),
+        extra_metrics: Sequence[str] = (),
         whole_NTd: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Head and metrics: `float64[B, C]` on the state's device, B = k * N for k stacked masks.
 
         Args:
-            also: metrics beside the NLL, which comes first (`types.check_metric`).
+            extra_metrics: metrics beside the NLL, which comes first (`types.check_metric`).
             whole_NTd: the state after all players, for metrics that compare with the whole model.
         """
         ...
@@ -115,23 +115,23 @@ def check_masks(masks_MP: Any, num_players: int) -> BoolArray:
     return masks
 
 
-def check_also(info: EngineInfo, also: Sequence[str]) -> tuple[str, ...]:
+def check_extra_metrics(info: EngineInfo, extra_metrics: Sequence[str]) -> tuple[str, ...]:
     """Raise InputError unless an engine has all these metrics beside the NLL."""
-    for name in also:
+    for name in extra_metrics:
         check_metric(name)
         if name == "nll" or ("kl" if needs_whole_model(name) else name) not in info.metrics:
             raise InputError(
                 f"metric {name!r} cannot be had from engine {info.kind} ({info.path}) beside nll: "
                 f"it has {', '.join(info.metrics)}"
             )
-    return tuple(also)
+    return tuple(extra_metrics)
 
 
 def scores_of(
-    values_MNC: FloatArray, also: Sequence[str], num_tokens_N: IntArray, work: Work
+    values_MNC: FloatArray, extra_metrics: Sequence[str], num_tokens_N: IntArray, work: Work
 ) -> Scores:
     """Scores from metrics side by side, the NLL first."""
-    others = {name: values_MNC[..., 1 + column] for column, name in enumerate(also)}
+    others = {name: values_MNC[..., 1 + column] for column, name in enumerate(extra_metrics)}
     return Scores(nll_MN=values_MNC[..., 0], num_tokens_N=num_tokens_N, work=work, others=others)
 
 

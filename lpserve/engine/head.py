@@ -134,13 +134,15 @@ class Head:
         self,
         state_BTd: torch.Tensor,
         block: TokenWindows,
-        also: Sequence[str] = (),
+        extra_metrics: Sequence[str] = (),
         whole_NTd: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `lpserve.engine.base.LayerStack.reduce`."""
         vocabulary, targets = self._vocabulary, self._targets.of(block)
         tables = {
-            k: self._table(block, k, targets, whole_NTd) for name in also if (k := top_of(name))
+            k: self._table(block, k, targets, whole_NTd)
+            for name in extra_metrics
+            if (k := top_of(name))
         }
 
         def metrics(rows_knd: torch.Tensor, ids_n: torch.Tensor, part: slice) -> torch.Tensor:
@@ -149,7 +151,7 @@ class Head:
             ids_kn = ids_n.repeat(num_stacked)
             columns = [vocabulary.nll(logits, ids_kn)]
             stacked = logits.view(num_stacked, len(ids_n), -1)
-            for name in also:
+            for name in extra_metrics:
                 if name == "misses":
                     columns.append(vocabulary.misses(logits, ids_kn))
                 elif name == "kl":
@@ -162,11 +164,15 @@ class Head:
             return torch.stack(columns, dim=1)
 
         # beside the logits: log-probabilities of both, and their products
-        factor = 5 if "kl" in also else 2 if tables else 1
+        factor = 5 if "kl" in extra_metrics else 2 if tables else 1
         return summed(
-            state_BTd, block.num_windows, targets, self._chunk(state_BTd, block, factor),
-            1 + len(also), metrics,
-        )  # fmt: skip
+            state_BTd,
+            block.num_windows,
+            targets,
+            self._chunk(state_BTd, block, factor),
+            1 + len(extra_metrics),
+            metrics,
+        )
 
     def _chunk(self, state_BTd: torch.Tensor, block: TokenWindows, factor: int) -> int:
         """Targets of a mask that may be worked on at once."""

@@ -100,17 +100,17 @@ class StackScorer:
         return [part for group in self._groups[key] for _, part in self._parts(group.block)]
 
     def score(
-        self, masks_MP: BoolArray, key: str, also: Sequence[str] = ()
+        self, masks_MP: BoolArray, key: str, extra_metrics: Sequence[str] = ()
     ) -> tuple[FloatArray, Work]:
-        """Metrics `float64[M, N, C]` of registered windows, the NLL and those of `also`, and the
-        work it took."""
+        """Metrics `float64[M, N, C]` of registered windows, the NLL and those of `extra_metrics`,
+        and the work it took."""
         started = time.perf_counter()
         sorted_DP, inverse_M = sort_distinct(masks_MP)
-        values_DNC = np.empty((len(sorted_DP), len(self.num_tokens(key)), 1 + len(also)))
+        values_DNC = np.empty((len(sorted_DP), len(self.num_tokens(key)), 1 + len(extra_metrics)))
         layer_forwards = tokens = 0
         with full_precision():
             for group in self._groups[key]:
-                values, layer_forwards = self._walk(sorted_DP, group.block, also)
+                values, layer_forwards = self._walk(sorted_DP, group.block, extra_metrics)
                 values_DNC[:, group.rows_n] = values
                 tokens += len(sorted_DP) * group.block.tokens_NT.size
         return values_DNC[inverse_M], Work(
@@ -123,17 +123,17 @@ class StackScorer:
         )
 
     def _walk(
-        self, sorted_DP: BoolArray, block: TokenWindows, also: Sequence[str]
+        self, sorted_DP: BoolArray, block: TokenWindows, extra_metrics: Sequence[str]
     ) -> tuple[FloatArray, int]:
         """Metrics [D, N, C] of one block, and its layer-forwards."""
-        values_DNC = np.empty((len(sorted_DP), block.num_windows, 1 + len(also)))
+        values_DNC = np.empty((len(sorted_DP), block.num_windows, 1 + len(extra_metrics)))
         mine = slice(self._first, self._first + self.stack.num_players)
         bounds = prefix_bounds(sorted_DP, self._first)
         layer_forwards = 0
         for columns, part in self._parts(block):
             layer_forwards = 0
             for low, high in pairwise(bounds):
-                values, work = self.executor.score(sorted_DP[low:high, mine], part, also)
+                values, work = self.executor.score(sorted_DP[low:high, mine], part, extra_metrics)
                 values_DNC[low:high, columns] = values
                 layer_forwards += work.layer_forwards
         return values_DNC, layer_forwards

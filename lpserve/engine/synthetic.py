@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.base import check_also, check_masks
+from lpserve.engine.base import check_extra_metrics, check_masks
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct, trie_layer_forwards
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
@@ -35,9 +35,20 @@ class SyntheticEngine:
     """
 
     OPTIONS = (
-        "num_players", "game_seed", "delay_s", "poison", "nan", "kill", "hang", "break",
-        "slow_file", "slow_s", "tally", "tensor_parallel_size", "pipeline_parallel_size",
-    )  # fmt: skip
+        "num_players",
+        "game_seed",
+        "delay_s",
+        "poison",
+        "nan",
+        "kill",
+        "hang",
+        "break",
+        "slow_file",
+        "slow_s",
+        "tally",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+    )
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
         options = spec.options
@@ -75,9 +86,9 @@ class SyntheticEngine:
         return windows.content_hash
 
     def score(
-        self, masks_MP: BoolArray, windows: str | None = None, also: Sequence[str] = ()
+        self, masks_MP: BoolArray, windows: str | None = None, extra_metrics: Sequence[str] = ()
     ) -> Scores:
-        check_also(self.info, also)
+        check_extra_metrics(self.info, extra_metrics)
         block = self._windows[self._default if windows is None else windows]
         masks_MP = check_masks(masks_MP, self.info.num_players)
         sorted_DP, inverse_M = sort_distinct(masks_MP)

@@ -84,18 +84,18 @@ class TrieExecutor:
         return int(min(num_windows, fitting, wanted))
 
     def score(
-        self, masks_MP: BoolArray, block: TokenWindows, also: Sequence[str] = ()
+        self, masks_MP: BoolArray, block: TokenWindows, extra_metrics: Sequence[str] = ()
     ) -> tuple[FloatArray, Work]:
         """Metrics of every mask on windows of one padded length, `float64[M, N, C]`: the NLL, then
-        those of `also`; and the work."""
+        those of `extra_metrics`; and the work."""
         started = time.perf_counter()
         sorted_DP, inverse_M = sort_distinct(masks_MP)
         rows = self.group_rows(block.num_windows, block.length)
-        values_DNC = np.empty((len(sorted_DP), block.num_windows, 1 + len(also)))
+        values_DNC = np.empty((len(sorted_DP), block.num_windows, 1 + len(extra_metrics)))
         layer_forwards = 0
         for start in range(0, block.num_windows, rows):
             group = block.select(np.arange(start, min(start + rows, block.num_windows)))
-            walk = _Walk(self, sorted_DP, group, also)
+            walk = _Walk(self, sorted_DP, group, extra_metrics)
             try:
                 values_DNC[:, start : start + group.num_windows] = walk.run()
             except BaseException:
@@ -176,13 +176,13 @@ class _Walk:
         executor: TrieExecutor,
         sorted_DP: BoolArray,
         block: TokenWindows,
-        also: Sequence[str],
+        extra_metrics: Sequence[str],
     ) -> None:
         self._ex = executor
         self._stack = executor._stack
         self._bits_DP = sorted_DP
         self._block = block
-        self._also = tuple(also)
+        self._extra_metrics = tuple(extra_metrics)
         self._whole: torch.Tensor | None = None
         self._values_DNC = torch.empty(0)
         self.layer_forwards = 0
@@ -190,7 +190,7 @@ class _Walk:
     def run(self) -> FloatArray:
         """`float64[D, N, C]`."""
         embedded = self._stack.embed(self._block)
-        if any(needs_whole_model(name) for name in self._also):
+        if any(needs_whole_model(name) for name in self._extra_metrics):
             self._whole, self.layer_forwards = self._ex.whole(self._block, embedded)
         self._limit = self._ex.prepare(embedded.shape, embedded.dtype, embedded.device)
         self._per_batch = self._ex.states_per_batch(embedded.shape)
@@ -198,7 +198,7 @@ class _Walk:
         root.copy_(embedded)
         del embedded
         self._values_DNC = torch.empty(
-            (len(self._bits_DP), self._block.num_windows, 1 + len(self._also)),
+            (len(self._bits_DP), self._block.num_windows, 1 + len(self._extra_metrics)),
             dtype=torch.float64,
             device=root.device,
         )
@@ -254,7 +254,7 @@ class _Walk:
         for start in range(0, len(nodes), self._per_batch):
             batch = nodes[start : start + self._per_batch]
             stacked = self._ex.stacked([node.state_NTd for node in batch])
-            values_BC = self._stack.reduce(stacked, self._block, self._also, self._whole)
+            values_BC = self._stack.reduce(stacked, self._block, self._extra_metrics, self._whole)
             # leaves of a frontier are neighbours in key order
             self._values_DNC[batch[0].low : batch[-1].high] = values_BC.view(
                 len(batch), -1, values_BC.shape[1]

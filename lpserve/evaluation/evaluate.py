@@ -130,9 +130,13 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
     if tasks is not None:
         longest = max(longest, tasks.max_length + 1)
     with ScoringSession(
-        config, probe, store=folder / "scores.sqlite", holder=f"an evaluation in {folder}",
-        longest=longest, progress=progress,
-    ) as session:  # fmt: skip
+        config,
+        probe,
+        store=folder / "scores.sqlite",
+        holder=f"an evaluation in {folder}",
+        longest=longest,
+        progress=progress,
+    ) as session:
         masks_MP = masks_of(sets, num_players)
         results = _perplexities(session, sets, masks_MP, cuts)
         requests_cut = 0
@@ -163,10 +167,15 @@ def _perplexities(
         nll_MN = session.score(masks_MP, cut.windows, stage=name)["nll"].astype(np.float64)
         ppl_M = perplexity(nll_MN.sum(axis=1) / cut.windows.num_tokens_N.sum())
         results += [
-            Result(layer_set=s.name, removed=s.removed, measure=f"ppl {name}", value=float(ppl),
-                   stderr=None)
+            Result(
+                layer_set=s.name,
+                removed=s.removed,
+                measure=f"ppl {name}",
+                value=float(ppl),
+                stderr=None,
+            )
             for s, ppl in zip(sets, ppl_M, strict=True)
-        ]  # fmt: skip
+        ]
     return results
 
 
@@ -208,10 +217,14 @@ class _Tasks:
             try:
                 with _in_one_process(), redirect_stdout(io.StringIO()):
                     found: Any = cast("Any", lm_eval.simple_evaluate)(
-                        lm, tasks=list(self._config.tasks), num_fewshot=self._config.num_fewshot,
-                        limit=self._config.limit, task_manager=self._manager, log_samples=False,
+                        lm,
+                        tasks=list(self._config.tasks),
+                        num_fewshot=self._config.num_fewshot,
+                        limit=self._config.limit,
+                        task_manager=self._manager,
+                        log_samples=False,
                         bootstrap_iters=BOOTSTRAP_DRAWS,
-                    )  # fmt: skip
+                    )
             except NotFiniteError as error:
                 session.progress.note(f"{layer_set.name}: {error}; its tasks are left out")
                 continue
@@ -272,11 +285,16 @@ def _write(
         "requests_cut": evaluation.requests_cut,
         "versions": {"lpserve": lpserve.__version__, **info.versions},
         "results": [
-            {"set": r.layer_set, "removed": list(r.removed), "measure": r.measure,
-             "value": r.value, "stderr": r.stderr}
+            {
+                "set": r.layer_set,
+                "removed": list(r.removed),
+                "measure": r.measure,
+                "value": r.value,
+                "stderr": r.stderr,
+            }
             for r in evaluation.results
         ],
-    }  # fmt: skip
+    }
     (folder / "results.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     text = io.StringIO()
     writer = csv.writer(text)

@@ -84,14 +84,14 @@ class SetsLM(RequestsLM):
             nll_N, misses_N = self._scored(part)
             for row, nll, misses in zip(part, nll_N.tolist(), misses_N.tolist(), strict=True):
                 found[row] = (-nll, misses == 0)
-        self._tell_cut()
+        self._log_cut()
         answers = [found[row] for row in rows]
         for (text, _, _), answer in zip(requests, answers, strict=True):
             if text is not None:
                 self.cache_hook.add_partial("loglikelihood", text, answer)
         return answers
 
-    def _tell_cut(self) -> None:
+    def _log_cut(self) -> None:
         """Says once of every request that it lost its beginning."""
         if len(self.cut) > self._told_cut:
             self._session.progress.note(
@@ -119,9 +119,11 @@ class SetsLM(RequestsLM):
         counts = []
         for (text,) in (request.args for request in requests):
             windows = lm_eval_utils.get_rolling_token_windows(
-                token_list=self.tok_encode(text), prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length, context_len=1,
-            )  # fmt: skip
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
             some = [(None, *lm_eval_utils.make_disjoint_window(pair)) for pair in windows]
             parts.extend(some)
             counts.append(len(some))
@@ -136,7 +138,7 @@ class SetsLM(RequestsLM):
             InputError: the engine cannot generate, or a task asks for sampling.
         """
         wanted = [_Wanted.of(self, *request.args) for request in requests]
-        self._tell_cut()
+        self._log_cut()
         mask_P, ends = self._masks_MP[self.current], end_ids(self.tokenizer)
         while open_ := [request for request in wanted if request.left]:
             # those with most left go together: the others join once they have as much
@@ -242,10 +244,14 @@ class LpserveLM(SetsLM):
         if unknown:
             raise InputError(f"--model lpserve has no argument {sorted(unknown)[0]!r}")
         config = EngineConfig(
-            model=str(model), engine=engine, dtype=dtype, pool=pool, engines=engines,
+            model=str(model),
+            engine=engine,
+            dtype=dtype,
+            pool=pool,
+            engines=engines,
             # lm-eval names its own default, a GPU, where none was asked for
             device="auto" if device in (None, "cuda", "cuda:0") else device,
-        )  # fmt: skip
+        )
         num_players = num_players_of(config)
         if removed is not None and plan is not None:
             raise InputError("--model lpserve: give one of removed and plan")
@@ -258,8 +264,10 @@ class LpserveLM(SetsLM):
         elif plan is not None:
             sets = {len(s.removed): s for s in read_sets(Path(plan), num_players)}
             if remove not in sets:
-                raise InputError(f"--model lpserve: plan {plan} removes {sorted(sets)} layers: "
-                                 f"give remove=, got {remove!r}")  # fmt: skip
+                raise InputError(
+                    f"--model lpserve: plan {plan} removes {sorted(sets)} layers: "
+                    f"give remove=, got {remove!r}"
+                )
             chosen = sets[remove]
         tokenizer = load_tokenizer(model)
         length = max_length or max_input_length(str(model))

@@ -125,8 +125,10 @@ def _measured(config: SpeedConfig, model: str, engine: str, weight_bytes: int) -
     task = asdict(config) | {"model": str(Path(model).resolve()), "engine": engine}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("speed_worker.py")), json.dumps(task)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -90,31 +90,44 @@ def _transformers(task: dict[str, Any], device: str) -> Opened:
     def generate(prompts: Any, new: int) -> int:
         ids = torch.from_numpy(prompts).to(device)
         made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
         return int(made.shape[0] * (made.shape[1] - ids.shape[1]))
 
     config = model.config.get_text_config()
-    about = {"num_layers": config.num_hidden_layers, "vocab_size": config.vocab_size,
-             "version": transformers.__version__}  # fmt: skip
+    about = {
+        "num_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "version": transformers.__version__,
+    }
     return generate, list, about
 
 
 def _vllm(task: dict[str, Any], device: str) -> Opened:
     os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-    }  # fmt: skip
+    }
     import vllm
     from transformers import AutoConfig
 
     length = task["prompt_tokens"] + task["new_tokens"]
     arguments = {
-        "model": task["model"], "dtype": task["dtype"], "max_model_len": length,
-        "skip_tokenizer_init": True, "enable_prefix_caching": False, "disable_log_stats": True,
-        "use_tqdm_on_load": False, "max_num_seqs": task["batch"],
-    } | task["vllm_options"]  # fmt: skip
+        "model": task["model"],
+        "dtype": task["dtype"],
+        "max_model_len": length,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "max_num_seqs": task["batch"],
+    } | task["vllm_options"]
     llm: Any = vllm.LLM(**arguments)
 
     def generate(prompts: Any, new: int) -> int:
@@ -126,8 +139,11 @@ def _vllm(task: dict[str, Any], device: str) -> Opened:
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     config = AutoConfig.from_pretrained(task["model"], local_files_only=True).get_text_config()
-    about = {"num_layers": config.num_hidden_layers, "vocab_size": config.vocab_size,
-             "version": vllm.__version__}  # fmt: skip
+    about = {
+        "num_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "version": vllm.__version__,
+    }
     return generate, lambda: llm.collective_rpc(_held), about
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lpserve.analysis.record import read_scores
+from lpserve.analysis.record import read_record
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import ExportError, InputError
 from lpserve.masks import without
@@ -45,10 +45,17 @@ VERIFY_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 RANDOM_WINDOWS, RANDOM_LENGTH = 4, 64
 
 PER_LAYER_LISTS = (
-    "layer_types", "mlp_layer_types", "layers_block_type", "block_types", "no_rope_layers",
-    "attention_layers", "layer_rope_theta", "num_attention_heads_per_layer",
-    "num_key_value_heads_per_layer", "per_layer_config",
-)  # fmt: skip
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "block_types",
+    "no_rope_layers",
+    "attention_layers",
+    "layer_rope_theta",
+    "num_attention_heads_per_layer",
+    "num_key_value_heads_per_layer",
+    "per_layer_config",
+)
 """Config lists with one entry a layer. Any other list of that length is left alone."""
 LAYER_INDEX_LISTS = ("mlp_only_layers", "attn_layer_indices")
 """Config lists of layer indices."""
@@ -173,7 +180,7 @@ def export_run(
     removed = plan.entry(num_removed).removed
     source = Path(model or plan.model)
     found = checkpoint_hash(read_checkpoint(source))
-    scored = read_scores(folder)
+    scored = read_record(folder)
     if not found == plan.model_hash == scored.model_hash:
         raise InputError(
             f"the plan is for another model: {source} has content {found[:16]}, the plan "
@@ -184,10 +191,15 @@ def export_run(
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     row = np.flatnonzero((scored.masks_MP == without(scored.num_players, removed)).all(axis=1))
     return export_checkpoint(
-        source, [plan.players[i]["layer"] for i in removed], out,
-        verify=verify, windows=windows, dtype=stored["config"]["dtype"], device=device,
+        source,
+        [plan.players[i]["layer"] for i in removed],
+        out,
+        verify=verify,
+        windows=windows,
+        dtype=stored["config"]["dtype"],
+        device=device,
         expected_nll_N=scored.nll_MN[row[0]].astype(np.float64) if len(row) else None,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

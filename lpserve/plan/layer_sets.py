@@ -199,8 +199,9 @@ def _from_lists(text: str, num_players: int, source: str) -> list[LayerSet]:
             removed = [int(word) for word in words if word]
         except ValueError:
             raise InputError(f"{where}: {numbers.strip()!r} is no list of layer numbers") from None
-        sets.append(layer_set(name.strip() if found else set_name(removed), removed, num_players,
-                              where))  # fmt: skip
+        sets.append(
+            layer_set(name.strip() if found else set_name(removed), removed, num_players, where)
+        )
     if not sets:
         raise InputError(f"{source} holds no set of layers")
     return sets

@@ -1,8 +1,9 @@
 """Which sets to remove may beat the best scored ones, and which of them to score next.
 
-`likely_best` finds the sets of one size that a surrogate likes best; `hopeful` picks a batch of
-unscored sets of all sizes by expected improvement; `chance_of_better` says how likely a set beats
-the best scored one of its size, which is when a search may end.
+`best_predicted_sets` finds the sets of one size that a surrogate likes best;
+`select_by_expected_improvement` picks a batch of unscored sets of all sizes by expected
+improvement; `probability_of_improvement` says how likely a set beats the best scored one of its
+size, which is when a search may end.
 
 A set is given by the mask that keeps the rest. Improvements are shares of perplexity where the
 utility is a perplexity ratio (above 0), else plain differences. Deterministic; ties go to the
@@ -20,7 +21,7 @@ import numpy as np
 from scipy.stats import norm
 
 from lpserve.masks import add_one, all_masks, drop_one, keys, pack, sort_distinct, swap_one
-from lpserve.surrogate import KernelSurrogate, Surrogate, guide_of, kernel_of
+from lpserve.surrogate import KernelSurrogate, Surrogate, acquisition_model, kernel_of
 from lpserve.types import BoolArray, FloatArray
 
 UTILITY = "ppl_ratio"
@@ -28,11 +29,11 @@ UTILITY = "ppl_ratio"
 otherwise rule the fit."""
 MAX_EXHAUSTIVE = 20_000
 """Strata up to this size are searched whole; larger ones by beam search over swaps."""
-DOUBT = 2.0
+STD_INFLATION = 2.0
 """The search's standard deviations are this much wider than leave-one-out says: on an exact game of
 12 layers the best unscored sets of 5 and 6 layers are missed by 1.3 to 2.5 of those (root mean
 square)."""
-WORTH = 1e-4
+MIN_EXPECTED_IMPROVEMENT = 1e-4
 """Expected improvement that is worth a score."""
 _STARTS = 4  # best scored sets of a size that a beam search starts from or beside
 _BEAM = 8
@@ -66,7 +67,7 @@ def starts(masks_MP: BoolArray, utilities_M: FloatArray, num_removed: int) -> Bo
     return np.concatenate(found)
 
 
-def likely_best(
+def best_predicted_sets(
     surrogate: Surrogate, num_players: int, num_removed: int, starts_MP: BoolArray
 ) -> BoolArray:
     """The sets of one size that a surrogate likes best, best first, `bool[<=64, P]`.
@@ -75,7 +76,7 @@ def likely_best(
     Of `auto` the best kernel surrogate is asked, whoever answers: it knows a whole neighbourhood at
     once.
     """
-    surrogate = guide_of(surrogate) or surrogate
+    surrogate = acquisition_model(surrogate) or surrogate
     if math.comb(num_players, num_removed) <= MAX_EXHAUSTIVE:
         pool = all_masks(num_players, num_players - num_removed)
         return _top(pool, surrogate.mean(pool))[0]
@@ -119,14 +120,14 @@ def expected_improvement(mean_Q: FloatArray, std_Q: FloatArray, best_Q: FloatArr
     return np.where(np.isfinite(best_Q), gain_Q, np.inf)
 
 
-def hopeful(
+def select_by_expected_improvement(
     surrogate: Surrogate,
     sets_QP: BoolArray,
     best_of: Mapping[int, float],
     count: int,
     *,
     pending_MP: BoolArray,
-    worth: float = WORTH,
+    min_improvement: float = MIN_EXPECTED_IMPROVEMENT,
 ) -> BoolArray:
     """The most promising of some sets, in the order in which they were picked, `bool[<=count, P]`.
 
@@ -139,7 +140,7 @@ def hopeful(
         sets_QP: distinct sets, none scored or pending.
         best_of: number removed -> best scored utility; -inf where none is.
         pending_MP: masks that are being scored.
-        worth: expected improvement below which a set is left.
+        min_improvement: expected improvement below which a set is left.
     """
     surrogate = kernel_of(surrogate) or surrogate
     if not len(sets_QP) or count < 1:
@@ -149,13 +150,13 @@ def hopeful(
     share_Q = np.where(best_Q > 0, best_Q, 1.0)
     if not isinstance(surrogate, KernelSurrogate):
         mean_Q, std_Q = surrogate.predict(sets_QP)
-        gain_Q = expected_improvement(mean_Q, DOUBT * std_Q, best_Q) / share_Q
+        gain_Q = expected_improvement(mean_Q, STD_INFLATION * std_Q, best_Q) / share_Q
         order = np.argsort(-gain_Q, kind="stable")[:count]
-        return sets_QP[order[gain_Q[order] > worth]]
+        return sets_QP[order[gain_Q[order] > min_improvement]]
     sets_QP, rows = _shortened(surrogate, sets_QP, best_Q)
     removed_Q, best_Q, share_Q = removed_Q[rows], best_Q[rows], share_Q[rows]
     mean_Q, cov_QQ = surrogate.joint(np.concatenate([pending_MP, sets_QP]))
-    cov_QQ *= DOUBT**2
+    cov_QQ *= STD_INFLATION**2
     for row in range(len(pending_MP)):
         _take_as_scored(cov_QQ, row)
     known = len(pending_MP)
@@ -171,7 +172,7 @@ def hopeful(
             best_Q = np.where(removed_Q == removed_Q[pick], mean_Q[pick], best_Q)
         else:
             pick = int(np.argmax(np.where(free_Q, gain_Q, -np.inf)))
-            if gain_Q[pick] <= worth:
+            if gain_Q[pick] <= min_improvement:
                 break
         picked.append(pick)
         free_Q[pick] = False
@@ -186,7 +187,7 @@ def _shortened(
     rows = np.arange(len(sets_QP))
     if len(sets_QP) > _MOST_JOINT:
         mean_Q, std_Q = surrogate.predict(sets_QP)
-        gain_Q = expected_improvement(mean_Q, DOUBT * std_Q, best_Q)
+        gain_Q = expected_improvement(mean_Q, STD_INFLATION * std_Q, best_Q)
         rows = np.sort(np.argsort(-gain_Q, kind="stable")[:_MOST_JOINT])
     return sets_QP[rows], rows
 
@@ -198,7 +199,7 @@ def _take_as_scored(cov_QQ: FloatArray, row: int) -> None:
         cov_QQ -= np.outer(half_Q, half_Q)
 
 
-def chance_of_better(
+def probability_of_improvement(
     surrogate: Surrogate, sets_QP: BoolArray, best: float, gain: float
 ) -> FloatArray:
     """Probability of each unscored set of one size to beat the best by a share, `float64[Q]`.
@@ -210,4 +211,4 @@ def chance_of_better(
     """
     mean_Q, std_Q = surrogate.predict(sets_QP)
     target = best / (1.0 - gain) if best > 0 else best + gain
-    return norm.sf((target - mean_Q) / np.maximum(DOUBT * std_Q, 1e-12))
+    return norm.sf((target - mean_Q) / np.maximum(STD_INFLATION * std_Q, 1e-12))

@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lpserve.analysis.analyse import Outcome
-from lpserve.analysis.record import write_scores
+from lpserve.analysis.record import write_record_file
 from lpserve.analysis.stability import SETTLED, Stability
 from lpserve.plan.plan import Plan, PlanEntry
 from lpserve.store.run_folder import RunFolder
@@ -23,7 +23,7 @@ SVG_WIDTH, SVG_HEIGHT, SVG_PAD = 640, 260, 48
 
 def write_outputs(folder: RunFolder, outcome: Outcome, *, config_json: dict[str, Any]) -> None:
     """Write every result file, each whole or not at all; plan.json last."""
-    write_scores(folder.path / "scores.npz", outcome.scored)
+    write_record_file(folder.path / "scores.npz", outcome.scored)
     folder.write("shapley.csv", shapley_csv(outcome))
     if outcome.analysis.interactions_PP is not None:
         folder.write("interactions.csv", interactions_csv(outcome))
@@ -37,19 +37,42 @@ def shapley_csv(outcome: Outcome) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["player", "layer", "part", "value", "stderr", "window_stderr", "total_stderr",
-         "low90", "high90", "p_lowest", "k_min", "k_max", "estimator"]
-    )  # fmt: skip
+        [
+            "player",
+            "layer",
+            "part",
+            "value",
+            "stderr",
+            "window_stderr",
+            "total_stderr",
+            "low90",
+            "high90",
+            "p_lowest",
+            "k_min",
+            "k_max",
+            "estimator",
+        ]
+    )
     window_P = values.window_stderr_P
     for player in outcome.scored.players:
         i = player.index
         value, total = float(values.values_P[i]), float(values.total_stderr_P[i])
         writer.writerow(
-            [i, player.layer, player.part, repr(value), repr(float(values.stderr_P[i])),
-             "" if window_P is None else repr(float(window_P[i])), repr(total),
-             repr(value - Z90 * total), repr(value + Z90 * total),
-             float(outcome.analysis.lowest_probability_P[i]), *values.sizes, values.estimator]
-        )  # fmt: skip
+            [
+                i,
+                player.layer,
+                player.part,
+                repr(value),
+                repr(float(values.stderr_P[i])),
+                "" if window_P is None else repr(float(window_P[i])),
+                repr(total),
+                repr(value - Z90 * total),
+                repr(value + Z90 * total),
+                float(outcome.analysis.lowest_probability_P[i]),
+                *values.sizes,
+                values.estimator,
+            ]
+        )
     return text.getvalue()
 
 
@@ -102,9 +125,12 @@ def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
 def page(template: str, **values: Any) -> str:
     """A page of `templates/`, filled in; a value that is missing is an error."""
     environment = Environment(
-        loader=PackageLoader("lpserve.report"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("lpserve.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return environment.get_template(template).render(**values)
 
 
@@ -163,12 +189,15 @@ def _bars(outcome: Outcome) -> dict[str, Any]:
         top, bottom = y(max(float(value), 0.0)), y(min(float(value), 0.0))
         bars.append(
             {
-                "x": round(SVG_PAD + i * step + 0.15 * step, 1), "width": round(0.7 * step, 1),
-                "y": top, "height": round(max(bottom - top, 0.5), 1),
+                "x": round(SVG_PAD + i * step + 0.15 * step, 1),
+                "width": round(0.7 * step, 1),
+                "y": top,
+                "height": round(max(bottom - top, 0.5), 1),
                 "middle": round(SVG_PAD + (i + 0.5) * step, 1),
-                "low": y(float(value - half_P[i])), "high": y(float(value + half_P[i])),
+                "low": y(float(value - half_P[i])),
+                "high": y(float(value + half_P[i])),
                 "player": i,
             }
-        )  # fmt: skip
+        )
     ticks = [(y(float(t)), f"{t:.3g}") for t in np.linspace(low, high, 5)]
     return {"bars": bars, "zero": y(0.0), "y_ticks": ticks}

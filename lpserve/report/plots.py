@@ -27,15 +27,21 @@ def plot_values(values: ShapleyValues) -> Figure:
     players = np.arange(len(values.values_P))
     axes.bar(players, values.values_P, color="#8db6f2")
     axes.errorbar(
-        players, values.values_P, yerr=Z90 * np.nan_to_num(values.total_stderr_P), fmt="none",
-        ecolor="#1c2733", elinewidth=1, capsize=2,
-    )  # fmt: skip
+        players,
+        values.values_P,
+        yerr=Z90 * np.nan_to_num(values.total_stderr_P),
+        fmt="none",
+        ecolor="#1c2733",
+        elinewidth=1,
+        capsize=2,
+    )
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_xlabel("layer")
     axes.set_ylabel(
-        "Shapley value" if values.is_shapley
+        "Shapley value"
+        if values.is_shapley
         else f"value, coalitions of {values.sizes[0]} to {values.sizes[1]}"
-    )  # fmt: skip
+    )
     axes.set_title("90% intervals", fontsize="small", loc="left")
     return figure
 

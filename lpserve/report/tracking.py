@@ -91,9 +91,14 @@ class Tracking:
             raise InputError(f"mlflow {self.uri} cannot be written to: {_line(error)}") from None
 
     def _log(
-        self, folder: Path, params: Mapping[str, Any], metrics: Sequence[Metric],
-        files: Sequence[Path], parent: str | None, tags: Mapping[str, str],
-    ) -> str:  # fmt: skip
+        self,
+        folder: Path,
+        params: Mapping[str, Any],
+        metrics: Sequence[Metric],
+        files: Sequence[Path],
+        parent: str | None,
+        tags: Mapping[str, str],
+    ) -> str:
         from mlflow.entities import Metric as Logged
         from mlflow.entities import Param, RunTag
 
@@ -138,29 +143,44 @@ class Tracking:
 
 
 def log_run(
-    tracking: Tracking, config: Mapping[str, Any], folder: Path, plan: Plan,
-    values_P: Sequence[float], stderr_P: Sequence[float], parent: str | None = None,
-) -> str:  # fmt: skip
+    tracking: Tracking,
+    config: Mapping[str, Any],
+    folder: Path,
+    plan: Plan,
+    values_P: Sequence[float],
+    stderr_P: Sequence[float],
+    parent: str | None = None,
+) -> str:
     """Log what a run found: its config, plan, values and files; raises InputError."""
     pairs = [("value", values_P), ("value_stderr", stderr_P)]
-    values = [Metric(name=name, value=float(number), step=player)
-              for name, numbers in pairs for player, number in enumerate(numbers)]  # fmt: skip
+    values = [
+        Metric(name=name, value=float(number), step=player)
+        for name, numbers in pairs
+        for player, number in enumerate(numbers)
+    ]
     return tracking.log(
-        folder, params=flat(config), metrics=[*plan_metrics(plan), *values],
-        files=run_files(folder), parent=parent,
-    )  # fmt: skip
+        folder,
+        params=flat(config),
+        metrics=[*plan_metrics(plan), *values],
+        files=run_files(folder),
+        parent=parent,
+    )
 
 
-def tell_run(
-    tracking: Tracking, config: Mapping[str, Any], folder: Path, plan: Plan,
-    values: ShapleyValues, tell: Callable[[str], None],
-) -> None:  # fmt: skip
+def log_finished_run(
+    tracking: Tracking,
+    config: Mapping[str, Any],
+    folder: Path,
+    plan: Plan,
+    values: ShapleyValues,
+    log: Callable[[str], None],
+) -> None:
     """Log a run that just finished; a server that has gone away meanwhile is told."""
     values_P, stderr_P = values.values_P.tolist(), values.total_stderr_P.tolist()
     try:
         log_run(tracking, config, folder, plan, values_P, stderr_P)
     except InputError as error:
-        tell(f"{error}; the run is finished: give the same command again to log it")
+        log(f"{error}; the run is finished: give the same command again to log it")
 
 
 def plan_metrics(plan: Plan) -> list[Metric]:

@@ -71,7 +71,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class Answer:
     """An `Ask` with its answer."""
 
     ask: Ask
@@ -87,7 +87,7 @@ def drive(
     score: Callable[[Ask], FloatArray],
     budget: int,
     num_windows: int | None = None,
-) -> list[Scored]:
+) -> list[Answer]:
     """Run a proposer to its end or to a number of masks; all that was scored, in order.
 
     Args:
@@ -95,13 +95,13 @@ def drive(
             exceed it is cut where it does, and the proposer is closed without its answer.
         num_windows: of the game; a mask on some of them then counts for its share.
     """
-    record: list[Scored] = []
+    record: list[Answer] = []
     seen: dict[bytes, set[int]] = {}
     with closing(proposer), suppress(StopIteration):
         ask = next(proposer)
         while len(masks_MP := _within(ask, seen, budget, num_windows)):
             part = Ask(masks_MP, ask.windows)
-            record.append(Scored(part, score(part)))
+            record.append(Answer(part, score(part)))
             if len(masks_MP) < len(ask.masks_MP):
                 break
             ask = proposer.send(record[-1].nll_M)
@@ -125,7 +125,7 @@ def _within(
     return ask.masks_MP
 
 
-def best_sets(record: Sequence[Scored]) -> dict[int, tuple[BoolArray, float]]:
+def best_sets(record: Sequence[Answer]) -> dict[int, tuple[BoolArray, float]]:
     """Number removed -> the best mask scored on all windows and its NLL, ties to the smaller key.
 
     Sizes without a finite score are not in it.
@@ -184,7 +184,7 @@ def block_influence(influence_P: FloatArray, max_removed: int) -> Proposer:
     yield from _ranked(influence_P, max_removed)
 
 
-def best_block(distance_LL: FloatArray, max_removed: int) -> Proposer:
+def contiguous_layers(distance_LL: FloatArray, max_removed: int) -> Proposer:
     """Gromov et al. (arXiv 2403.17887): the r players in a row whose two ends are most alike.
 
     Args:
@@ -209,8 +209,9 @@ def taylor(importance_P: FloatArray, max_removed: int) -> Proposer:
     spared_P = np.ones(len(importance_P), dtype=bool)
     spared_P[TAYLOR_SPARED_FIRST : len(importance_P) - TAYLOR_SPARED_LAST] = False
     # the spared ones come last, in the same order
-    yield from _ranked(np.where(spared_P, importance_P + importance_P.sum(), importance_P),
-                       max_removed)  # fmt: skip
+    yield from _ranked(
+        np.where(spared_P, importance_P + importance_P.sum(), importance_P), max_removed
+    )
 
 
 def _ranked(values_P: FloatArray, max_removed: int) -> Proposer:

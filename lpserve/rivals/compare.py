@@ -26,7 +26,7 @@ from lpserve.masks import full_mask, removed_players
 from lpserve.plan.layer_sets import LayerSet, masks_of
 from lpserve.rivals import baselines
 from lpserve.rivals.accounting import Spent
-from lpserve.rivals.baselines import Ask, Proposer, Scored, best_sets, drive
+from lpserve.rivals.baselines import Answer, Ask, Proposer, best_sets, drive
 from lpserve.rounds.planner import RoundSettings
 from lpserve.runner.setup import num_players_of, windows_of
 from lpserve.scoring.progress import Progress
@@ -123,9 +123,13 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     with ScoringSession(
-        config, calibration, store=folder / "scores.sqlite", holder=f"a comparison in {folder}",
-        longest=heldout.length, progress=progress,
-    ) as session:  # fmt: skip
+        config,
+        calibration,
+        store=folder / "scores.sqlite",
+        holder=f"a comparison in {folder}",
+        longest=heldout.length,
+        progress=progress,
+    ) as session:
         comparison = _Comparing(config, session, calibration, heldout, most).run()
         _write(folder, config, session, comparison)
     return comparison
@@ -144,9 +148,14 @@ def _check_budget(config: CompareConfig, num_players: int, most: int) -> None:
 
 def _our_settings(config: CompareConfig, num_players: int, most: int) -> RoundSettings:
     return RoundSettings(
-        num_players=num_players, max_removed=most, sizes=(num_players - most, num_players - 1),
-        seed=config.seed, surrogate="auto", round_size=num_players, goal="plan",
-    )  # fmt: skip
+        num_players=num_players,
+        max_removed=most,
+        sizes=(num_players - most, num_players - 1),
+        seed=config.seed,
+        surrogate="auto",
+        round_size=num_players,
+        goal="plan",
+    )
 
 
 def _proposer(
@@ -206,12 +215,14 @@ class _Comparing:
         full = self._mean("whole model", masks_MP[:1], self._calibration)[0]
         found = [
             Found(
-                rival=name, num_removed=len(removed_players(mask_P)),
-                removed=removed_players(mask_P), calibration_ppl=float(perplexity(nll)),
+                rival=name,
+                num_removed=len(removed_players(mask_P)),
+                removed=removed_players(mask_P),
+                calibration_ppl=float(perplexity(nll)),
                 heldout_ppl=float(perplexity(heldout)),
             )
             for (name, mask_P, nll), heldout in zip(sets, heldout_M[1:], strict=True)
-        ]  # fmt: skip
+        ]
         return Comparison(
             found=tuple(found),
             costs=tuple(costs),
@@ -221,7 +232,7 @@ class _Comparing:
             masks_read=self._session.masks_read,
         )
 
-    def _driven(self, name: str) -> tuple[list[Scored], str]:
+    def _driven(self, name: str) -> tuple[list[Answer], str]:
         """What a rival scored, and what it did beside."""
         note = ""
         if name in NEEDS_ENGINE:
@@ -233,9 +244,11 @@ class _Comparing:
                 name, self._config, self._players, self._most, self._calibration.num_windows
             )
         record = drive(
-            proposer, lambda ask: self._score(name, ask), self._config.budget,
+            proposer,
+            lambda ask: self._score(name, ask),
+            self._config.budget,
             self._calibration.num_windows,
-        )  # fmt: skip
+        )
         return record, note
 
     def _inside(self, name: str) -> tuple[Proposer | None, str]:
@@ -253,7 +266,7 @@ class _Comparing:
         note = "one forward pass over the calibration windows"
         if name == "shortgpt":
             return baselines.block_influence(self._states.influence_P, self._most), note
-        return baselines.best_block(self._states.distance_LL, self._most), note
+        return baselines.contiguous_layers(self._states.distance_LL, self._most), note
 
     def _score(self, stage: str, ask: Ask) -> FloatArray:
         windows = self._calibration
@@ -265,14 +278,17 @@ class _Comparing:
         nll_MN = self._session.score(masks_MP, windows, stage=stage)["nll"].astype(np.float64)
         return np.asarray(nll_MN.sum(axis=1) / windows.num_tokens_N.sum(), dtype=np.float64)
 
-    def _cost(self, name: str, record: Sequence[Scored], note: str) -> Cost:
+    def _cost(self, name: str, record: Sequence[Answer], note: str) -> Cost:
         spent = Spent(self._calibration.num_windows)
         for scored in record:
             spent.add(scored.ask)
         return Cost(
-            rival=name, masks=spent.masks, tokens=spent.tokens(self._calibration.lengths_N),
-            layer_forwards=spent.forwards, note=note,
-        )  # fmt: skip
+            rival=name,
+            masks=spent.masks,
+            tokens=spent.tokens(self._calibration.lengths_N),
+            layer_forwards=spent.forwards,
+            note=note,
+        )
 
 
 def _if_it_can(method: str) -> Callable[[Any], Any]:
@@ -289,23 +305,37 @@ def _write(
     writer = csv.writer(found, lineterminator="\n")
     writer.writerow(["rival", "num_removed", "removed", "calibration_ppl", "heldout_ppl"])
     for f in comparison.found:
-        writer.writerow([f.rival, f.num_removed, " ".join(map(str, f.removed)),
-                         repr(f.calibration_ppl), repr(f.heldout_ppl)])  # fmt: skip
+        writer.writerow(
+            [
+                f.rival,
+                f.num_removed,
+                " ".join(map(str, f.removed)),
+                repr(f.calibration_ppl),
+                repr(f.heldout_ppl),
+            ]
+        )
     writer = csv.writer(costs, lineterminator="\n")
     writer.writerow(["rival", "source", "masks", "tokens", "layer_forwards", "note"])
     for c in comparison.costs:
-        writer.writerow([c.rival, SOURCES[c.rival], c.masks, c.tokens, repr(c.layer_forwards),
-                         c.note])  # fmt: skip
+        writer.writerow(
+            [c.rival, SOURCES[c.rival], c.masks, c.tokens, repr(c.layer_forwards), c.note]
+        )
     about = {
-        "format": RESULTS_FORMAT, "model": info.model, "model_hash": info.model_hash,
+        "format": RESULTS_FORMAT,
+        "model": info.model,
+        "model_hash": info.model_hash,
         "engine": {"kind": info.kind, "path": info.path, "dtype": info.dtype},
-        "calibration": config.calibration, "heldout": config.heldout,
-        "num_windows": config.num_windows, "length": config.length, "budget": config.budget,
-        "seed": config.seed, "window_seed": config.window_seed,
+        "calibration": config.calibration,
+        "heldout": config.heldout,
+        "num_windows": config.num_windows,
+        "length": config.length,
+        "budget": config.budget,
+        "seed": config.seed,
+        "window_seed": config.window_seed,
         "full_calibration_ppl": comparison.full_calibration_ppl,
         "full_heldout_ppl": comparison.full_heldout_ppl,
         "versions": {"lpserve": lpserve.__version__, **info.versions},
-    }  # fmt: skip
+    }
     (folder / "results.csv").write_text(found.getvalue(), encoding="utf-8")
     (folder / "costs.csv").write_text(costs.getvalue(), encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

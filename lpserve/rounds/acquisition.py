@@ -66,7 +66,7 @@ def _branches(masks_MP: BoolArray, rng: np.random.Generator) -> BoolArray:
     return np.take_along_axis(masks_MP, np.argsort(place_MP, axis=1), axis=1)
 
 
-def most_telling(
+def select_for_values(
     surrogate: KernelSurrogate,
     sizes: tuple[int, int],
     pool_QP: BoolArray,
@@ -83,7 +83,7 @@ def most_telling(
         head_cost: the head's share of a mask's cost, in layer-forwards.
     """
     masks_MP = np.concatenate([pending_MP, pool_QP])
-    left = _Left(surrogate, sizes, masks_MP, room=len(pending_MP) + count)
+    left = _Posterior(surrogate, sizes, masks_MP, room=len(pending_MP) + count)
     for row in range(len(pending_MP)):
         left.score(row)
     free_M = np.arange(len(masks_MP)) >= len(pending_MP)
@@ -99,7 +99,7 @@ def most_telling(
     return masks_MP[picked]
 
 
-class _Left:
+class _Posterior:
     """What is left to learn of some masks and of the values, given those scored or picked."""
 
     def __init__(

@@ -36,11 +36,17 @@ from numpy.typing import NDArray
 from lpserve.config import STOP_GAIN
 from lpserve.masks import StratifiedDesign, drop_one, full_mask, keys, removed_players, without
 from lpserve.plan.plan import can_be_best, greedy_path, ranking_mask
-from lpserve.plan.search import WORTH, chance_of_better, hopeful, likely_best, starts
-from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, most_telling
+from lpserve.plan.search import (
+    MIN_EXPECTED_IMPROVEMENT,
+    best_predicted_sets,
+    probability_of_improvement,
+    select_by_expected_improvement,
+    starts,
+)
+from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, select_for_values
 from lpserve.rounds.history import History, Round
 from lpserve.rounds.screening import estimated
-from lpserve.surrogate import Surrogate, guide_of, make_surrogate
+from lpserve.surrogate import Surrogate, acquisition_model, make_surrogate
 from lpserve.types import Z90, BoolArray, FloatArray
 from lpserve.values.shapley import kernel_values, value_calibration
 
@@ -53,8 +59,8 @@ _WALK_SIZE, _WALK_SHARE = 8, 8
 """Masks of a round while the greedy path is walked, at least, and as a part of `round_size`."""
 _LIKED = 4  # sets liked the round before that a beam search starts from
 _PROMOTION_WORTH = 1e-3
-"""Expected improvement (as `search.WORTH`) that is worth a screened set's other windows at once:
-most will look worse when more is known, and the rest is promoted in the end."""
+"""Expected improvement (as `search.MIN_EXPECTED_IMPROVEMENT`) that is worth a screened set's other
+windows at once: most will look worse when more is known, and the rest is promoted in the end."""
 _RULE_ROUNDS = 2  # rounds in a row in which a stop rule must hold: one fit may be a fluke
 
 
@@ -218,7 +224,9 @@ class RoundPlanner:
         self._last = self._last[:0]
         if not self._fit(masks_MP, utilities_M, guess_M, noise_M):
             return self._finish([])
-        return self._finish([], self._promoted(masks_MP, search_M, guess_M, WORTH))
+        return self._finish(
+            [], self._promoted(masks_MP, search_M, guess_M, MIN_EXPECTED_IMPROVEMENT)
+        )
 
     def _guessed(
         self, masks_MP: BoolArray, loss_MN: NDArray[np.float32], search_M: FloatArray
@@ -248,14 +256,18 @@ class RoundPlanner:
         return True
 
     def _promoted(
-        self, masks_MP: BoolArray, search_M: FloatArray, guess_M: FloatArray, worth: float
+        self, masks_MP: BoolArray, search_M: FloatArray, guess_M: FloatArray, min_improvement: float
     ) -> list[BoolArray]:
         """Screened sets that may beat the best one of their size on all windows."""
         waiting_QP = self._waiting(masks_MP, guess_M)
-        picks_QP = hopeful(
-            self._searcher, waiting_QP, self._best_of(masks_MP, search_M),
-            self._settings.round_size, pending_MP=self._last, worth=worth,
-        )  # fmt: skip
+        picks_QP = select_by_expected_improvement(
+            self._searcher,
+            waiting_QP,
+            self._best_of(masks_MP, search_M),
+            self._settings.round_size,
+            pending_MP=self._last,
+            min_improvement=min_improvement,
+        )
         self._screened.difference_update(keys(picks_QP))
         return list(picks_QP)
 
@@ -304,13 +316,13 @@ class RoundPlanner:
             if not np.isfinite(best_of[r]):
                 return False
             rivals_QP = np.concatenate([sets_QP, waiting_QP[removed_Q == r]])
-            chance_Q = chance_of_better(self._searcher, rivals_QP, best_of[r], rules.gain)
+            chance_Q = probability_of_improvement(self._searcher, rivals_QP, best_of[r], rules.gain)
             if chance_Q.max(initial=0.0) > rules.chance:
                 return False
         return True
 
     def _narrow(self, width: float) -> bool:
-        kernel = guide_of(self.surrogate)
+        kernel = acquisition_model(self.surrogate)
         if kernel is None:
             return False
         sizes = self._settings.sizes
@@ -321,17 +333,21 @@ class RoundPlanner:
 
     def _telling(self, index: int, count: int, batch: Sequence[BoolArray]) -> list[BoolArray]:
         """Masks that say most about the values; none from a surrogate that cannot tell."""
-        kernel = guide_of(self.surrogate)
+        kernel = acquisition_model(self.surrogate)
         if kernel is None or kernel.kernel is None or count < 1:
             return []
         settings = self._settings
         rng = np.random.default_rng([settings.seed, index])
         pool = candidate_pool(settings.num_players, settings.sizes, rng)
         pool = pool[[key not in self._seen for key in keys(pool)]]
-        picks = most_telling(
-            kernel, settings.sizes, pool, count,
-            pending_MP=self._pending(batch), head_cost=HEAD_COST,
-        )  # fmt: skip
+        picks = select_for_values(
+            kernel,
+            settings.sizes,
+            pool,
+            count,
+            pending_MP=self._pending(batch),
+            head_cost=HEAD_COST,
+        )
         return self._offer(picks, "values", screened=settings.goal == "plan")
 
     def _due(self, num_masks: int) -> bool:
@@ -372,11 +388,11 @@ class RoundPlanner:
         if values_P is not None:
             begin.append(ranking_mask(values_P, num_removed))
         begin += list(self._liked.get(num_removed, [])[:_LIKED])
-        return likely_best(self._searcher, players, num_removed, np.array(begin))
+        return best_predicted_sets(self._searcher, players, num_removed, np.array(begin))
 
     def _current_values(self) -> FloatArray | None:
         """Values from the surrogate as it stands, where it has a closed form."""
-        kernel = guide_of(self.surrogate)
+        kernel = acquisition_model(self.surrogate)
         if self._values_P is None and kernel is not None:
             self._values_P = kernel_values(kernel, self._settings.sizes).values_P
         return self._values_P
@@ -386,10 +402,13 @@ class RoundPlanner:
     ) -> BoolArray:
         """Unseen sets that may beat the best scored one of their size; all r compete."""
         likely = self._likely(masks_MP, search_M)
-        return hopeful(
-            self._searcher, np.concatenate(list(likely.values())),
-            self._best_of(masks_MP, search_M), count, pending_MP=self._pending(batch),
-        )  # fmt: skip
+        return select_by_expected_improvement(
+            self._searcher,
+            np.concatenate(list(likely.values())),
+            self._best_of(masks_MP, search_M),
+            count,
+            pending_MP=self._pending(batch),
+        )
 
     def _pending(self, batch: Sequence[BoolArray]) -> BoolArray:
         """What is being scored while this round is chosen, and what it has chosen so far."""

@@ -28,34 +28,34 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from lpserve.analysis.analyse import Outcome, analyse, candidate_masks, make_plan
-from lpserve.analysis.record import ScoredRun
+from lpserve.analysis.record import RunRecord
 from lpserve.config import RunConfig, as_json
-from lpserve.data.items import Sample, write_samples
-from lpserve.engine.base import check_also
+from lpserve.data.items import ItemSet, write_item_sets
+from lpserve.engine.base import check_extra_metrics
 from lpserve.errors import LpserveError
 from lpserve.masks import from_keys, key_text, keys
 from lpserve.plan import search
 from lpserve.report.page import write_outputs
-from lpserve.report.tracking import Tracking, tell_run
+from lpserve.report.tracking import Tracking, log_finished_run
 from lpserve.rounds.history import History, Round
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.screening import screen_rows
 from lpserve.runner.background import in_background
 from lpserve.runner.setup import (
     check_model,
+    check_same_game,
+    check_same_windows,
     described,
-    refuse_other_game,
-    refuse_other_windows,
+    item_sets_of,
     round_settings,
-    samples_of,
 )
 from lpserve.scoring.dispatcher import GivenUp
 from lpserve.scoring.open import engine_spec, open_pool
 from lpserve.scoring.pool import EnginePool, UnitResult
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import POLL_S, Scoring
-from lpserve.scoring.signals import Signals, heeded_signals
-from lpserve.scoring.tracker import Request, Scoreboard
+from lpserve.scoring.signals import Signals, trap_signals
+from lpserve.scoring.tracker import Request, ScoreTracker
 from lpserve.store.run_folder import RunFolder
 from lpserve.store.store import Store
 from lpserve.types import (
@@ -98,7 +98,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         EngineError: no engine could start.
     """
     config = check_model(config)
-    calibration, heldout = samples_of(config)
+    calibration, heldout = item_sets_of(config)
     if config.screen_windows:
         screen_rows(calibration.corpora, config.screen_windows)  # refused before an engine starts
     progress = progress or Progress(interval_s=config.progress_s)
@@ -106,7 +106,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     with ExitStack() as stack:
         folder = stack.enter_context(closing(RunFolder(config.out)))
         stored = _same_run(folder, config, calibration, heldout)
-        signals = stack.enter_context(heeded_signals())
+        signals = stack.enter_context(trap_signals())
         store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
         longest = max(calibration.windows.length, heldout.windows.length)
         spec = engine_spec(config, stored, longest)
@@ -116,7 +116,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         result = _at_work(config, folder, stored, (calibration, heldout), seat, progress, None, ())
         if tracking is not None:
             plan, values = result.outcome.plan, result.outcome.analysis.values
-            tell_run(tracking, as_json(config), result.folder, plan, values, progress.note)
+            log_finished_run(tracking, as_json(config), result.folder, plan, values, progress.note)
         return result
 
 
@@ -131,12 +131,12 @@ class Seat:
 
 def run_at(
     config: RunConfig,
-    samples: tuple[Sample, Sample],
+    samples: tuple[ItemSet, ItemSet],
     seat: Seat,
     progress: Progress,
     *,
-    masks_of: ScoredRun | None = None,
-    also: tuple[str, ...] = (),
+    masks_of: RunRecord | None = None,
+    extra_metrics: tuple[str, ...] = (),
 ) -> RunResult:
     """A run at engines that are open, on calibration and held-out samples that are cut.
 
@@ -144,17 +144,17 @@ def run_at(
         config: with every default filled in (`admission.check_model`).
         masks_of: another run of the same game whose windows hold these: its first `budget` masks
             are read again and no other mask is scored, but for the held-out check.
-        also: metrics that others will ask of the same masks: scored in the same pass.
+        extra_metrics: metrics that others will ask of the same masks: scored in the same pass.
 
     Raises: as `run`.
     """
     with closing(RunFolder(config.out)) as folder:
         stored = _same_run(folder, config, samples[0], None)
-        return _at_work(config, folder, stored, samples, seat, progress, masks_of, also)
+        return _at_work(config, folder, stored, samples, seat, progress, masks_of, extra_metrics)
 
 
 def _same_run(
-    folder: RunFolder, config: RunConfig, calibration: Sample, heldout: Sample | None
+    folder: RunFolder, config: RunConfig, calibration: ItemSet, heldout: ItemSet | None
 ) -> dict[str, Any] | None:
     """What an earlier run left in the folder, if it is this run's to go on with.
 
@@ -162,8 +162,8 @@ def _same_run(
     """
     stored = folder.read_config()
     if stored is not None:
-        folder.refuse_other(stored, as_json(config), () if heldout else ("store", "device"))
-        refuse_other_windows(folder, stored, calibration, heldout)
+        folder.check_same_config(stored, as_json(config), () if heldout else ("store", "device"))
+        check_same_windows(folder, stored, calibration, heldout)
     return stored
 
 
@@ -171,17 +171,17 @@ def _at_work(
     config: RunConfig,
     folder: RunFolder,
     stored: dict[str, Any] | None,
-    samples: tuple[Sample, Sample],
+    samples: tuple[ItemSet, ItemSet],
     seat: Seat,
     progress: Progress,
-    masks_of: ScoredRun | None,
-    also: tuple[str, ...],
+    masks_of: RunRecord | None,
+    extra_metrics: tuple[str, ...],
 ) -> RunResult:
     if stored is not None:
-        refuse_other_game(folder, stored, seat.pool.info)
+        check_same_game(folder, stored, seat.pool.info)
     metric = metric_of(config.utility)
-    metrics = tuple(dict.fromkeys(m for m in (metric, *also) if m != "nll"))
-    check_also(seat.pool.info, metrics)  # before the folder is this run's
+    metrics = tuple(dict.fromkeys(m for m in (metric, *extra_metrics) if m != "nll"))
+    check_extra_metrics(seat.pool.info, metrics)  # before the folder is this run's
     folder.begun = True
     job = _Job(config, folder, seat, *samples, progress, metrics)
     seat.signals.at_work = True
@@ -226,8 +226,8 @@ class _Job:
         config: RunConfig,
         folder: RunFolder,
         seat: Seat,
-        calibration: Sample,
-        heldout: Sample,
+        calibration: ItemSet,
+        heldout: ItemSet,
         progress: Progress,
         metrics: tuple[str, ...],
     ) -> None:
@@ -247,35 +247,37 @@ class _Job:
         self.settings = round_settings(config, pool.info.num_players)
         self.planner = RoundPlanner(
             self.settings,
-            lambda loss_MU: self.utility(config.utility, loss_MU),
-            None if config.utility == search.UTILITY
-            else lambda loss_MU: self.utility(search.UTILITY, loss_MU),
-            None if self.screen is None
-            else lambda loss_MU: self.utility(search.UTILITY, loss_MU, self.screen),
-        )  # fmt: skip
-        self.weight_U = loss_weights(config.utility, calibration.num_tokens_U)
-        scale = loss_scale(config.utility, calibration.num_tokens_U)
-        self.search_weight_U = (self.weight_U * scale).astype(np.float64)
+            lambda loss_MI: self.utility(config.utility, loss_MI),
+            None
+            if config.utility == search.UTILITY
+            else lambda loss_MI: self.utility(search.UTILITY, loss_MI),
+            None
+            if self.screen is None
+            else lambda loss_MI: self.utility(search.UTILITY, loss_MI, self.screen),
+        )
+        self.weight_I = loss_weights(config.utility, calibration.num_tokens_I)
+        scale = loss_scale(config.utility, calibration.num_tokens_I)
+        self.search_weight_I = (self.weight_I * scale).astype(np.float64)
         self.history = History()
         """Losses, which decide."""
         self.told = History()
         """NLLs, which perplexities are told from; the same where the utility is `neg_nll`."""
-        self._full_loss_U: NDArray[np.float32] | None = None
+        self._full_loss_I: NDArray[np.float32] | None = None
         self._ended, self._noise = "", 0.0
         self.scores_new = 0
 
-    def _board(self, sample: Sample, screen: IntArray | None) -> Scoreboard:
+    def _board(self, sample: ItemSet, screen: IntArray | None) -> ScoreTracker:
         rows = None if screen is None else sample.window_rows(screen)
         where = (self.store, self.game, sample.windows, self.dispatcher)
-        return Scoreboard(*where, screen=rows, also=self.metrics)
+        return ScoreTracker(*where, screen=rows, extra_metrics=self.metrics)
 
     def utility(
-        self, name: str, loss_MU: NDArray[np.float32], units: IntArray | None = None
+        self, name: str, loss_MI: NDArray[np.float32], units: IntArray | None = None
     ) -> FloatArray:
         """See `types.known_utilities`."""
-        assert self._full_loss_U is not None
-        weight_U = self.weight_U if name == self.config.utility else self.search_weight_U
-        return known_utilities(name, loss_MU, weight_U, self._full_loss_U, units)
+        assert self._full_loss_I is not None
+        weight_I = self.weight_I if name == self.config.utility else self.search_weight_I
+        return known_utilities(name, loss_MI, weight_I, self._full_loss_I, units)
 
     # -- scoring -------------------------------------------------------------------------------
 
@@ -297,9 +299,13 @@ class _Job:
                 if len(found.all_masks):
                     pending.append(self._ask(found))
                     self.folder.event(
-                        "round", round=next_round, masks=len(found), asked=asked,
-                        screened=int((~found.whole_M).sum()), promoted=len(found.promoted_QP),
-                    )  # fmt: skip
+                        "round",
+                        round=next_round,
+                        masks=len(found),
+                        asked=asked,
+                        screened=int((~found.whole_M).sum()),
+                        promoted=len(found.promoted_QP),
+                    )
                     next_round += 1
             elif proposal is not None and self.dispatcher.idle:
                 wait([proposal], POLL_S)
@@ -336,21 +342,21 @@ class _Job:
 
     def _take(self, masks_MP: BoolArray, values: dict[str, NDArray[np.float32]]) -> None:
         """Masks and their sums `[M, N]` into the history; the first of all is the whole model."""
-        nll_MU = self.calibration.told(values)
-        loss_MU = self.calibration.losses(self.config.utility, values)
-        if self._full_loss_U is None:
-            self._full_loss_U = loss_MU[0]
+        nll_MI = self.calibration.told(values)
+        loss_MI = self.calibration.losses(self.config.utility, values)
+        if self._full_loss_I is None:
+            self._full_loss_I = loss_MI[0]
             of_nll, utility = self.pool.info.noise_nll, self.config.utility
             self._noise = self.calibration.noise(utility, of_nll, values["nll"][0])
-            if not np.isfinite([nll_MU[0], loss_MU[0]]).all():
+            if not np.isfinite([nll_MI[0], loss_MI[0]]).all():
                 what = "the whole model's own score is not finite"
                 raise LpserveError(f"{what}: check the model and the dtype")
         # the planner reads rounds by the number of mask arrays: losses come first
-        for history, values_MU in ((self.told, nll_MU), (self.history, loss_MU)):
-            history.loss.append(values_MU)
+        for history, values_MI in ((self.told, nll_MI), (self.history, loss_MI)):
+            history.loss.append(values_MI)
             history.masks.append(masks_MP)
 
-    def adopt(self, other: ScoredRun) -> None:
+    def adopt(self, other: RunRecord) -> None:
         """Take the first `budget` masks of another run, with their scores on these windows.
 
         Greedy steps that the other passed by are not: what was hopeless there may be best here.
@@ -404,10 +410,10 @@ class _Job:
         if self.progress.update():
             self.pool.publish(state)
 
-    def _show_best(self, masks_MP: BoolArray, nll_MU: NDArray[np.float32]) -> None:
+    def _show_best(self, masks_MP: BoolArray, nll_MI: NDArray[np.float32]) -> None:
         removed_M = (~masks_MP).sum(axis=1)
-        total = self.calibration.num_tokens_U.sum()
-        ppl_M = perplexity(nll_MU.astype(np.float64).sum(axis=1) / total)
+        total = self.calibration.num_tokens_I.sum()
+        ppl_M = perplexity(nll_MI.astype(np.float64).sum(axis=1) / total)
         best = self.progress.state.best
         for removed, ppl in zip(removed_M.tolist(), ppl_M.tolist(), strict=True):
             if 1 <= removed <= self.settings.max_removed and ppl < best.get(removed, np.inf):
@@ -429,25 +435,29 @@ class _Job:
             self._check_signals()
         self._show()
         scored = replace(
-            scored, heldout_masks_MP=wanted, heldout_nll_MN=self.heldout.told(request.values),
+            scored,
+            heldout_masks_MP=wanted,
+            heldout_nll_MN=self.heldout.told(request.values),
             heldout_loss_MN=self.heldout.other_losses(self.config.utility, request.values),
-        )  # fmt: skip
+        )
         outcome = Outcome(
             scored=scored,
             analysis=analysis,
             plan=make_plan(scored, analysis),
-            quarantined={key_text(k, self.settings.num_players): reason for k, reason in
-                         {**calibration.quarantined, **self.board.quarantined}.items()},
-        )  # fmt: skip
+            quarantined={
+                key_text(k, self.settings.num_players): reason
+                for k, reason in {**calibration.quarantined, **self.board.quarantined}.items()
+            },
+        )
         write_outputs(self.folder, outcome, config_json=self.described)
         self.folder.event("finished", masks_scored=outcome.plan.masks_scored)
         return outcome
 
-    def _scored_run(self) -> ScoredRun:
-        masks_MP, loss_MU = self.history.upto(len(self.history.masks))
-        _, nll_MU = self.told.upto(len(self.history.masks))
+    def _scored_run(self) -> RunRecord:
+        masks_MP, loss_MI = self.history.upto(len(self.history.masks))
+        _, nll_MI = self.told.upto(len(self.history.masks))
         info, config = self.pool.info, self.config
-        return ScoredRun(
+        return RunRecord(
             model=info.model,
             model_hash=info.model_hash,
             players=info.players,
@@ -458,17 +468,17 @@ class _Job:
             seed=config.seed,
             noise_nll=self._noise,
             masks_MP=masks_MP,
-            nll_MN=nll_MU,
-            other_loss_MN=None if has_perplexity(config.utility) else loss_MU,
-            num_tokens_N=self.calibration.num_tokens_U,
+            nll_MN=nll_MI,
+            other_loss_MN=None if has_perplexity(config.utility) else loss_MI,
+            num_tokens_N=self.calibration.num_tokens_I,
             corpora=self.calibration.corpora,
             sources=tuple(self.planner.sources[key] for key in keys(masks_MP)),
             passed_by_MP=from_keys(sorted(self.planner.passed_by), info.num_players),
             stopped=self._why_ended(len(masks_MP)),
             screen=() if self.screen is None else tuple(self.screen.tolist()),
             heldout_masks_MP=masks_MP[:0],
-            heldout_nll_MN=np.empty((0, self.heldout.num_units), dtype=np.float32),
-            heldout_num_tokens_N=self.heldout.num_tokens_U,
+            heldout_nll_MN=np.empty((0, self.heldout.num_items), dtype=np.float32),
+            heldout_num_tokens_N=self.heldout.num_tokens_I,
         )
 
     def _why_ended(self, num_masks: int) -> str:
@@ -486,5 +496,5 @@ class _Job:
         self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
         path = self.folder.path / "windows.npz"
         if not path.exists() or (stored or {}).get("windows") != self.described["windows"]:
-            write_samples(path, self.calibration, self.heldout)
+            write_item_sets(path, self.calibration, self.heldout)
         self.folder.event("started", config=as_json(self.config), pid=os.getpid())

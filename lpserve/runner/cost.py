@@ -40,8 +40,14 @@ _PROPOSALS = 16  # stand-in sets of each size for a round of proposals
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
-_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k",
-           "moe_topk", "top_k_experts")  # fmt: skip
+_ACTIVE = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "top_k_experts",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +73,15 @@ class CostSettings:
     """GiB of one GPU; None: nothing to compare with."""
 
     def __post_init__(self) -> None:
-        whole = {"budget": 1, "num_windows": 1, "heldout_windows": 1, "length": 2, "seed": 0,
-                 "engines": 1, "gpus_per_engine": 1}  # fmt: skip
+        whole = {
+            "budget": 1,
+            "num_windows": 1,
+            "heldout_windows": 1,
+            "length": 2,
+            "seed": 0,
+            "engines": 1,
+            "gpus_per_engine": 1,
+        }
         for name, least in whole.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}: got {getattr(self, name)}")
@@ -175,9 +188,13 @@ def cost(settings: CostSettings) -> Cost:
     players = len(size.layer_parameters_P)
     removed = resolved_max_removed(settings.max_removed, players)
     rounds_settings = RoundSettings(
-        num_players=players, max_removed=removed, sizes=(players - removed, players - 1),
-        seed=settings.seed, surrogate="ridge", round_size=settings.round_size or players,
-    )  # fmt: skip
+        num_players=players,
+        max_removed=removed,
+        sizes=(players - removed, players - 1),
+        seed=settings.seed,
+        surrogate="ridge",
+        round_size=settings.round_size or players,
+    )
     least = rounds_settings.minimum_budget()
     if settings.budget < least:
         raise InputError(
@@ -191,14 +208,20 @@ def cost(settings: CostSettings) -> Cost:
     heldout = _heldout_masks(rounds_settings)
     heldout_tokens = settings.heldout_windows * settings.length
     return Cost(
-        settings=settings, size=size, max_removed=removed,
-        round_size=rounds_settings.round_size, rounds=[len(r) for r in rounds], unit_masks=unit,
+        settings=settings,
+        size=size,
+        max_removed=removed,
+        round_size=rounds_settings.round_size,
+        rounds=[len(r) for r in rounds],
+        unit_masks=unit,
         scoring=_part(units, size, tokens, settings.length),
         heldout=_part(
-            split_units(heldout, len(heldout), settings.engines), size, heldout_tokens,
+            split_units(heldout, len(heldout), settings.engines),
+            size,
+            heldout_tokens,
             settings.length,
         ),
-    )  # fmt: skip
+    )
 
 
 # -- the model ---------------------------------------------------------------------------------
@@ -284,9 +307,10 @@ def _refuse_packed(checkpoint: Checkpoint) -> None:
 
 def _layer_prefix(checkpoint: Checkpoint, players: int) -> str:
     words = {
-        match[1] for entry in checkpoint.tensors
+        match[1]
+        for entry in checkpoint.tensors
         if (match := re.match(r"(?:[^0-9.][^.]*\.)*?([^0-9.][^.]*)\.\d+\.", entry.name))
-    }  # fmt: skip
+    }
     found = []
     for word in sorted(words):
         try:

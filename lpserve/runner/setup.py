@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from lpserve.config import EngineConfig, RunConfig, WindowConfig, as_json, is_task
-from lpserve.data.items import Sample, refuse_shared
-from lpserve.data.tasks import cut_samples
+from lpserve.data.items import ItemSet, check_disjoint
+from lpserve.data.tasks import cut_item_sets
 from lpserve.data.windows import TokenWindows, WindowRequest, cut_windows
 from lpserve.engine.vllm.options import check_options as check_vllm_options
 from lpserve.errors import InputError
@@ -55,31 +55,33 @@ def num_layers(config: dict[str, Any]) -> int:
     raise InputError("the model's config.json names no number of layers")
 
 
-def samples_of(config: RunConfig) -> tuple[Sample, Sample]:
+def item_sets_of(config: RunConfig) -> tuple[ItemSet, ItemSet]:
     """What a run is played on, and what is held out; raises InputError where windows or questions
     cannot be had, do not fit the model, or are on both sides."""
-    config.refuse_idle(num_fewshot=True)
-    parts = cut_samples(
-        _request(config), config.model, include_path=config.include_path,
+    config.check_unused_keys(num_fewshot=True)
+    parts = cut_item_sets(
+        _request(config),
+        config.model,
+        include_path=config.include_path,
         num_fewshot=config.num_fewshot,
-    )  # fmt: skip
-    calibration, heldout = (Sample.concatenate(side) for side in parts)
+    )
+    calibration, heldout = (ItemSet.concatenate(side) for side in parts)
     check_utility(config.utility, calibration, heldout)
     check_sides(config, calibration, heldout)
     return calibration, heldout
 
 
-def check_utility(utility: str, *samples: Sample) -> None:
+def check_utility(utility: str, *samples: ItemSet) -> None:
     """Raise InputError where a utility is not defined on questions."""
     for sample in samples:
         if sample.questions is not None:
             sample.questions.check(utility)
 
 
-def check_sides(config: EngineConfig, calibration: Sample, heldout: Sample) -> None:
+def check_sides(config: EngineConfig, calibration: ItemSet, heldout: ItemSet) -> None:
     """Raise InputError where windows do not fit the model, or are on both sides."""
     check_windows_of(config, calibration.windows, heldout.windows)
-    refuse_shared(calibration, heldout)
+    check_disjoint(calibration, heldout)
 
 
 def windows_of(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:
@@ -136,8 +138,8 @@ def round_settings(config: RunConfig, num_players: int) -> RoundSettings:
 def described(
     config: RunConfig,
     info: EngineInfo,
-    calibration: Sample,
-    heldout: Sample,
+    calibration: ItemSet,
+    heldout: ItemSet,
     stored: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What config.json says: everything needed to repeat the run, beside the windows.
@@ -162,15 +164,20 @@ def described(
             "heldout_corpora": [list(c) for c in heldout.corpora],
         },
         "engine": {
-            "kind": info.kind, "path": info.path, "path_reason": reason,
-            "dtype": info.dtype, "quantization": info.quantization, "device": info.device,
-            "noise_nll": info.noise_nll, "settings": dict(info.settings),
+            "kind": info.kind,
+            "path": info.path,
+            "path_reason": reason,
+            "dtype": info.dtype,
+            "quantization": info.quantization,
+            "device": info.device,
+            "noise_nll": info.noise_nll,
+            "settings": dict(info.settings),
         },
         "versions": {"lpserve": lpserve.__version__, **info.versions},
-    }  # fmt: skip
+    }
 
 
-def refuse_other_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo) -> None:
+def check_same_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo) -> None:
     """Raise InputError when the folder's scores are of another model or other numerics."""
     if stored["model_hash"] != info.model_hash:
         raise InputError(
@@ -186,10 +193,12 @@ def refuse_other_game(folder: RunFolder, stored: dict[str, Any], info: EngineInf
         )
 
 
-def refuse_other_windows(
-    folder: RunFolder, stored: dict[str, Any], calibration: Sample,
-    heldout: Sample | None,
-) -> None:  # fmt: skip
+def check_same_windows(
+    folder: RunFolder,
+    stored: dict[str, Any],
+    calibration: ItemSet,
+    heldout: ItemSet | None,
+) -> None:
     """Raise InputError when a text gives other windows than the folder's run had; None: may."""
     for name, sample in (("calibration", calibration), ("heldout", heldout)):
         if sample is not None and stored["windows"][name] != sample.content_hash:

@@ -32,8 +32,8 @@ import numpy as np
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import EngineError
 from lpserve.masks import sort_distinct
-from lpserve.scoring.pool import EnginePool, Unit, UnitResult
-from lpserve.store.store import Block
+from lpserve.scoring.pool import EnginePool, UnitResult, WorkUnit
+from lpserve.store.store import WindowBlock
 from lpserve.types import BoolArray, FloatArray, Scores, Work
 
 TARGET_UNIT_S = 2.0
@@ -60,12 +60,12 @@ bisect a unit of 64 masks to one bad one (2 + 6 + 2), and some more for a second
 class GivenUp:
     """A mask that no engine could score, alone in its unit, twice."""
 
-    unit: Unit
+    unit: WorkUnit
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Job(Unit):
+class _Job(WorkUnit):
     """A unit and what has happened to it."""
 
     failures: int = 0
@@ -136,7 +136,7 @@ class Dispatcher:
         self._clock = clock
         self._waiting: deque[_Job] = deque()
         self._masks_waiting = 0
-        self._live: dict[Unit, _Held] = {}
+        self._live: dict[WorkUnit, _Held] = {}
         """Units at engines whose answer is wanted."""
         self._engines: Mapping[str, str] = {}
         self._flights: dict[str, deque[_Flight]] = {}
@@ -159,12 +159,19 @@ class Dispatcher:
         return key
 
     def add(
-        self, masks_MP: BoolArray, block: Block, windows: str, also: tuple[str, ...] = ()
+        self,
+        masks_MP: BoolArray,
+        block: WindowBlock,
+        windows: str,
+        extra_metrics: tuple[str, ...] = (),
     ) -> None:
         """Queue masks for registered windows; neighbours in key order stay together, since they
-        share prefixes. `also` names metrics beside the NLL."""
+        share prefixes. `extra_metrics` names metrics beside the NLL."""
         sorted_DP, _ = sort_distinct(masks_MP)
-        self._wait(_Job(masks_MP=sorted_DP, block=block, windows=windows, also=also), first=False)
+        self._wait(
+            _Job(masks_MP=sorted_DP, block=block, windows=windows, extra_metrics=extra_metrics),
+            first=False,
+        )
         self._pump()
 
     @property
@@ -374,7 +381,7 @@ class Dispatcher:
     def _split(self, job: _Job, num_parts: int) -> _Job:
         """Split a mask over windows, for more engines than masks; returns the first part."""
         num_windows = len(job.block.rows)
-        values_CN = np.empty((1 + len(job.also), num_windows))
+        values_CN = np.empty((1 + len(job.extra_metrics), num_windows))
         split = _Split(job=job, values_CN=values_CN, missing=num_parts)
         bounds = np.linspace(0, num_windows, num_parts + 1).astype(int).tolist()
         parts = []
@@ -393,7 +400,7 @@ class Dispatcher:
         if job.part is None or scores is None:
             return result
         split = job.part.split
-        for values_N, metric in zip(split.values_CN, ("nll", *job.also), strict=True):
+        for values_N, metric in zip(split.values_CN, ("nll", *job.extra_metrics), strict=True):
             values_N[job.part.rows] = scores.of(metric)[0]
         split.missing -= 1
         split.work += scores.work
@@ -404,9 +411,11 @@ class Dispatcher:
         work = replace(scores.work, tokens=split.work.tokens, seconds=split.work.seconds)
         nll_1N, *others = split.values_CN[:, None]
         whole = Scores(
-            nll_MN=nll_1N, num_tokens_N=num_tokens_N, work=work,
-            others=dict(zip(job.also, others, strict=True)),
-        )  # fmt: skip
+            nll_MN=nll_1N,
+            num_tokens_N=num_tokens_N,
+            work=work,
+            others=dict(zip(job.extra_metrics, others, strict=True)),
+        )
         return replace(result, unit=split.job, scores=whole)
 
     # -- time ------------------------------------------------------------------------------------
@@ -462,7 +471,7 @@ class Dispatcher:
                     ends.append(_End(engine, flight, in_s, overdue))
         return ends
 
-    def _expected_s(self, unit: Unit, engine: str) -> float | None:
+    def _expected_s(self, unit: WorkUnit, engine: str) -> float | None:
         """From the engine's own pace, or the others' as long as it has none."""
         pace = self._pace.get(engine)
         if pace is None:

@@ -14,7 +14,7 @@ from lpserve.types import EngineSpec
 
 
 def open_pool(
-    config: EngineConfig, spec: EngineSpec, windows: TokenWindows, tell: Callable[[str], None]
+    config: EngineConfig, spec: EngineSpec, windows: TokenWindows, log: Callable[[str], None]
 ) -> EnginePool:
     """The pool of a config, its engines started; raises InputError where Ray is missing."""
     if config.pool == "local":
@@ -24,7 +24,7 @@ def open_pool(
     except ImportError as error:
         raise InputError(f"pool ray needs Ray ({error}): install lpserve[ray]") from None
     engines = None if config.engines == "auto" else int(config.engines)
-    return RayPool(spec, windows, engines, tell=tell)
+    return RayPool(spec, windows, engines, log=log)
 
 
 def engine_spec(config: EngineConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:
@@ -34,9 +34,12 @@ def engine_spec(config: EngineConfig, stored: dict[str, Any] | None, longest: in
         longest: tokens of the longest window that will be scored.
     """
     spec = EngineSpec(
-        kind=config.engine, model=config.model, dtype=config.dtype, device=config.device,
+        kind=config.engine,
+        model=config.model,
+        dtype=config.dtype,
+        device=config.device,
         options=dict(config.engine_options),
-    )  # fmt: skip
+    )
     if config.engine == "vllm":
         spec = replace(spec, options={"max_model_len": longest + 1, **spec.options})
     engine = (stored or {}).get("engine", {})

@@ -22,19 +22,19 @@ from lpserve.engine import build_engine
 from lpserve.engine.base import Engine
 from lpserve.errors import EngineError
 from lpserve.scoring.progress import RunState
-from lpserve.store.store import Block
+from lpserve.store.store import WindowBlock
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, Scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Unit:
+class WorkUnit:
     """Masks to score on the windows of a block, or one mask on some of them. Known by identity."""
 
     masks_MP: BoolArray
-    block: Block
+    block: WindowBlock
     windows: str
     """Hash under which the engines know the windows."""
-    also: tuple[str, ...] = ()
+    extra_metrics: tuple[str, ...] = ()
     """Metrics beside the NLL."""
 
 
@@ -42,7 +42,7 @@ class Unit:
 class UnitResult:
     """What became of a unit: scores, or the error that it ended with."""
 
-    unit: Unit
+    unit: WorkUnit
     scores: Scores | None
     engine: str
     error: str | None = None
@@ -97,7 +97,7 @@ class EnginePool(Protocol):
         """Make windows known to every engine; returns their hash."""
         ...
 
-    def submit(self, unit: Unit, engine: str, expected_s: float | None) -> None:
+    def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
         """Hand a unit to an engine; it comes back from `next` once. Units of an engine are scored
         in the order of their coming.
 
@@ -106,7 +106,7 @@ class EnginePool(Protocol):
         """
         ...
 
-    def cancel(self, unit: Unit, engine: str) -> None:
+    def cancel(self, unit: WorkUnit, engine: str) -> None:
         """Have a unit come back without being scored, if it waits behind another."""
         ...
 
@@ -131,7 +131,7 @@ class LocalPool:
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
         self._engine = build_engine(spec, windows)
         self.info = self._engine.info
-        self._todo: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[WorkUnit | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[UnitResult | EngineError] = queue.SimpleQueue()
         self._busy = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="lpserve-engine", daemon=True)
@@ -141,10 +141,10 @@ class LocalPool:
         with self._busy:
             return self._engine.register(windows)
 
-    def submit(self, unit: Unit, engine: str, expected_s: float | None) -> None:
+    def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
         self._todo.put(unit)
 
-    def cancel(self, unit: Unit, engine: str) -> None:
+    def cancel(self, unit: WorkUnit, engine: str) -> None:
         """Nobody else would score it."""
 
     def next(self, timeout_s: float) -> UnitResult | None:
@@ -177,10 +177,10 @@ class LocalPool:
             with self._busy:
                 self._done.put(self._scored(unit))
 
-    def _score(self, unit: Unit) -> Scores:
-        return self._engine.score(unit.masks_MP, unit.windows, unit.also)
+    def _score(self, unit: WorkUnit) -> Scores:
+        return self._engine.score(unit.masks_MP, unit.windows, unit.extra_metrics)
 
-    def _scored(self, unit: Unit) -> UnitResult | EngineError:
+    def _scored(self, unit: WorkUnit) -> UnitResult | EngineError:
         result = UnitResult(unit=unit, scores=None, engine="local")
         try:
             return replace(result, scores=self._score(unit))

@@ -21,15 +21,15 @@ from threadpoolctl import threadpool_limits
 
 from lpserve.config import EngineConfig
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.base import Engine, check_also
+from lpserve.engine.base import Engine, check_extra_metrics
 from lpserve.errors import EngineError, LpserveError, RunInterrupted
 from lpserve.masks import key_text, keys, sort_distinct
 from lpserve.scoring.dispatcher import Dispatcher, GivenUp
 from lpserve.scoring.open import engine_spec, open_pool
 from lpserve.scoring.pool import EnginePool, LocalPool, UnitResult
 from lpserve.scoring.progress import Progress
-from lpserve.scoring.signals import Signals, heeded_signals
-from lpserve.scoring.tracker import Scoreboard
+from lpserve.scoring.signals import Signals, trap_signals
+from lpserve.scoring.tracker import ScoreTracker
 from lpserve.store.store import Store
 from lpserve.types import BoolArray, EngineInfo, Work
 
@@ -123,7 +123,7 @@ class ScoringSession:
     ) -> None:
         self.progress = progress or Progress(interval_s=config.progress_s)
         with ExitStack() as stack:
-            signals = stack.enter_context(heeded_signals())
+            signals = stack.enter_context(trap_signals())
             opened = stack.enter_context(Store(store, holder=holder))
             spec = engine_spec(config, None, max(windows.length, longest or 0))
             pool = open_pool(config, spec, windows, self.progress.note)
@@ -156,12 +156,12 @@ class ScoringSession:
         self,
         masks_MP: BoolArray,
         windows: TokenWindows,
-        also: tuple[str, ...] = (),
+        extra_metrics: tuple[str, ...] = (),
         *,
         stage: str = "scoring",
     ) -> dict[str, NDArray[np.float32]]:
-        """Metric -> sums `float32[M, N]` as stored: the NLL, and those of `also`. NaN where a mask
-        could not be scored.
+        """Metric -> sums `float32[M, N]` as stored: the NLL, and those of `extra_metrics`. NaN
+        where a mask could not be scored.
 
         Args:
             masks_MP: bool [M, P]; may repeat.
@@ -171,10 +171,12 @@ class ScoringSession:
             InputError: the engine has no such metric, or the windows do not fit the model.
             RunInterrupted: a signal came; what was scored is kept.
         """
-        check_also(self.info, also)
+        check_extra_metrics(self.info, extra_metrics)
         scoring = self._scoring
         distinct_DP, inverse_M = sort_distinct(masks_MP)
-        board = Scoreboard(scoring.store, scoring.game, windows, scoring.dispatcher, also=also)
+        board = ScoreTracker(
+            scoring.store, scoring.game, windows, scoring.dispatcher, extra_metrics=extra_metrics
+        )
 
         def accept(result: UnitResult | GivenUp) -> None:
             board.accept(result)
@@ -195,7 +197,7 @@ class ScoringSession:
         self.masks_read += board.reused
         return {metric: values_DN[inverse_M] for metric, values_DN in request.values.items()}
 
-    def _show(self, board: Scoreboard) -> None:
+    def _show(self, board: ScoreTracker) -> None:
         state = self.progress.state
         state.done, state.reused = board.scored, board.reused
         state.quarantined = len(board.quarantined)

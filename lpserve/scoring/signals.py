@@ -26,7 +26,7 @@ class Signals:
 
 
 @contextmanager
-def heeded_signals() -> Iterator[Signals]:
+def trap_signals() -> Iterator[Signals]:
     """Heed SIGINT and SIGTERM; the handlers before are put back."""
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():

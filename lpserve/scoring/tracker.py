@@ -16,7 +16,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.masks import keys
 from lpserve.scoring.dispatcher import Dispatcher, GivenUp
 from lpserve.scoring.pool import UnitResult
-from lpserve.store.store import Block, Store
+from lpserve.store.store import Store, WindowBlock
 from lpserve.types import BoolArray, IntArray
 
 
@@ -54,7 +54,7 @@ class _Open:
     """Whether it counted as scored before."""
 
 
-class Scoreboard:
+class ScoreTracker:
     """Scores of one game on one set of windows."""
 
     def __init__(
@@ -65,14 +65,14 @@ class Scoreboard:
         dispatcher: Dispatcher,
         *,
         screen: IntArray | None = None,
-        also: tuple[str, ...] = (),
+        extra_metrics: tuple[str, ...] = (),
     ) -> None:
         """
         Args:
             screen: rows of windows; masks may be scored on those alone.
-            also: metrics that are scored and stored beside the NLL.
+            extra_metrics: metrics that are scored and stored beside the NLL.
         """
-        self._also = also
+        self._extra_metrics = extra_metrics
         self._store = store
         self._game = game
         self._windows = windows
@@ -82,7 +82,7 @@ class Scoreboard:
         """Rows of the windows that a screened mask is not scored on."""
         parts = [rows] if screen is None else [screen, self._beyond]
         self._blocks = [
-            Block(id=block.id, rows=part[block.rows])
+            WindowBlock(id=block.id, rows=part[block.rows])
             for part in parts
             for block in store.blocks_for(windows.select(part))
         ]
@@ -119,7 +119,7 @@ class Scoreboard:
         whole_M = np.ones(len(masks_MP), dtype=bool) if whole_M is None else whole_M
         request = Request(masks_MP=masks_MP, values={}, known={})
         known_MN = np.ones((len(masks_MP), self._windows.num_windows), dtype=bool)
-        for metric in ("nll", *self._also):
+        for metric in ("nll", *self._extra_metrics):
             values_MN, held_MN = self._store.get(self._game, self._windows, masks_MP, metric)
             values_MN[np.ix_(~whole_M, self._beyond)] = np.nan
             request.values[metric], request.known[metric] = values_MN, held_MN
@@ -151,7 +151,7 @@ class Scoreboard:
             if rows:
                 block = self._blocks[index]
                 windows = self._block_windows[block.id]
-                self._dispatcher.add(masks_MP[rows], block, windows, self._also)
+                self._dispatcher.add(masks_MP[rows], block, windows, self._extra_metrics)
         return request
 
     def accept(self, result: UnitResult | GivenUp) -> None:
@@ -165,7 +165,7 @@ class Scoreboard:
             return
         assert result.scores is not None
         mask_keys = keys(unit.masks_MP)
-        for metric in ("nll", *self._also):
+        for metric in ("nll", *self._extra_metrics):
             values_MN = result.scores.of(metric)
             self._store.put(self._game, unit.block, unit.masks_MP, values_MN, metric)
             with np.errstate(over="ignore"):  # beyond float32 is inf, as in the store

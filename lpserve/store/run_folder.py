@@ -59,7 +59,7 @@ class RunFolder:
             ) from None
         return stored
 
-    def refuse_other(
+    def check_same_config(
         self, stored: dict[str, Any], config: dict[str, Any], but: Collection[str] = ()
     ) -> None:
         """Raise InputError where a config differs from the folder's in a key that must not; those

@@ -77,7 +77,7 @@ class StoredScores:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
+class WindowBlock:
     """Windows that are scored and stored together."""
 
     id: int
@@ -163,7 +163,7 @@ class Store:
             rows = self._db.execute("SELECT hash, description FROM games")
             return {content_hash: game_of(description) for content_hash, description in rows}
 
-    def blocks_for(self, windows: TokenWindows | StoredWindows) -> list[Block]:
+    def blocks_for(self, windows: TokenWindows | StoredWindows) -> list[WindowBlock]:
         """Blocks that cover these windows, each once.
 
         Blocks already held whose windows are all wanted come first (largest first); the rest are
@@ -171,7 +171,7 @@ class Store:
         only what a smaller one has not.
         """
         row_of = self._register_windows(windows)
-        chosen: list[Block] = []
+        chosen: list[WindowBlock] = []
         with self._translated():
             held: dict[int, list[int]] = {}
             for block, window in self._db.execute(
@@ -181,12 +181,14 @@ class Store:
         for block, members in sorted(held.items(), key=lambda item: (-len(item[1]), item[0])):
             if all(window in row_of for window in members):
                 rows = [row_of.pop(window) for window in members]
-                chosen.append(Block(id=block, rows=np.array(rows, dtype=np.int64)))
+                chosen.append(WindowBlock(id=block, rows=np.array(rows, dtype=np.int64)))
         rest = list(row_of.items())
         for start in range(0, len(rest), MAX_BLOCK_WINDOWS):
             part = rest[start : start + MAX_BLOCK_WINDOWS]
             block = self._make_block([window for window, _ in part])
-            chosen.append(Block(id=block, rows=np.array([row for _, row in part], dtype=np.int64)))
+            chosen.append(
+                WindowBlock(id=block, rows=np.array([row for _, row in part], dtype=np.int64))
+            )
         return chosen
 
     # -- scores --------------------------------------------------------------------------------
@@ -202,7 +204,12 @@ class Store:
                 self._together = False
 
     def put(
-        self, game: int, block: Block, masks_MP: BoolArray, nll_MN: FloatArray, metric: str = "nll"
+        self,
+        game: int,
+        block: WindowBlock,
+        masks_MP: BoolArray,
+        nll_MN: FloatArray,
+        metric: str = "nll",
     ) -> int:
         """Commit scores; returns how many were new. Non-finite values are stored as they are."""
         with np.errstate(over="ignore"):  # beyond float32 is inf
@@ -272,7 +279,7 @@ class Store:
     # -- quarantine ----------------------------------------------------------------------------
 
     def quarantine(
-        self, game: int, block: Block, mask_P: BoolArray, reason: str, metric: str = "nll"
+        self, game: int, block: WindowBlock, mask_P: BoolArray, reason: str, metric: str = "nll"
     ) -> None:
         """Mark one mask as impossible to score on a block."""
         with self._transaction():
@@ -313,9 +320,13 @@ class Store:
                 for key, _ in self._rows(game, older, metric, list(values)):
                     first_MN[row_of[key], columns] = False
         return StoredScores(
-            game=name, metric=metric, mask_keys=list(values), nll_MN=nll_MN, first_MN=first_MN,
+            game=name,
+            metric=metric,
+            mask_keys=list(values),
+            nll_MN=nll_MN,
+            first_MN=first_MN,
             windows=StoredWindows(hashes, np.array(num_tokens, dtype=np.int64)),
-        )  # fmt: skip
+        )
 
     def _verify(self) -> bool:
         """Read the file through; returns whether it is still to be made a store.

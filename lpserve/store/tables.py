@@ -116,8 +116,12 @@ def _table_rows(game: Game, scores: StoredScores) -> pa.RecordBatch:
     masks_MP = from_keys(scores.mask_keys, len(game.players))
     mask_texts = ["".join("01"[kept] for kept in mask_P) for mask_P in masks_MP.tolist()]
     row, column = np.nonzero(scores.first_MN)
-    about = (game.content_hash, game.model_hash, game.numerics,
-             json.dumps([[p.layer, p.part] for p in game.players]))  # fmt: skip
+    about = (
+        game.content_hash,
+        game.model_hash,
+        game.numerics,
+        json.dumps([[p.layer, p.part] for p in game.players]),
+    )
     columns = [
         *(pa.repeat(text, len(row)) for text in about),
         pa.array(mask_texts).take(pa.array(row)),
@@ -142,12 +146,16 @@ def _rows(path: Path) -> Iterator[tuple[Game, str, str, str, int, float]]:
                 games[key] = _game(*key, where=f"{path}, row {number}")
             game = games[key]
             if len(mask) != len(game.players) or mask.strip("01"):
-                raise InputError(f"{path}, row {number}: mask {mask[:200]!r} is not a 0 or 1 for "
-                                 f"each of {len(game.players)} players")  # fmt: skip
+                raise InputError(
+                    f"{path}, row {number}: mask {mask[:200]!r} is not a 0 or 1 for "
+                    f"each of {len(game.players)} players"
+                )
             window_fits = re.fullmatch("[0-9a-f]{64}", window) and num_tokens > 0
             if not window_fits or tokens_of.setdefault(window, num_tokens) != num_tokens:
-                raise InputError(f"{path}, row {number}: not a window, or not as in an earlier "
-                                 f"row: {window[:200]!r} of {num_tokens} tokens")  # fmt: skip
+                raise InputError(
+                    f"{path}, row {number}: not a window, or not as in an earlier "
+                    f"row: {window[:200]!r} of {num_tokens} tokens"
+                )
             yield game, metric, mask, window, num_tokens, nll
 
 

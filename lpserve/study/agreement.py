@@ -29,7 +29,7 @@ LEVEL = 0.90
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Answer:
+class PointAnswer:
     """What a point found."""
 
     id: str
@@ -75,7 +75,7 @@ class Choice:
     overlap: Mapping[int, Estimate]
 
 
-def choices(answers: Sequence[Answer], dimensions: Sequence[str]) -> list[Choice]:
+def choices(answers: Sequence[PointAnswer], dimensions: Sequence[str]) -> list[Choice]:
     """Every dimension that has matched points, the one on which most depends first.
 
     Args:
@@ -92,28 +92,32 @@ def choices(answers: Sequence[Answer], dimensions: Sequence[str]) -> list[Choice
         pairs = [_pair(dimension, name, matched) for name in names]
         found.append(
             Choice(
-                dimension=dimension, pairs=tuple(pairs), tau=_taus(matched, dimension),
+                dimension=dimension,
+                pairs=tuple(pairs),
+                tau=_taus(matched, dimension),
                 overlap=_overlaps(matched, dimension),
             )
-        )  # fmt: skip
+        )
     return sorted(found, key=lambda choice: choice.tau.mean)
 
 
-def tau(first: Answer, second: Answer) -> float:
+def tau(first: PointAnswer, second: PointAnswer) -> float:
     """Kendall's tau-b of two orders of the players; NaN where one has no order."""
     found: Any = kendalltau(first.values_P, second.values_P)
     return float(found.statistic)
 
 
-def overlap(first: Answer, second: Answer, num_removed: int) -> float:
+def overlap(first: PointAnswer, second: PointAnswer, num_removed: int) -> float:
     """Share of the removed players that both remove."""
     a, b = first.removed[num_removed], second.removed[num_removed]
     return len(a & b) / num_removed
 
 
-def _matched(answers: Sequence[Answer], dimension: str) -> list[tuple[Answer, Answer]]:
+def _matched(
+    answers: Sequence[PointAnswer], dimension: str
+) -> list[tuple[PointAnswer, PointAnswer]]:
     """Pairs of points that differ in one dimension alone, earlier levels first."""
-    rest: dict[tuple[tuple[str, str], ...], list[Answer]] = {}
+    rest: dict[tuple[tuple[str, str], ...], list[PointAnswer]] = {}
     for answer in answers:
         others = tuple((d, v) for d, v in answer.levels.items() if d != dimension)
         rest.setdefault(others, []).append(answer)
@@ -126,7 +130,9 @@ def _matched(answers: Sequence[Answer], dimension: str) -> list[tuple[Answer, An
     ]
 
 
-def _pair(dimension: str, names: tuple[str, str], matched: Sequence[tuple[Answer, Answer]]) -> Pair:
+def _pair(
+    dimension: str, names: tuple[str, str], matched: Sequence[tuple[PointAnswer, PointAnswer]]
+) -> Pair:
     mine = [(a, b) for a, b in matched if (a.levels[dimension], b.levels[dimension]) == names]
     return Pair(
         dimension=dimension,
@@ -141,27 +147,29 @@ def _pair(dimension: str, names: tuple[str, str], matched: Sequence[tuple[Answer
     )
 
 
-def _taus(matched: Sequence[tuple[Answer, Answer]], dimension: str) -> Estimate:
+def _taus(matched: Sequence[tuple[PointAnswer, PointAnswer]], dimension: str) -> Estimate:
     return _over_seeds(matched, dimension, tau, (-1.0, 1.0))
 
 
-def _overlaps(matched: Sequence[tuple[Answer, Answer]], dimension: str) -> dict[int, Estimate]:
+def _overlaps(
+    matched: Sequence[tuple[PointAnswer, PointAnswer]], dimension: str
+) -> dict[int, Estimate]:
     return {
         r: _over_seeds(matched, dimension, lambda a, b, r=r: overlap(a, b, r), (0.0, 1.0))
         for r in _sizes(matched)
     }
 
 
-def _sizes(matched: Sequence[tuple[Answer, Answer]]) -> list[int]:
+def _sizes(matched: Sequence[tuple[PointAnswer, PointAnswer]]) -> list[int]:
     """Numbers of removed players that all of these points have a set of."""
     sets = [set(answer.removed) for pair in matched for answer in pair]
     return sorted(set.intersection(*sets)) if sets else []
 
 
 def _over_seeds(
-    matched: Sequence[tuple[Answer, Answer]],
+    matched: Sequence[tuple[PointAnswer, PointAnswer]],
     dimension: str,
-    compare: Callable[[Answer, Answer], float],
+    compare: Callable[[PointAnswer, PointAnswer], float],
     possible: tuple[float, float] = (-np.inf, np.inf),
 ) -> Estimate:
     """The mean over pairs, and the jackknife's interval over the seeds they are of, as far as it

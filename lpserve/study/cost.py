@@ -87,9 +87,14 @@ def study_cost(study: Study, windows: Mapping[str, StudyWindows]) -> StudyCost:
                 flop += heads * told.scoring.tokens * told.size.head_flop()
             pflop = None if pflop is None else pflop + flop / 1e15
     return StudyCost(
-        points=len(study.points), points_left=left, families=families, masks=masks, scores=scores,
-        pflop=pflop, why_unknown=why,
-    )  # fmt: skip
+        points=len(study.points),
+        points_left=left,
+        families=families,
+        masks=masks,
+        scores=scores,
+        pflop=pflop,
+        why_unknown=why,
+    )
 
 
 def _settings(
@@ -97,7 +102,13 @@ def _settings(
 ) -> CostSettings:
     config = point.config
     return CostSettings(
-        model=config.model, budget=config.budget, max_removed=config.max_removed,
-        round_size=config.round_size, num_windows=calibration.num_windows,
-        heldout_windows=heldout.num_windows, length=length, seed=config.seed, dtype=config.dtype,
-    )  # fmt: skip
+        model=config.model,
+        budget=config.budget,
+        max_removed=config.max_removed,
+        round_size=config.round_size,
+        num_windows=calibration.num_windows,
+        heldout_windows=heldout.num_windows,
+        length=length,
+        seed=config.seed,
+        dtype=config.dtype,
+    )

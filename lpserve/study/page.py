@@ -25,7 +25,7 @@ from lpserve.plan.plan import Plan, load_plan
 from lpserve.report.page import page
 from lpserve.report.tracking import Metric, Tracking, log_run
 from lpserve.store.run_folder import space_checked, write_whole
-from lpserve.study.agreement import LEVEL, Answer, Choice, Estimate, choices, tau
+from lpserve.study.agreement import LEVEL, Choice, Estimate, PointAnswer, choices, tau
 from lpserve.study.study import DIMENSIONS
 from lpserve.study.sweep import Finished, SweepResult
 
@@ -33,18 +33,42 @@ MOST_IN_MAP = 64
 """Points up to which the page shows how every two of them agree."""
 _TEXTS, _WHOLE, _REAL = pa.string(), pa.int64(), pa.float64()
 _SETS = pa.schema(
-    [("point", _TEXTS), *((d, _TEXTS) for d in DIMENSIONS), ("status", _TEXTS),
-     ("num_removed", _WHOLE), ("removed", _TEXTS), ("found_by", _TEXTS),
-     ("calibration_ppl", _REAL), ("heldout_ppl", _REAL), ("full_calibration_ppl", _REAL),
-     ("full_heldout_ppl", _REAL), ("calibration_utility", _REAL), ("heldout_utility", _REAL),
-     ("full_calibration_utility", _REAL), ("full_heldout_utility", _REAL), ("masks", _WHOLE),
-     ("masks_of", _TEXTS), ("scores", _WHOLE), ("scores_new", _WHOLE), ("layer_forwards", _WHOLE),
-     ("seconds", _REAL), ("reason", _TEXTS)]
-)  # fmt: skip
+    [
+        ("point", _TEXTS),
+        *((d, _TEXTS) for d in DIMENSIONS),
+        ("status", _TEXTS),
+        ("num_removed", _WHOLE),
+        ("removed", _TEXTS),
+        ("found_by", _TEXTS),
+        ("calibration_ppl", _REAL),
+        ("heldout_ppl", _REAL),
+        ("full_calibration_ppl", _REAL),
+        ("full_heldout_ppl", _REAL),
+        ("calibration_utility", _REAL),
+        ("heldout_utility", _REAL),
+        ("full_calibration_utility", _REAL),
+        ("full_heldout_utility", _REAL),
+        ("masks", _WHOLE),
+        ("masks_of", _TEXTS),
+        ("scores", _WHOLE),
+        ("scores_new", _WHOLE),
+        ("layer_forwards", _WHOLE),
+        ("seconds", _REAL),
+        ("reason", _TEXTS),
+    ]
+)
 _VALUES = pa.schema(
-    [("point", _TEXTS), *((d, _TEXTS) for d in DIMENSIONS), ("layer", _WHOLE), ("part", _TEXTS),
-     ("value", _REAL), ("stderr", _REAL), ("low90", _REAL), ("high90", _REAL)]
-)  # fmt: skip
+    [
+        ("point", _TEXTS),
+        *((d, _TEXTS) for d in DIMENSIONS),
+        ("layer", _WHOLE),
+        ("part", _TEXTS),
+        ("value", _REAL),
+        ("stderr", _REAL),
+        ("low90", _REAL),
+        ("high90", _REAL),
+    ]
+)
 
 
 def write_sweep(result: SweepResult) -> None:
@@ -68,19 +92,29 @@ def _set_rows(
     run: Finished, plans: dict[str, Plan], wanted: tuple[int, ...]
 ) -> list[dict[str, Any]]:
     known: dict[str, Any] = {
-        "point": run.point.id, **run.point.levels, "status": "failed" if run.failed else "done",
-        "masks": run.masks, "masks_of": run.masks_of, "scores": run.scores,
-        "scores_new": run.scores_new, "layer_forwards": run.layer_forwards,
-        "seconds": run.seconds, "reason": run.failed,
-    }  # fmt: skip
+        "point": run.point.id,
+        **run.point.levels,
+        "status": "failed" if run.failed else "done",
+        "masks": run.masks,
+        "masks_of": run.masks_of,
+        "scores": run.scores,
+        "scores_new": run.scores_new,
+        "layer_forwards": run.layer_forwards,
+        "seconds": run.seconds,
+        "reason": run.failed,
+    }
     if run.failed:
         return [known]
     plan = plans[run.point.id]
     return [
-        known | {
-            "num_removed": entry.num_removed, "removed": " ".join(map(str, entry.removed)),
-            "found_by": entry.source, "calibration_ppl": entry.calibration_ppl,
-            "heldout_ppl": entry.heldout_ppl, "full_calibration_ppl": plan.full_calibration_ppl,
+        known
+        | {
+            "num_removed": entry.num_removed,
+            "removed": " ".join(map(str, entry.removed)),
+            "found_by": entry.source,
+            "calibration_ppl": entry.calibration_ppl,
+            "heldout_ppl": entry.heldout_ppl,
+            "full_calibration_ppl": plan.full_calibration_ppl,
             "full_heldout_ppl": plan.full_heldout_ppl,
             "calibration_utility": entry.calibration_utility,
             "heldout_utility": entry.heldout_utility,
@@ -89,33 +123,38 @@ def _set_rows(
         }
         for entry in plan.plans
         if not wanted or entry.num_removed in wanted
-    ]  # fmt: skip
+    ]
 
 
 def _values(run: Finished) -> list[dict[str, Any]]:
     with (run.folder / "shapley.csv").open(encoding="utf-8", newline="") as file:
         return [
             {
-                "point": run.point.id, **run.point.levels, "layer": int(row["layer"]),
-                "part": row["part"], "value": float(row["value"]),
-                "stderr": float(row["total_stderr"]), "low90": float(row["low90"]),
+                "point": run.point.id,
+                **run.point.levels,
+                "layer": int(row["layer"]),
+                "part": row["part"],
+                "value": float(row["value"]),
+                "stderr": float(row["total_stderr"]),
+                "low90": float(row["low90"]),
                 "high90": float(row["high90"]),
             }
             for row in csv.DictReader(file)
-        ]  # fmt: skip
+        ]
 
 
 def _answers(
     result: SweepResult, plans: dict[str, Plan], values: dict[str, list[dict[str, Any]]]
-) -> list[Answer]:
+) -> list[PointAnswer]:
     wanted = result.study.removed
     return [
-        Answer(
+        PointAnswer(
             id=run.point.id,
             levels=run.point.levels,
             values_P=np.array([row["value"] for row in values[run.point.id]]),
             removed={
-                e.num_removed: frozenset(e.removed) for e in plans[run.point.id].plans
+                e.num_removed: frozenset(e.removed)
+                for e in plans[run.point.id].plans
                 if not wanted or e.num_removed in wanted
             },
             heldout_nll={
@@ -125,7 +164,7 @@ def _answers(
         )
         for run in result.points
         if not run.failed
-    ]  # fmt: skip
+    ]
 
 
 def render(
@@ -143,8 +182,7 @@ def render(
         result=result,
         study=study,
         varied=study.varied,
-        constant={d: result.points[0].point.levels[d] for d in DIMENSIONS
-                  if d not in study.varied},
+        constant={d: result.points[0].point.levels[d] for d in DIMENSIONS if d not in study.varied},
         choices=found,
         sizes=_some(sizes, 6),
         few_sizes=_some(sizes, 3),
@@ -156,7 +194,7 @@ def render(
         seconds=sum(run.seconds for run in result.runs),
         version=lpserve.__version__,
         percents=_percents,
-    )  # fmt: skip
+    )
 
 
 def _some(sizes: Sequence[int], most: int) -> list[int]:
@@ -191,20 +229,26 @@ def _dots(found: Sequence[Choice]) -> dict[str, Any]:
 
     rows = [
         {
-            "name": c.dimension, "y": 20 + step * i, "x": x(c.tau.mean),
+            "name": c.dimension,
+            "y": 20 + step * i,
+            "x": x(c.tau.mean),
             "low": None if c.tau.low is None else x(c.tau.low),
-            "high": None if c.tau.high is None else x(c.tau.high), "text": " ".join(_number(c.tau)),
+            "high": None if c.tau.high is None else x(c.tau.high),
+            "text": " ".join(_number(c.tau)),
         }
         for i, c in enumerate(found)
         if not math.isnan(c.tau.mean)
-    ]  # fmt: skip
+    ]
     return {
-        "rows": rows, "width": width, "height": 20 + step * len(rows) + 20, "left": left,
+        "rows": rows,
+        "width": width,
+        "height": 20 + step * len(rows) + 20,
+        "left": left,
         "ticks": [(x(v), f"{v:g}") for v in (-1, -0.5, 0, 0.5, 1)],
-    }  # fmt: skip
+    }
 
 
-def _map(answers: Sequence[Answer], varied: Sequence[str]) -> list[dict[str, Any]]:
+def _map(answers: Sequence[PointAnswer], varied: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of Kendall's tau between every two points of a model, the points in table order."""
     models = {a.levels["model"] for a in answers}
     if not 2 <= len(answers) <= MOST_IN_MAP or len(models) > 1:
@@ -224,26 +268,39 @@ def log_sweep(result: SweepResult, tracking: Tracking) -> None:
     study, out = result.study, result.study.out
     plans, values = _read(result)
     counts = {
-        "points": len(result.points), "points_failed": len(result.failed),
-        "scores_held": result.scores_held, "scores_new": result.scores_new,
-        "scores_read": result.scores_read, "seconds": sum(run.seconds for run in result.runs),
-    }  # fmt: skip
+        "points": len(result.points),
+        "points_failed": len(result.failed),
+        "scores_held": result.scores_held,
+        "scores_new": result.scores_new,
+        "scores_read": result.scores_read,
+        "seconds": sum(run.seconds for run in result.runs),
+    }
     metrics = [Metric(name=name, value=float(count)) for name, count in counts.items()]
-    metrics += [Metric(name=f"tau.{choice.dimension}", value=choice.tau.mean)
-                for choice in choices(_answers(result, plans, values), study.varied)]  # fmt: skip
+    metrics += [
+        Metric(name=f"tau.{choice.dimension}", value=choice.tau.mean)
+        for choice in choices(_answers(result, plans, values), study.varied)
+    ]
     levels = {d: ", ".join(dict.fromkeys(p.levels[d] for p in study.points)) for d in DIMENSIONS}
     names = ("sweep.html", "sweep.json", "sets.csv", "values.csv", "sets.parquet", "values.parquet")
     parent = tracking.log(
-        out, params={"masks": study.masks}, metrics=metrics,
-        files=[out / name for name in names], tags=levels,
-    )  # fmt: skip
+        out,
+        params={"masks": study.masks},
+        metrics=metrics,
+        files=[out / name for name in names],
+        tags=levels,
+    )
     for run in result.points:
         if not run.failed:
             rows = values[run.point.id]
             log_run(
-                tracking, run.point.levels, run.folder, plans[run.point.id],
-                [row["value"] for row in rows], [row["stderr"] for row in rows], parent,
-            )  # fmt: skip
+                tracking,
+                run.point.levels,
+                run.folder,
+                plans[run.point.id],
+                [row["value"] for row in rows],
+                [row["stderr"] for row in rows],
+                parent,
+            )
 
 
 def summary(result: SweepResult) -> list[str]:
@@ -282,13 +339,18 @@ def write_record(result: SweepResult) -> None:
         "masks": study.masks,
         "removed": list(study.removed),
         "points": [
-            {"point": r.point.id, "levels": r.point.levels, "masks_of": r.masks_of,
-             "failed": r.failed} for r in result.points
+            {
+                "point": r.point.id,
+                "levels": r.point.levels,
+                "masks_of": r.masks_of,
+                "failed": r.failed,
+            }
+            for r in result.points
         ],
         "scores_held": result.scores_held,
         "scores_twice": result.scores_twice,
         "scores_new": result.scores_new,
         "scores_read": result.scores_read,
         "versions": {"lpserve": lpserve.__version__},
-    }  # fmt: skip
+    }
     write_whole(study.out / "sweep.json", json.dumps(record, indent=1) + "\n")

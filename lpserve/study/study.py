@@ -21,25 +21,44 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.config import RunConfig, as_json, config_from, corpora
-from lpserve.data.items import Sample
-from lpserve.data.tasks import cut_samples
+from lpserve.data.items import ItemSet
+from lpserve.data.tasks import cut_item_sets
 from lpserve.data.windows import TokenWindows, WindowRequest
 from lpserve.errors import InputError
 from lpserve.runner.setup import check_model, check_sides, check_utility
 from lpserve.types import is_task_utility, metric_of
 
 DIMENSIONS = (
-    "model", "dtype", "calibration", "num_windows", "length", "bos", "window_seed", "sizes",
-    "utility", "surrogate", "budget", "seed",
-)  # fmt: skip
+    "model",
+    "dtype",
+    "calibration",
+    "num_windows",
+    "length",
+    "bos",
+    "window_seed",
+    "sizes",
+    "utility",
+    "surrogate",
+    "budget",
+    "seed",
+)
 """What may have several levels, in the order of the tables."""
 REREAD = ("calibration", "num_windows", "utility", "surrogate", "budget")
 """What a point may change and still be read off another point's scores."""
 MASKS = ("shared", "own")
 _WHERE = (
-    "out", "store", "device", "pool", "engines", "engine", "engine_options", "grace_s",
-    "progress_s", "mlflow", "experiment",
-)  # fmt: skip
+    "out",
+    "store",
+    "device",
+    "pool",
+    "engines",
+    "engine",
+    "engine_options",
+    "grace_s",
+    "progress_s",
+    "mlflow",
+    "experiment",
+)
 """Keys that say how and where, not what: two points that differ in them alone are one point."""
 
 
@@ -122,8 +141,12 @@ class Study:
             same = mine.calibration == config.calibration and mine.num_windows == config.num_windows
             if same and mine.budget == config.budget:
                 return Family(leader=point, points=tuple(points))
-        levels = {**points[0].levels, "calibration": "+".join(config.calibration),
-                  "num_windows": str(config.num_windows), "budget": str(config.budget)}  # fmt: skip
+        levels = {
+            **points[0].levels,
+            "calibration": "+".join(config.calibration),
+            "num_windows": str(config.num_windows),
+            "budget": str(config.budget),
+        }
         return Family(leader=self._placed(config, levels), points=tuple(points))
 
     def _placed(self, config: RunConfig, levels: dict[str, str]) -> Point:
@@ -134,8 +157,8 @@ class Study:
 class StudyWindows:
     """The windows of one model's points: held-out ones are the same for all of them."""
 
-    heldout: Sample
-    cells: dict[tuple[int, bool, int], dict[str, Sample]]
+    heldout: ItemSet
+    cells: dict[tuple[int, bool, int], dict[str, ItemSet]]
     """(length, bos, window_seed) -> corpus -> as many calibration windows (of a task, questions) as
     any point needs."""
     wholes: frozenset[str]
@@ -147,7 +170,7 @@ class StudyWindows:
         sides = [sample for corpora in self.cells.values() for sample in corpora.values()]
         return max((s.windows for s in [self.heldout, *sides]), key=lambda windows: windows.length)
 
-    def of(self, config: RunConfig) -> tuple[Sample, Sample]:
+    def of(self, config: RunConfig) -> tuple[ItemSet, ItemSet]:
         """Calibration and held-out sample of a point: the first units of each of its corpora.
 
         Raises:
@@ -158,7 +181,7 @@ class StudyWindows:
             for name, sample in self.cells[_cell_of(config)].items()
             if name in config.calibration
         ]
-        return Sample.concatenate(parts), self.heldout
+        return ItemSet.concatenate(parts), self.heldout
 
     def atoms(self, configs: Sequence[RunConfig]) -> list[TokenWindows]:
         """Windows in parts that every point has whole or not at all.
@@ -308,9 +331,14 @@ def _mixtures(given: Any, values: Mapping[str, Any], source: str) -> dict[str, A
 
 
 def _point(
-    values: Mapping[str, Any], texts: Mapping[str, str], chosen: dict[str, tuple[str, Any]],
-    names: Mapping[tuple[str, str], str], masks: str, out: Path, source: str,
-) -> Point:  # fmt: skip
+    values: Mapping[str, Any],
+    texts: Mapping[str, str],
+    chosen: dict[str, tuple[str, Any]],
+    names: Mapping[tuple[str, str], str],
+    masks: str,
+    out: Path,
+    source: str,
+) -> Point:
     values = {**values, **{d: v for d, (_, v) in chosen.items() if d != "calibration"}}
     mixture = chosen.get("calibration", ("", list(texts)))[1]
     values["calibration"] = {name: path for name, path in texts.items() if name in mixture}
@@ -368,17 +396,22 @@ def study_windows(study: Study, configs: Sequence[RunConfig]) -> StudyWindows:
     texts = {n: p for n, p in study.base.calibration.items() if n in used}
     longest = max(length for length, _, _ in counts)
     yardstick = (longest, base.bos, base.window_seed)
-    cells: dict[tuple[int, bool, int], dict[str, Sample]] = {}
-    heldout: list[Sample] = []
+    cells: dict[tuple[int, bool, int], dict[str, ItemSet]] = {}
+    heldout: list[ItemSet] = []
     for cell in dict.fromkeys([*counts, yardstick]):
         own = counts.get(cell, {})
         length, bos, seed = cell
         request = WindowRequest(
-            calibration=texts, heldout=base.heldout, num_windows={n: own.get(n, 1) for n in texts},
-            heldout_windows=base.heldout_windows, length=length, seed=seed, bos=bos,
+            calibration=texts,
+            heldout=base.heldout,
+            num_windows={n: own.get(n, 1) for n in texts},
+            heldout_windows=base.heldout_windows,
+            length=length,
+            seed=seed,
+            bos=bos,
             field=base.text_field,
-        )  # fmt: skip
-        calibration, held = cut_samples(
+        )
+        calibration, held = cut_item_sets(
             request, base.model, include_path=base.include_path, num_fewshot=base.num_fewshot
         )
         if cell == yardstick:
@@ -387,10 +420,10 @@ def study_windows(study: Study, configs: Sequence[RunConfig]) -> StudyWindows:
             cut = dict(zip(texts, calibration, strict=True))
             cells[cell] = {name: cut[name] for name in texts if name in own}
     wholes = frozenset(n for n, p in texts.items() if p.endswith(".npz"))
-    windows = StudyWindows(heldout=Sample.concatenate(heldout), cells=cells, wholes=wholes)
+    windows = StudyWindows(heldout=ItemSet.concatenate(heldout), cells=cells, wholes=wholes)
     told: set[str] = set()
     for config in configs:
-        config.refuse_idle(num_fewshot=False)
+        config.check_unused_keys(num_fewshot=False)
         calibration, held = windows.of(config)
         check_utility(config.utility, calibration, held)
         if calibration.content_hash not in told:

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lpserve.analysis.record import ScoredRun, read_scores
+from lpserve.analysis.record import RunRecord, read_record
 from lpserve.config import RunConfig
-from lpserve.data.items import Sample
+from lpserve.data.items import ItemSet
 from lpserve.errors import (
     DiskFullError,
     InputError,
@@ -32,7 +32,7 @@ from lpserve.runner.coordinator import RunResult, Seat, run_at
 from lpserve.scoring.open import engine_spec, open_pool
 from lpserve.scoring.pool import EnginePool
 from lpserve.scoring.progress import Progress
-from lpserve.scoring.signals import Signals, heeded_signals
+from lpserve.scoring.signals import Signals, trap_signals
 from lpserve.store.lock import PathLock
 from lpserve.store.run_folder import write_whole
 from lpserve.store.store import Store
@@ -107,14 +107,16 @@ def all_windows(study: Study) -> dict[str, StudyWindows]:
 
 
 def sweep(
-    study: Study, windows: Mapping[str, StudyWindows] | None = None, *,
-    tell: Callable[[str], None] = lambda line: None,
-) -> SweepResult:  # fmt: skip
+    study: Study,
+    windows: Mapping[str, StudyWindows] | None = None,
+    *,
+    log: Callable[[str], None] = lambda line: None,
+) -> SweepResult:
     """Run every point that is not finished; raises what ends all of them.
 
     Args:
         windows: what `all_windows` cut; None: cut now.
-        tell: called with a line before every point, and where one fails.
+        log: called with a line before every point, and where one fails.
 
     Raises:
         InputError: a text cannot be used; raised before an engine starts.
@@ -129,11 +131,11 @@ def sweep(
     with ExitStack() as stack:
         lock = PathLock(study.out / "study", holder=f"a sweep in {study.out}")
         stack.callback(lock.release)
-        signals = stack.enter_context(heeded_signals())
+        signals = stack.enter_context(trap_signals())
         store = stack.enter_context(
             Store(study.out / "scores.sqlite", holder=f"a sweep in {study.out}")
         )
-        work = _Sweep(study, windows, store, signals, tell)
+        work = _Sweep(study, windows, store, signals, log)
         stack.callback(work.close)
         for group in study.groups():
             work.run(group)
@@ -156,7 +158,7 @@ class _Sweep:
     windows: Mapping[str, StudyWindows]
     store: Store
     signals: Signals
-    tell: Callable[[str], None]
+    log: Callable[[str], None]
     found: list[Finished] = field(default_factory=list)
     _pool: EnginePool | None = None
 
@@ -187,13 +189,16 @@ class _Sweep:
                 reason = f"its masks are those of point {leader.id}, which failed"
                 self._add(Finished(point=point, in_study=True, masks_of=leader.id, failed=reason))
                 continue
-            source = source or read_scores(leader.config.out)
+            source = source or read_record(leader.config.out)
             self._one(point, windows, True, masks_of=(leader.id, source))
 
     def _one(
-        self, point: Point, windows: StudyWindows, in_study: bool,
-        masks_of: tuple[str, ScoredRun] | None,
-    ) -> Finished:  # fmt: skip
+        self,
+        point: Point,
+        windows: StudyWindows,
+        in_study: bool,
+        masks_of: tuple[str, RunRecord] | None,
+    ) -> Finished:
         whose = masks_of[0] if masks_of else point.id
         if self.signals.count:
             raise RunInterrupted(
@@ -206,30 +211,37 @@ class _Sweep:
         named = ", ".join(f"{d} {point.levels[d]}" for d in self.study.varied)
         what = named if in_study else f"masks for {named}"
         place = f"{len(self.found) + 1}/{self.study.num_runs}"
-        self.tell(f"[{place}] {point.id}: {what or 'the only point'}")
+        self.log(f"[{place}] {point.id}: {what or 'the only point'}")
         started = time.monotonic()
         try:
             calibration, heldout = windows.of(point.config)
             seat = Seat(store=self.store, pool=self._opened(point, windows), signals=self.signals)
             result = run_at(
-                point.config, (calibration, heldout), seat,
+                point.config,
+                (calibration, heldout),
+                seat,
                 Progress(interval_s=point.config.progress_s),
-                masks_of=masks_of[1] if masks_of else None, also=self.study.metrics,
-            )  # fmt: skip
+                masks_of=masks_of[1] if masks_of else None,
+                extra_metrics=self.study.metrics,
+            )
         except _ENDS_ALL:
             raise
         except Exception as error:
             self.close()  # what was in flight is of no use to the next point
             reason = _reason(error)
             _record_failure(point, error)
-            self.tell(f"    failed: {reason}")
+            self.log(f"    failed: {reason}")
             failure = Finished(point=point, in_study=in_study, masks_of=whose, failed=reason)
             return self._add(failure)
         run = _finished_now(
-            point, in_study, whose, result,
-            calibration.windows.num_windows, heldout.windows.num_windows,
+            point,
+            in_study,
+            whose,
+            result,
+            calibration.windows.num_windows,
+            heldout.windows.num_windows,
             time.monotonic() - started,
-        )  # fmt: skip
+        )
         _write(run, calibration, heldout, self.study.metrics)
         return self._add(run)
 
@@ -239,7 +251,7 @@ class _Sweep:
             longest = windows.longest
             spec = engine_spec(config, self._settings_before(config), longest.length)
             self.signals.at_work = False  # loading a model may be broken off
-            self._pool = open_pool(config, spec, longest, self.tell)
+            self._pool = open_pool(config, spec, longest, self.log)
         return self._pool
 
     def _settings_before(self, config: RunConfig) -> dict[str, Any] | None:
@@ -271,27 +283,44 @@ def _record_failure(point: Point, error: Exception) -> None:
 
 
 def _finished_now(
-    point: Point, in_study: bool, masks_of: str, result: RunResult,
-    num_windows: int, heldout_windows: int, seconds: float,
-) -> Finished:  # fmt: skip
+    point: Point,
+    in_study: bool,
+    masks_of: str,
+    result: RunResult,
+    num_windows: int,
+    heldout_windows: int,
+    seconds: float,
+) -> Finished:
     scored = result.outcome.scored
     scores = len(scored.masks_MP) * num_windows + len(scored.heldout_masks_MP) * heldout_windows
     return Finished(
-        point=point, in_study=in_study, masks_of=masks_of, failed="",
-        masks=len(scored.masks_MP), scores=scores,
-        scores_new=result.scores_new, layer_forwards=result.work.layer_forwards,
+        point=point,
+        in_study=in_study,
+        masks_of=masks_of,
+        failed="",
+        masks=len(scored.masks_MP),
+        scores=scores,
+        scores_new=result.scores_new,
+        layer_forwards=result.work.layer_forwards,
         seconds=round(seconds, 3),
-    )  # fmt: skip
+    )
 
 
-def _write(run: Finished, calibration: Sample, heldout: Sample, metrics: Sequence[str]) -> None:
+def _write(run: Finished, calibration: ItemSet, heldout: ItemSet, metrics: Sequence[str]) -> None:
     record = {
-        "format": POINT_FORMAT, "point": run.point.id, "levels": run.point.levels,
-        "masks_of": run.masks_of, "masks": run.masks, "scores": run.scores,
-        "scores_new": run.scores_new, "layer_forwards": run.layer_forwards,
-        "seconds": run.seconds, "metrics": sorted(metrics),
-        "calibration": calibration.content_hash, "heldout": heldout.content_hash,
-    }  # fmt: skip
+        "format": POINT_FORMAT,
+        "point": run.point.id,
+        "levels": run.point.levels,
+        "masks_of": run.masks_of,
+        "masks": run.masks,
+        "scores": run.scores,
+        "scores_new": run.scores_new,
+        "layer_forwards": run.layer_forwards,
+        "seconds": run.seconds,
+        "metrics": sorted(metrics),
+        "calibration": calibration.content_hash,
+        "heldout": heldout.content_hash,
+    }
     write_whole(run.folder / "point.json", json.dumps(record, indent=1) + "\n")
     (run.folder / "failure.txt").unlink(missing_ok=True)
 
@@ -306,17 +335,23 @@ def finished(
         record = json.loads(path.read_text(encoding="utf-8"))
         calibration, heldout = windows.of(point.config)
         same = {
-            "format": POINT_FORMAT, "masks_of": masks_of,
-            "calibration": calibration.content_hash, "heldout": heldout.content_hash,
-        }  # fmt: skip
+            "format": POINT_FORMAT,
+            "masks_of": masks_of,
+            "calibration": calibration.content_hash,
+            "heldout": heldout.content_hash,
+        }
         if any(record[key] != value for key, value in same.items()):
             return None
         if masks_of == point.id and not set(metrics) <= set(record["metrics"]):
             return None  # others may read its masks
         return Finished(
-            point=point, in_study=in_study, masks_of=masks_of, failed="",
-            **{k: record[k] for k in ("masks", "scores", "scores_new", "layer_forwards",
-                                      "seconds")},
-        )  # fmt: skip
+            point=point,
+            in_study=in_study,
+            masks_of=masks_of,
+            failed="",
+            **{
+                k: record[k] for k in ("masks", "scores", "scores_new", "layer_forwards", "seconds")
+            },
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -20,10 +20,21 @@ from lpserve.surrogate.paper import PaperSurrogate
 from lpserve.surrogate.stack import Stack
 
 __all__ = [
-    "KINDS", "MAX_TRAINING_MASKS", "QUICK_TUNING_MASKS", "AutoSurrogate", "CrossFitted", "HeldOut",
-    "KernelSurrogate", "PaperSurrogate", "Predictor", "Stack", "Surrogate", "guide_of", "kernel_of",
+    "KINDS",
+    "MAX_TRAINING_MASKS",
+    "QUICK_TUNING_MASKS",
+    "AutoSurrogate",
+    "CrossFitted",
+    "HeldOut",
+    "KernelSurrogate",
+    "PaperSurrogate",
+    "Predictor",
+    "Stack",
+    "Surrogate",
+    "acquisition_model",
+    "kernel_of",
     "make_surrogate",
-]  # fmt: skip
+]
 
 
 def make_surrogate(kind: str, seed: int = 0, *, quick: bool = False) -> Surrogate:
@@ -50,7 +61,7 @@ def kernel_of(surrogate: Predictor) -> KernelSurrogate | None:
     return best if isinstance(best, KernelSurrogate) else None
 
 
-def guide_of(surrogate: Predictor) -> KernelSurrogate | None:
+def acquisition_model(surrogate: Predictor) -> KernelSurrogate | None:
     """The kernel surrogate that says which masks to score next, if there is one: for `auto` the
     best of its kernels, whoever answers."""
     best = surrogate.best_kernel if isinstance(surrogate, AutoSurrogate) else surrogate

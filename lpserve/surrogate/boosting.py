@@ -27,15 +27,22 @@ def train(
     for target_M, weight_M in zip(targets_EM, weights_EM, strict=True):
         use_M = weight_M > 0
         trees = HistGradientBoostingRegressor(
-            learning_rate=_RATE, max_iter=_MOST_TREES, max_leaf_nodes=_LEAVES,
-            min_samples_leaf=_LEAST_MASKS, max_bins=2, random_state=seed,
+            learning_rate=_RATE,
+            max_iter=_MOST_TREES,
+            max_leaf_nodes=_LEAVES,
+            min_samples_leaf=_LEAST_MASKS,
+            max_bins=2,
+            random_state=seed,
             early_stopping=True,  # pyright: ignore[reportArgumentType]
             n_iter_no_change=_PATIENCE,
-        )  # fmt: skip
+        )
         trees.fit(
-            masks_MP[use_M], target_M[use_M], sample_weight=weight_M[use_M],
-            X_val=masks_MP[~use_M], y_val=target_M[~use_M],
-        )  # fmt: skip
+            masks_MP[use_M],
+            target_M[use_M],
+            sample_weight=weight_M[use_M],
+            X_val=masks_MP[~use_M],
+            y_val=target_M[~use_M],
+        )
         members.append(trees)
 
     def predict(masks_QP: BoolArray) -> FloatArray:

@@ -144,9 +144,13 @@ def tune(
     problem = _Likelihood(kind, masks_MP, scaled_M, noise_M)
     bounds = problem.bounds
     end = minimize(
-        problem, problem.begin(start), jac=True, method="L-BFGS-B", bounds=bounds,
+        problem,
+        problem.begin(start),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
         options={"maxiter": _MAX_STEPS},
-    )  # fmt: skip
+    )
     return problem.kernel(end.x)
 
 
@@ -169,9 +173,16 @@ class _Likelihood:
     def bounds(self) -> list[tuple[float, float]]:
         players = self._num_players
         return [
-            (-12.0, 7.0), (-16.0, 5.0), (-20.0, 2.0), (-9.0, 9.0), (-21.0, 0.0), (-11.0, 1.5),
-            (-1.0, 2.0), *[(-4.0, 4.0)] * players, *[(-2.0, 2.0)] * players,
-        ]  # fmt: skip
+            (-12.0, 7.0),
+            (-16.0, 5.0),
+            (-20.0, 2.0),
+            (-9.0, 9.0),
+            (-21.0, 0.0),
+            (-11.0, 1.5),
+            (-1.0, 2.0),
+            *[(-4.0, 4.0)] * players,
+            *[(-2.0, 2.0)] * players,
+        ]
 
     def begin(self, start: MaskKernel | None) -> FloatArray:
         """Where the search begins. A tiny variance has no slope in logs, so that a search from it

@@ -42,9 +42,9 @@ from lpserve.data.windows import TokenWindows
 from lpserve.rounds.history import Round
 from lpserve.runner.coordinator import run
 from lpserve.scoring.dispatcher import Dispatcher, GivenUp
-from lpserve.scoring.pool import Unit
+from lpserve.scoring.pool import WorkUnit
 from lpserve.scoring.ray.pool import RayPool
-from lpserve.scoring.tracker import Request, Scoreboard
+from lpserve.scoring.tracker import Request, ScoreTracker
 from lpserve.store.store import Store
 from lpserve.types import BoolArray, EngineSpec
 
@@ -107,7 +107,7 @@ class TimedPool(RayPool):
         super()._ping(member)
         self._pings = False
 
-    def submit(self, unit: Unit, engine: str, expected_s: float | None) -> None:
+    def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
         arrived = self.lags.arrived.pop(engine, None)
         if arrived is not None:
             self.lags.spans.append((arrived, time.perf_counter()))
@@ -170,14 +170,14 @@ def stream(engines: int, masks: int, delay_s: float, batch_s: float) -> Stream:
         while len(pool.processes) < engines:
             pool.next(0.2)
         dispatcher = TimedDispatcher(pool)
-        board = Scoreboard(store, store.game_id(pool.info.game), windows(), dispatcher)
+        board = ScoreTracker(store, store.game_id(pool.info.game), windows(), dispatcher)
         return _pump(store, dispatcher, board, distinct_masks(masks), engines)
 
 
 def _pump(
     store: Store,
     dispatcher: Dispatcher,
-    board: Scoreboard,
+    board: ScoreTracker,
     source: Iterator[BoolArray],
     engines: int,
 ) -> Stream:
@@ -257,14 +257,21 @@ def refits(*, in_loop: bool, budget: int) -> Refits:
         np.savez(f"{folder}/heldout.npz", tokens=tokens[NUM_WINDOWS:])
         config = config_from(
             {
-                "model": "synthetic", "engine": "synthetic", "pool": "ray", "engines": 4,
-                "calibration": f"{folder}/text.npz", "heldout": f"{folder}/heldout.npz",
-                "budget": budget, "max_removed": 12, "round_size": 400, "progress_s": 1000.0,
+                "model": "synthetic",
+                "engine": "synthetic",
+                "pool": "ray",
+                "engines": 4,
+                "calibration": f"{folder}/text.npz",
+                "heldout": f"{folder}/heldout.npz",
+                "budget": budget,
+                "max_removed": 12,
+                "round_size": 400,
+                "progress_s": 1000.0,
                 "out": f"{folder}/run",
                 "engine_options": {"num_players": NUM_PLAYERS, "delay_s": BATCH_S / 5},
             },
             "bench",
-        )  # fmt: skip
+        )
         changed: dict[tuple[Any, str], Any] = {
             (lpserve.scoring.ray.pool, "RayPool"): TimedPool,
             (lpserve.runner.coordinator, "Dispatcher"): TimedDispatcher,
@@ -420,10 +427,14 @@ def main() -> None:
     args = parser.parse_args()
     ray.init("local", num_cpus=64, include_dashboard=False, log_to_driver=False)
     lines = [
-        "# The coordinator", "",
+        "# The coordinator",
+        "",
         f"`PYTHONPATH=. python scripts/bench/coordinator.py`; {NUM_PLAYERS} players, {NUM_WINDOWS} "
-        f"windows; Ray {ray.__version__}.", "", *machine_lines(os.cpu_count() or 1), "",
-    ]  # fmt: skip
+        f"windows; Ray {ray.__version__}.",
+        "",
+        *machine_lines(os.cpu_count() or 1),
+        "",
+    ]
     for name, part in PARTS.items():
         if args.only in (None, name):
             lines += part(args)

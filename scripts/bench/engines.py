@@ -55,11 +55,16 @@ def main() -> int:
         windows = random_windows(args, args.windows)
         np.savez(Path(scratch) / "windows.npz", tokens=windows.tokens_NT)
         lines = [
-            "# Engines", "", *machine_lines(args.threads)[:-1], f"- vLLM {vllm_version()}", "",
+            "# Engines",
+            "",
+            *machine_lines(args.threads)[:-1],
+            f"- vLLM {vllm_version()}",
+            "",
             f"Llama of random weights: {args.layers} layers, width {args.width}, FFN {args.ffn}, "
             f"{args.heads} heads, vocabulary {args.vocabulary}, {args.dtype}; {args.windows} "
-            f"windows x {args.length} tokens.", "",
-        ]  # fmt: skip
+            f"windows x {args.length} tokens.",
+            "",
+        ]
         failed = False
         for num_masks in map(int, args.masks.split(",")):
             block, bad = measure(num_masks, Path(scratch), args)
@@ -99,15 +104,24 @@ def measure(num_masks: int, scratch: Path, args: argparse.Namespace) -> tuple[li
     tolerance = 1e-5 if args.dtype == "float32" else 2e-2
     target = TARGETS.get(num_masks)
     lines = [
-        f"## {num_masks:,} masks, {distinct:,} distinct, {kept:.2f} layers kept on average", "",
+        f"## {num_masks:,} masks, {distinct:,} distinct, {kept:.2f} layers kept on average",
+        "",
         "| method | distinct masks/s | scoring is faster by | start, s | what ran |",
         "| --- | ---: | ---: | ---: | --- |",
         line("vLLM scoring, all masks", distinct / scoring_s, 1.0, scoring),
-        line("transformers, all masks", distinct / transformers_s, transformers_s / scoring_s,
-             transformers),
+        line(
+            "transformers, all masks",
+            distinct / transformers_s,
+            transformers_s / scoring_s,
+            transformers,
+        ),
         line(f"vLLM requests, {len(rows)} masks, twice", 1 / requests_s, ratio, before),
-        line(f"fresh vLLM per mask, {args.fresh_masks} masks", 1 / fresh_s,
-             fresh_s * distinct / scoring_s, fresh),
+        line(
+            f"fresh vLLM per mask, {args.fresh_masks} masks",
+            1 / fresh_s,
+            fresh_s * distinct / scoring_s,
+            fresh,
+        ),
         "",
         f"- layer-forwards: {work['layer_forwards']:,} of {int(distinct_DP.sum()):,} that requests "
         f"run; h = a call without layers / layer = {h:.3f}",
@@ -121,7 +135,7 @@ def measure(num_masks: int, scratch: Path, args: argparse.Namespace) -> tuple[li
         f"{verdict(max(differences) <= tolerance)}",
         f"- scoring within 15% of transformers or faster: "
         f"{verdict(scoring_s <= 1.15 * transformers_s)}",
-    ]  # fmt: skip
+    ]
     if target:
         lines.append(f"- at least {target} x requests: {verdict(ratio >= target)}")
     return [*lines, ""], not max(differences) <= tolerance
@@ -156,14 +170,31 @@ def relative(a: Any, b: Any) -> float:
 
 def run_child(method: str, masks: str, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     out = scratch / "result.json"
-    command = [sys.executable, __file__, "--child", method, "--masks", masks, "--dtype", args.dtype,
-               "--threads", str(args.threads), "--device", args.device,
-               "--scratch", str(scratch), "--out", str(out),
-               "--state-budget-mb", str(args.state_budget_mb)]  # fmt: skip
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        method,
+        "--masks",
+        masks,
+        "--dtype",
+        args.dtype,
+        "--threads",
+        str(args.threads),
+        "--device",
+        args.device,
+        "--scratch",
+        str(scratch),
+        "--out",
+        str(out),
+        "--state-budget-mb",
+        str(args.state_budget_mb),
+    ]
     environment = os.environ | {
-        "OMP_NUM_THREADS": str(args.threads), "VLLM_LOGGING_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": str(args.threads),
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCH_COMPILE_DISABLE": "1",
-    }  # fmt: skip
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{method} failed:\n{done.stderr[-3000:]}")
@@ -188,9 +219,14 @@ def lpserve_engine(masks_MP: Any, args: argparse.Namespace) -> dict[str, Any]:
     options = {} if kind == "transformers" else {"path": args.child}
     started = time.perf_counter()
     with lpserve.open_engine(
-        str(args.scratch / "model"), windows, kind=kind, dtype=args.dtype, device=args.device,
-        state_budget_mb=args.state_budget_mb, **options,
-    ) as engine:  # fmt: skip
+        str(args.scratch / "model"),
+        windows,
+        kind=kind,
+        dtype=args.dtype,
+        device=args.device,
+        state_budget_mb=args.state_budget_mb,
+        **options,
+    ) as engine:
         start_s = time.perf_counter() - started
         engine.score(masks_MP[:: max(1, len(masks_MP) // WARM_UP_MASKS)][:WARM_UP_MASKS])
         started = time.perf_counter()
@@ -201,12 +237,15 @@ def lpserve_engine(masks_MP: Any, args: argparse.Namespace) -> dict[str, Any]:
         layer_s = min(timed(lambda: engine.score(full)) for _ in range(8)) - head_s
         switch_s = mask_switch(engine, full[0]) if args.child == "requests" else 0.0
         return {
-            "seconds": seconds, "start_s": start_s, "path": engine.info.path,
+            "seconds": seconds,
+            "start_s": start_s,
+            "path": engine.info.path,
             "switch_s": switch_s,
-            "nll": scores.nll_MN.tolist(), "head_s": head_s,
+            "nll": scores.nll_MN.tolist(),
+            "head_s": head_s,
             "layer_s": layer_s / masks_MP.shape[1],
             "work": {"layer_forwards": scores.work.layer_forwards},
-        }  # fmt: skip
+        }
 
 
 def mask_switch(engine: Any, mask_P: Any) -> float:
@@ -239,8 +278,12 @@ def fresh(masks_MP: Any, args: argparse.Namespace) -> dict[str, Any]:
         if index >= 0:
             seconds, start_s = seconds + total, start_s + starting
             nll.append(nll_N)
-    return {"seconds": seconds, "start_s": start_s / len(masks_MP), "path": "vllm.LLM, a mask each",
-            "nll": nll}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "start_s": start_s / len(masks_MP),
+        "path": "vllm.LLM, a mask each",
+        "nll": nll,
+    }
 
 
 def one_fresh_engine(
@@ -254,15 +297,20 @@ def one_fresh_engine(
 
     started = time.perf_counter()
     llm: Any = LLM(
-        model=model, dtype=args.dtype, enforce_eager=True, skip_tokenizer_init=True,
-        max_model_len=tokens_NT.shape[1] + 1, kv_cache_memory_bytes=256 << 20,
+        model=model,
+        dtype=args.dtype,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        max_model_len=tokens_NT.shape[1] + 1,
+        kv_cache_memory_bytes=256 << 20,
         enable_prefix_caching=False,
-    )  # fmt: skip
+    )
     opened = time.perf_counter()
     outputs = llm.generate(
         [{"prompt_token_ids": row.tolist()} for row in tokens_NT],
-        SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False,
-    )  # fmt: skip
+        SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
+        use_tqdm=False,
+    )
     nll_N = [
         -sum((position[token].logprob for position, token in pairs), 0.0)
         for pairs in (

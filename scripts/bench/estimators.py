@@ -52,7 +52,7 @@ from lpserve.masks import (
     trie_layer_forwards,
 )
 from lpserve.rivals.baselines import PAPER_COALITIONS, PAPER_DRAWS, paper_draws
-from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, most_telling
+from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, select_for_values
 from lpserve.rounds.planner import RoundSettings
 from lpserve.surrogate import QUICK_TUNING_MASKS, AutoSurrogate, PaperSurrogate
 from lpserve.types import UTILITIES, Z90, BoolArray, FloatArray, utilities
@@ -108,9 +108,13 @@ def read_game(path: Path) -> ExactGame:
     if len(np.unique(codes)) != expected or len(nll_CN) != expected:
         sys.exit(f"{path}: {len(nll_CN)} rows, but {expected} masks keep {least} or more layers")
     return ExactGame(
-        name=path.stem, num_players=players, nll_CN=nll_CN.astype(np.float32), row_of=row_of,
-        tokens_N=np.full(nll_CN.shape[1], tokens.shape[1] - 1), least_kept=least,
-    )  # fmt: skip
+        name=path.stem,
+        num_players=players,
+        nll_CN=nll_CN.astype(np.float32),
+        row_of=row_of,
+        tokens_N=np.full(nll_CN.shape[1], tokens.shape[1] - 1),
+        least_kept=least,
+    )
 
 
 def score_game(model: Path, text: Path, most_removed: int | None, path: Path) -> ExactGame:
@@ -132,9 +136,13 @@ def play(
 ) -> BoolArray:
     """The masks that a run asks for, in order."""
     settings = RoundSettings(
-        num_players=game.num_players, max_removed=max_removed, sizes=sizes, seed=seed,
-        surrogate="auto", round_size=game.num_players,
-    )  # fmt: skip
+        num_players=game.num_players,
+        max_removed=max_removed,
+        sizes=sizes,
+        seed=seed,
+        surrogate="auto",
+        round_size=game.num_players,
+    )
 
     def of(name: str):  # noqa: ANN202
         return lambda nll_MN: game.utility(name, nll_MN)
@@ -167,10 +175,14 @@ def for_values(
         surrogate.fit(masks_MP, game.utility(utility, game.nll_of(masks_MP)))
         pool_QP = candidate_pool(players, sizes, np.random.default_rng([seed, batch]))
         pool_QP = pool_QP[[key not in seen for key in keys(pool_QP)]]
-        picks = most_telling(
-            surrogate.best_kernel, sizes, pool_QP, max(players, len(chosen) // 10),
-            pending_MP=np.empty((0, players), dtype=bool), head_cost=HEAD_COST,
-        )  # fmt: skip
+        picks = select_for_values(
+            surrogate.best_kernel,
+            sizes,
+            pool_QP,
+            max(players, len(chosen) // 10),
+            pending_MP=np.empty((0, players), dtype=bool),
+            head_cost=HEAD_COST,
+        )
         seen.update(keys(picks))
         chosen += list(picks)
         batch += 1
@@ -217,10 +229,11 @@ def score_values(
 ) -> list[str]:
     """Errors and coverage of the values from the first masks of each seed's table."""
     lines = [
-        f"Masks chosen {chosen}:", "",
+        f"Masks chosen {chosen}:",
+        "",
         "| masks | error, median [least, most] | layer-forwards | inside 90% | mean width |",
         "| ---: | --- | ---: | ---: | ---: |",
-    ]  # fmt: skip
+    ]
     for budget in budgets:
         rows = []
         for masks_MP in tables:
@@ -259,8 +272,9 @@ def paper_lines(
     lines = [
         f"The paper's network, {PAPER_DRAWS} draws ({np.median(distinct):.0f} distinct masks), "
         f"{PAPER_COALITIONS} coalitions: error {np.median(errors):.1e} [{min(errors):.1e}, "
-        f"{max(errors):.1e}].", "",
-    ]  # fmt: skip
+        f"{max(errors):.1e}].",
+        "",
+    ]
     print("\n".join(lines), flush=True)
     return lines
 
@@ -275,10 +289,19 @@ def rival_lines(
         np.save(table, game.utility(utility, game.nll_of(codes.astype(bool))))
         script = Path(__file__).with_name("shapiq_rivals.py")
         done = subprocess.run(
-            [args.shapiq, str(script), str(table), "--budgets", ",".join(map(str, budgets)),
-             "--seeds", str(args.seeds)],
-            check=True, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [
+                args.shapiq,
+                str(script),
+                str(table),
+                "--budgets",
+                ",".join(map(str, budgets)),
+                "--seeds",
+                str(args.seeds),
+            ],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     answer = json.loads(done.stdout.splitlines()[-1])
     lines = ["", f"shapiq {answer['version']}, the same game and budgets, median error:", ""]
     names = list(answer["values"])
@@ -303,10 +326,11 @@ def plan_lines(game: ExactGame, args: argparse.Namespace) -> list[str]:
     removed_M = (~every_MP).sum(axis=1)
     best = [float(ppl_M[removed_M == r].min()) for r in range(1, most + 1)]
     lines = [
-        "## Plans: regret in % of perplexity over the best set, worst of all seeds (mean)", "",
+        "## Plans: regret in % of perplexity over the best set, worst of all seeds (mean)",
+        "",
         "| masks | " + " | ".join(f"r={r}" for r in range(1, most + 1)) + " | seeds at optimum |",
         "| ---: |" + " --- |" * most + " ---: |",
-    ]  # fmt: skip
+    ]
     sizes = (players - most, players - 1)
     budgets = [b for b in PLAN_BUDGETS if b <= args.most]
     regret: dict[int, list[list[float]]] = {b: [] for b in budgets}
@@ -355,11 +379,15 @@ def main() -> None:
         args.max_removed = args.max_removed or game.num_players // 2
         started = time.perf_counter()
         lines = [
-            "# Values and plans from few masks", "",
+            "# Values and plans from few masks",
+            "",
             f"`PYTHONPATH=. python scripts/bench/estimators.py --seeds {args.seeds}`; game "
             f"{game.name}: {game.num_players} players, {len(game.tokens_N)} windows; seeds 0 to "
-            f"{args.seeds - 1}.", "", *machine_lines(1), "",
-        ]  # fmt: skip
+            f"{args.seeds - 1}.",
+            "",
+            *machine_lines(1),
+            "",
+        ]
         lines += plan_lines(game, args)
         print("\n".join(lines), flush=True)
         lines += value_lines(game, args)

@@ -53,9 +53,14 @@ def spend(
     """A run with a screen of the first windows; 0: none."""
     players, most = game.num_players, arena.max_removed
     settings = RoundSettings(
-        num_players=players, max_removed=most, sizes=(players - most, players - 1), seed=seed,
-        surrogate="auto", round_size=players, goal=goal,
-    )  # fmt: skip
+        num_players=players,
+        max_removed=most,
+        sizes=(players - most, players - 1),
+        seed=seed,
+        surrogate="auto",
+        round_size=players,
+        goal=goal,
+    )
     full_N = game.nll_of(np.ones((1, players), dtype=bool))[0]
     few, others = range(screen), range(screen, arena.num_windows)
 
@@ -63,9 +68,13 @@ def spend(
         return lambda nll_MN: known_utilities(name, nll_MN, game.tokens_N, full_N, windows)
 
     rounds = played_rounds(
-        settings, game.nll_of, of("neg_nll"), of("ppl_ratio"), budget,
+        settings,
+        game.nll_of,
+        of("neg_nll"),
+        of("ppl_ratio"),
+        budget,
         screen=(np.array(few), of("ppl_ratio", few)) if screen else None,
-    )  # fmt: skip
+    )
     spent = Spent(arena.num_windows)
     whole: list[BoolArray] = []
     masks = mask_windows = 0
@@ -79,9 +88,11 @@ def spend(
                 spent.add(Ask(masks_MP, windows))
     done_MP = np.concatenate(whole)
     return Spending(
-        regret_R=arena.regret_R([Ask(done_MP)]), mask_windows=mask_windows,
-        forwards=spent.forwards, screened=masks - len(done_MP),
-    )  # fmt: skip
+        regret_R=arena.regret_R([Ask(done_MP)]),
+        mask_windows=mask_windows,
+        forwards=spent.forwards,
+        screened=masks - len(done_MP),
+    )
 
 
 def table_lines(
@@ -90,9 +101,10 @@ def table_lines(
     most = arena.max_removed
     lines = [
         "| masks | screen | on it alone | mask-windows | layer-forwards | "
-        + " | ".join(f"r={r}" for r in range(1, most + 1)) + " | mean of all | seeds at optimum |",
+        + " | ".join(f"r={r}" for r in range(1, most + 1))
+        + " | mean of all | seeds at optimum |",
         "| ---: | ---: | ---: | ---: | ---: |" + " --- |" * (most + 1) + " ---: |",
-    ]  # fmt: skip
+    ]
     print("\n".join(lines), flush=True)
     for budget in budgets:
         base: list[Spending] = []
@@ -127,10 +139,14 @@ def main() -> None:
     arena = Arena(game, args.max_removed or game.num_players // 2)
     started = time.perf_counter()
     lines = [
-        "# Sets on a few windows first", "",
+        "# Sets on a few windows first",
+        "",
         f"Game {game.name}: {game.num_players} players, {len(game.tokens_N)} windows; seeds 0 to "
-        f"{args.seeds - 1}. Regret: worst of all seeds (mean).", "", *machine_lines(1), "",
-    ]  # fmt: skip
+        f"{args.seeds - 1}. Regret: worst of all seeds (mean).",
+        "",
+        *machine_lines(1),
+        "",
+    ]
     with threadpool_limits(1):
         screens, budgets = (
             [int(n) for n in one.split(",")] for one in (args.screens, args.budgets)

@@ -78,13 +78,15 @@ def main() -> int:
     shape, device = SHAPES[args.shape], torch.device(args.device)
     peak = matmul_flops(device, 8192 if device.type == "cuda" else 1024)
     lines = [
-        f"# {args.shape} on {device_name(device)}", "",
+        f"# {args.shape} on {device_name(device)}",
+        "",
         f"- versions: lpserve {lpserve.__version__}, Python {platform.python_version()}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}"
         f"{vllm_version()}",
         f"- command: `python {' '.join(sys.argv)}`",
-        f"- a large bf16 matrix product: {peak / 1e12:.0f} TFLOP/s", "",
-    ]  # fmt: skip
+        f"- a large bf16 matrix product: {peak / 1e12:.0f} TFLOP/s",
+        "",
+    ]
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folder = Path(scratch)
         started = time.perf_counter()
@@ -100,9 +102,14 @@ def main() -> int:
 
 
 def workload(
-    folder: Path, shape: dict[str, int], num_windows: int, num_masks: int, device: torch.device,
-    peak: float, args: argparse.Namespace,
-) -> list[str]:  # fmt: skip
+    folder: Path,
+    shape: dict[str, int],
+    num_windows: int,
+    num_masks: int,
+    device: torch.device,
+    peak: float,
+    args: argparse.Namespace,
+) -> list[str]:
     """The table of one set of masks and windows."""
     rng = np.random.default_rng([args.seed, num_windows])
     tokens_NT = rng.integers(shape["vocab"], size=(num_windows, args.length))
@@ -111,18 +118,25 @@ def workload(
     few = min(EXTRAPOLATED[num_windows >= WIDE_WINDOWS], num_masks)
     few_MP = masks_MP[rng.choice(num_masks, few, replace=False)]
     lines = [
-        f"## {num_masks:,} masks, {num_windows} x {args.length} tokens", "",
+        f"## {num_masks:,} masks, {num_windows} x {args.length} tokens",
+        "",
         "| method | masks/s | tokens/s | layer-forwards | FLOP/s of peak | peak GiB | start s "
         "| off skip | note |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]  # fmt: skip
+    ]
 
     known: dict[str, FloatArray] = {}
 
     def row(
-        name: str, masks: BoolArray, seconds: float, forwards: float, heads: int, note: str,
-        nll_M: FloatArray, start: float | None = None,
-    ) -> None:  # fmt: skip
+        name: str,
+        masks: BoolArray,
+        seconds: float,
+        forwards: float,
+        heads: int,
+        note: str,
+        nll_M: FloatArray,
+        start: float | None = None,
+    ) -> None:
         known[name] = nll_M / (num_windows * (args.length - 1))
         off = np.sqrt(np.mean((known[name] - known["skip"]) ** 2)) if "skip" in known else np.nan
         tokens = num_windows * args.length
@@ -147,8 +161,15 @@ def workload(
                     run = functools.partial(each, method, model, few_MP, ids, found)
                     seconds = timed(run, device)
                     ran = few_MP.size if name == "zero" else int(few_MP.sum())
-                    row(name, few_MP, seconds, ran, len(few_MP), f"{len(few_MP)} masks",
-                        np.array(found))  # fmt: skip
+                    row(
+                        name,
+                        few_MP,
+                        seconds,
+                        ran,
+                        len(few_MP),
+                        f"{len(few_MP)} masks",
+                        np.array(found),
+                    )
     for kind, label, options in engines(only):
         try:
             started = time.perf_counter()
@@ -161,9 +182,16 @@ def workload(
                 seconds = timed(lambda e=engine, k=ours, r=results: r.append(e.score(k)), device)
                 work = results[0].work
                 blocks = f"{engine.info.settings.get('micro_batch_tokens')} tokens a micro-batch"
-                row(label, ours, seconds, work.layer_forwards, work.distinct_masks,
+                row(
+                    label,
+                    ours,
+                    seconds,
+                    work.layer_forwards,
+                    work.distinct_masks,
                     f"{engine.info.path}, {blocks}, noise {engine.info.noise_nll:.1e}",
-                    nll_M, start)  # fmt: skip
+                    nll_M,
+                    start,
+                )
         except lpserve_errors() as error:
             lines.append(f"| {label} | - | - | - | - | - | {error} |")
     return [*lines, ""]
@@ -187,13 +215,22 @@ def engines(only: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def opened(
-    folder: Path, windows: TokenWindows, kind: str, args: argparse.Namespace,
+    folder: Path,
+    windows: TokenWindows,
+    kind: str,
+    args: argparse.Namespace,
     options: dict[str, Any],
-) -> Any:  # fmt: skip
+) -> Any:
     if args.micro_batch_tokens:
         options = options | {"micro_batch_tokens": args.micro_batch_tokens}
-    return open_engine(str(folder), windows, kind=kind, dtype="bfloat16", device=args.device
-                       if kind == "transformers" else "auto", **options)  # fmt: skip
+    return open_engine(
+        str(folder),
+        windows,
+        kind=kind,
+        dtype="bfloat16",
+        device=args.device if kind == "transformers" else "auto",
+        **options,
+    )
 
 
 def lpserve_errors() -> tuple[type[Exception], ...]:
@@ -317,38 +354,53 @@ def save_random(folder: Path, shape: dict[str, int], device: torch.device) -> No
     def draw_all(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
         tensors = {}
         for key, size in shapes.items():
-            tensor = torch.ones(size) if len(size) == 1 else torch.randn(
-                size, generator=generator, device=device
-            ) * STD  # fmt: skip
+            tensor = (
+                torch.ones(size)
+                if len(size) == 1
+                else torch.randn(size, generator=generator, device=device) * STD
+            )
             tensors[key] = tensor.to(device="cpu", dtype=torch.bfloat16).contiguous()
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
 
     for layer in range(shape["layers"]):
         prefix = f"model.layers.{layer}."
-        draw_all(f"layer-{layer:02d}.safetensors", {
-            f"{prefix}self_attn.q_proj.weight": (width, width),
-            f"{prefix}self_attn.k_proj.weight": (kv, width),
-            f"{prefix}self_attn.v_proj.weight": (kv, width),
-            f"{prefix}self_attn.o_proj.weight": (width, width),
-            f"{prefix}mlp.gate_proj.weight": (ffn, width),
-            f"{prefix}mlp.up_proj.weight": (ffn, width),
-            f"{prefix}mlp.down_proj.weight": (width, ffn),
-            f"{prefix}input_layernorm.weight": (width,),
-            f"{prefix}post_attention_layernorm.weight": (width,),
-        })  # fmt: skip
-    draw_all("rest.safetensors", {
-        "model.embed_tokens.weight": (shape["vocab"], width),
-        "lm_head.weight": (shape["vocab"], width), "model.norm.weight": (width,),
-    })  # fmt: skip
+        draw_all(
+            f"layer-{layer:02d}.safetensors",
+            {
+                f"{prefix}self_attn.q_proj.weight": (width, width),
+                f"{prefix}self_attn.k_proj.weight": (kv, width),
+                f"{prefix}self_attn.v_proj.weight": (kv, width),
+                f"{prefix}self_attn.o_proj.weight": (width, width),
+                f"{prefix}mlp.gate_proj.weight": (ffn, width),
+                f"{prefix}mlp.up_proj.weight": (ffn, width),
+                f"{prefix}mlp.down_proj.weight": (width, ffn),
+                f"{prefix}input_layernorm.weight": (width,),
+                f"{prefix}post_attention_layernorm.weight": (width,),
+            },
+        )
+    draw_all(
+        "rest.safetensors",
+        {
+            "model.embed_tokens.weight": (shape["vocab"], width),
+            "lm_head.weight": (shape["vocab"], width),
+            "model.norm.weight": (width,),
+        },
+    )
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = transformers.LlamaConfig(
-        hidden_size=width, intermediate_size=ffn, num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"], num_key_value_heads=shape["kv"],
-        vocab_size=shape["vocab"], max_position_embeddings=4096, tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"],
+        vocab_size=shape["vocab"],
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
     config.save_pretrained(folder)
 
 

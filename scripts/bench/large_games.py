@@ -61,18 +61,25 @@ def play(
 ) -> Played:
     """What a run with this budget asks for."""
     settings = RoundSettings(
-        num_players=game.num_players, max_removed=max_removed, sizes=sizes, seed=seed,
-        surrogate="auto", round_size=game.num_players,
-    )  # fmt: skip
+        num_players=game.num_players,
+        max_removed=max_removed,
+        sizes=sizes,
+        seed=seed,
+        surrogate="auto",
+        round_size=game.num_players,
+    )
     full_nll = game.mean_nll(full_mask(game.num_players)[None])[0]
 
     def neg_nll(nll_MN: np.ndarray) -> FloatArray:
         return -nll_MN.astype(np.float64).mean(axis=1) / NUM_TOKENS
 
     rounds = played_rounds(
-        settings, lambda masks_MP: game.nll(masks_MP).astype(np.float32), neg_nll,
-        lambda nll_MN: np.exp(neg_nll(nll_MN) + full_nll), budget,
-    )  # fmt: skip
+        settings,
+        lambda masks_MP: game.nll(masks_MP).astype(np.float32),
+        neg_nll,
+        lambda nll_MN: np.exp(neg_nll(nll_MN) + full_nll),
+        budget,
+    )
     played = Played(masks_MP=np.empty((0, game.num_players), dtype=bool))
     started = time.process_time()
     for asked in rounds:
@@ -98,9 +105,11 @@ def value_row(game: ProductGame, masks_MP: BoolArray, sizes: tuple[int, int]) ->
     weights_BN = window_weights([len(tokens_N)])
     started = time.process_time()
     values = lpserve.shapley_values(
-        masks_MP, -nll_MN.sum(axis=1) / tokens_N.sum(), sizes,
+        masks_MP,
+        -nll_MN.sum(axis=1) / tokens_N.sum(),
+        sizes,
         resampled_MB=-mean_nll(nll_MN, tokens_N, weights_BN),
-    )  # fmt: skip
+    )
     seconds = time.process_time() - started
     exact_P, source_P = game.exact(sizes), game.population.exact(sizes)
     error_P = values.values_P - exact_P
@@ -113,9 +122,9 @@ def value_row(game: ProductGame, masks_MP: BoolArray, sizes: tuple[int, int]) ->
 def regret_R(game: ProductGame, masks_MP: BoolArray, best_RP: BoolArray) -> FloatArray:
     """% of perplexity over the best known set of each size."""
     nll_M, removed_M = game.mean_nll(masks_MP), (~masks_MP).sum(axis=1)
-    found_R = np.array([
-        nll_M[removed_M == r].min(initial=np.inf) for r in range(1, len(best_RP) + 1)
-    ])  # fmt: skip
+    found_R = np.array(
+        [nll_M[removed_M == r].min(initial=np.inf) for r in range(1, len(best_RP) + 1)]
+    )
     return 100 * np.expm1(found_R - game.mean_nll(best_RP))
 
 
@@ -149,16 +158,22 @@ def lines_of(players: int, seeds: int, most: int | None) -> list[str]:
             last = max(n for n, asked in enumerate(played.asked) if asked <= budget)
             regret = regret_R(game, some, best_RP)
             rows[budget].append(
-                [*value_row(game, some, sizes), regret.mean(), regret.max(),
-                 played.seconds[last], max(played.seconds[: last + 1])]
-            )  # fmt: skip
+                [
+                    *value_row(game, some, sizes),
+                    regret.mean(),
+                    regret.max(),
+                    played.seconds[last],
+                    max(played.seconds[: last + 1]),
+                ]
+            )
         assert len(set(keys(played.masks_MP))) == len(played.masks_MP)
     lines = [
-        f"## {players} players, up to {max_removed} removed, sizes {sizes}, {seeds} games", "",
+        f"## {players} players, up to {max_removed} removed, sizes {sizes}, {seeds} games",
+        "",
         "| masks | error, median [least, most] | inside 90% | width | total inside 90% | regret, "
         "mean (worst) | a round is chosen in | the longest | values in |",
         "| ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
-    ]  # fmt: skip
+    ]
     for budget, found in rows.items():
         table = np.array(found)
         error = table[:, 0]
@@ -188,9 +203,11 @@ def refit_lines(players: int) -> list[str]:
     masks_MP = design.take(most)
     utilities_M = -game.mean_nll(masks_MP)
     lines = [
-        f"Refits with {players} players:", "",
-        "| masks | first fit | with a round more | peak memory |", "| ---: | ---: | ---: | ---: |",
-    ]  # fmt: skip
+        f"Refits with {players} players:",
+        "",
+        "| masks | first fit | with a round more | peak memory |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
     for count in REFITS[players]:
         surrogate = make_surrogate("auto", quick=True)
         seconds = []
@@ -223,11 +240,15 @@ def main() -> None:
         parser.error(f"--most must be at least {least}, the smallest budget of these games")
     started = time.perf_counter()
     lines = [
-        "# Large synthetic games", "",
+        "# Large synthetic games",
+        "",
         f"`PYTHONPATH=. python scripts/bench/large_games.py --players {args.players} --seeds "
         f"{args.seeds}`; {NUM_WINDOWS} windows of {NUM_TOKENS} tokens; seeds 0 to "
-        f"{args.seeds - 1}.", "", *machine_lines(1), "",
-    ]  # fmt: skip
+        f"{args.seeds - 1}.",
+        "",
+        *machine_lines(1),
+        "",
+    ]
     with threadpool_limits(1):
         for players in sizes:
             lines += lines_of(players, args.seeds, args.most)

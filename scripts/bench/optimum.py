@@ -46,9 +46,12 @@ def main() -> None:
         for seed in _numbers(arguments.seeds):
             with tempfile.TemporaryDirectory() as folder:
                 values = demo_values() | {
-                    "budget": arguments.budget, "seed": seed, "window_seed": window_seed,
-                    "heldout_windows": 4, "out": f"{folder}/run",
-                }  # fmt: skip
+                    "budget": arguments.budget,
+                    "seed": seed,
+                    "window_seed": window_seed,
+                    "heldout_windows": 4,
+                    "out": f"{folder}/run",
+                }
                 if arguments.model:
                     values["model"] = arguments.model
                 config = config_from(values, "bench")

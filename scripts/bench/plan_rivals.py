@@ -122,14 +122,20 @@ def our_batches(game: Game, max_removed: int, seed: int, budget: int) -> list[Bo
     """The rounds of a run."""
     players = game.num_players
     settings = RoundSettings(
-        num_players=players, max_removed=max_removed, sizes=(players - max_removed, players - 1),
-        seed=seed, surrogate="auto", round_size=players,
-    )  # fmt: skip
+        num_players=players,
+        max_removed=max_removed,
+        sizes=(players - max_removed, players - 1),
+        seed=seed,
+        surrogate="auto",
+        round_size=players,
+    )
     rounds = played_rounds(
-        settings, game.nll_of,
+        settings,
+        game.nll_of,
         lambda nll_MN: game.utility("neg_nll", nll_MN),
-        lambda nll_MN: game.utility("ppl_ratio", nll_MN), budget,
-    )  # fmt: skip
+        lambda nll_MN: game.utility("ppl_ratio", nll_MN),
+        budget,
+    )
     return [asked.masks_MP for asked in rounds]
 
 
@@ -197,9 +203,12 @@ def _paper(arena: Arena, budget: int, seed: int) -> tuple[list[Ask], Spent]:
     if budget < 1 + PAPER_LEAST_DRAWS + arena.max_removed:
         return [], Spent(arena.num_windows)
     proposer = paper(
-        arena.game.num_players, arena.max_removed,
-        budget=budget, seed=seed, strata=arena.paper_strata,
-    )  # fmt: skip
+        arena.game.num_players,
+        arena.max_removed,
+        budget=budget,
+        seed=seed,
+        strata=arena.paper_strata,
+    )
     return within([s.ask for s in drive(proposer, arena.score, budget)], arena.num_windows)
 
 
@@ -265,12 +274,18 @@ def rival_lines(
     """Both tables with their headings."""
     by_masks, by_forwards = rival_rows(game, max_removed, budgets, ours)
     return [
-        "## Searches: regret in % of perplexity over the best set, worst of all seeds (mean)", "",
+        "## Searches: regret in % of perplexity over the best set, worst of all seeds (mean)",
+        "",
         "At equal numbers of distinct masks (`-`: a seed has no set of that size scored on all "
-        "windows yet):", "", *table_lines(by_masks), "",
-        "At the layer-forwards that lpserve took for so many masks (medians over seeds):", "",
-        *table_lines(by_forwards), "",
-    ]  # fmt: skip
+        "windows yet):",
+        "",
+        *table_lines(by_masks),
+        "",
+        "At the layer-forwards that lpserve took for so many masks (medians over seeds):",
+        "",
+        *table_lines(by_forwards),
+        "",
+    ]
 
 
 def main() -> None:

@@ -44,9 +44,12 @@ def main() -> int:
     model, windows = demo_windows()
     rng, num_players = np.random.default_rng(0), 12
     masks_MP = np.concatenate(
-        [np.ones((1, num_players), bool), np.zeros((1, num_players), bool),
-         *(draw(num_players, kept, -(-args.masks // 11), rng) for kept in range(1, 12))]
-    )  # fmt: skip
+        [
+            np.ones((1, num_players), bool),
+            np.zeros((1, num_players), bool),
+            *(draw(num_players, kept, -(-args.masks // 11), rng) for kept in range(1, 12)),
+        ]
+    )
     lines = ["# Precision", "", *machine_lines(2), ""]
     exact: FloatArray | None = None
     for dtype in args.dtypes.split(","):
@@ -64,7 +67,7 @@ def main() -> int:
             "| engine | to vLLM requests: rms | largest | to transformers: rms | largest "
             "| to float32: rms | largest | rank correlation | noise_nll |",
             "| --- " + "| ---: " * 8 + "|",
-        ]  # fmt: skip
+        ]
         for name, own in mean.items():
             cells = []
             for other in (mean["vLLM requests"], mean["transformers"], exact):

@@ -259,9 +259,12 @@ def demo_windows() -> tuple[str, TokenWindows]:
     """The bundled model and the calibration windows of the demonstration."""
     values = demo_values()
     windows = TokenWindows.from_file(
-        next(iter(values["calibration"].values())), tokenizer=values["model"],
-        num_windows=values["num_windows"], length=values["length"], seed=0,
-    )  # fmt: skip
+        next(iter(values["calibration"].values())),
+        tokenizer=values["model"],
+        num_windows=values["num_windows"],
+        length=values["length"],
+        seed=0,
+    )
     return values["model"], windows
 
 

@@ -341,11 +341,13 @@ def measure_flat(folder: Path, windows: TokenWindows, args: argparse.Namespace) 
         part = len(masks_MP) * windows.num_windows / FLAT_STEPS
 
         def counted(
-            state_BTd: torch.Tensor, block: TokenWindows, also: Sequence[str] = (),
+            state_BTd: torch.Tensor,
+            block: TokenWindows,
+            extra_metrics: Sequence[str] = (),
             whole_NTd: torch.Tensor | None = None,
-        ) -> torch.Tensor:  # fmt: skip
+        ) -> torch.Tensor:
             nonlocal done
-            result = reduce(state_BTd, block, also, whole_NTd)
+            result = reduce(state_BTd, block, extra_metrics, whole_NTd)
             done += state_BTd.shape[0]
             while done >= part * (len(flat.points) + 1):
                 flat.points.append(memory_now(device))

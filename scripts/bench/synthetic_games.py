@@ -105,9 +105,11 @@ class ProductGame:
     def population(self) -> ProductGame:
         """The mean over infinitely many windows: a game of one window."""
         return replace(
-            self, coefficients_TN=self.expected_T[:, None], base_N=np.array([self.expected_base]),
+            self,
+            coefficients_TN=self.expected_T[:, None],
+            base_N=np.array([self.expected_base]),
             main_PN=np.zeros((self.num_players, 1)),
-        )  # fmt: skip
+        )
 
     def nll(self, masks_MP: BoolArray) -> FloatArray:
         """Summed nats of every window, `float64[M, N]`."""

@@ -39,10 +39,10 @@ from probes import publish
 
 from lpserve.data.windows import TokenWindows
 from lpserve.scoring.dispatcher import Dispatcher, GivenUp
-from lpserve.scoring.pool import Unit, UnitResult
+from lpserve.scoring.pool import UnitResult, WorkUnit
 from lpserve.scoring.progress import RunState
 from lpserve.scoring.ray.pool import DEADLINE_FACTOR, LEAST_DEADLINE_S
-from lpserve.store.store import Block
+from lpserve.store.store import WindowBlock
 from lpserve.types import BoolArray, EngineInfo, Scores, Work
 
 TARGET = 0.95
@@ -73,7 +73,7 @@ class Setting:
 
 @dataclass(eq=False)
 class Task:
-    unit: Unit
+    unit: WorkUnit
     seconds: float
     expected_s: float | None
     started: float = 0.0
@@ -129,7 +129,7 @@ class SimulatedPool:
     def register(self, windows: TokenWindows) -> str:
         return windows.content_hash
 
-    def submit(self, unit: Unit, engine: str, expected_s: float | None) -> None:
+    def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
         self.submits += 1
         noise = float(np.exp(self._rng.normal(0, 0.05)))
         where = self._all[engine]
@@ -138,7 +138,7 @@ class SimulatedPool:
         if len(where.tasks) == 1:
             self._begin(where)
 
-    def cancel(self, unit: Unit, engine: str) -> None:
+    def cancel(self, unit: WorkUnit, engine: str) -> None:
         where = self._all[engine]
         for task in list(where.tasks)[1:]:
             if task.unit is unit:
@@ -200,10 +200,14 @@ class SimulatedPool:
             first = position == 0
             self._done.append(
                 UnitResult(
-                    unit=task.unit, scores=None, engine=engine.name, error="died", blamed=first,
+                    unit=task.unit,
+                    scores=None,
+                    engine=engine.name,
+                    error="died",
+                    blamed=first,
                     lost=first,
                 )
-            )  # fmt: skip
+            )
         engine.tasks.clear()
         engine.up, engine.hangs, engine.life = False, False, engine.life + 1
         self._note_engines()
@@ -262,7 +266,7 @@ def simulate(setting: Setting) -> Outcome:
     while complete < len(rounds):
         while pool.proposed:
             index = pool.proposed.popleft()
-            block = Block(id=index, rows=np.arange(1))
+            block = WindowBlock(id=index, rows=np.arange(1))
             dispatcher.add(rounds[index], block, windows)
             asked = index + 1
             if asked < len(rounds) and asked <= complete + 1:
@@ -280,10 +284,15 @@ def simulate(setting: Setting) -> Outcome:
     ideal_s = setting.masks * setting.mask_s / pool.speed
     busy_s = units * setting.unit_cost_s + setting.masks * setting.mask_cost_s
     return Outcome(
-        seconds=pool.now, efficiency=ideal_s / pool.now, units=units, failures=pool.failures,
-        repeats=pool.submits - units, given_up=given_up, driver=busy_s / pool.now,
+        seconds=pool.now,
+        efficiency=ideal_s / pool.now,
+        units=units,
+        failures=pool.failures,
+        repeats=pool.submits - units,
+        given_up=given_up,
+        driver=busy_s / pool.now,
         took_s=time.perf_counter() - began,
-    )  # fmt: skip
+    )
 
 
 def _rounds(setting: Setting) -> list[BoolArray]:
@@ -319,17 +328,19 @@ def main() -> None:
     assert NUM_PLAYERS == 32
     assert REQUEST
     lines = [
-        "# 1,000 engines, simulated", "",
+        "# 1,000 engines, simulated",
+        "",
         f"`PYTHONPATH=. python scripts/bench/thousand_engines.py --unit-ms {args.unit_ms} "
         f"--mask-us {args.mask_us}`. The real dispatcher in simulated time; driver costs from "
         "[coordinator.md](coordinator.md); one failure in "
         f"{GPU_HOURS_A_FAILURE:,.0f} GPU-hours (Llama 3, arXiv 2407.21783), 8 GPUs an engine, one "
         "failure in ten a hang, 300 s to restart; refits of 5 s. The arithmetic is in the "
-        "script's docstring.", "",
+        "script's docstring.",
+        "",
         "| setting | masks | a round | hours at work | efficiency | at least 95% | failures | "
         "repeated | given up | driver busy |",
         "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
-    ]  # fmt: skip
+    ]
     for setting in settings(args):
         done = simulate(setting)
         lines.append(

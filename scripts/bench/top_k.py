@@ -40,31 +40,38 @@ def main() -> int:
     tops = [int(k) for k in args.tops.split(",")]
     tokens = windows.num_tokens_N.sum()
 
-    def mean(metric: str, also: tuple[str, ...]) -> tuple[FloatArray, float]:
+    def mean(metric: str, extra_metrics: tuple[str, ...]) -> tuple[FloatArray, float]:
         started = time.perf_counter()
-        sums_MN = engine.score(masks_MP, also=also).of(metric)
+        sums_MN = engine.score(masks_MP, extra_metrics=extra_metrics).of(metric)
         return sums_MN.sum(axis=1) / tokens, time.perf_counter() - started
 
     with open_engine(model, windows, dtype="float32") as engine:
-        engine.score(masks_MP[:4], also=("kl", *(f"kl_top{k}" for k in tops)))  # warm up, tables
+        engine.score(
+            masks_MP[:4], extra_metrics=("kl", *(f"kl_top{k}" for k in tops))
+        )  # warm up, tables
         _, alone = mean("nll", ())
         exact_M, exact_s = mean("kl", ("kl",))
         lines = [
-            "# KL by the whole model's likeliest tokens", "", *machine_lines(2), "",
+            "# KL by the whole model's likeliest tokens",
+            "",
+            *machine_lines(2),
+            "",
             f"{len(masks_MP)} masks of the bundled model (vocabulary {engine.info.vocab_size:,}) "
             f"without 1 to 8 of 12 layers, {windows.num_windows} x {windows.length} tokens, "
             f"float32; mean KL {exact_M.mean():.3f} nats per token. Time is of one pass with the "
-            "NLL, against the NLL's alone.", "",
+            "NLL, against the NLL's alone.",
+            "",
             "| metric | below kl: mean | largest | rank correlation | of one size | time |",
             "| --- | ---: | ---: | ---: | ---: | ---: |",
             f"| kl | 0 | 0 | 1 | 1 | {exact_s / alone:.2f} x |",
-        ]  # fmt: skip
+        ]
         for k in tops:
             name = f"kl_top{k}"
             got_M, seconds = mean(name, (name,))
             below_M = (exact_M - got_M) / exact_M
-            alike = [rank(exact_M[kept_M == kept], got_M[kept_M == kept])
-                     for kept in np.unique(kept_M)]  # fmt: skip
+            alike = [
+                rank(exact_M[kept_M == kept], got_M[kept_M == kept]) for kept in np.unique(kept_M)
+            ]
             lines.append(
                 f"| {name} | {below_M.mean():.1%} | {below_M.max():.1%} | "
                 f"{rank(exact_M, got_M):.4f} | {np.mean(alike):.4f} | {seconds / alone:.2f} x |"

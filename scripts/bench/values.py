@@ -131,14 +131,18 @@ def surrogate_rows(args: argparse.Namespace) -> tuple[list[str], float]:
         row(
             "the reference's way, one row at a time",
             f"{size}, extrapolated from {len(few_QP)} masks",
-            theirs, needed, "values",
+            theirs,
+            needed,
+            "values",
         ),
         row(
             "monte_carlo_values, PaperSurrogate",
             f"{args.masks:,} coalitions x {args.players} players",
-            sampled, args.masks, "coalitions",
+            sampled,
+            args.masks,
+            "coalitions",
         ),
-    ]  # fmt: skip
+    ]
     return lines, float(difference)
 
 

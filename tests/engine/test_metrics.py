@@ -66,7 +66,7 @@ def test_metrics_equal_those_of_the_model_without_the_layers(family, pack, model
     expected, close_MN = by_hand(folder, masks, windows)
     options: dict[str, Any] = {"micro_batch_tokens": 500} if pack else {}
     with lpserve.open_engine(folder, windows, **options) as engine:
-        scores = engine.score(masks, also=tuple(expected))
+        scores = engine.score(masks, extra_metrics=tuple(expected))
         plain = engine.score(masks)
     assert relative(scores.nll_MN, plain.nll_MN) < TOLERANCE
     assert (np.abs(scores.of("misses") - expected["misses"]) <= close_MN).all()
@@ -83,15 +83,15 @@ def test_targets_are_worked_on_in_chunks_of_bounded_memory(model_dir, rng):
     masks = rng.random((4, NUM_LAYERS)) < 0.6
     largest = []
     with lpserve.open_engine(folder, windows) as engine:
-        also = ("kl", f"kl_top{TOP}")
-        whole = engine.score(masks, also=also)
+        extra_metrics = ("kl", f"kl_top{TOP}")
+        whole = engine.score(masks, extra_metrics=extra_metrics)
         head = cast("Any", engine)._scorer.stack._reducer
         head._chunk_bytes = 97 * 8 * 5 * 7  # seven targets of one mask with their divergences
         original = head._vocabulary.logits
         head._vocabulary = WholeVocabulary(lambda rows: largest.append(len(rows)) or original(rows))
-        chunked = engine.score(masks, also=also)
+        chunked = engine.score(masks, extra_metrics=extra_metrics)
     assert max(largest) == 7
-    for name in ("nll", *also):  # a divergence of the whole model from itself is 0
+    for name in ("nll", *extra_metrics):  # a divergence of the whole model from itself is 0
         difference = np.abs(chunked.of(name) - whole.of(name)).max()
         assert difference < TOLERANCE * max(1.0, whole.of(name).max())
 
@@ -105,11 +105,11 @@ def test_vllm_gives_the_same_metrics(path, model_dir, rng):
         assert set(engine.info.metrics) == {"nll", "misses", *(["kl"] * (path == "scoring"))}
         if path == "requests":
             with pytest.raises(InputError, match="'kl' cannot be had from engine vllm"):
-                engine.score(masks, also=("kl",))
-            misses = engine.score(masks, also=("misses",)).of("misses")
+                engine.score(masks, extra_metrics=("kl",))
+            misses = engine.score(masks, extra_metrics=("misses",)).of("misses")
             assert (np.abs(misses - expected["misses"]) <= close_MN).all()
             return
-        scores = engine.score(masks, also=tuple(expected))
+        scores = engine.score(masks, extra_metrics=tuple(expected))
     assert (np.abs(scores.of("misses") - expected["misses"]) <= close_MN).all()
     for name in ("kl", f"kl_top{TOP}"):
         assert np.abs(scores.of(name) - expected[name]).max() < TOLERANCE * expected[name].max()
@@ -129,4 +129,4 @@ def test_a_metric_is_named_with_its_number():
         ) as engine,
         pytest.raises(InputError, match="it has nll"),
     ):
-        engine.score(np.ones((1, 8), dtype=bool), also=("misses",))
+        engine.score(np.ones((1, 8), dtype=bool), extra_metrics=("misses",))

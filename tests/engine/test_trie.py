@@ -49,9 +49,9 @@ class AffineStack:
         self.rows_run.append(len(state_BTd))
         return state_BTd * self.scale_P[player] + self.shift_P[player]
 
-    def reduce(self, state_BTd, block, also=(), whole_NTd=None):
+    def reduce(self, state_BTd, block, extra_metrics=(), whole_NTd=None):
         columns = [state_BTd.sum(dim=(1, 2))]
-        for name in also:
+        for name in extra_metrics:
             if name == "kl":  # what is left of the whole model's sum
                 assert whole_NTd is not None
                 whole_B = whole_NTd.sum(dim=(1, 2)).repeat(len(state_BTd) // block.num_windows)
@@ -179,9 +179,12 @@ def test_memory_stays_within_the_budget_and_flat_over_ten_thousand_masks(model_d
     """RSS above RSS after loading: at most 1.2 x (state budget + head chunk), and flat."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY_SCRIPT, str(model_dir("llama"))],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     allowed, *grown = map(int, done.stdout.split())
     assert max(grown) <= 1.2 * allowed
     assert grown[-1] - grown[1] < 4 * 2**20

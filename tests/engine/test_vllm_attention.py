@@ -19,10 +19,11 @@ def slow_attention(q, k, v, spec: AttentionSpec) -> np.ndarray:
         for i in range(LENGTH):
             for h in range(HEADS):
                 seen = [
-                    j for j in range(i + 1)
+                    j
+                    for j in range(i + 1)
                     if (spec.window is None or i - j < spec.window)
                     and (spec.chunk is None or i // spec.chunk == j // spec.chunk)
-                ]  # fmt: skip
+                ]
                 at = [w * LENGTH + j for j in seen]
                 score = k[at, h // group] @ q[w * LENGTH + i, h] * spec.scale
                 if spec.soft_cap is not None:
@@ -38,23 +39,38 @@ def slow_attention(q, k, v, spec: AttentionSpec) -> np.ndarray:
 @pytest.mark.parametrize(
     "features",
     [
-        {}, {"num_kv_heads": 2}, {"num_kv_heads": 1, "head_size_v": 5}, {"window": 4},
-        {"window": 1}, {"window": 50}, {"chunk": 5}, {"chunk": 5, "window": 3},
-        {"soft_cap": 1.5}, {"soft_cap": 1.5, "window": 4, "num_kv_heads": 2}, {"sinks": True},
-        {"sinks": True, "window": 4, "num_kv_heads": 2}, {"alibi": True},
-        {"alibi": True, "num_kv_heads": 2, "window": 6}, {"alibi": True, "soft_cap": 2.0},
+        {},
+        {"num_kv_heads": 2},
+        {"num_kv_heads": 1, "head_size_v": 5},
+        {"window": 4},
+        {"window": 1},
+        {"window": 50},
+        {"chunk": 5},
+        {"chunk": 5, "window": 3},
+        {"soft_cap": 1.5},
+        {"soft_cap": 1.5, "window": 4, "num_kv_heads": 2},
+        {"sinks": True},
+        {"sinks": True, "window": 4, "num_kv_heads": 2},
+        {"alibi": True},
+        {"alibi": True, "num_kv_heads": 2, "window": 6},
+        {"alibi": True, "soft_cap": 2.0},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_attention_follows_its_definition(features, rng):
     kv_heads, size_v = features.get("num_kv_heads", HEADS), features.get("head_size_v", SIZE)
     spec = AttentionSpec(
-        num_heads=HEADS, num_kv_heads=kv_heads, head_size=SIZE, head_size_v=size_v, scale=0.7,
-        window=features.get("window"), chunk=features.get("chunk"),
+        num_heads=HEADS,
+        num_kv_heads=kv_heads,
+        head_size=SIZE,
+        head_size_v=size_v,
+        scale=0.7,
+        window=features.get("window"),
+        chunk=features.get("chunk"),
         soft_cap=features.get("soft_cap"),
         sinks_H=torch.from_numpy(rng.normal(size=HEADS)) if "sinks" in features else None,
         alibi_H=torch.from_numpy(rng.random(HEADS)) if "alibi" in features else None,
-    )  # fmt: skip
+    )
     n = WINDOWS * LENGTH
     q, k, v = (
         rng.normal(size=(n, heads, size)).astype(np.float32)

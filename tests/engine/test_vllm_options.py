@@ -19,9 +19,11 @@ from lpserve.types import EngineSpec
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LLAMA_70B = {
-    "num_hidden_layers": 80, "hidden_size": 8192, "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "num_attention_heads": 64,
     "num_key_value_heads": 8,
-}  # fmt: skip
+}
 
 
 def spec(dtype: str = "bfloat16", **options) -> EngineSpec:

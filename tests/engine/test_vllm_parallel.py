@@ -56,9 +56,13 @@ def run(folder, windows, masks, tmp_path, dtype: str = "float32", **options):
     script.write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, str(script), str(folder), str(data), dtype, json.dumps(options)],
-        capture_output=True, text=True, check=False, timeout=300, cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
     return json.loads(line.removeprefix("RESULT "))

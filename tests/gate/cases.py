@@ -28,9 +28,13 @@ EXPECTED = FOLDER / "expected"
 ROOT = FOLDER.parent.parent
 DEMO = ROOT / "lpserve" / "demo"
 TEXTS = [
-    "--calibration", f"sherlock={DEMO / 'calibration.txt'}",
-    "--heldout", f"dracula={DEMO / 'heldout.txt'}", "--length", "128",
-]  # fmt: skip
+    "--calibration",
+    f"sherlock={DEMO / 'calibration.txt'}",
+    "--heldout",
+    f"dracula={DEMO / 'heldout.txt'}",
+    "--length",
+    "128",
+]
 RUN_FILES = ("plan.json", "shapley.csv", "interactions.csv", "proposed.json")
 STUDY_FILES = ("sweep.json", "sets.csv", "values.csv")
 
@@ -60,23 +64,93 @@ def _synthetic(name: str, players: int, *arguments: Any) -> GateCase:
 
 ON_DEMO = ("--model", str(DEMO / "model"))
 CASES = (
-    _run("demo", *ON_DEMO, *TEXTS, "--num-windows", 10, "--heldout-windows", 32,
-         "--budget", 400, "--max-removed", 6),
-    _run("screened", *ON_DEMO, *TEXTS, "--num-windows", 16, "--heldout-windows", 16,
-         "--screen-windows", 4, "--budget", 160, "--max-removed", 5, "--seed", 3),
-    _run("task", *ON_DEMO, "--calibration", "task:dracula_last_word",
-         "--include-path", DEMO / "tasks", "--utility", "task_margin", "--num-windows", 40,
-         "--heldout-windows", 20, "--budget", 80, "--max-removed", 2),
-    _run("ppl_ratio", *ON_DEMO, *TEXTS, "--num-windows", 8, "--heldout-windows", 8,
-         "--utility", "ppl_ratio", "--budget", 140, "--max-removed", 4, "--seed", 1),
+    _run(
+        "demo",
+        *ON_DEMO,
+        *TEXTS,
+        "--num-windows",
+        10,
+        "--heldout-windows",
+        32,
+        "--budget",
+        400,
+        "--max-removed",
+        6,
+    ),
+    _run(
+        "screened",
+        *ON_DEMO,
+        *TEXTS,
+        "--num-windows",
+        16,
+        "--heldout-windows",
+        16,
+        "--screen-windows",
+        4,
+        "--budget",
+        160,
+        "--max-removed",
+        5,
+        "--seed",
+        3,
+    ),
+    _run(
+        "task",
+        *ON_DEMO,
+        "--calibration",
+        "task:dracula_last_word",
+        "--include-path",
+        DEMO / "tasks",
+        "--utility",
+        "task_margin",
+        "--num-windows",
+        40,
+        "--heldout-windows",
+        20,
+        "--budget",
+        80,
+        "--max-removed",
+        2,
+    ),
+    _run(
+        "ppl_ratio",
+        *ON_DEMO,
+        *TEXTS,
+        "--num-windows",
+        8,
+        "--heldout-windows",
+        8,
+        "--utility",
+        "ppl_ratio",
+        "--budget",
+        140,
+        "--max-removed",
+        4,
+        "--seed",
+        1,
+    ),
     _synthetic("synthetic_both", 32, "--budget", 260, "--max-removed", 8),
-    _synthetic("synthetic_plan", 24, "--budget", 200, "--max-removed", 6, "--goal", "plan",
-               "--seed", 5),
-    _synthetic("synthetic_values", 24, "--budget", 150, "--max-removed", 6, "--goal", "values",
-               "--stop-width", "0.0001", "--seed", 6),
-    GateCase(name="sweep_demo", arguments=("sweep", "--demo", "--yes"), files=STUDY_FILES,
-             slow=True),
-)  # fmt: skip
+    _synthetic(
+        "synthetic_plan", 24, "--budget", 200, "--max-removed", 6, "--goal", "plan", "--seed", 5
+    ),
+    _synthetic(
+        "synthetic_values",
+        24,
+        "--budget",
+        150,
+        "--max-removed",
+        6,
+        "--goal",
+        "values",
+        "--stop-width",
+        "0.0001",
+        "--seed",
+        6,
+    ),
+    GateCase(
+        name="sweep_demo", arguments=("sweep", "--demo", "--yes"), files=STUDY_FILES, slow=True
+    ),
+)
 
 
 def environment() -> dict[str, str]:
@@ -96,8 +170,12 @@ def command(*arguments: str) -> None:
     """Run lpserve's command line, and fail with its own words."""
     done = subprocess.run(
         [sys.executable, "-m", "lpserve", *arguments],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise AssertionError(f"lpserve {arguments[0]} exits {done.returncode}:\n{done.stderr}")
 

@@ -20,8 +20,8 @@ from transformers.utils import logging as hf_logging
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import (
-    check_also,
     check_decoder,
+    check_extra_metrics,
     check_masks,
     check_windows,
     scores_of,
@@ -105,13 +105,13 @@ class TransformersEngine:
         return self._scorer.register(windows)
 
     def score(
-        self, masks_MP: BoolArray, windows: str | None = None, also: Sequence[str] = ()
+        self, masks_MP: BoolArray, windows: str | None = None, extra_metrics: Sequence[str] = ()
     ) -> Scores:
         key = self._default if windows is None else windows
         masks_MP = check_masks(masks_MP, self.info.num_players)
-        also = check_also(self.info, also)
-        values_MNC, work = self._scorer.score(masks_MP, key, also)
-        return scores_of(values_MNC, also, self._scorer.num_tokens(key), work)
+        extra_metrics = check_extra_metrics(self.info, extra_metrics)
+        values_MNC, work = self._scorer.score(masks_MP, key, extra_metrics)
+        return scores_of(values_MNC, extra_metrics, self._scorer.num_tokens(key), work)
 
     def hidden_states(self, windows: str | None = None) -> HiddenStates:
         """How hidden states turn in the whole model, on registered windows."""

@@ -99,10 +99,10 @@ class RecordedStack:
         self,
         state_BTd: torch.Tensor,
         block: TokenWindows,
-        also: Sequence[str] = (),
+        extra_metrics: Sequence[str] = (),
         whole_NTd: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._reducer.reduce(state_BTd, block, also, whole_NTd)
+        return self._reducer.reduce(state_BTd, block, extra_metrics, whole_NTd)
 
     def _logits(self, rows_nd: torch.Tensor) -> torch.Tensor:
         """`[n, V]`."""

@@ -62,9 +62,13 @@ def _fused(
         bias = _alibi(spec.alibi_H, length).to(q.dtype)
         causal = visible if visible is not None else _causal(length, q.device)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias.masked_fill(~causal, float("-inf")), scale=spec.scale,
+            q,
+            k,
+            v,
+            attn_mask=bias.masked_fill(~causal, float("-inf")),
+            scale=spec.scale,
             enable_gqa=grouped,
-        )  # fmt: skip
+        )
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, is_causal=visible is None, scale=spec.scale, enable_gqa=grouped
     )

@@ -26,8 +26,8 @@ import torch
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import (
-    check_also,
     check_decoder,
+    check_extra_metrics,
     check_masks,
     check_windows,
     scores_of,
@@ -136,7 +136,8 @@ class VllmEngine:
             vocab_size=first["vocab_size"],
             metrics=self._metrics(),
             versions={
-                "torch": torch.__version__, "vllm": vllm.__version__,
+                "torch": torch.__version__,
+                "vllm": vllm.__version__,
                 "transformers": importlib.metadata.version("transformers"),
             },
             settings={
@@ -153,7 +154,7 @@ class VllmEngine:
                 "max_model_len": arguments["max_model_len"],
                 "kv_cache_memory_bytes": arguments.get("kv_cache_memory_bytes"),
             },
-        )  # fmt: skip
+        )
 
     def _metrics(self) -> tuple[str, ...]:
         if self.path == "requests":
@@ -177,30 +178,33 @@ class VllmEngine:
         return key
 
     def score(
-        self, masks_MP: BoolArray, windows: str | None = None, also: Sequence[str] = ()
+        self, masks_MP: BoolArray, windows: str | None = None, extra_metrics: Sequence[str] = ()
     ) -> Scores:
         key = self._default if windows is None else windows
         if key not in self._windows:
             raise InputError(f"windows {key!r} are not registered with this engine")
         masks_MP = check_masks(masks_MP, self._num_players)
-        also = check_also(self.info, also)
+        extra_metrics = check_extra_metrics(self.info, extra_metrics)
         score = self._score_scoring if self.path == "scoring" else self._score_requests
-        values_MNC, work = score(masks_MP, self._windows[key], also)
-        return scores_of(values_MNC, also, self._windows[key].num_tokens_N, work)
+        values_MNC, work = score(masks_MP, self._windows[key], extra_metrics)
+        return scores_of(values_MNC, extra_metrics, self._windows[key].num_tokens_N, work)
 
     def score_by_requests(
-        self, masks_MP: BoolArray, windows: TokenWindows, also: Sequence[str] = ()
+        self, masks_MP: BoolArray, windows: TokenWindows, extra_metrics: Sequence[str] = ()
     ) -> Scores:
-        """Scores by the requests path, whichever path this engine runs: the slow reference. `also`
-        may be `misses`."""
+        """Scores by the requests path, whichever path this engine runs: the slow reference.
+        `extra_metrics` may be `misses`."""
         masks_MP = check_masks(masks_MP, self._num_players)
-        values_MNC, work = self._score_requests(masks_MP, windows, also)
-        return scores_of(values_MNC, also, windows.num_tokens_N, work)
+        values_MNC, work = self._score_requests(masks_MP, windows, extra_metrics)
+        return scores_of(values_MNC, extra_metrics, windows.num_tokens_N, work)
 
     def generate(
-        self, mask_P: BoolArray, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+        self,
+        mask_P: BoolArray,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
         end_ids: Sequence[int] = (),
-    ) -> list[list[int]]:  # fmt: skip
+    ) -> list[list[int]]:
         """Greedy continuations under a mask, by vLLM's own requests, whichever path scores.
 
         Args:
@@ -223,9 +227,11 @@ class VllmEngine:
                     f"must have between 1 and {longest} (max_model_len)"
                 )
         parameters = SamplingParams(
-            max_tokens=max_new_tokens, temperature=0, detokenize=False,
+            max_tokens=max_new_tokens,
+            temperature=0,
+            detokenize=False,
             stop_token_ids=list(end_ids),
-        )  # fmt: skip
+        )
         requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         self._set_mask(mask_P)
         outputs = self._llm.generate(requests, parameters, use_tqdm=False)
@@ -293,9 +299,12 @@ class VllmEngine:
         """Make the workers ready; returns why they cannot be."""
         try:
             self._call(
-                "lpserve_prepare", settings.state_budget_bytes, settings.micro_batch_tokens,
-                settings.pack_states, head_chunk,
-            )  # fmt: skip
+                "lpserve_prepare",
+                settings.state_budget_bytes,
+                settings.micro_batch_tokens,
+                settings.pack_states,
+                head_chunk,
+            )
             self._register_scoring(windows)
             offered = [set(reply["kinds"]) for reply in self._call("lpserve_probe")]
             kinds = [kind for kind in STATE_KINDS if all(kind in some for some in offered)]
@@ -372,18 +381,24 @@ class VllmEngine:
 
     def _register_scoring(self, windows: TokenWindows) -> None:
         replies = self._call(
-            "lpserve_register", windows.tokens_NT.astype(np.int32).tobytes(),
-            windows.scored_NT.astype(bool).tobytes(), list(windows.tokens_NT.shape),
-        )  # fmt: skip
+            "lpserve_register",
+            windows.tokens_NT.astype(np.int32).tobytes(),
+            windows.scored_NT.astype(bool).tobytes(),
+            list(windows.tokens_NT.shape),
+        )
         if any(reply["key"] != windows.content_hash for reply in replies):
             raise EngineError("a worker received other windows than were sent")
 
     def _score_scoring(
-        self, masks_MP: BoolArray, windows: TokenWindows, also: Sequence[str] = ()
+        self, masks_MP: BoolArray, windows: TokenWindows, extra_metrics: Sequence[str] = ()
     ) -> tuple[FloatArray, Work]:
         """Metrics `float64[M, N, C]`, the NLL first, and the work."""
         replies = self._call(
-            "lpserve_score", windows.content_hash, masks_MP.tobytes(), len(masks_MP), list(also)
+            "lpserve_score",
+            windows.content_hash,
+            masks_MP.tobytes(),
+            len(masks_MP),
+            list(extra_metrics),
         )
         # the last pipeline stage reduces; its tensor-parallel ranks must agree
         stages = self._ranks[0]["pipeline_parallel_size"]
@@ -398,9 +413,9 @@ class VllmEngine:
     # -- requests path ---------------------------------------------------------------------------
 
     def _score_requests(
-        self, masks_MP: BoolArray, windows: TokenWindows, also: Sequence[str] = ()
+        self, masks_MP: BoolArray, windows: TokenWindows, extra_metrics: Sequence[str] = ()
     ) -> tuple[FloatArray, Work]:
-        """The same; `also` may be `misses`."""
+        """The same; `extra_metrics` may be `misses`."""
         from vllm import SamplingParams
 
         started = time.perf_counter()
@@ -413,13 +428,13 @@ class VllmEngine:
         parameters = SamplingParams(
             max_tokens=1, prompt_logprobs=0, temperature=0, detokenize=False
         )
-        values_DNC = np.empty((len(sorted_DP), windows.num_windows, 1 + len(also)))
+        values_DNC = np.empty((len(sorted_DP), windows.num_windows, 1 + len(extra_metrics)))
         for row, mask_P in enumerate(sorted_DP):
             self._set_mask(mask_P)
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
             for window, output in enumerate(outputs):
                 nll, misses = _prompt_metrics(output, windows.scored_NT[window])
-                values_DNC[row, window] = [nll, *[misses for _ in also]]
+                values_DNC[row, window] = [nll, *[misses for _ in extra_metrics]]
         self._set_mask(np.ones(self._num_players, dtype=bool))
         return values_DNC[inverse_M], Work(
             masks=len(masks_MP),

@@ -182,9 +182,11 @@ def kv_cache_bytes(
 
     layers = first("num_hidden_layers", "n_layer", "num_layers", "n_layers")
     heads = first("num_attention_heads", "n_head", "num_heads", "n_heads")
-    head_size = first("head_dim") if isinstance(text.get("head_dim"), int) else (
-        first("hidden_size", "n_embd", "d_model") // heads
-    )  # fmt: skip
+    head_size = (
+        first("head_dim")
+        if isinstance(text.get("head_dim"), int)
+        else (first("hidden_size", "n_embd", "d_model") // heads)
+    )
     kv_heads = first("num_key_value_heads", "num_attention_heads", "n_head", "num_heads")
     shards = int(spec.options.get("tensor_parallel_size", 1))
     itemsize = 4 if spec.dtype == "float32" else 2

@@ -97,12 +97,12 @@ class LayerTap:
                 self.calls[index] += 1
                 return original(*args, **kwargs)
             arguments = _by_name(signature, args, kwargs)
-            return self.passed_on(index, arguments["hidden_states"], arguments, ends=last)
+            return self.identity_output(index, arguments["hidden_states"], arguments, ends=last)
 
         forward._lpserve_tap = self  # pyright: ignore[reportFunctionMemberAccess]
         return forward
 
-    def passed_on(
+    def identity_output(
         self, index: int, hidden: torch.Tensor, arguments: dict[str, Any], *, ends: bool
     ) -> Any:
         """What a layer that does nothing returns. The last one owes the norm a residual."""
@@ -215,16 +215,16 @@ class VllmStack:
         self,
         state_BTd: torch.Tensor,
         block: TokenWindows,
-        also: Sequence[str] = (),
+        extra_metrics: Sequence[str] = (),
         whole_NTd: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = len(state_BTd)
         if not self._model.link.is_last:
             for state in state_BTd.split(block.num_windows):
                 self._model.link.send(state)
-            return state_BTd.new_zeros((rows, 1 + len(also)), dtype=torch.float64)
+            return state_BTd.new_zeros((rows, 1 + len(extra_metrics)), dtype=torch.float64)
         whole = None if whole_NTd is None else self._final(whole_NTd)
-        return self._head.reduce(self._final(state_BTd), block, also, whole)
+        return self._head.reduce(self._final(state_BTd), block, extra_metrics, whole)
 
     def _final(self, state_BTd: torch.Tensor) -> torch.Tensor:
         """What the model gives its head, `[B, T, d]`."""
@@ -266,7 +266,7 @@ class VllmStack:
             taken = hidden if ends else arguments["hidden_states"]
             if ends and residual is not None:
                 arguments = arguments | {"residual": residual}
-            return self._tap.passed_on(index, taken, arguments, ends=ends)
+            return self._tap.identity_output(index, taken, arguments, ends=ends)
 
         with self._tap.handled(pass_on):
             return self._model.run(record.ids_n, record.positions_n)

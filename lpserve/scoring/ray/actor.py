@@ -71,11 +71,13 @@ class EngineActor:
             failure = Failure(type(error).__name__, first_line(error), refused=True)
             self._refused[windows.content_hash] = failure
 
-    def score(self, masks_MP: BoolArray, windows: str, also: tuple[str, ...]) -> Scores | Failure:
+    def score(
+        self, masks_MP: BoolArray, windows: str, extra_metrics: tuple[str, ...]
+    ) -> Scores | Failure:
         if windows in self._refused:
             return self._refused[windows]
         try:
-            return self._engine.score(masks_MP, windows, also)
+            return self._engine.score(masks_MP, windows, extra_metrics)
         except Exception as error:
             broken = not still_works(self._engine, windows)
             return Failure(type(error).__name__, first_line(error), broken)

@@ -18,8 +18,9 @@ class RunMetrics:
         self._scored = Counter("lpserve_masks_scored", "Masks scored by this run.", **tags)
         self._saved = Counter(
             "lpserve_layer_forwards_saved",
-            "Layer-forwards that shared prefixes saved, against skipping alone.", **tags,
-        )  # fmt: skip
+            "Layer-forwards that shared prefixes saved, against skipping alone.",
+            **tags,
+        )
         self._restarts = Counter("lpserve_engine_restarts", "Engines lost and replaced.", **tags)
         self._quarantined = Counter(
             "lpserve_masks_quarantined", "Masks that no engine could score.", **tags

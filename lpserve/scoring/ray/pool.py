@@ -36,7 +36,7 @@ import ray.exceptions
 
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import EngineError, InputError
-from lpserve.scoring.pool import Unit, UnitResult, first_line, pinned
+from lpserve.scoring.pool import UnitResult, WorkUnit, first_line, pinned
 from lpserve.scoring.progress import RunState
 from lpserve.scoring.ray.actor import EngineActor, Failure, Whereabouts
 from lpserve.scoring.ray.cluster import (
@@ -73,7 +73,7 @@ _TICK_S = 0.2
 class _Task:
     """A unit at an engine."""
 
-    unit: Unit
+    unit: WorkUnit
     answer: Any
     expected_s: float | None
     started: float
@@ -106,7 +106,7 @@ class RayPool:
     Args:
         engines: how many; None: as many as the cluster can hold.
         deadline_s: of a unit; None: from how long it should take.
-        tell: takes a line for the user when engines come, go or fail.
+        log: takes a line for the user when engines come, go or fail.
 
     Raises:
         InputError, EngineError: no engine can start, in its own words; or the cluster cannot hold
@@ -121,10 +121,10 @@ class RayPool:
         windows: TokenWindows,
         engines: int | None = None,
         deadline_s: float | None = None,
-        tell: Callable[[str], None] = lambda line: None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._owns_ray = connect()
-        self._tell = tell
+        self._tell = log
         self._deadline_s = deadline_s
         self._windows: dict[str, Any] = {}
         self._members: dict[str, _Member] = {}
@@ -166,19 +166,19 @@ class RayPool:
             self._windows[key] = ray.put(windows)
         return key
 
-    def submit(self, unit: Unit, engine: str, expected_s: float | None) -> None:
+    def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
         member = self._members[engine]
         if not member.tasks:
             self._ping(member)
         if unit.windows not in member.windows:
             member.windows.add(unit.windows)
             member.actor.register.remote(self._windows[unit.windows])
-        answer = member.actor.score.remote(unit.masks_MP, unit.windows, unit.also)
+        answer = member.actor.score.remote(unit.masks_MP, unit.windows, unit.extra_metrics)
         task = _Task(unit, answer, expected_s, time.monotonic())
         member.tasks.append(task)
         self._when_done(answer, lambda f: self._answered(member, task, f))
 
-    def cancel(self, unit: Unit, engine: str) -> None:
+    def cancel(self, unit: WorkUnit, engine: str) -> None:
         member = self._members.get(engine)
         for task in list(member.tasks)[1:] if member else ():
             if task.unit is unit:
@@ -263,7 +263,7 @@ class RayPool:
                 now = time.monotonic()
                 self._end_overdue(now)
                 self._keep_alive()
-                self._tell_of_waiting(now)
+                self._log_waiting(now)
 
     def _opened(self, member: _Member, answer: Any) -> None:
         """An engine is ready and takes part, or cannot start."""
@@ -413,14 +413,14 @@ class RayPool:
     def _tick(self, now: float) -> None:
         self._end_overdue(now)
         self._keep_alive()
-        self._tell_of_waiting(now)
+        self._log_waiting(now)
         if now >= self._next_ping:
             self._next_ping = now + PING_S
             for member in self._members.values():
                 if member.ready and not member.tasks:
                     self._ping(member)
 
-    def _tell_of_waiting(self, now: float) -> None:
+    def _log_waiting(self, now: float) -> None:
         """Say it once when no engine has had room for a while."""
         if any(member.at for member in self._members.values()):
             self._roomless_since = None

@@ -37,40 +37,81 @@ CONTRACT = (
     Touched("vllm.config", "CompilationConfig", (), ("static_forward_context",)),
     Touched("vllm.config", "ModelConfig.get_total_num_hidden_layers"),
     Touched("vllm.config", "ModelConfig.get_vocab_size"),
-    Touched("vllm.config", "ParallelConfig", (), (
-        "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
-        "worker_extension_cls",
-    )),
-    Touched("vllm.forward_context", "set_forward_context",
-            ("attn_metadata", "vllm_config", "num_tokens", "skip_compiled")),
+    Touched(
+        "vllm.config",
+        "ParallelConfig",
+        (),
+        (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "data_parallel_size",
+            "worker_extension_cls",
+        ),
+    ),
+    Touched(
+        "vllm.forward_context",
+        "set_forward_context",
+        ("attn_metadata", "vllm_config", "num_tokens", "skip_compiled"),
+    ),
     Touched("vllm.forward_context", "get_forward_context"),
     Touched("vllm.forward_context", "ForwardContext", (), ("all_moe_layers",)),
-    Touched(_ATTENTION, "Attention.forward",
-            ("query", "key", "value", "output_shape", "output_dtype")),
-    Touched(_ATTENTION, "Attention", (), (
-        "num_heads", "num_kv_heads", "head_size", "head_size_v", "sliding_window", "attn_type",
-        "kv_sharing_target_layer_name", "use_mm_prefix", "impl",
-    )),
+    Touched(
+        _ATTENTION, "Attention.forward", ("query", "key", "value", "output_shape", "output_dtype")
+    ),
+    Touched(
+        _ATTENTION,
+        "Attention",
+        (),
+        (
+            "num_heads",
+            "num_kv_heads",
+            "head_size",
+            "head_size_v",
+            "sliding_window",
+            "attn_type",
+            "kv_sharing_target_layer_name",
+            "use_mm_prefix",
+            "impl",
+        ),
+    ),
     Touched(_ATTENTION, "ChunkedLocalAttention", (), ("attention_chunk_size",)),
     Touched(_ATTENTION, "MLAAttention.forward", ("q", "kv_c_normed", "k_pe", "output_shape")),
-    Touched(_ATTENTION, "MLAAttention", (), (
-        "num_heads", "scale", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_b_proj",
-        "indexer",
-    )),
+    Touched(
+        _ATTENTION,
+        "MLAAttention",
+        (),
+        (
+            "num_heads",
+            "scale",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "kv_b_proj",
+            "indexer",
+        ),
+    ),
     Touched(f"{_ATTENTION}_layer_base", "AttentionLayerBase"),
     Touched("vllm.v1.attention.backend", "AttentionType"),
     Touched("vllm.model_executor.models.utils", "PPMissingLayer"),
-    Touched("vllm.model_executor.layers.logits_processor", "LogitsProcessor._gather_logits",
-            ("logits",)),
-    Touched("vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward",
-            ("lm_head", "hidden_states")),
-    Touched("vllm.model_executor.layers.vocab_parallel_embedding", "VocabParallelEmbedding", (),
-            ("shard_indices",)),
+    Touched(
+        "vllm.model_executor.layers.logits_processor", "LogitsProcessor._gather_logits", ("logits",)
+    ),
+    Touched(
+        "vllm.model_executor.layers.logits_processor",
+        "LogitsProcessor.forward",
+        ("lm_head", "hidden_states"),
+    ),
+    Touched(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "VocabParallelEmbedding",
+        (),
+        ("shard_indices",),
+    ),
     Touched("vllm.distributed", "tensor_model_parallel_all_gather", ("input_", "dim")),
     Touched("vllm.distributed", "get_pp_group"),
     Touched("vllm.distributed.parallel_state", "GroupCoordinator.send", ("tensor",)),
     Touched("vllm.distributed.parallel_state", "GroupCoordinator.recv", ("size", "dtype")),
-)  # fmt: skip
+)
 IMPL_ATTRIBUTES = ("scale", "alibi_slopes", "logits_soft_cap")
 """Of an attention layer's `impl`, whatever the backend."""
 

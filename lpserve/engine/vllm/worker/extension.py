@@ -67,17 +67,23 @@ class WorkerExtension:
         tap.keep[:] = keep[tap.first : tap.first + len(tap.layers)]
         return tap.read_mask()
 
-    def lpserve_prepare(self, state_budget_bytes: int, micro_batch_tokens: int, pack_states: bool,
-                        head_chunk_bytes: int) -> dict[str, Any]:  # fmt: skip
+    def lpserve_prepare(
+        self,
+        state_budget_bytes: int,
+        micro_batch_tokens: int,
+        pack_states: bool,
+        head_chunk_bytes: int,
+    ) -> dict[str, Any]:
         """Make the scoring path ready, or say why it cannot be."""
 
         def prepare() -> dict[str, Any]:
             model = VllmModel(self, self._lpserve_tap)
             self._lpserve_stack = VllmStack(model, head_chunk_bytes=head_chunk_bytes)
             settings = TrieSettings(
-                state_budget_bytes=state_budget_bytes, micro_batch_tokens=micro_batch_tokens,
+                state_budget_bytes=state_budget_bytes,
+                micro_batch_tokens=micro_batch_tokens,
                 pack_states=pack_states,
-            )  # fmt: skip
+            )
             total = self.model_config.get_total_num_hidden_layers()
             self._lpserve_scorer = StackScorer(
                 self._lpserve_stack, settings, part=(self._lpserve_tap.first, total)
@@ -112,7 +118,7 @@ class WorkerExtension:
         self._lpserve_stack.state_kind = kind
 
     def lpserve_score(
-        self, key: str, masks: bytes, num_masks: int, also: list[str]
+        self, key: str, masks: bytes, num_masks: int, extra_metrics: list[str]
     ) -> dict[str, Any]:
         """NLL and other metrics of registered windows under masks (bool bytes of [M, P]), scoring
         path."""
@@ -120,10 +126,19 @@ class WorkerExtension:
 
         def score() -> dict[str, Any]:
             with self._lpserve_stack.session():
-                values_MNC, work = self._lpserve_scorer.score(masks_MP, key, also)
-            return {"values": values_MNC.tobytes(), "shape": list(values_MNC.shape),
-                    "work": [work.masks, work.distinct_masks, work.layer_forwards,
-                             work.skip_layer_forwards, work.tokens, work.seconds]}  # fmt: skip
+                values_MNC, work = self._lpserve_scorer.score(masks_MP, key, extra_metrics)
+            return {
+                "values": values_MNC.tobytes(),
+                "shape": list(values_MNC.shape),
+                "work": [
+                    work.masks,
+                    work.distinct_masks,
+                    work.layer_forwards,
+                    work.skip_layer_forwards,
+                    work.tokens,
+                    work.seconds,
+                ],
+            }
 
         return _reported(score)
 

@@ -130,9 +130,12 @@ class VllmModel:
         spec = attention_spec(name, module)
 
         def forward(
-            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-            output_shape: torch.Size | None = None, output_dtype: torch.dtype | None = None,
-        ) -> torch.Tensor:  # fmt: skip
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            output_shape: torch.Size | None = None,
+            output_dtype: torch.dtype | None = None,
+        ) -> torch.Tensor:
             out = spec.attend(query, key, value, self.length)
             return out if output_dtype is None else out.to(output_dtype)
 
@@ -144,15 +147,21 @@ class VllmModel:
             raise EngineError(f"{name} attends to a selection of tokens (sparse attention)")
         heads, nope, rope = module.num_heads, module.qk_nope_head_dim, module.qk_rope_head_dim
         spec = AttentionSpec(
-            num_heads=heads, num_kv_heads=heads, head_size=nope + rope,
-            head_size_v=module.v_head_dim, scale=float(module.scale),
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_size=nope + rope,
+            head_size_v=module.v_head_dim,
+            scale=float(module.scale),
             window=getattr(module, "sliding_window", None),
-        )  # fmt: skip
+        )
 
         def forward(
-            q: torch.Tensor, kv_c_normed: torch.Tensor, k_pe: torch.Tensor,
-            output_shape: torch.Size | None = None, **_: Any,
-        ) -> torch.Tensor:  # fmt: skip
+            q: torch.Tensor,
+            kv_c_normed: torch.Tensor,
+            k_pe: torch.Tensor,
+            output_shape: torch.Size | None = None,
+            **_: Any,
+        ) -> torch.Tensor:
             kv = module.kv_b_proj(kv_c_normed)[0].view(-1, heads, nope + module.v_head_dim)
             k_nope, value = kv.split([nope, module.v_head_dim], dim=-1)
             key = torch.cat([k_nope, k_pe.view(-1, 1, rope).expand(-1, heads, -1)], dim=-1)
@@ -199,9 +208,12 @@ class _VocabularyPart:
         most_q, sums_q = _most_and_sum(logits_knV.flatten(0, 1))
         gaps = (whole_nV - most_p[:, None]).exp() * (whole_nV - logits_knV)
         parts = self._gathered(
-            most_p.repeat(num_stacked), sums_p.repeat(num_stacked), most_q, sums_q,
+            most_p.repeat(num_stacked),
+            sums_p.repeat(num_stacked),
+            most_q,
+            sums_q,
             gaps.sum(-1).flatten(),
-        )  # fmt: skip
+        )
         log_p, log_q = _log_sum(parts[0], parts[1]), _log_sum(parts[2], parts[3])
         gap = (parts[4] * (parts[0] - log_p).exp()).sum(dim=0)  # sum of p (logit p - logit q)
         return (gap - log_p + log_q).view(num_stacked, num_targets)
@@ -267,11 +279,17 @@ def attention_spec(name: str, module: Any) -> AttentionSpec:
         slopes = torch.as_tensor(slopes, dtype=torch.float32)
         slopes = slopes.to(next(module.parameters(), torch.empty(0, device=device)).device)
     return AttentionSpec(
-        num_heads=module.num_heads, num_kv_heads=module.num_kv_heads, head_size=module.head_size,
-        head_size_v=module.head_size_v, scale=float(impl.scale), window=window or None,
-        chunk=getattr(module, "attention_chunk_size", None), soft_cap=float(cap) if cap else None,
-        sinks_H=sinks, alibi_H=slopes,
-    )  # fmt: skip
+        num_heads=module.num_heads,
+        num_kv_heads=module.num_kv_heads,
+        head_size=module.head_size,
+        head_size_v=module.head_size_v,
+        scale=float(impl.scale),
+        window=window or None,
+        chunk=getattr(module, "attention_chunk_size", None),
+        soft_cap=float(cap) if cap else None,
+        sinks_H=sinks,
+        alibi_H=slopes,
+    )
 
 
 def _as_it_is(logits: torch.Tensor) -> torch.Tensor:
