@@ -29,7 +29,7 @@ from lpserve.rivals.baselines import (
     taylor,
 )
 from lpserve.rivals.compare import SOURCES, CompareConfig, compare
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.runner.setup import windows_of
 from tests.engine.test_hf_parity import NUM_LAYERS, some_windows, without_padding_token
 from tests.reference import decoder_list, reference_model

@@ -18,7 +18,7 @@ from lpserve.demo import FOLDER
 from lpserve.errors import InputError
 from lpserve.masks import StratifiedDesign, keys
 from lpserve.model.checkpoint import read_checkpoint
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.runner.coordinator import run
 from lpserve.runner.cost import (
     TARGET_UNIT_S,

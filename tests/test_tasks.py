@@ -320,7 +320,7 @@ def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path,
             gap = held[keys(mask_P[None])[0]] - held[key]
             assert other.heldout_delta == pytest.approx(gap, abs=2 * TOLERANCE)
     again = read_record(result.folder)
-    assert np.array_equal(again.loss_MN, outcome.scored.loss_MN)
+    assert np.array_equal(again.loss_MN, outcome.scored.loss_MI)
     assert main(["plan", str(result.folder), "--max-removed", "2"]) == 0
     printed = capsys.readouterr().out
     assert utility in printed
@@ -395,9 +395,9 @@ def test_few_questions_may_screen_sets(small_model, tmp_path):
         pytest.fail("no run left a screened set")
     assert scored.screen == (0, 1, 2)
     for row in np.flatnonzero(screened_M):
-        assert np.isfinite(scored.loss_MN[row, :3]).all()
-        assert np.isnan(scored.loss_MN[row, 3:]).all()
-    whole_M = np.isfinite(scored.loss_MN).all(axis=1)
+        assert np.isfinite(scored.loss_MI[row, :3]).all()
+        assert np.isnan(scored.loss_MI[row, 3:]).all()
+    whole_M = np.isfinite(scored.loss_MI).all(axis=1)
     assert (whole_M | screened_M).all()
     # and the store holds no score of the other questions' windows
     calibration, _ = item_sets_of(config_from(values, "test"))
@@ -642,7 +642,7 @@ def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model,
     )
     result = run(config)
     scored = result.outcome.scored
-    loss_MN = scored.loss_MN.copy()
+    loss_MN = scored.loss_MI.copy()
     loss_MN[5, 3] = np.nan  # the right answers' NLLs are all there
     with sqlite3.connect(tmp_path / "run" / "scores.sqlite") as db:
         db.execute("DELETE FROM scores WHERE mask = ?", (keys(scored.masks_MP)[5],))
@@ -663,7 +663,7 @@ def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model,
                 )
         finally:
             pool.close()
-    assert np.isnan(told.outcome.scored.loss_MN[5]).any()
+    assert np.isnan(told.outcome.scored.loss_MI[5]).any()
 
 
 def test_shares_of_a_margin_are_for_each_token(small_model, tmp_path):
@@ -861,8 +861,8 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
     told = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
     loss_MQ = calibration.losses(scored.utility, told)
     mine, theirs = (
-        utilities(scored.utility, l_MQ.astype(np.float64), scored.weight_N, l_MQ[0])
-        for l_MQ in (loss_MQ, scored.loss_MN)
+        utilities(scored.utility, l_MQ.astype(np.float64), scored.view.weight_I, l_MQ[0])
+        for l_MQ in (loss_MQ, scored.loss_MI)
     )
     assert mine == pytest.approx(theirs, abs=TOLERANCE)
 

@@ -21,9 +21,8 @@ from lpserve.types import (
     IntArray,
     Scores,
     Work,
-    check_metric,
-    needs_whole_model,
 )
+from lpserve.utility import check_metric, needs_full_model
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +118,7 @@ def check_extra_metrics(info: EngineInfo, extra_metrics: Sequence[str]) -> tuple
     """Raise InputError unless an engine has all these metrics beside the NLL."""
     for name in extra_metrics:
         check_metric(name)
-        if name == "nll" or ("kl" if needs_whole_model(name) else name) not in info.metrics:
+        if name == "nll" or ("kl" if needs_full_model(name) else name) not in info.metrics:
             raise InputError(
                 f"metric {name!r} cannot be had from engine {info.kind} ({info.path}) beside nll: "
                 f"it has {', '.join(info.metrics)}"

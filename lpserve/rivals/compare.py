@@ -27,7 +27,7 @@ from lpserve.plan.layer_sets import LayerSet, masks_of
 from lpserve.rivals import baselines
 from lpserve.rivals.accounting import Spent
 from lpserve.rivals.baselines import Answer, Ask, Proposer, best_sets, drive
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.runner.setup import num_players_of, windows_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession

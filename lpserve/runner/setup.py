@@ -14,9 +14,10 @@ from lpserve.data.windows import TokenWindows, WindowRequest, cut_windows
 from lpserve.engine.vllm.options import check_options as check_vllm_options
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import read_checkpoint
-from lpserve.rounds.planner import RoundSettings, StopRules
+from lpserve.rounds.settings import RoundSettings, StopRules
 from lpserve.store.run_folder import CONFIG_FORMAT, RunFolder
 from lpserve.types import EngineInfo
+from lpserve.utility import Utility, utility_named
 
 
 def num_players_of(config: EngineConfig) -> int:
@@ -66,16 +67,16 @@ def item_sets_of(config: RunConfig) -> tuple[ItemSet, ItemSet]:
         num_fewshot=config.num_fewshot,
     )
     calibration, heldout = (ItemSet.concatenate(side) for side in parts)
-    check_utility(config.utility, calibration, heldout)
+    check_utility(utility_named(config.utility), calibration, heldout)
     check_sides(config, calibration, heldout)
     return calibration, heldout
 
 
-def check_utility(utility: str, *samples: ItemSet) -> None:
+def check_utility(utility: Utility, *item_sets: ItemSet) -> None:
     """Raise InputError where a utility is not defined on questions."""
-    for sample in samples:
-        if sample.questions is not None:
-            sample.questions.check(utility)
+    for item_set in item_sets:
+        if item_set.questions is not None:
+            item_set.questions.check(utility)
 
 
 def check_sides(config: EngineConfig, calibration: ItemSet, heldout: ItemSet) -> None:

@@ -38,7 +38,8 @@ from lpserve.engine.scorer import (
 )
 from lpserve.errors import EngineError, InputError
 from lpserve.model.checkpoint import Checkpoint, attention_needed, checkpoint_hash, read_checkpoint
-from lpserve.types import METRICS, BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores
+from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores
+from lpserve.utility import METRICS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -46,7 +46,6 @@ from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct
 from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
 from lpserve.types import (
-    METRICS,
     BoolArray,
     EngineInfo,
     EngineSpec,
@@ -55,6 +54,7 @@ from lpserve.types import (
     Scores,
     Work,
 )
+from lpserve.utility import METRICS
 
 PATH_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
 """Relative, mean NLL of a mask, between the two paths at start. In float32 both sum the same terms
