@@ -274,4 +274,5 @@ class LpserveLM(SetsLM):
         probe = TokenWindows.from_tokens(np.array([[0, 1]]), name="probe")
         session = ScoringSession(config, probe, store=store, holder="lm-eval", longest=length + 1)
         atexit.register(session.close)
+        session.__enter__()  # until the process ends: lm-eval never closes its models
         super().__init__(session, tokenizer, chosen.mask(num_players)[None], max_length=length)
