@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lpserve.analysis.resample import mean_nll, window_weights
 from lpserve.errors import InputError
+from lpserve.store.files import write_npz
 from lpserve.types import (
     BoolArray,
     FloatArray,
@@ -168,27 +169,25 @@ def write_record_file(path: Path, scored: RunRecord) -> None:
         "corpora": [list(c) for c in scored.corpora],
         "players": [[p.index, p.layer, p.part] for p in scored.players],
     }
-    temporary = path.with_name(f".{path.stem}.tmp.npz")
     other: dict[str, Any] = {}
     if scored.other_loss_MN is not None:
         other["loss"] = scored.other_loss_MN
     if scored.heldout_loss_MN is not None:
         other["heldout_loss"] = scored.heldout_loss_MN
-    np.savez_compressed(
-        temporary,
-        about=np.array(json.dumps(about)),
-        masks=scored.masks_MP,
-        nll=scored.nll_MN,
-        num_tokens=scored.num_tokens_N,
-        sources=np.array(scored.sources),
-        passed_by=scored.passed_by_MP,
-        screen=np.array(scored.screen, dtype=np.int64),
-        heldout_masks=scored.heldout_masks_MP,
-        heldout_nll=scored.heldout_nll_MN,
-        heldout_num_tokens=scored.heldout_num_tokens_N,
+    arrays = {
+        "about": np.array(json.dumps(about)),
+        "masks": scored.masks_MP,
+        "nll": scored.nll_MN,
+        "num_tokens": scored.num_tokens_N,
+        "sources": np.array(scored.sources),
+        "passed_by": scored.passed_by_MP,
+        "screen": np.array(scored.screen, dtype=np.int64),
+        "heldout_masks": scored.heldout_masks_MP,
+        "heldout_nll": scored.heldout_nll_MN,
+        "heldout_num_tokens": scored.heldout_num_tokens_N,
         **other,
-    )
-    temporary.replace(path)
+    }
+    write_npz(path, arrays)
 
 
 def read_record(run: str | Path) -> RunRecord:

@@ -31,6 +31,7 @@ from lpserve.plan.layer_sets import LayerSet, masks_of, read_sets, whole_model
 from lpserve.runner.setup import num_players_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
+from lpserve.store.files import write_text
 from lpserve.types import perplexity
 
 RESULTS_FORMAT = 1
@@ -295,14 +296,14 @@ def _write(
             for r in evaluation.results
         ],
     }
-    (folder / "results.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "results.json", json.dumps(about, indent=1) + "\n")
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["set", "removed", "measure", "value", "stderr"])
     for r in evaluation.results:
         removed = " ".join(map(str, r.removed))
         writer.writerow([r.layer_set, removed, r.measure, repr(r.value), r.stderr])
-    (folder / "results.csv").write_text(text.getvalue(), encoding="utf-8")
+    write_text(folder / "results.csv", text.getvalue())
 
 
 def sets_from(

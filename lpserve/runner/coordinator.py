@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from lpserve.analysis.analyse import Outcome, analyse, candidate_masks, make_plan
 from lpserve.analysis.record import RunRecord
 from lpserve.config import RunConfig, as_json
-from lpserve.data.items import ItemSet, write_item_sets
+from lpserve.data.items import ItemSet
 from lpserve.engine.base import check_extra_metrics
 from lpserve.errors import LpserveError
 from lpserve.masks import from_keys, key_text, keys
@@ -40,6 +40,7 @@ from lpserve.rounds.history import History, Round
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.screening import screen_rows
 from lpserve.runner.background import in_background
+from lpserve.runner.manifest import write_windows_file
 from lpserve.runner.setup import (
     check_model,
     check_same_game,
@@ -48,11 +49,11 @@ from lpserve.runner.setup import (
     item_sets_of,
     round_settings,
 )
-from lpserve.scoring.dispatcher import GivenUp
 from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import POLL_S, ScoringSession
-from lpserve.scoring.tracker import Request, ScoreTracker
+from lpserve.scoring.tracker import ScoreRequest, ScoreTracker
+from lpserve.scoring.units import GivenUp
 from lpserve.store.run_folder import RunFolder
 from lpserve.types import (
     BoolArray,
@@ -191,7 +192,7 @@ class _Asked:
     """A round that is being scored."""
 
     round: Round
-    requests: list[Request]
+    requests: list[ScoreRequest]
     """New masks, and promoted ones if there are any."""
 
     @property
@@ -316,7 +317,7 @@ class _Job:
     def _ask(self, asked: Round) -> _Asked:
         requests = [self.board.request(asked.masks_MP, asked.whole_M)]
         if len(asked.promoted_QP):
-            requests.append(self.board.request(asked.promoted_QP, again=True))
+            requests.append(self.board.request(asked.promoted_QP, promoted=True))
         return _Asked(asked, requests)
 
     def _complete(self, pending: deque[_Asked]) -> None:
@@ -483,5 +484,5 @@ class _Job:
         self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
         path = self.folder.path / "windows.npz"
         if not path.exists() or (stored or {}).get("windows") != self.described["windows"]:
-            write_item_sets(path, self.calibration, self.heldout)
+            write_windows_file(path, self.calibration, self.heldout)
         self.folder.event("started", config=as_json(self.config), pid=os.getpid())

@@ -9,7 +9,8 @@ from typing import Any
 from lpserve.config import EngineConfig
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
-from lpserve.scoring.pool import EnginePool, LocalPool, pinned
+from lpserve.scoring.local import LocalPool
+from lpserve.scoring.pool import EnginePool, pinned
 from lpserve.types import EngineSpec
 
 

@@ -25,12 +25,14 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine, check_extra_metrics
 from lpserve.errors import EngineError, LpserveError, RunInterrupted
 from lpserve.masks import key_text, keys, sort_distinct
-from lpserve.scoring.dispatcher import Dispatcher, GivenUp
+from lpserve.scoring.dispatcher import Dispatcher
+from lpserve.scoring.local import LocalPool
 from lpserve.scoring.open import engine_spec, open_pool
-from lpserve.scoring.pool import LocalPool, UnitResult
+from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.signals import Signals, trap_signals
 from lpserve.scoring.tracker import ScoreTracker
+from lpserve.scoring.units import GivenUp
 from lpserve.store.store import Store
 from lpserve.types import BoolArray, EngineInfo, Work
 

@@ -31,8 +31,8 @@ from lpserve.errors import (
 from lpserve.runner.coordinator import RunResult, run_at
 from lpserve.scoring.session import ScoringSession
 from lpserve.scoring.signals import Signals, trap_signals
+from lpserve.store.files import write_text
 from lpserve.store.lock import PathLock
-from lpserve.store.run_folder import write_whole
 from lpserve.store.store import Store
 from lpserve.study.study import Family, Point, Study, StudyWindows, study_windows
 
@@ -320,7 +320,7 @@ def _write(run: Finished, calibration: ItemSet, heldout: ItemSet, metrics: Seque
         "calibration": calibration.content_hash,
         "heldout": heldout.content_hash,
     }
-    write_whole(run.folder / "point.json", json.dumps(record, indent=1) + "\n")
+    write_text(run.folder / "point.json", json.dumps(record, indent=1) + "\n")
     (run.folder / "failure.txt").unlink(missing_ok=True)
 
 

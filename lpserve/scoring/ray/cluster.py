@@ -26,9 +26,8 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lpserve.errors import InputError, RunInterrupted
+from lpserve.errors import InputError, RunInterrupted, typed_first_line
 from lpserve.model.checkpoint import read_checkpoint
-from lpserve.scoring.pool import first_line
 from lpserve.types import EngineSpec
 
 WATCH_S = 2.0
@@ -97,11 +96,11 @@ def _join(quiet: dict[str, Any]) -> None:
     except Exception as error:
         if named:
             raise InputError(
-                f"no Ray cluster at RAY_ADDRESS={named}: {first_line(error)}"
+                f"no Ray cluster at RAY_ADDRESS={named}: {typed_first_line(error)}"
             ) from None
         if not isinstance(error, ConnectionError):
             raise InputError(
-                f"the Ray cluster here cannot be joined: {first_line(error)}"
+                f"the Ray cluster here cannot be joined: {typed_first_line(error)}"
             ) from None
         ray.init(include_dashboard=False, **quiet)
 

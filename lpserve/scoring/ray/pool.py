@@ -35,8 +35,8 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 import ray.exceptions
 
 from lpserve.data.windows import TokenWindows
-from lpserve.errors import EngineError, InputError
-from lpserve.scoring.pool import UnitResult, WorkUnit, first_line, pinned
+from lpserve.errors import EngineError, InputError, typed_first_line
+from lpserve.scoring.pool import UnitResult, WorkUnit, pinned
 from lpserve.scoring.progress import RunState
 from lpserve.scoring.ray.actor import EngineActor, Failure, Whereabouts
 from lpserve.scoring.ray.cluster import (
@@ -465,7 +465,7 @@ def _death(error: BaseException) -> tuple[str, bool]:
         if "creation task" in str(error):  # its class could not be loaded there: Ray's last line
             return str(error).strip().splitlines()[-1].strip(), True
         return "its process died (killed, out of memory or crashed)", True
-    return first_line(getattr(error, "cause", None) or error), True
+    return typed_first_line(getattr(error, "cause", None) or error), True
 
 
 def _difference(ours: Any, firsts: Any) -> str:
