@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from lpserve.config import EngineConfig
 from lpserve.data.task_requests import Request, RequestsLM, Row, max_input_length, windows_of_rows
 from lpserve.data.windows import TokenWindows, load_tokenizer
+from lpserve.engine.base import Generates
 from lpserve.errors import EngineError, InputError
 from lpserve.plan.layer_sets import layer_set, read_sets, whole_model
 from lpserve.runner.setup import num_players_of
@@ -161,7 +162,7 @@ def _generating(
 ) -> Callable[[Any], list[list[int]] | None]:
     """Generates on an engine that can; None on others."""
     return lambda engine: (
-        engine.generate(mask_P, prompts, most, ends) if hasattr(engine, "generate") else None
+        engine.generate(mask_P, prompts, most, ends) if isinstance(engine, Generates) else None
     )
 
 

@@ -53,19 +53,6 @@ class UnitResult:
     """Whether the engine was lost while it worked on the unit."""
 
 
-def pinned(spec: EngineSpec, settings: Mapping[str, Any]) -> EngineSpec:
-    """A spec with the path, micro-batch and memory settings that an engine of it resolved: what
-    every engine of a run uses, and a resumed run again."""
-    options = dict(spec.options)
-    if "state_budget_bytes" in settings:
-        options["state_budget_mb"] = settings["state_budget_bytes"] / 2**20
-    if settings.get("pack_states"):
-        options["micro_batch_tokens"] = settings["micro_batch_tokens"]
-    if "path" in settings:  # half precision: scores of two paths do not mix
-        options["path"] = settings["path"]
-    return replace(spec, options=options)
-
-
 def first_line(error: BaseException) -> str:
     """An error in one line: its type and the first line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
