@@ -9,8 +9,8 @@ Notation: M masks, P players, N windows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine
 from lpserve.scoring.progress import RunState
 from lpserve.store.blocks import WindowBlock
-from lpserve.types import BoolArray, EngineInfo, EngineSpec, Scores
+from lpserve.types import BoolArray, EngineInfo, Scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,19 +46,6 @@ class UnitResult:
     node left."""
     lost: bool = False
     """Whether the engine was lost while it worked on the unit."""
-
-
-def pinned(spec: EngineSpec, settings: Mapping[str, Any]) -> EngineSpec:
-    """A spec with the path, micro-batch and memory settings that an engine of it resolved: what
-    every engine of a run uses, and a resumed run again."""
-    options = dict(spec.options)
-    if "state_budget_bytes" in settings:
-        options["state_budget_mb"] = settings["state_budget_bytes"] / 2**20
-    if settings.get("pack_states"):
-        options["micro_batch_tokens"] = settings["micro_batch_tokens"]
-    if "path" in settings:  # half precision: scores of two paths do not mix
-        options["path"] = settings["path"]
-    return replace(spec, options=options)
 
 
 def still_works(engine: Engine, windows: str) -> bool:

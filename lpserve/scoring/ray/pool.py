@@ -35,8 +35,9 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 import ray.exceptions
 
 from lpserve.data.windows import TokenWindows
+from lpserve.engine.registry import engine_kind
 from lpserve.errors import EngineError, InputError, typed_first_line
-from lpserve.scoring.pool import UnitResult, WorkUnit, pinned
+from lpserve.scoring.pool import UnitResult, WorkUnit
 from lpserve.scoring.progress import RunState
 from lpserve.scoring.ray.actor import EngineActor, Failure, Whereabouts
 from lpserve.scoring.ray.cluster import (
@@ -45,7 +46,6 @@ from lpserve.scoring.ray.cluster import (
     capacity,
     check_room,
     connect,
-    engine_spec,
     needs_of,
 )
 from lpserve.scoring.ray.metrics import RunMetrics
@@ -139,7 +139,7 @@ class RayPool:
         try:
             self._needs = needs_of(spec)
             check_room(self._needs)
-            self._spec = engine_spec(spec, self._needs)
+            self._spec = engine_kind(spec.kind).over_nodes(spec) if self._needs.spread else spec
             self._wanted = engines
             self._capacity = capacity(self._needs)
             self._default = ray.put(windows)
@@ -280,7 +280,7 @@ class RayPool:
         if not self._pinned:
             self._pinned = True
             self.info = info
-            self._spec = pinned(self._spec, info.settings)
+            self._spec = engine_kind(self._spec.kind).pinned(self._spec, info.settings)
         elif info.game != self.info.game:
             if member.pinned:
                 line = f"it plays another game ({info.path}, model {info.model_hash[:12]})"
