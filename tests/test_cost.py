@@ -18,13 +18,13 @@ from lpserve.demo import FOLDER
 from lpserve.errors import InputError
 from lpserve.masks import StratifiedDesign, keys
 from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.size import model_size
 from lpserve.rounds.planner import RoundSettings
 from lpserve.runner.coordinator import run
 from lpserve.runner.cost import (
     TARGET_UNIT_S,
     CostSettings,
     cost,
-    model_size,
     sample_rounds,
     split_units,
 )
