@@ -16,10 +16,8 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine, check_decoder
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.size import ITEM_BYTES
 from lpserve.types import EngineSpec
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one number of a dtype."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

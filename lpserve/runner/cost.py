@@ -29,10 +29,9 @@ from lpserve.model.size import ITEM_BYTES, ModelSize, model_size
 from lpserve.plan.plan import ranking_mask
 from lpserve.rounds.history import History
 from lpserve.rounds.planner import RoundPlanner, RoundSettings
+from lpserve.scoring.pace import TARGET_UNIT_S
 from lpserve.types import BoolArray, FloatArray
 
-TARGET_UNIT_S = 2.0
-"""Seconds of work in a unit, as the dispatcher aims for (held equal by test)."""
 HELDOUT_CANDIDATES = 4
 """Sets of each size that held-out windows check: greedy, ranking, search and the best."""
 _PROPOSALS = 16  # stand-in sets of each size for a round of proposals
