@@ -16,7 +16,6 @@ from typing import Any
 from lpserve.errors import InputError
 from lpserve.utility import TASK_UTILITIES, utility_named
 
-ENGINES = ("transformers", "vllm", "synthetic")
 POOLS = ("local", "ray")
 DTYPES = ("float32", "bfloat16", "float16")
 SURROGATES = ("auto", "ridge", "gp", "gp+ridge", "boosting", "ensemble", "paper")
@@ -44,7 +43,6 @@ CHANGEABLE = (
 game."""
 
 _CHOICES = {
-    "engine": ENGINES,
     "pool": POOLS,
     "dtype": DTYPES,
     "surrogate": SURROGATES,

@@ -11,6 +11,7 @@ import csv
 import json
 import shutil
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,11 +34,7 @@ from lpserve.masks import all_masks, full_mask, keys
 from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
 from lpserve.runner.coordinator import run
 from lpserve.runner.setup import check_model, item_sets_of
-from lpserve.scoring.open import engine_spec
-from lpserve.scoring.pool import LocalPool
-from lpserve.scoring.progress import Progress
-from lpserve.scoring.signals import trap_signals
-from lpserve.store.store import Store
+from lpserve.scoring.session import ScoringSession
 from lpserve.types import TASK_UTILITIES, utilities
 from tests.conftest import SEED
 from tests.reference import save_model
@@ -635,34 +632,27 @@ def test_what_one_seed_holds_out_no_other_calibrates_on(small_model, tmp_path):
 
 def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model, tmp_path):
     """A study whose leader was given up on one window of a wrong answer."""
-    from lpserve.runner.coordinator import Seat, run_at
+    from lpserve.runner.coordinator import run_at
 
     config = config_from(
         values_of(tmp_path, small_model, CHOICE, "task_margin", budget=40, sizes=None), "test"
     )
     result = run(config)
     scored = result.outcome.scored
-    loss_MN = scored.loss_MI.copy()
-    loss_MN[5, 3] = np.nan  # the right answers' NLLs are all there
+    loss_MI = scored.loss_MI.copy()
+    loss_MI[5, 3] = np.nan  # the right answers' NLLs are all there
     with sqlite3.connect(tmp_path / "run" / "scores.sqlite") as db:
         db.execute("DELETE FROM scores WHERE mask = ?", (keys(scored.masks_MP)[5],))
     follower = replace(config, seed=1, out=str(tmp_path / "follower"))
-    with Store(tmp_path / "run" / "scores.sqlite", holder="a test") as store:
-        samples = item_sets_of(config)
-        spec = engine_spec(config, None, samples[0].windows.length)
-        pool = LocalPool(spec, samples[0].windows)
-        try:
-            with trap_signals() as signals:
-                seat = Seat(store=store, pool=pool, signals=signals)
-                told = run_at(
-                    check_model(follower),
-                    samples,
-                    seat,
-                    Progress(interval_s=100.0),
-                    masks_of=replace(scored, other_loss_MN=loss_MN),
-                )
-        finally:
-            pool.close()
+    samples = item_sets_of(config)
+    store = tmp_path / "run" / "scores.sqlite"
+    with closing(ScoringSession(config, samples[0].windows, store=store)) as session:
+        told = run_at(
+            check_model(follower),
+            samples,
+            session,
+            masks_of=replace(scored, loss_MI=loss_MI),
+        )
     assert np.isnan(told.outcome.scored.loss_MI[5]).any()
 
 

@@ -164,7 +164,7 @@ def write_record_file(path: Path, record: RunRecord) -> None:
             about[one.name] = one.metadata["write"](value)
         elif value is not None and value is not same.get(one.name):
             arrays[one.metadata["key"]] = one.metadata["write"](value)
-    write_npz(path, about=np.array(json.dumps(about)), **arrays)
+    write_npz(path, {"about": np.array(json.dumps(about)), **arrays})
 
 
 def read_record(run: str | Path) -> RunRecord:

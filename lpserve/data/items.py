@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,14 +128,6 @@ class ItemSet:
         if len(questions) < len(parts):
             raise InputError("texts and tasks cannot be mixed: use one kind for a run")
         return cls.of(Questions.concatenate(questions))
-
-
-def write_item_sets(path: Path, calibration: ItemSet, heldout: ItemSet) -> None:
-    """Everything of both samples as one .npz, whole or not at all."""
-    held = {f"heldout_{name}": array for name, array in heldout.arrays().items()}
-    temporary = path.with_name(f".{path.stem}.tmp.npz")
-    np.savez_compressed(temporary, allow_pickle=False, **calibration.arrays(), **held)
-    temporary.replace(path)
 
 
 def check_disjoint(calibration: ItemSet, heldout: ItemSet) -> None:

@@ -24,13 +24,15 @@ from lpserve.config import EngineConfig
 from lpserve.data.protocols import Protocol, ProtocolWindows, protocol_windows
 from lpserve.data.tasks import TaskLoader
 from lpserve.data.windows import TokenWindows, load_tokenizer
-from lpserve.engine.base import check_windows
+from lpserve.engine.base import Generates, check_windows
+from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
 from lpserve.plan.layer_sets import LayerSet, masks_of, read_sets, whole_model
 from lpserve.runner.setup import num_players_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
+from lpserve.store.files import write_text
 from lpserve.types import perplexity
 
 RESULTS_FORMAT = 1
@@ -190,9 +192,12 @@ class _Tasks:
         self._config = config
         self.max_length = config.max_length or max_input_length(config.model)
         self._manager, loaded = loader.manager, loader.load(config.tasks)
+        can_generate = config.pool == "local" and (
+            Generates in engine_kind(config.engine).capabilities
+        )
         for name, task in loaded.items():
             kind = task.get_config("output_type")
-            if kind == "generate_until" and (config.engine, config.pool) == ("vllm", "local"):
+            if kind == "generate_until" and can_generate:
                 continue
             if kind == "generate_until":
                 raise InputError(f"task {name!r} generates text: {CANNOT_GENERATE}")
@@ -295,14 +300,14 @@ def _write(
             for r in evaluation.results
         ],
     }
-    (folder / "results.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "results.json", json.dumps(about, indent=1) + "\n")
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["set", "removed", "measure", "value", "stderr"])
     for r in evaluation.results:
         removed = " ".join(map(str, r.removed))
         writer.writerow([r.layer_set, removed, r.measure, repr(r.value), r.stderr])
-    (folder / "results.csv").write_text(text.getvalue(), encoding="utf-8")
+    write_text(folder / "results.csv", text.getvalue())
 
 
 def sets_from(
@@ -314,7 +319,7 @@ def sets_from(
         return []
     num_players = num_players_of(config)
     model_hash = None
-    if config.engine != "synthetic":
+    if engine_kind(config.engine).reads_checkpoint:
         model_hash = checkpoint_hash(read_checkpoint(config.model))
     found: list[LayerSet] = []
     for path in paths:

@@ -17,10 +17,13 @@ from typing import Any
 
 from lpserve.config import DTYPES
 from lpserve.engine.base import check_decoder
+from lpserve.engine.kind import InUse
+from lpserve.engine.registry import ENGINE_KINDS
 from lpserve.errors import EngineError, InputError
 from lpserve.model.checkpoint import position_limit, read_checkpoint
 
-ENGINES = ("transformers", "vllm")
+ENGINES = tuple(name for name, kind in ENGINE_KINDS.items() if kind.in_use)
+"""Engine kinds that can be measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,15 +108,8 @@ def measure(config: SpeedConfig) -> list[Speed]:
                 f"is {length}"
             )
         weights[model] = sum(entry.num_bytes for entry in checkpoint.tensors)
-    if "vllm" in config.engines:
-        from importlib.util import find_spec
-
-        if find_spec("vllm") is None:
-            raise InputError("engine vllm needs vLLM: install lpserve[vllm]")
-        import torch
-
-        if config.device == "cpu" and torch.cuda.is_available():
-            raise InputError("engine vllm takes the GPU where there is one: leave --device out")
+    for engine in config.engines:
+        _in_use(engine).check(config.device)
     return [
         _measured(config, model, engine, weights[model])
         for engine in config.engines
@@ -121,8 +117,15 @@ def measure(config: SpeedConfig) -> list[Speed]:
     ]
 
 
+def _in_use(engine: str) -> InUse:
+    in_use = ENGINE_KINDS[engine].in_use
+    assert in_use is not None
+    return in_use
+
+
 def _measured(config: SpeedConfig, model: str, engine: str, weight_bytes: int) -> Speed:
-    task = asdict(config) | {"model": str(Path(model).resolve()), "engine": engine}
+    script = str(_in_use(engine).script)
+    task = asdict(config) | {"model": str(Path(model).resolve()), "script": script}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("speed_worker.py")), json.dumps(task)],
         capture_output=True,

@@ -25,12 +25,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from lpserve.analysis.analyse import Outcome, analyse, candidate_masks, make_plan
 from lpserve.analysis.record import RunRecord
 from lpserve.config import RunConfig, as_json
-from lpserve.data.items import ItemSet, write_item_sets
+from lpserve.data.items import ItemSet
 from lpserve.engine.base import check_extra_metrics
 from lpserve.errors import LpserveError
 from lpserve.masks import from_keys, key_text, keys
@@ -40,6 +39,7 @@ from lpserve.rounds.history import CompletedRound, Round, latest_scores
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.screening import screen_rows
 from lpserve.runner.background import in_background
+from lpserve.runner.manifest import write_windows_file
 from lpserve.runner.setup import (
     check_model,
     check_same_game,
@@ -48,15 +48,12 @@ from lpserve.runner.setup import (
     item_sets_of,
     round_settings,
 )
-from lpserve.scoring.dispatcher import GivenUp
-from lpserve.scoring.open import engine_spec, open_pool
-from lpserve.scoring.pool import EnginePool, UnitResult
+from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.progress import Progress
-from lpserve.scoring.session import POLL_S, Scoring
-from lpserve.scoring.signals import Signals, trap_signals
-from lpserve.scoring.tracker import Request, ScoreTracker
+from lpserve.scoring.session import POLL_S, ScoringSession
+from lpserve.scoring.tracker import ScoreRequest, ScoreTracker
+from lpserve.scoring.units import GivenUp
 from lpserve.store.run_folder import RunFolder
-from lpserve.store.store import Store
 from lpserve.types import (
     BoolArray,
     IntArray,
@@ -100,34 +97,27 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     with ExitStack() as stack:
         folder = stack.enter_context(closing(RunFolder(config.out)))
         stored = _same_run(folder, config, calibration, heldout)
-        signals = stack.enter_context(trap_signals())
-        store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
-        longest = max(calibration.windows.length, heldout.windows.length)
-        spec = engine_spec(config, stored, longest)
-        pool = open_pool(config, spec, calibration.windows, progress.note)
-        stack.callback(pool.close)
-        seat = Seat(store=store, pool=pool, signals=signals)
-        result = _at_work(config, folder, stored, (calibration, heldout), seat, progress, None, ())
+        session = ScoringSession(
+            config,
+            calibration.windows,
+            store=config.store_path,
+            holder=f"a run in {config.out}",
+            longest=heldout.windows.length,
+            stored=stored,
+            progress=progress,
+        )
+        stack.callback(session.close)
+        result = _at_work(config, folder, stored, (calibration, heldout), session, None, ())
         if tracking is not None:
             plan, values = result.outcome.plan, result.outcome.analysis.values
             log_finished_run(tracking, as_json(config), result.folder, plan, values, progress.note)
         return result
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
-    """What runs that follow one another share: an open store, engines, and signals to heed."""
-
-    store: Store
-    pool: EnginePool
-    signals: Signals
-
-
 def run_at(
     config: RunConfig,
     samples: tuple[ItemSet, ItemSet],
-    seat: Seat,
-    progress: Progress,
+    session: ScoringSession,
     *,
     masks_of: RunRecord | None = None,
     extra_metrics: tuple[str, ...] = (),
@@ -142,9 +132,10 @@ def run_at(
 
     Raises: as `run`.
     """
+    session.progress = Progress(interval_s=config.progress_s)
     with closing(RunFolder(config.out)) as folder:
         stored = _same_run(folder, config, samples[0], None)
-        return _at_work(config, folder, stored, samples, seat, progress, masks_of, extra_metrics)
+        return _at_work(config, folder, stored, samples, session, masks_of, extra_metrics)
 
 
 def _same_run(
@@ -166,28 +157,27 @@ def _at_work(
     folder: RunFolder,
     stored: dict[str, Any] | None,
     samples: tuple[ItemSet, ItemSet],
-    seat: Seat,
-    progress: Progress,
+    session: ScoringSession,
     masks_of: RunRecord | None,
     extra_metrics: tuple[str, ...],
 ) -> RunResult:
     if stored is not None:
-        check_same_game(folder, stored, seat.pool.info)
+        check_same_game(folder, stored, session.info)
     metric = utility_named(config.utility).metric
     metrics = tuple(dict.fromkeys(m for m in (metric, *extra_metrics) if m != "nll"))
-    check_extra_metrics(seat.pool.info, metrics)  # before the folder is this run's
+    check_extra_metrics(session.info, metrics)  # before the folder is this run's
     folder.begun = True
-    job = _Job(config, folder, seat, *samples, progress, metrics)
-    seat.signals.at_work = True
+    job = _Job(config, folder, session, *samples, metrics)
+    session.signals.at_work = True
     job.write_config(stored)
-    with progress, threadpool_limits(1, user_api="blas"):
+    with session.at_work():
         if masks_of is None:
             job.score_rounds()
         else:
             job.adopt(masks_of)
         outcome = job.conclude()
     return RunResult(
-        folder=folder.path, outcome=outcome, scores_new=job.scores_new, work=progress.state.work
+        folder=folder.path, outcome=outcome, scores_new=job.scores_new, work=session.work
     )
 
 
@@ -196,7 +186,7 @@ class _Asked:
     """A round that is being scored."""
 
     round: Round
-    requests: list[Request]
+    requests: list[ScoreRequest]
     """New masks, and promoted ones if there are any."""
 
     @property
@@ -219,22 +209,20 @@ class _Job:
         self,
         config: RunConfig,
         folder: RunFolder,
-        seat: Seat,
+        session: ScoringSession,
         calibration: ItemSet,
         heldout: ItemSet,
-        progress: Progress,
         metrics: tuple[str, ...],
     ) -> None:
         """
         Args:
             metrics: scored beside the NLL.
         """
-        store, pool = seat.store, seat.pool
+        store, pool = session.store, session.pool
         self.config, self.folder, self.store, self.pool = config, folder, store, pool
-        self.calibration, self.heldout, self.progress = calibration, heldout, progress
+        self.calibration, self.heldout, self.progress = calibration, heldout, session.progress
         self.metrics = metrics
-        self.scoring = Scoring(store, pool, seat.signals, progress, config.grace_s)
-        self.dispatcher, self.game = self.scoring.dispatcher, self.scoring.game
+        self.session, self.dispatcher, self.game = session, session.dispatcher, session.game
         screened = config.screen_windows
         self.screen = screen_rows(calibration.corpora, screened) if screened else None
         self.board = self._board(calibration, self.screen)
@@ -303,7 +291,7 @@ class _Job:
     def _ask(self, asked: Round) -> _Asked:
         requests = [self.board.request(asked.masks_MP, asked.full_M)]
         if len(asked.promoted_MP):
-            requests.append(self.board.request(asked.promoted_MP, again=True))
+            requests.append(self.board.request(asked.promoted_MP, promoted=True))
         return _Asked(asked, requests)
 
     def _complete(self, pending: deque[_Asked]) -> None:
@@ -350,7 +338,7 @@ class _Job:
         self.folder.event("masks read again", masks=len(asked))
 
     def _drain(self, timeout_s: float) -> None:
-        self.scoring.drain(timeout_s, self.accept)
+        self.session.drain(timeout_s, self.accept)
 
     def accept(self, result: UnitResult | GivenUp) -> None:
         self.board.accept(result)
@@ -363,7 +351,7 @@ class _Job:
             self.progress.state.work += result.scores.work
 
     def _check_signals(self) -> None:
-        self.scoring.check_signals(self.accept, self._interrupted)
+        self.session.check_signals(self.accept, self._interrupted)
 
     def _interrupted(self) -> int:
         self.folder.event("interrupted", scored=self.board.scored)
@@ -479,5 +467,5 @@ class _Job:
         self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
         path = self.folder.path / "windows.npz"
         if not path.exists() or (stored or {}).get("windows") != self.described["windows"]:
-            write_item_sets(path, self.calibration, self.heldout)
+            write_windows_file(path, self.calibration, self.heldout)
         self.folder.event("started", config=as_json(self.config), pid=os.getpid())

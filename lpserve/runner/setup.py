@@ -11,7 +11,7 @@ from lpserve.config import EngineConfig, RunConfig, WindowConfig, as_json, is_ta
 from lpserve.data.items import ItemSet, check_disjoint
 from lpserve.data.tasks import cut_item_sets
 from lpserve.data.windows import TokenWindows, WindowRequest, cut_windows
-from lpserve.engine.vllm.options import check_options as check_vllm_options
+from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.rounds.settings import RoundSettings, StopRules
@@ -22,15 +22,9 @@ from lpserve.utility import Utility, utility_named
 
 def num_players_of(config: EngineConfig) -> int:
     """The model's number of players, after its headers and the engine's options are checked."""
-    if config.engine == "vllm":
-        check_vllm_options(config.engine_options)
-    if config.engine == "synthetic":
-        return int(config.engine_options.get("num_players", 8))
-    from lpserve.engine.base import check_decoder
-
-    checkpoint = read_checkpoint(config.model)
-    check_decoder(checkpoint)
-    return num_layers(checkpoint.config)
+    kind = engine_kind(config.engine)
+    kind.check_options(config.engine_options)
+    return kind.num_players(config.model, config.engine_options)
 
 
 def check_model(config: RunConfig) -> RunConfig:
@@ -44,16 +38,6 @@ def check_model(config: RunConfig) -> RunConfig:
             f"{config.max_removed}: got {config.budget}"
         )
     return config
-
-
-def num_layers(config: dict[str, Any]) -> int:
-    """Decoder layers that a config.json speaks of; raises InputError."""
-    inner = config.get("text_config")
-    for values in (config, inner if isinstance(inner, dict) else {}):
-        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            if isinstance(values.get(name), int):
-                return values[name]
-    raise InputError("the model's config.json names no number of layers")
 
 
 def item_sets_of(config: RunConfig) -> tuple[ItemSet, ItemSet]:
@@ -111,7 +95,7 @@ def _request(config: WindowConfig) -> WindowRequest:
 
 def check_windows_of(config: EngineConfig, *sides: TokenWindows) -> None:
     """Raise InputError where windows do not fit the model."""
-    if config.engine != "synthetic":
+    if engine_kind(config.engine).reads_checkpoint:
         from lpserve.engine.base import check_windows
 
         checkpoint = read_checkpoint(config.model)

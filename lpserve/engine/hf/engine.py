@@ -20,13 +20,14 @@ from transformers.utils import logging as hf_logging
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import (
+    HiddenStates,
     check_decoder,
     check_extra_metrics,
     check_masks,
     check_windows,
     scores_of,
 )
-from lpserve.engine.criteria import HiddenStates, hidden_states, taylor_importance
+from lpserve.engine.criteria import hidden_states, taylor_importance
 from lpserve.engine.hf.stack import RecordedStack
 from lpserve.engine.scorer import (
     HEAD_CHUNK_BYTES,
@@ -57,8 +58,6 @@ class TransformersEngine:
     * `compile_layers`: run the layers, and the reduction of logits, through `torch.compile`, which
       fuses norms, rotary and gates (default: on a GPU). Layers of one shape share what is compiled.
     """
-
-    OPTIONS = ("state_budget_mb", "micro_batch_tokens", "attn_implementation", "compile_layers")
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
         if spec.dtype not in DTYPES:

@@ -35,7 +35,6 @@ from lpserve.engine.base import (
 from lpserve.engine.scorer import HEAD_CHUNK_BYTES, trie_settings
 from lpserve.engine.trie import TrieSettings
 from lpserve.engine.vllm.options import (
-    OWN_OPTIONS,
     check_vllm_options,
     engine_arguments,
     quantization_of,
@@ -78,8 +77,6 @@ class VllmEngine:
     * any other argument of `vllm.LLM`, such as `tensor_parallel_size`; those that would change what
       a score means are refused with the reason.
     """
-
-    OPTIONS = OWN_OPTIONS
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
         check_vllm_options(spec)
