@@ -23,7 +23,7 @@ from lpserve.layer_sets import LayerSet
 from lpserve.masks import removed_players
 from lpserve.rounds import RoundSettings
 from lpserve.spending import Spent
-from tests.engine.test_hf_parity import NUM_LAYERS, some_windows, without_padding_token
+from tests.engine.test_hf_parity import NUM_LAYERS, some_windows
 from tests.reference import decoder_list, reference_model
 from tests.test_coordinator import known_game, make_config, texts
 
@@ -65,7 +65,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_hidden_states_turn_as_in_transformers(family, model_dir, rng):
-    folder, windows = model_dir(family), without_padding_token(some_windows(rng, num=4))
+    folder, windows = model_dir(family), some_windows(rng, num=4)
     with lpserve.open_engine(folder, windows) as engine:
         got = cast("Any", engine).hidden_states()
     states = states_by_hand(folder, windows)
