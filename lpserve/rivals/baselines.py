@@ -33,12 +33,12 @@ from lpserve.masks import (
     without,
 )
 from lpserve.plan import search
-from lpserve.plan.plan import best_row, ranking_mask
+from lpserve.plan.sets import best_row, ranking_mask
 from lpserve.rounds.history import History
 from lpserve.rounds.planner import RoundPlanner, RoundSettings
 from lpserve.surrogate import PaperSurrogate
 from lpserve.types import BoolArray, FloatArray, IntArray, known_utilities
-from lpserve.values.shapley import paper_values
+from lpserve.values.sampling import paper_values
 
 RANDOM_BATCH = 256
 """Masks of an `Ask` of `random_search`: no choice depends on a score, so batches may be large."""

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from lpserve.config import STOP_GAIN
 from lpserve.masks import StratifiedDesign, drop_one, full_mask, keys, removed_players, without
-from lpserve.plan.plan import can_be_best, greedy_path, ranking_mask
+from lpserve.plan.greedy import greedy_path, unpruned_options
 from lpserve.plan.search import (
     MIN_EXPECTED_IMPROVEMENT,
     best_predicted_sets,
@@ -43,12 +43,13 @@ from lpserve.plan.search import (
     select_by_expected_improvement,
     starts,
 )
+from lpserve.plan.sets import ranking_mask
 from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, select_for_values
 from lpserve.rounds.history import History, Round
 from lpserve.rounds.screening import estimated
 from lpserve.surrogate import Surrogate, acquisition_model, make_surrogate
 from lpserve.types import Z90, BoolArray, FloatArray
-from lpserve.values.shapley import kernel_values, value_calibration
+from lpserve.values.closed_form import kernel_values, value_calibration
 
 _VALUES_SHARE = 3  # once the path is walked one in three masks is for the values, rounded down
 _RANKING_SHARE = 4  # at most one in four of the others is a ranking's set
@@ -292,7 +293,7 @@ class RoundPlanner:
     def _can_be_best(
         self, path: list[BoolArray], masks_MP: BoolArray, path_M: FloatArray
     ) -> BoolArray:
-        return can_be_best(path, masks_MP, path_M)
+        return unpruned_options(path, masks_MP, path_M)
 
     def _may_stop(self, masks_MP: BoolArray, search_M: FloatArray, guess_M: FloatArray) -> bool:
         """Whether the stop rules have held for two rounds; notes them."""

@@ -26,7 +26,7 @@ from lpserve.config import resolved_max_removed
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, keys, sort_distinct, trie_player_forwards
 from lpserve.model.checkpoint import Checkpoint, TensorEntry, find_layer_prefix, read_checkpoint
-from lpserve.plan.plan import ranking_mask
+from lpserve.plan.sets import ranking_mask
 from lpserve.rounds.history import History
 from lpserve.rounds.planner import RoundPlanner, RoundSettings
 from lpserve.types import BoolArray, FloatArray, IntArray
