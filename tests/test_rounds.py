@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from lpserve.masks import all_masks, drop_one, keys, removed_players, without
-from lpserve.plan.plan import best_row, greedy_path
+from lpserve.plan.greedy import greedy_path
+from lpserve.plan.sets import best_row
 from lpserve.rounds.history import History, Round
 from lpserve.rounds.planner import RoundPlanner, RoundSettings, StopRules, design_strata
 from lpserve.surrogate import PaperSurrogate
