@@ -13,6 +13,7 @@ from lpserve.data.tasks import cut_item_sets
 from lpserve.data.windows import TokenWindows, WindowRequest, cut_windows
 from lpserve.engine.vllm.options import check_options as check_vllm_options
 from lpserve.errors import InputError
+from lpserve.model.architecture import check_decoder, read_architecture, required
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.rounds.planner import RoundSettings, StopRules
 from lpserve.store.run_folder import CONFIG_FORMAT, RunFolder
@@ -25,11 +26,9 @@ def num_players_of(config: EngineConfig) -> int:
         check_vllm_options(config.engine_options)
     if config.engine == "synthetic":
         return int(config.engine_options.get("num_players", 8))
-    from lpserve.engine.base import check_decoder
-
     checkpoint = read_checkpoint(config.model)
     check_decoder(checkpoint)
-    return num_layers(checkpoint.config)
+    return required(read_architecture(checkpoint).num_layers, "number of layers")
 
 
 def check_model(config: RunConfig) -> RunConfig:
@@ -43,16 +42,6 @@ def check_model(config: RunConfig) -> RunConfig:
             f"{config.max_removed}: got {config.budget}"
         )
     return config
-
-
-def num_layers(config: dict[str, Any]) -> int:
-    """Decoder layers that a config.json speaks of; raises InputError."""
-    inner = config.get("text_config")
-    for values in (config, inner if isinstance(inner, dict) else {}):
-        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            if isinstance(values.get(name), int):
-                return values[name]
-    raise InputError("the model's config.json names no number of layers")
 
 
 def item_sets_of(config: RunConfig) -> tuple[ItemSet, ItemSet]:

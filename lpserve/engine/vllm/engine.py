@@ -26,7 +26,6 @@ import torch
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import (
-    check_decoder,
     check_extra_metrics,
     check_masks,
     check_windows,
@@ -44,14 +43,15 @@ from lpserve.engine.vllm.process import GlobalState, start, stop
 from lpserve.engine.vllm.stack import STATE_KINDS
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct
+from lpserve.model.architecture import check_decoder
 from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
+from lpserve.model.players import layer_players
 from lpserve.types import (
     METRICS,
     BoolArray,
     EngineInfo,
     EngineSpec,
     FloatArray,
-    Player,
     Scores,
     Work,
 )
@@ -129,7 +129,7 @@ class VllmEngine:
             noise_nll=noise,
             model=str(Path(spec.model).resolve()),
             model_hash=checkpoint_hash(self._checkpoint),
-            players=tuple(Player(index=i, layer=i) for i in range(self._num_players)),
+            players=layer_players(self._num_players),
             dtype=spec.dtype,
             quantization=quantization_of(spec, first["quantization"]),
             device=first["device"],
