@@ -24,6 +24,7 @@ from lpserve.analysis.record import read_record
 from lpserve.cli.entry import main
 from lpserve.config import config_from
 from lpserve.data.items import ItemSet
+from lpserve.data.prepare import item_sets_of
 from lpserve.data.questions import Questions
 from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER
@@ -32,7 +33,7 @@ from lpserve.evaluation.evaluate import EvalConfig, evaluate
 from lpserve.masks import all_masks, full_mask, keys
 from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
 from lpserve.runner.coordinator import run
-from lpserve.runner.setup import check_model, item_sets_of
+from lpserve.runner.setup import check_model
 from lpserve.scoring.open import engine_spec
 from lpserve.scoring.pool import LocalPool
 from lpserve.scoring.progress import Progress

@@ -13,8 +13,6 @@ import numpy as np
 
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
-from lpserve.model.architecture import read_architecture
-from lpserve.model.checkpoint import Checkpoint
 from lpserve.types import (
     BoolArray,
     EngineInfo,
@@ -134,20 +132,3 @@ def scores_of(
     """Scores from metrics side by side, the NLL first."""
     others = {name: values_MNC[..., 1 + column] for column, name in enumerate(extra_metrics)}
     return Scores(nll_MN=values_MNC[..., 0], num_tokens_N=num_tokens_N, work=work, others=others)
-
-
-def check_windows(checkpoint: Checkpoint, windows: TokenWindows) -> None:
-    """Raise InputError when windows do not fit the model's positions or vocabulary."""
-    architecture = read_architecture(checkpoint)
-    limit = architecture.max_positions
-    if limit is not None and windows.length > limit:
-        raise InputError(
-            f"windows of {windows.length} tokens are longer than the model's {limit} positions "
-            f"({architecture.positions_key}); use --length {limit} or less"
-        )
-    vocab, largest_id = architecture.vocab_size, int(windows.tokens_NT.max())
-    if vocab is not None and largest_id >= vocab:
-        raise InputError(
-            f"token id {largest_id} is outside the model's vocabulary of {vocab}: "
-            "the windows were made with another tokenizer"
-        )

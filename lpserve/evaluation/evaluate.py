@@ -21,10 +21,11 @@ from typing import Any, cast
 import numpy as np
 
 from lpserve.config import EngineConfig
+from lpserve.data.prepare import check_windows
 from lpserve.data.protocols import Protocol, ProtocolWindows, protocol_windows
 from lpserve.data.tasks import TaskLoader
-from lpserve.data.windows import TokenWindows, load_tokenizer
-from lpserve.engine.base import check_windows
+from lpserve.data.texts import load_tokenizer
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
 from lpserve.plan.layer_sets import LayerSet, masks_of, read_sets, whole_model

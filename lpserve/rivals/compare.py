@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lpserve.config import WindowConfig, resolved_max_removed
+from lpserve.data.prepare import windows_of
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, removed_players
@@ -28,7 +29,7 @@ from lpserve.rivals import baselines
 from lpserve.rivals.accounting import Spent
 from lpserve.rivals.baselines import Answer, Ask, Proposer, best_sets, drive
 from lpserve.rounds.planner import RoundSettings
-from lpserve.runner.setup import num_players_of, windows_of
+from lpserve.runner.setup import num_players_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
 from lpserve.types import BoolArray, FloatArray, perplexity

@@ -31,6 +31,7 @@ from lpserve.analysis.analyse import Outcome, analyse, candidate_masks, make_pla
 from lpserve.analysis.record import RunRecord
 from lpserve.config import RunConfig, as_json
 from lpserve.data.items import ItemSet, write_item_sets
+from lpserve.data.prepare import item_sets_of
 from lpserve.engine.base import check_extra_metrics
 from lpserve.errors import LpserveError
 from lpserve.masks import from_keys, key_text, keys
@@ -46,7 +47,6 @@ from lpserve.runner.setup import (
     check_same_game,
     check_same_windows,
     described,
-    item_sets_of,
     round_settings,
 )
 from lpserve.scoring.dispatcher import GivenUp

@@ -18,11 +18,11 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
+from lpserve.data.prepare import check_windows
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import (
     check_extra_metrics,
     check_masks,
-    check_windows,
     scores_of,
 )
 from lpserve.engine.criteria import HiddenStates, hidden_states, taylor_importance

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from lpserve.data.prepare import check_windows
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import (
     check_extra_metrics,
     check_masks,
-    check_windows,
     scores_of,
 )
 from lpserve.engine.scorer import HEAD_CHUNK_BYTES, trie_settings
