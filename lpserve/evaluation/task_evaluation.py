@@ -47,7 +47,8 @@ class TaskEvaluation:
             if kind not in LIKELIHOOD_KINDS:
                 raise InputError(
                     f"task {name!r} is of kind {kind!r}: under masks only "
-                    f"{', '.join(LIKELIHOOD_KINDS)} are served; export the checkpoint and evaluate it with lm-eval's own models"
+                    f"{', '.join(LIKELIHOOD_KINDS)} are served; export the checkpoint "
+                    "and evaluate it with lm-eval's own models"
                 )
 
     def run(
