@@ -14,7 +14,6 @@ import torch
 
 import lpserve
 from lpserve.cli.entry import main
-from lpserve.data.prepare import windows_of
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
 from lpserve.masks import removed_players
@@ -30,7 +29,8 @@ from lpserve.rivals.baselines import (
     taylor,
 )
 from lpserve.rivals.compare import SOURCES, CompareConfig, compare
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
+from lpserve.runner.setup import windows_of
 from tests.engine.test_hf_parity import NUM_LAYERS, some_windows, without_padding_token
 from tests.reference import decoder_list, reference_model
 from tests.test_coordinator import known_game, make_config, texts

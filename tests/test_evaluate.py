@@ -121,7 +121,7 @@ def test_rolling_loglikelihoods_are_those_of_lm_evals_own_model(lm, pruned, rng)
 def test_greedy_is_seen(lm):
     """A continuation that the model would choose itself, token by token."""
     tokens = lm.tok_encode("It was a dark night, and the wind")
-    model = lm._session._scoring.pool._engine._model
+    model = lm._session.pool._engine._model
     import torch
 
     with torch.inference_mode():

@@ -22,7 +22,8 @@ from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.masks import keys
 from lpserve.runner.coordinator import run
-from lpserve.scoring.dispatcher import Dispatcher, GivenUp
+from lpserve.scoring.dispatcher import Dispatcher
+from lpserve.scoring.units import GivenUp
 from lpserve.types import EngineSpec
 from tests.test_cli import lpserve
 from tests.test_coordinator import make_config, stored_scores, texts  # noqa: F401

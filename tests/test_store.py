@@ -18,7 +18,8 @@ from lpserve.data.windows import TokenWindows
 from lpserve.errors import DiskFullError, InputError, StoreBusyError, StoreCorruptError
 from lpserve.masks import full_mask, keys
 from lpserve.store import lease
-from lpserve.store.store import MAX_BLOCK_WINDOWS, Store
+from lpserve.store.blocks import MAX_BLOCK_WINDOWS
+from lpserve.store.store import Store
 from lpserve.types import Game, Player
 
 NUM_PLAYERS = 12
@@ -342,8 +343,8 @@ def test_a_full_disk_loses_nothing_and_the_store_goes_on_once_there_is_space(tmp
     nll = random_nll(rng, 2000, 20)
     with Store(tmp_path / "a", shared=shared) as store:
         game, (block,) = store.game_id(GAME), store.blocks_for(windows)
-        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
-        store._db.execute(f"PRAGMA max_page_count = {pages + 10}")
+        pages = store._file.db.execute("PRAGMA page_count").fetchone()[0]
+        store._file.db.execute(f"PRAGMA max_page_count = {pages + 10}")
         committed = 0
 
         def put_by_and_by() -> None:
@@ -360,7 +361,7 @@ def test_a_full_disk_loses_nothing_and_the_store_goes_on_once_there_is_space(tmp
         assert same_bits(known_nll(store, windows, masks[:committed]), nll[:committed])
         with pytest.raises(DiskFullError):
             store.put(game, block, masks[committed:], nll[committed:])
-        store._db.execute("PRAGMA max_page_count = 1000000")
+        store._file.db.execute("PRAGMA max_page_count = 1000000")
         assert store.put(game, block, masks, nll) == 2000 - committed
     with Store(tmp_path / "a", shared=shared) as store:
         assert same_bits(known_nll(store, windows, masks), nll)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from lpserve.config import as_json
-from lpserve.data.prepare import windows_of
 from lpserve.demo import FOLDER, demo_study
 from lpserve.errors import InputError
+from lpserve.runner.setup import windows_of
 from lpserve.study.cost import study_cost
 from lpserve.study.study import Study, study_of
 from lpserve.study.sweep import all_windows

@@ -267,6 +267,7 @@ def _demo_export(folder: Path, removed: int) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from lpserve.analysis.analyse import analyse, make_plan
     from lpserve.analysis.record import read_record
+    from lpserve.store.files import write_text
 
     scored = read_record(arguments.folder)
     plan = make_plan(
@@ -274,7 +275,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     )
     _print_plan(plan)
     if arguments.out:
-        Path(arguments.out).write_text(plan.to_json(), encoding="utf-8")
+        write_text(Path(arguments.out), plan.to_json())
         print(f"written: {arguments.out}")
     return 0
 

@@ -5,22 +5,22 @@ Knows configs, tokenizers and a checkpoint's headers; no engine.
 
 from __future__ import annotations
 
-from lpserve.config import EngineConfig, RunConfig, WindowConfig, is_task
+from lpserve.config import RunConfig, WindowConfig, is_task
 from lpserve.data.corpora import WindowRequest, check_no_overlap, cut_windows
 from lpserve.data.items import ItemSet
 from lpserve.data.tasks import cut_item_sets
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.model.architecture import read_architecture
-from lpserve.model.checkpoint import Checkpoint, read_checkpoint
+from lpserve.model.checkpoint import Checkpoint
+from lpserve.utility import Utility, utility_named
 
 
-def item_sets_of(config: RunConfig) -> tuple[ItemSet, ItemSet]:
-    """The calibration and held-out items of a run.
+def cut_run_items(config: RunConfig) -> tuple[ItemSet, ItemSet]:
+    """The calibration and held-out items of a run, not yet compared with the model or each other.
 
     Raises:
-        InputError: texts or tasks cannot be used, do not fit the model or the utility, or the two
-            sides share items.
+        InputError: texts or tasks cannot be used, or the utility is not defined on them.
     """
     config.check_unused_keys(num_fewshot=True)
     sides = cut_item_sets(
@@ -30,36 +30,27 @@ def item_sets_of(config: RunConfig) -> tuple[ItemSet, ItemSet]:
         num_fewshot=config.num_fewshot,
     )
     calibration, heldout = (ItemSet.concatenate(corpora) for corpora in sides)
-    check_utility(config.utility, calibration, heldout)
-    check_sides(config, calibration, heldout)
+    check_utility(utility_named(config.utility), calibration, heldout)
     return calibration, heldout
 
 
-def windows_of(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:
+def cut_run_windows(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:
     """The calibration and held-out windows of a config whose corpora are texts.
 
     Raises:
-        InputError: a corpus is a task, or a text cannot be used or does not fit the model.
+        InputError: a corpus is a task, or a text cannot be used.
     """
     for name, path in [*config.calibration.items(), *config.heldout.items()]:
         if is_task(path):
             raise InputError(f"{name!r} is a task: only lpserve run and lpserve sweep take tasks")
-    sides = cut_windows(_request(config), config.model)
-    check_windows_of(config, *sides)
-    return sides
+    return cut_windows(_request(config), config.model)
 
 
-def check_utility(utility: str, *item_sets: ItemSet) -> None:
+def check_utility(utility: Utility, *item_sets: ItemSet) -> None:
     """Raise InputError where a utility is not defined on questions."""
     for items in item_sets:
         if items.questions is not None:
             items.questions.check(utility)
-
-
-def check_sides(config: EngineConfig, calibration: ItemSet, heldout: ItemSet) -> None:
-    """Raise InputError where windows do not fit the model, or are on both sides."""
-    check_windows_of(config, calibration.windows, heldout.windows)
-    check_disjoint(calibration, heldout)
 
 
 def check_disjoint(calibration: ItemSet, heldout: ItemSet) -> None:
@@ -76,14 +67,6 @@ def check_disjoint(calibration: ItemSet, heldout: ItemSet) -> None:
         raise InputError(
             f"{len(common)} answers are in calibration and held-out alike; use different tasks"
         )
-
-
-def check_windows_of(config: EngineConfig, *sides: TokenWindows) -> None:
-    """Raise InputError where windows do not fit the config's model."""
-    if config.engine != "synthetic":
-        checkpoint = read_checkpoint(config.model)
-        for windows in sides:
-            check_windows(checkpoint, windows)
 
 
 def check_windows(checkpoint: Checkpoint, windows: TokenWindows) -> None:

@@ -19,6 +19,7 @@ from lpserve.data.prepare import check_windows
 from lpserve.data.protocols import ProtocolWindows, protocol_windows
 from lpserve.data.texts import load_tokenizer
 from lpserve.data.windows import TokenWindows
+from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
 from lpserve.evaluation.results import Evaluation, Result, write_results
 from lpserve.evaluation.settings import EvalConfig
@@ -126,7 +127,7 @@ def sets_from(
         return []
     num_players = num_players_of(config)
     model_hash = None
-    if config.engine != "synthetic":
+    if engine_kind(config.engine).reads_checkpoint:
         model_hash = checkpoint_hash(read_checkpoint(config.model))
     found: list[LayerSet] = []
     for path in paths:

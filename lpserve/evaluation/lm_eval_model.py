@@ -14,7 +14,7 @@ from __future__ import annotations
 import atexit
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +34,7 @@ from lpserve.config import EngineConfig
 from lpserve.data.task_requests import Request, RequestsLM, Row, max_input_length, windows_of_rows
 from lpserve.data.texts import load_tokenizer
 from lpserve.data.windows import TokenWindows
+from lpserve.engine.base import Generates
 from lpserve.errors import EngineError, InputError
 from lpserve.plan.layer_sets import layer_set, read_sets, whole_model
 from lpserve.runner.setup import num_players_of
@@ -162,7 +163,7 @@ def _generating(
 ) -> Callable[[Any], list[list[int]] | None]:
     """Generates on an engine that can; None on others."""
     return lambda engine: (
-        engine.generate(mask_P, prompts, most, ends) if hasattr(engine, "generate") else None
+        engine.generate(mask_P, prompts, most, ends) if isinstance(engine, Generates) else None
     )
 
 
@@ -273,6 +274,9 @@ class LpserveLM(SetsLM):
         tokenizer = load_tokenizer(model)
         length = max_length or max_input_length(str(model))
         probe = TokenWindows.from_tokens(np.array([[0, 1]]), name="probe")
-        session = ScoringSession(config, probe, store=store, holder="lm-eval", longest=length + 1)
-        atexit.register(session.close)
+        stack = ExitStack()
+        atexit.register(stack.close)  # lm-eval never closes its models
+        session = stack.enter_context(
+            ScoringSession(config, probe, store=store, holder="lm-eval", longest=length + 1)
+        )
         super().__init__(session, tokenizer, chosen.mask(num_players)[None], max_length=length)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lpserve.evaluation.settings import EvalConfig
+from lpserve.store.files import write_text
 from lpserve.types import EngineInfo
 
 RESULTS_FORMAT = 1
@@ -85,11 +86,11 @@ def write_results(
             for r in evaluation.results
         ],
     }
-    (folder / "results.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "results.json", json.dumps(about, indent=1) + "\n")
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["set", "removed", "measure", "value", "stderr"])
     for r in evaluation.results:
         removed = " ".join(map(str, r.removed))
         writer.writerow([r.layer_set, removed, r.measure, repr(r.value), r.stderr])
-    (folder / "results.csv").write_text(text.getvalue(), encoding="utf-8")
+    write_text(folder / "results.csv", text.getvalue())

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.config import DTYPES
+from lpserve.engine.kind import InUse
+from lpserve.engine.registry import ENGINE_KINDS
 from lpserve.errors import EngineError, InputError
 from lpserve.model.architecture import check_decoder, read_architecture
 from lpserve.model.checkpoint import read_checkpoint
 
-ENGINES = ("transformers", "vllm")
+ENGINES = tuple(name for name, kind in ENGINE_KINDS.items() if kind.in_use)
+"""Engine kinds that can be measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,15 +109,8 @@ def measure(config: SpeedConfig) -> list[Speed]:
                 f"prompt_tokens + new_tokens is {length}"
             )
         weights[model] = sum(entry.num_bytes for entry in checkpoint.tensors)
-    if "vllm" in config.engines:
-        from importlib.util import find_spec
-
-        if find_spec("vllm") is None:
-            raise InputError("engine vllm needs vLLM: install lpserve[vllm]")
-        import torch
-
-        if config.device == "cpu" and torch.cuda.is_available():
-            raise InputError("engine vllm takes the GPU where there is one: leave --device out")
+    for engine in config.engines:
+        _in_use(engine).check(config.device)
     return [
         _measured(config, model, engine, weights[model])
         for engine in config.engines
@@ -122,8 +118,15 @@ def measure(config: SpeedConfig) -> list[Speed]:
     ]
 
 
+def _in_use(engine: str) -> InUse:
+    in_use = ENGINE_KINDS[engine].in_use
+    assert in_use is not None
+    return in_use
+
+
 def _measured(config: SpeedConfig, model: str, engine: str, weight_bytes: int) -> Speed:
-    task = asdict(config) | {"model": str(Path(model).resolve()), "engine": engine}
+    script = str(_in_use(engine).script)
+    task = asdict(config) | {"model": str(Path(model).resolve()), "script": script}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("speed_worker.py")), json.dumps(task)],
         capture_output=True,

@@ -9,6 +9,8 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any, cast
 
 from lpserve.data.tasks import TaskLoader
+from lpserve.engine.base import Generates
+from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
 from lpserve.evaluation.results import Result
 from lpserve.evaluation.settings import EvalConfig
@@ -38,9 +40,12 @@ class TaskEvaluation:
         self._config = config
         self.max_length = config.max_length or max_input_length(config.model)
         self._manager, loaded = loader.manager, loader.load(config.tasks)
+        can_generate = config.pool == "local" and (
+            Generates in engine_kind(config.engine).capabilities
+        )
         for name, task in loaded.items():
             kind = task.get_config("output_type")
-            if kind == "generate_until" and (config.engine, config.pool) == ("vllm", "local"):
+            if kind == "generate_until" and can_generate:
                 continue
             if kind == "generate_until":
                 raise InputError(f"task {name!r} generates text: {CANNOT_GENERATE}")

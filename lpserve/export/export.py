@@ -192,5 +192,5 @@ def export_run(
         windows=windows,
         dtype=stored["config"]["dtype"],
         device=device,
-        expected_nll_N=scored.nll_MN[row[0]].astype(np.float64) if len(row) else None,
+        expected_nll_N=scored.nll_MI[row[0]].astype(np.float64) if len(row) else None,
     )

@@ -18,7 +18,8 @@ import numpy as np
 
 from lpserve.errors import InputError
 from lpserve.masks import drop_one, keys, removed_players, without
-from lpserve.types import BoolArray, FloatArray, has_perplexity, is_task_utility
+from lpserve.types import BoolArray, FloatArray
+from lpserve.utility import utility_named
 
 PLAN_FORMAT = 1
 _PASS_BY = 4.0  # standard deviations of how losses change from step to step
@@ -144,7 +145,7 @@ class Candidate:
     """The surrogate's prediction from all other scores."""
     heldout_ppl: float | None = None
     heldout_delta: float | None = None
-    """Held-out mean loss minus the chosen set's, in `types.loss_unit`; below 0 it does better
+    """Held-out mean loss minus the chosen set's, in `Utility.loss_unit`; below 0 it does better
     there. Of NLLs where the utility is not defined on the held-out windows."""
     heldout_delta_stderr: float | None = None
     """Its standard error, paired over windows (questions)."""
@@ -217,12 +218,13 @@ class Plan:
     @property
     def tells_utility(self) -> bool:
         """Whether its figures are the utility's, since no perplexity says what that is."""
-        return not has_perplexity(self.utility) and self.full_calibration_utility is not None
+        of_ppl = utility_named(self.utility).reports_perplexity
+        return not of_ppl and self.full_calibration_utility is not None
 
     @property
     def perplexity_of(self) -> str:
         """Whose perplexity it tells."""
-        if not is_task_utility(self.utility):
+        if utility_named(self.utility).item == "window":
             return ""
         text = self.heldout_drawn == "windows"
         return "of right answers" + (" (held out: of the text)" if text else "")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +20,19 @@ from typing import Any
 import numpy as np
 
 from lpserve.config import WindowConfig, resolved_max_removed
-from lpserve.data.prepare import windows_of
 from lpserve.data.windows import TokenWindows
+from lpserve.engine.base import Engine, HasHiddenStates, HasTaylorImportance
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, removed_players
 from lpserve.plan.layer_sets import LayerSet, masks_of
 from lpserve.rivals import baselines
 from lpserve.rivals.accounting import Spent
 from lpserve.rivals.baselines import Answer, Ask, Proposer, best_sets, drive
-from lpserve.rounds.planner import RoundSettings
-from lpserve.runner.setup import num_players_of
+from lpserve.rounds.settings import RoundSettings
+from lpserve.runner.setup import num_players_of, windows_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
+from lpserve.store.files import write_text
 from lpserve.types import BoolArray, FloatArray, perplexity
 
 RESULTS_FORMAT = 1
@@ -255,13 +256,13 @@ class _Comparing:
     def _inside(self, name: str) -> tuple[Proposer | None, str]:
         """A rival that looks inside the model, where the engine lets it."""
         if name == "taylor":
-            values_P = self._session.with_engine(_if_it_can("taylor_importance"))
+            values_P = self._session.with_engine(_taylor_importance)
             if values_P is None:
                 return None, "not run: gradients need engine transformers in this process"
             note = "one forward and backward pass over the calibration windows"
             return baselines.taylor(values_P, self._most), note
         if self._states is None:
-            self._states = self._session.with_engine(_if_it_can("hidden_states"))
+            self._states = self._session.with_engine(_hidden_states)
         if self._states is None:
             return None, "not run: hidden states need engine transformers in this process"
         note = "one forward pass over the calibration windows"
@@ -292,8 +293,12 @@ class _Comparing:
         )
 
 
-def _if_it_can(method: str) -> Callable[[Any], Any]:
-    return lambda engine: getattr(engine, method)() if hasattr(engine, method) else None
+def _taylor_importance(engine: Engine) -> FloatArray | None:
+    return engine.taylor_importance() if isinstance(engine, HasTaylorImportance) else None
+
+
+def _hidden_states(engine: Engine) -> Any:
+    return engine.hidden_states() if isinstance(engine, HasHiddenStates) else None
 
 
 def _write(
@@ -337,6 +342,6 @@ def _write(
         "full_heldout_ppl": comparison.full_heldout_ppl,
         "versions": {"lpserve": lpserve.__version__, **info.versions},
     }
-    (folder / "results.csv").write_text(found.getvalue(), encoding="utf-8")
-    (folder / "costs.csv").write_text(costs.getvalue(), encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "results.csv", found.getvalue())
+    write_text(folder / "costs.csv", costs.getvalue())
+    write_text(folder / "results.json", json.dumps(about, indent=1) + "\n")

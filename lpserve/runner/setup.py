@@ -7,26 +7,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from lpserve.config import EngineConfig, RunConfig, as_json
+from lpserve.config import EngineConfig, RunConfig, WindowConfig, as_json
 from lpserve.data.items import ItemSet
-from lpserve.engine.vllm.options import check_options as check_vllm_options
+from lpserve.data.prepare import check_disjoint, check_windows, cut_run_items, cut_run_windows
+from lpserve.data.windows import TokenWindows
+from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
-from lpserve.model.architecture import check_decoder, read_architecture, required
 from lpserve.model.checkpoint import read_checkpoint
-from lpserve.rounds.planner import RoundSettings, StopRules
+from lpserve.rounds.settings import RoundSettings, StopRules
 from lpserve.store.run_folder import CONFIG_FORMAT, RunFolder
 from lpserve.types import EngineInfo
 
 
 def num_players_of(config: EngineConfig) -> int:
     """The model's number of players, after its headers and the engine's options are checked."""
-    if config.engine == "vllm":
-        check_vllm_options(config.engine_options)
-    if config.engine == "synthetic":
-        return int(config.engine_options.get("num_players", 8))
-    checkpoint = read_checkpoint(config.model)
-    check_decoder(checkpoint)
-    return required(read_architecture(checkpoint).num_layers, "number of layers")
+    kind = engine_kind(config.engine)
+    kind.check_options(config.engine_options)
+    return kind.num_players(config.model, config.engine_options)
 
 
 def check_model(config: RunConfig) -> RunConfig:
@@ -40,6 +37,43 @@ def check_model(config: RunConfig) -> RunConfig:
             f"{config.max_removed}: got {config.budget}"
         )
     return config
+
+
+def item_sets_of(config: RunConfig) -> tuple[ItemSet, ItemSet]:
+    """The calibration and held-out items of a run.
+
+    Raises:
+        InputError: texts or tasks cannot be used, do not fit the model or the utility, or the two
+            sides share items.
+    """
+    calibration, heldout = cut_run_items(config)
+    check_sides(config, calibration, heldout)
+    return calibration, heldout
+
+
+def windows_of(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:
+    """The calibration and held-out windows of a config whose corpora are texts.
+
+    Raises:
+        InputError: a corpus is a task, or a text cannot be used or does not fit the model.
+    """
+    sides = cut_run_windows(config)
+    check_windows_of(config, *sides)
+    return sides
+
+
+def check_sides(config: EngineConfig, calibration: ItemSet, heldout: ItemSet) -> None:
+    """Raise InputError where windows do not fit the model, or are on both sides."""
+    check_windows_of(config, calibration.windows, heldout.windows)
+    check_disjoint(calibration, heldout)
+
+
+def check_windows_of(config: EngineConfig, *sides: TokenWindows) -> None:
+    """Raise InputError where windows do not fit the config's model."""
+    if engine_kind(config.engine).reads_checkpoint:
+        checkpoint = read_checkpoint(config.model)
+        for windows in sides:
+            check_windows(checkpoint, windows)
 
 
 def round_settings(config: RunConfig, num_players: int) -> RoundSettings:

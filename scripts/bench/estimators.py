@@ -53,7 +53,7 @@ from lpserve.masks import (
 )
 from lpserve.rivals.baselines import PAPER_COALITIONS, PAPER_DRAWS, paper_draws
 from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, select_for_values
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.surrogate import QUICK_TUNING_MASKS, AutoSurrogate, PaperSurrogate
 from lpserve.types import UTILITIES, Z90, BoolArray, FloatArray, utilities
 from lpserve.values.shapley import exact_values, monte_carlo_values

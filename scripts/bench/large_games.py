@@ -35,7 +35,7 @@ import lpserve
 from lpserve.analysis.resample import mean_nll, window_weights
 from lpserve.masks import StratifiedDesign, full_mask, keys
 from lpserve.rivals.baselines import PAPER_DRAWS, Proposer, drive, greedy, paper
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.surrogate import make_surrogate
 from lpserve.types import Z90, BoolArray, FloatArray
 

@@ -42,7 +42,7 @@ from lpserve.rivals.baselines import (
     random_search,
 )
 from lpserve.rounds.acquisition import HEAD_COST
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.types import BoolArray, FloatArray
 
 BUDGETS = (60, 90, 120, 160, 200, 400, 800)

@@ -21,11 +21,12 @@ from transformers.utils import logging as hf_logging
 from lpserve.data.prepare import check_windows
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import (
+    HiddenStates,
     check_extra_metrics,
     check_masks,
     scores_of,
 )
-from lpserve.engine.criteria import HiddenStates, hidden_states, taylor_importance
+from lpserve.engine.criteria import hidden_states, taylor_importance
 from lpserve.engine.hf.stack import RecordedStack
 from lpserve.engine.scorer import (
     HEAD_CHUNK_BYTES,
@@ -39,7 +40,8 @@ from lpserve.errors import EngineError, InputError
 from lpserve.model.architecture import check_decoder, read_architecture
 from lpserve.model.checkpoint import Checkpoint, checkpoint_hash, read_checkpoint
 from lpserve.model.players import layer_players
-from lpserve.types import METRICS, BoolArray, EngineInfo, EngineSpec, FloatArray, Scores
+from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores
+from lpserve.utility import METRICS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,8 +59,6 @@ class TransformersEngine:
     * `compile_layers`: run the layers, and the reduction of logits, through `torch.compile`, which
       fuses norms, rotary and gates (default: on a GPU). Layers of one shape share what is compiled.
     """
-
-    OPTIONS = ("state_budget_mb", "micro_batch_tokens", "attn_implementation", "compile_layers")
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
         if spec.dtype not in DTYPES:

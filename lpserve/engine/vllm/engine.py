@@ -34,7 +34,6 @@ from lpserve.engine.base import (
 from lpserve.engine.scorer import HEAD_CHUNK_BYTES, trie_settings
 from lpserve.engine.trie import TrieSettings
 from lpserve.engine.vllm.options import (
-    OWN_OPTIONS,
     check_vllm_options,
     engine_arguments,
     quantization_of,
@@ -47,7 +46,6 @@ from lpserve.model.architecture import check_decoder
 from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
 from lpserve.model.players import layer_players
 from lpserve.types import (
-    METRICS,
     BoolArray,
     EngineInfo,
     EngineSpec,
@@ -55,6 +53,7 @@ from lpserve.types import (
     Scores,
     Work,
 )
+from lpserve.utility import METRICS
 
 PATH_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
 """Relative, mean NLL of a mask, between the two paths at start. In float32 both sum the same terms
@@ -78,8 +77,6 @@ class VllmEngine:
     * any other argument of `vllm.LLM`, such as `tensor_parallel_size`; those that would change what
       a score means are refused with the reason.
     """
-
-    OPTIONS = OWN_OPTIONS
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
         check_vllm_options(spec)
