@@ -29,7 +29,7 @@ from lpserve.runner.coordinator import run
 from lpserve.shapiq_game import LayerGame
 from lpserve.surrogate import make_surrogate
 from lpserve.types import EngineSpec
-from lpserve.values.shapley import exact_values
+from lpserve.values.exact import exact_values
 from tests.test_architecture import MODULES, imports, module_name
 
 UTILITIES = ("neg_nll", "ppl_ratio")

@@ -42,7 +42,7 @@ from lpserve.rivals.baselines import (
 )
 from lpserve.surrogate import PaperSurrogate
 from lpserve.types import BoolArray, FloatArray
-from lpserve.values.shapley import paper_values
+from lpserve.values.sampling import paper_values
 from tests.conftest import SEED
 
 WINDOWS = 16

@@ -25,7 +25,7 @@ from lpserve.errors import EngineError, InputError, RunInterrupted
 from lpserve.masks import all_masks, keys, without
 from lpserve.runner.coordinator import run
 from lpserve.types import EngineSpec
-from lpserve.values.shapley import exact_values
+from lpserve.values.exact import exact_values
 
 P = 8
 

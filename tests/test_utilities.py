@@ -22,7 +22,7 @@ from lpserve.runner.coordinator import run
 from lpserve.study.study import study_of
 from lpserve.study.sweep import sweep
 from lpserve.types import METRICS, metric_of, utilities
-from tests.engine.test_hf_parity import NUM_LAYERS, some_windows, without_padding_token
+from tests.engine.test_hf_parity import NUM_LAYERS, some_windows
 from tests.test_coordinator import make_config, stored_scores, texts
 
 __all__ = ["texts"]
@@ -35,8 +35,8 @@ TOLERANCE = 1e-5
 def game(tmp_path, model_dir, rng):
     """A model, its windows as files, and a config's values."""
     folder = model_dir("llama")
-    calibration = without_padding_token(some_windows(rng, num=4))
-    heldout = without_padding_token(some_windows(rng, num=3))
+    calibration = some_windows(rng, num=4)
+    heldout = some_windows(rng, num=3)
     paths = {}
     for name, windows in (("calibration", calibration), ("heldout", heldout)):
         paths[name] = str(tmp_path / f"{name}.npz")

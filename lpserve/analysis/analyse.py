@@ -18,16 +18,10 @@ from lpserve.config import STOP_GAIN
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, keys
 from lpserve.plan import search
-from lpserve.plan.plan import (
-    Candidate,
-    Plan,
-    PlanEntry,
-    Unseen,
-    choose_candidates,
-    greedy_path,
-    ranking_mask,
-    removed_list,
-)
+from lpserve.plan.candidates import choose_candidates
+from lpserve.plan.greedy import greedy_path
+from lpserve.plan.plan import Candidate, Plan, PlanEntry, Unseen
+from lpserve.plan.sets import ranking_mask, removed_list
 from lpserve.rounds.screening import estimated
 from lpserve.surrogate import HeldOut, Surrogate, acquisition_model, make_surrogate
 from lpserve.types import (
@@ -38,16 +32,13 @@ from lpserve.types import (
     perplexity,
 )
 from lpserve.utility import SEARCH_UTILITY, Utility, UtilityView
+from lpserve.values.closed_form import kernel_values, value_calibration
+from lpserve.values.exact import is_enumerated
 from lpserve.values.interactions import exact_interactions, kernel_interactions
 from lpserve.values.residual_correction import corrected
-from lpserve.values.shapley import (
-    ShapleyValues,
-    is_enumerated,
-    kernel_values,
-    monte_carlo_values,
-    shapley_values,
-    value_calibration,
-)
+from lpserve.values.result import ShapleyValues
+from lpserve.values.sampling import monte_carlo_values
+from lpserve.values.shapley import shapley_values
 
 _MONTE_CARLO_COALITIONS = 80_000  # as many as the paper draws
 

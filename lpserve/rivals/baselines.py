@@ -31,14 +31,14 @@ from lpserve.masks import (
     removed_players,
     without,
 )
-from lpserve.plan.plan import best_row, ranking_mask
+from lpserve.plan.sets import best_row, ranking_mask
 from lpserve.rounds.history import CompletedRound
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.settings import RoundSettings
 from lpserve.surrogate import PaperSurrogate
 from lpserve.types import BoolArray, FloatArray, IntArray
 from lpserve.utility import utility_named
-from lpserve.values.shapley import paper_values
+from lpserve.values.sampling import paper_values
 
 RANDOM_BATCH = 256
 """Masks of an `Ask` of `random_search`: no choice depends on a score, so batches may be large."""

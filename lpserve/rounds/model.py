@@ -14,19 +14,20 @@ from typing import Protocol
 import numpy as np
 
 from lpserve.masks import without
-from lpserve.plan.plan import can_be_best, ranking_mask
+from lpserve.plan.greedy import unpruned_options
 from lpserve.plan.search import (
     best_predicted_sets,
     probability_of_improvement,
     select_by_expected_improvement,
     starts,
 )
+from lpserve.plan.sets import ranking_mask
 from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, select_for_values
 from lpserve.rounds.history import AskedMasks, KnownUtilities
 from lpserve.rounds.settings import RoundSettings
 from lpserve.surrogate import Surrogate, acquisition_model, make_surrogate
 from lpserve.types import Z90, BoolArray, FloatArray
-from lpserve.values.shapley import kernel_values, value_calibration
+from lpserve.values.closed_form import kernel_values, value_calibration
 
 _REFIT_GROWTH = {"paper": 1.5, "boosting": 1.2, "ensemble": 1.2}
 """Surrogates whose training takes seconds are refitted when the masks have grown by this factor."""
@@ -135,7 +136,7 @@ class FittedModel:
     def may_be_best(
         self, path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
     ) -> BoolArray:
-        return can_be_best(path, masks_MP, utilities_M)
+        return unpruned_options(path, masks_MP, utilities_M)
 
     def rankings(self, index: int) -> list[BoolArray]:
         values_P = self._current_values()

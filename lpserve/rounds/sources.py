@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from lpserve.masks import StratifiedDesign, drop_one, keys, removed_players
-from lpserve.plan.plan import greedy_path, ranking_mask
+from lpserve.plan.greedy import greedy_path
+from lpserve.plan.sets import ranking_mask
 from lpserve.rounds.history import AskedMasks, KnownUtilities
 from lpserve.rounds.model import RoundModel
 from lpserve.rounds.settings import RoundSettings, design_strata

@@ -25,7 +25,7 @@ from lpserve.errors import InputError
 from lpserve.masks import full_mask, sort_distinct, trie_player_forwards
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.size import ITEM_BYTES, ModelSize, model_size
-from lpserve.plan.plan import ranking_mask
+from lpserve.plan.sets import ranking_mask
 from lpserve.rounds.history import AskedMasks, CompletedRound, KnownUtilities
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.settings import RoundSettings
