@@ -26,11 +26,13 @@ import lpserve
 from lpserve.cli.entry import main
 from lpserve.config import EngineConfig
 from lpserve.data.protocols import PROTOCOLS, Protocol
-from lpserve.data.windows import TokenWindows, load_tokenizer
+from lpserve.data.texts import load_tokenizer
+from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
-from lpserve.evaluation.evaluate import EvalConfig, evaluate, sets_from
+from lpserve.evaluation.evaluate import evaluate, sets_from
 from lpserve.evaluation.lm_eval_model import SetsLM, max_input_length
+from lpserve.evaluation.settings import EvalConfig
 from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
 from lpserve.scoring.session import ScoringSession
 from tests.reference import window_nll

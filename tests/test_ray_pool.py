@@ -232,7 +232,8 @@ def test_evaluations_and_tasks_over_actors_tell_what_one_engine_does(tmp_path):
     """Two actors with the bundled model each. Windows are divided over them, so that sums of
     float32 terms have another order: 1e-6 relative."""
     from lpserve.demo import FOLDER
-    from lpserve.evaluation.evaluate import EvalConfig, evaluate
+    from lpserve.evaluation.evaluate import evaluate
+    from lpserve.evaluation.settings import EvalConfig
     from lpserve.plan.layer_sets import LayerSet
 
     model, tasks = str(FOLDER / "model"), str(FOLDER / "tasks")

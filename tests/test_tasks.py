@@ -29,7 +29,8 @@ from lpserve.data.questions import Questions
 from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
-from lpserve.evaluation.evaluate import EvalConfig, evaluate
+from lpserve.evaluation.evaluate import evaluate
+from lpserve.evaluation.settings import EvalConfig
 from lpserve.masks import all_masks, full_mask, keys
 from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
 from lpserve.runner.coordinator import run

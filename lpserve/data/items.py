@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.data.questions import Questions
-from lpserve.data.windows import TokenWindows, check_no_overlap
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.types import IntArray
 from lpserve.utility import Utility
@@ -128,16 +128,3 @@ class ItemSet:
         if len(questions) < len(parts):
             raise InputError("texts and tasks cannot be mixed: use one kind for a run")
         return cls.of(Questions.concatenate(questions))
-
-
-def check_disjoint(calibration: ItemSet, heldout: ItemSet) -> None:
-    """Raise InputError where the sides share windows, or long runs of text; questions share the
-    examples that come before them, so that of those only whole windows count."""
-    if calibration.questions is None or heldout.questions is None:
-        check_no_overlap(calibration.windows, heldout.windows)
-        return
-    common = set(calibration.windows.window_hashes) & set(heldout.windows.window_hashes)
-    if common:
-        raise InputError(
-            f"{len(common)} answers are in calibration and held-out alike; use different tasks"
-        )

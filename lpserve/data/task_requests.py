@@ -14,7 +14,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from lpserve.data.windows import TokenWindows
-from lpserve.model.checkpoint import position_limit, read_checkpoint
+from lpserve.model.architecture import read_architecture
+from lpserve.model.checkpoint import read_checkpoint
 
 DEFAULT_MAX_LENGTH = 2048
 """Where the config names no number of positions, as lm-eval has it."""
@@ -28,8 +29,8 @@ Row = tuple[tuple[int, ...], int]
 def max_input_length(model: str) -> int:
     """Tokens that lm-eval may give a model at once: one less than it has positions, since the last
     scored token is part of a window here."""
-    found = position_limit(read_checkpoint(model).config)
-    return DEFAULT_MAX_LENGTH if found is None else found[1] - 1
+    positions = read_architecture(read_checkpoint(model)).max_positions
+    return DEFAULT_MAX_LENGTH if positions is None else positions - 1
 
 
 class RequestsLM(TemplateLM):

@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.config import TASK_PREFIX, is_task
+from lpserve.data.corpora import WindowRequest, cut_corpora
 from lpserve.data.items import ItemSet
 from lpserve.data.questions import Questions
-from lpserve.data.windows import HELDOUT_SHARE, WindowRequest, cut_corpora, load_tokenizer
+from lpserve.data.texts import load_tokenizer
+from lpserve.data.windows import HELDOUT_SHARE
 from lpserve.errors import InputError
 
 SERVED = ("multiple_choice", "loglikelihood")
@@ -72,7 +74,7 @@ def cut_item_sets(
 ) -> tuple[list[ItemSet], list[ItemSet]]:
     """Calibration and held-out samples, corpus by corpus; overlaps are not looked for.
 
-    Texts are cut as `windows.cut_corpora` does. A task's questions are those that lm-eval
+    Texts are cut as `corpora.cut_corpora` does. A task's questions are those that lm-eval
     evaluates. A fifth of them, the same whatever the seed, is held out where nothing else is; a
     task on one side alone gives all of its questions to that side. Of a side's questions the first
     of one seeded permutation are taken: a larger number contains the smaller.

@@ -14,7 +14,6 @@ import numpy as np
 
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
-from lpserve.model.checkpoint import Checkpoint, position_limit
 from lpserve.types import (
     BoolArray,
     EngineInfo,
@@ -189,34 +188,3 @@ def scores_of(
     """Scores from metrics side by side, the NLL first."""
     others = {name: values_MNC[..., 1 + column] for column, name in enumerate(extra_metrics)}
     return Scores(nll_MN=values_MNC[..., 0], num_tokens_N=num_tokens_N, work=work, others=others)
-
-
-def check_decoder(checkpoint: Checkpoint) -> None:
-    """Raise InputError unless the config says decoder-only language model."""
-    names = checkpoint.config.get("architectures") or []
-    decoder = any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names)
-    if not decoder or checkpoint.config.get("is_encoder_decoder"):
-        raise InputError(
-            f"model {checkpoint.path} is not a decoder-only language model: architectures is "
-            f"{names}; a name ending in ForCausalLM is needed"
-        )
-
-
-def check_windows(checkpoint: Checkpoint, windows: TokenWindows) -> None:
-    """Raise InputError when windows do not fit the model's positions or vocabulary."""
-    config = checkpoint.config
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    found = position_limit(config)
-    if found is not None and windows.length > found[1]:
-        field, limit = found
-        raise InputError(
-            f"windows of {windows.length} tokens are longer than the model's {limit} positions "
-            f"({field}); use --length {limit} or less"
-        )
-    vocab = config.get("vocab_size") or (text or {}).get("vocab_size")
-    if isinstance(vocab, int) and int(windows.tokens_NT.max()) >= vocab:
-        raise InputError(
-            f"token id {int(windows.tokens_NT.max())} is outside the model's vocabulary of "
-            f"{vocab}: "
-            "the windows were made with another tokenizer"
-        )

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.config import DTYPES
-from lpserve.engine.base import check_decoder
 from lpserve.engine.kind import InUse
 from lpserve.engine.registry import ENGINE_KINDS
 from lpserve.errors import EngineError, InputError
-from lpserve.model.checkpoint import position_limit, read_checkpoint
+from lpserve.model.architecture import check_decoder, read_architecture
+from lpserve.model.checkpoint import read_checkpoint
 
 ENGINES = tuple(name for name, kind in ENGINE_KINDS.items() if kind.in_use)
 """Engine kinds that can be measured."""
@@ -101,11 +101,12 @@ def measure(config: SpeedConfig) -> list[Speed]:
         checkpoint = read_checkpoint(model)
         check_decoder(checkpoint)
         length = config.prompt_tokens + config.new_tokens
-        found = position_limit(checkpoint.config)
-        if found is not None and length > found[1]:
+        architecture = read_architecture(checkpoint)
+        limit = architecture.max_positions
+        if limit is not None and length > limit:
             raise InputError(
-                f"model {model} has {found[1]} positions ({found[0]}): prompt_tokens + new_tokens "
-                f"is {length}"
+                f"model {model} has {limit} positions ({architecture.positions_key}): "
+                f"prompt_tokens + new_tokens is {length}"
             )
         weights[model] = sum(entry.num_bytes for entry in checkpoint.tensors)
     for engine in config.engines:

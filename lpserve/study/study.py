@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.config import RunConfig, as_json, config_from, corpora
+from lpserve.data.corpora import WindowRequest
 from lpserve.data.items import ItemSet
+from lpserve.data.prepare import check_utility
 from lpserve.data.tasks import cut_item_sets
-from lpserve.data.windows import TokenWindows, WindowRequest
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
-from lpserve.runner.setup import check_model, check_sides, check_utility
+from lpserve.runner.setup import check_model, check_sides
 from lpserve.utility import utility_named
 
 DIMENSIONS = (

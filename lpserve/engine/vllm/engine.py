@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from lpserve.data.prepare import check_windows
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import (
-    check_decoder,
     check_extra_metrics,
     check_masks,
-    check_windows,
     scores_of,
 )
 from lpserve.engine.scorer import HEAD_CHUNK_BYTES, trie_settings
@@ -43,13 +42,14 @@ from lpserve.engine.vllm.process import GlobalState, start, stop
 from lpserve.engine.vllm.stack import STATE_KINDS
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct
+from lpserve.model.architecture import check_decoder
 from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
+from lpserve.model.players import layer_players
 from lpserve.types import (
     BoolArray,
     EngineInfo,
     EngineSpec,
     FloatArray,
-    Player,
     Scores,
     Work,
 )
@@ -129,7 +129,7 @@ class VllmEngine:
             noise_nll=noise,
             model=str(Path(spec.model).resolve()),
             model_hash=checkpoint_hash(self._checkpoint),
-            players=tuple(Player(index=i, layer=i) for i in range(self._num_players)),
+            players=layer_players(self._num_players),
             dtype=spec.dtype,
             quantization=quantization_of(spec, first["quantization"]),
             device=first["device"],
