@@ -17,7 +17,8 @@ from lpserve.masks import all_masks, drop_one, keys, removed_players, without
 from lpserve.plan.greedy import greedy_path
 from lpserve.plan.sets import best_row
 from lpserve.rounds.history import History, Round
-from lpserve.rounds.planner import RoundPlanner, RoundSettings, StopRules, design_strata
+from lpserve.rounds.planner import RoundPlanner
+from lpserve.rounds.settings import RoundSettings, StopRules, design_strata
 from lpserve.surrogate import PaperSurrogate
 from lpserve.types import BoolArray, FloatArray
 

@@ -29,6 +29,7 @@ def add_plan(commands: Any) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     from lpserve.analysis.analyse import analyse, make_plan
     from lpserve.analysis.record import read_record
+    from lpserve.store.files import write_text
 
     scored = read_record(arguments.folder)
     plan = make_plan(

@@ -470,8 +470,8 @@ class VllmEngine:
 
 
 def _prompt_metrics(output: Any, scored_T: BoolArray, extra_metrics: Sequence[str]) -> list[float]:
-    """NLL in nats and what `extra_metrics` names (`misses`), summed over the scored positions of a finished
-    request."""
+    """NLL in nats and what `extra_metrics` names (`misses`), summed over the scored positions of a
+    finished request."""
     tokens, nll, misses = output.prompt_token_ids, 0.0, 0
     for position in np.flatnonzero(scored_T[: len(tokens)]):
         token, found = tokens[position], output.prompt_logprobs[position]
