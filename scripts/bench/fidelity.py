@@ -29,7 +29,7 @@ from probes import machine_lines, publish
 from threadpoolctl import threadpool_limits
 
 from lpserve.rivals.accounting import Spent
-from lpserve.rivals.baselines import Ask
+from lpserve.rivals.proposer import Ask
 from lpserve.rounds.settings import RoundSettings
 from lpserve.types import BoolArray, FloatArray
 from lpserve.utility import utility_named
