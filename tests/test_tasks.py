@@ -165,7 +165,7 @@ def test_noise_of_a_loss_is_that_of_its_answers(utility, rng):
     questions, _ = some_questions(rng, 60)
     questions = replace(questions, chars_QC=np.where(questions.answers_QC >= 0, 10, 0))
     if "margin" not in utility:  # without a choice, misses are not made of NLLs
-        questions = questions.select(np.flatnonzero(~questions.open_Q))
+        questions = questions.select(np.flatnonzero(~questions.open_ended_Q))
     num_tokens_N = questions.windows.num_tokens_N
     full_N = rng.gamma(2.0, 5.0, len(num_tokens_N)).astype(np.float32)
     of_token = 0.5
@@ -728,7 +728,7 @@ def test_a_question_that_comes_twice_is_asked_once(small_model, tmp_path, rng):
         ({"num_windows": 81}, "too few questions: 80 different ones, 81 are asked for"),
         ({"heldout_windows": 21}, "too few questions: 20 different ones held out, 21"),
         ({"heldout": {"a": f"task:{LAST_WORD}", "b": "x.txt"}}, "held-out 'a' is a task beside"),
-        ({"calibration": f"task:{LAST_WORD}", "utility": "task_acc_norm"}, "without a choice"),
+        ({"calibration": f"task:{LAST_WORD}", "utility": "task_acc_norm"}, "open-ended"),
         ({"num_fewshot": -1}, "num_fewshot must be a whole number, at least 0"),
         ({"screen_windows": 8}, "screen_windows must be below the number of windows"),
         ({"length": 64}, "length is about texts, and there are tasks alone"),

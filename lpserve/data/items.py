@@ -33,6 +33,7 @@ class ItemSet:
 
     @classmethod
     def of(cls, questions: Questions) -> ItemSet:
+        """The items of some questions."""
         return cls(questions.windows, questions)
 
     @property
@@ -42,10 +43,12 @@ class ItemSet:
 
     @property
     def num_items(self) -> int:
+        """Items of all corpora together."""
         return sum(count for _, count in self.corpora)
 
     @property
     def content_hash(self) -> str:
+        """SHA-256 over everything that losses depend on."""
         return (self.questions or self.windows).content_hash
 
     @property

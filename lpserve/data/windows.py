@@ -49,10 +49,12 @@ class TokenWindows:
 
     @property
     def num_windows(self) -> int:
+        """N."""
         return self.tokens_NT.shape[0]
 
     @property
     def length(self) -> int:
+        """T, padding included."""
         return self.tokens_NT.shape[1]
 
     @cached_property
@@ -85,7 +87,11 @@ class TokenWindows:
         return hashlib.sha256("".join(self.window_hashes).encode()).hexdigest()
 
     def select(self, rows: Sequence[int] | IntArray, length: int | None = None) -> TokenWindows:
-        """The windows of these rows, in that order, cut to `length` tokens (default: not cut)."""
+        """The windows of these rows, in that order.
+
+        Args:
+            length: cut every window to its first tokens; None: no cut.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         names = np.repeat([n for n, _ in self.corpora], [c for _, c in self.corpora])[rows]
         runs: list[tuple[str, int]] = []

@@ -83,8 +83,7 @@ def export_checkpoint(
         verify: reload in a fresh process and compare; off, the report says unverified.
         windows: what to compare on; default: 4 x 64 random tokens.
         expected_nll_N: the skip engine's summed NLL of every window; default: an engine is opened.
-        dtype: of the comparison.
-        device: of the comparison.
+        dtype, device: of the comparison.
 
     Raises:
         InputError: the model, the layers or the folder cannot be used, a removed player is only a
@@ -94,18 +93,15 @@ def export_checkpoint(
             is left at `out`.
     """
     layers = list(removed) if players is None else removed_layers(players, removed)
-    checkpoint = read_checkpoint(model)
     target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"export target {target} is not empty: choose another folder")
-    if dtype not in VERIFY_TOLERANCE:
-        raise InputError(f"unknown dtype {dtype!r}: one of {', '.join(VERIFY_TOLERANCE)}")
+    _check_target(target, dtype)
+    checkpoint = read_checkpoint(model)
     pruned = prune_config(checkpoint, layers)
+    if windows is None:
+        windows = random_windows(pruned.vocab_size)
     with _written_aside(target) as partial:
         write_checkpoint(checkpoint, pruned, partial)
         found = None
-        if windows is None:
-            windows = random_windows(pruned.vocab_size)
         if verify:
             if expected_nll_N is None:
                 expected_nll_N = skip_engine_nll(checkpoint, pruned, windows, dtype, device)
@@ -124,6 +120,13 @@ def export_checkpoint(
         )
         (partial / REPORT_NAME).write_text(json.dumps(asdict(report), indent=1) + "\n")
     return report
+
+
+def _check_target(target: Path, dtype: str) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"export target {target} is not empty: choose another folder")
+    if dtype not in VERIFY_TOLERANCE:
+        raise InputError(f"unknown dtype {dtype!r}: one of {', '.join(VERIFY_TOLERANCE)}")
 
 
 @contextmanager
