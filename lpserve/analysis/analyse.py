@@ -23,7 +23,7 @@ from lpserve.plan.greedy import greedy_path
 from lpserve.plan.plan import Candidate, Plan, PlanEntry, Unseen
 from lpserve.plan.sets import ranking_mask, removed_list
 from lpserve.rounds.screening import estimated
-from lpserve.surrogate import HeldOut, Surrogate, acquisition_model, make_surrogate
+from lpserve.surrogate import HeldOutError, Surrogate, acquisition_model, make_surrogate
 from lpserve.types import (
     Z90,
     BoolArray,
@@ -52,7 +52,7 @@ class Analysis:
 
     utilities_M: FloatArray
     surrogate_name: str
-    heldout: HeldOut
+    heldout: HeldOutError
     predicted_M: FloatArray
     """Each mask's utility as predicted from the other masks; NaN where unknown."""
     searcher: Surrogate
@@ -103,7 +103,7 @@ def analyse(scored: RunRecord) -> Analysis:
     return Analysis(
         utilities_M=utilities_M,
         surrogate_name=surrogate.name,
-        heldout=surrogate.heldout,
+        heldout=surrogate.heldout_error,
         predicted_M=predicted_M,
         searcher=searcher,
         guess_M=guess_M,

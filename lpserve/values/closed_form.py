@@ -66,7 +66,7 @@ def kernel_values(
         window_stderr_P=window_stderr_P,
         sizes=sizes,
         estimator=f"{surrogate.name} closed form",
-        heldout=surrogate.heldout,
+        heldout_error=surrogate.heldout_error,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lpserve.surrogate import HeldOut
+from lpserve.surrogate import HeldOutError
 from lpserve.types import FloatArray
 
 
@@ -26,7 +26,7 @@ class ShapleyValues:
     estimator: str
     window_stderr_P: FloatArray | None = None
     """What other windows of the same source would change (paired bootstrap); None without them."""
-    heldout: HeldOut | None = None
+    heldout_error: HeldOutError | None = None
     """Held-out error of the surrogate, where one was used."""
 
     @property
