@@ -74,7 +74,7 @@ class KernelSurrogate:
         variance_M = 1.0 / (self.whiten_MM**2).sum(axis=0)
         residual_M = self.alpha_M * variance_M
         self.calibration = float(np.sqrt(np.mean(residual_M**2 / variance_M)))
-        """Root mean squared leave-one-out residual in its standard deviations. Above 1, those are too
+        """Root mean squared leave-one-out residual in standard deviations. Above 1, those are too
         small, and predictions multiply theirs by it."""
         self.left_out_M = targets_M - self.scale * residual_M
         """Utility of each training mask as predicted from all the others."""
