@@ -305,13 +305,13 @@ def _stability(scored: RunRecord, chosen: int, protected: Sequence[int]) -> Stab
     same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.loss_MN).all(axis=1)
     rows = np.flatnonzero(same_M & scored.masks_MP[:, list(protected)].all(axis=1))
     return set_stability(
-        scored.masks_MP[rows],
-        scored.loss_MN[rows].astype(np.float64),
-        scored.weight_N,
-        scored.corpora,
-        int(np.flatnonzero(rows == chosen)[0]),
-        scored.seed,
-        scored.loss_scale,
+        masks_MP=scored.masks_MP[rows],
+        loss_MN=scored.loss_MN[rows].astype(np.float64),
+        num_tokens_N=scored.weight_N,
+        corpora=scored.corpora,
+        chosen=int(np.flatnonzero(rows == chosen)[0]),
+        seed=scored.seed,
+        scale=scored.loss_scale,
     )
 
 

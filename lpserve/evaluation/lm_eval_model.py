@@ -34,7 +34,7 @@ from lpserve.config import EngineConfig
 from lpserve.data.task_requests import Request, RequestsLM, Row, max_input_length, windows_of_rows
 from lpserve.data.windows import TokenWindows, load_tokenizer
 from lpserve.errors import EngineError, InputError
-from lpserve.plan.layer_sets import layer_set, read_sets, whole_model
+from lpserve.plan.layer_sets import full_model, layer_set, read_sets
 from lpserve.runner.setup import num_players_of
 from lpserve.scoring.session import ScoringSession
 from lpserve.types import BoolArray
@@ -255,7 +255,7 @@ class LpserveLM(SetsLM):
         num_players = num_players_of(config)
         if removed is not None and plan is not None:
             raise InputError("--model lpserve: give one of removed and plan")
-        chosen = whole_model()
+        chosen = full_model()
         if removed is not None:
             words = str(removed).split("+")
             if not all(word.strip().isdecimal() for word in words):

@@ -1,10 +1,11 @@
 """Named sets of removed layers, from plans and from what other tools write.
 
-Read are: a plan (`plan.json`, or a run folder), EvoPress' `layer_drop_config.txt` (Sieberling et
-al., arXiv 2410.14649: one line a layer, `none` or `attn+mlp`), a mergekit recipe (passthrough
-slices of one model), and plain lists of layer numbers, one set a line.
+`read_sets` reads a plan (`plan.json`, or a run folder), EvoPress' `layer_drop_config.txt`
+(Sieberling et al., arXiv 2410.14649: one line for each layer, `none` or `attn+mlp`), a mergekit
+recipe (passthrough slices of one model), and plain lists of layer numbers, one set for each line.
 
-Knows no engine: numbers are 0-based layers of the original model.
+Numbers are 0-based layers of the original model, and every layer is one player: a plan whose
+players are parts of layers is refused. Knows no engine.
 """
 
 from __future__ import annotations
@@ -21,37 +22,42 @@ import numpy as np
 
 from lpserve.errors import InputError
 from lpserve.masks import without
-from lpserve.plan.plan import load_plan
+from lpserve.plan.plan import Plan, load_plan
 from lpserve.types import BoolArray
 
 DROP_WORDS = ("none", "attn", "mlp", "attn+mlp")
-"""What EvoPress writes for a layer."""
+"""The words of EvoPress, one for each layer: the parts that are removed."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSet:
-    """Layers to remove, under a name."""
+    """Named layers to remove."""
 
     name: str
     removed: tuple[int, ...]
     """0-based, sorted."""
 
     def mask(self, num_players: int) -> BoolArray:
-        """`bool[P]`, True = kept."""
+        """The mask that keeps all other layers, `bool[P]`, True = kept."""
         return without(num_players, self.removed)
 
 
-def masks_of(sets: Sequence[LayerSet], num_players: int) -> BoolArray:
-    """The masks of some sets, `bool[M, P]`."""
+def layer_set_masks(sets: Sequence[LayerSet], num_players: int) -> BoolArray:
+    """The mask of every set, `bool[M, P]`, True = kept."""
     return np.array([layer_set.mask(num_players) for layer_set in sets], dtype=bool)
 
 
-def whole_model() -> LayerSet:
+def full_model() -> LayerSet:
+    """The set that removes nothing."""
     return LayerSet("all layers", ())
 
 
 def layer_set(name: str, removed: Sequence[Any], num_players: int, source: str) -> LayerSet:
-    """A checked set; raises InputError, naming its source."""
+    """A set of checked layer numbers.
+
+    Raises:
+        InputError: something is no layer number of this model, or repeats; names `source`.
+    """
     numbers = []
     for item in removed:
         if isinstance(item, bool) or not isinstance(item, int):
@@ -67,7 +73,11 @@ def layer_set(name: str, removed: Sequence[Any], num_players: int, source: str) 
 
 
 def mask_set(text: str, num_players: int, source: str) -> LayerSet:
-    """A set from a mask written as 0 and 1, first layer first, 1 = kept."""
+    """A set from a mask written as 0 and 1, first layer first, 1 = kept.
+
+    Raises:
+        InputError: it is not one digit 0 or 1 for each layer; names `source`.
+    """
     if not re.fullmatch("[01]+", text) or len(text) != num_players:
         raise InputError(
             f"{source}: {text!r} is no mask of {num_players} layers: give one 0 (removed) or 1 "
@@ -81,10 +91,12 @@ def read_sets(path: str | Path, num_players: int, model_hash: str | None = None)
     """The sets of a plan, a run folder, or another tool's file.
 
     Args:
-        model_hash: of the model at hand, where it is known: a plan of another is refused.
+        num_players: number of layers of the model that the sets are for.
+        model_hash: of that model, where it is known: a plan for another model is refused.
 
     Raises:
-        InputError: unreadable, of another model, of another depth, or it removes parts of layers.
+        InputError: the file is missing or unreadable, is for another model or another number of
+            layers, or removes parts of layers.
     """
     path = Path(path)
     if path.is_dir():
@@ -106,6 +118,7 @@ def read_sets(path: str | Path, num_players: int, model_hash: str | None = None)
 
 
 def _from_json(path: Path, num_players: int, model_hash: str | None) -> list[LayerSet]:
+    """The sets of a plan, of an object name -> numbers, of a list of lists, or of one list."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -123,8 +136,14 @@ def _from_json(path: Path, num_players: int, model_hash: str | None) -> list[Lay
             raise InputError(
                 f"{path} is a plan for another model ({plan.model}), or for other weights of it"
             )
+        layers = _layers_of_players(plan, path)
         return [
-            layer_set(f"plan -{entry.num_removed}", entry.removed, num_players, str(path))
+            layer_set(
+                f"plan -{entry.num_removed}",
+                [layers.get(player, player) for player in entry.removed],
+                num_players,
+                str(path),
+            )
             for entry in plan.plans
         ]
     if isinstance(data, dict):
@@ -135,6 +154,17 @@ def _from_json(path: Path, num_players: int, model_hash: str | None) -> list[Lay
     return [layer_set(set_name(row), _as_list(row, path), num_players, str(path)) for row in rows]
 
 
+def _layers_of_players(plan: Plan, path: Path) -> dict[int, int]:
+    """Player index -> layer, from the plan's own table of players."""
+    for player in plan.players:
+        if player["part"] != "layer":
+            raise InputError(
+                f"{path}: player {player['index']} is the {player['part']} of layer "
+                f"{player['layer']}; only sets of layers can be read here"
+            )
+    return {player["index"]: player["layer"] for player in plan.players}
+
+
 def _as_list(value: Any, path: Path) -> list[Any]:
     if not isinstance(value, list):
         raise InputError(f"{path}: {value!r} is no list of layer numbers")
@@ -142,6 +172,7 @@ def _as_list(value: Any, path: Path) -> list[Any]:
 
 
 def _from_drop_words(words: list[str], num_players: int, path: Path) -> LayerSet:
+    """The set of EvoPress' `layer_drop_config.txt`."""
     if len(words) != num_players:
         raise InputError(f"{path} speaks of {len(words)} layers; the model has {num_players}")
     for layer, word in enumerate(words):
@@ -155,6 +186,7 @@ def _from_drop_words(words: list[str], num_players: int, path: Path) -> LayerSet
 
 
 def _from_mergekit(text: str, num_players: int, source: str) -> LayerSet:
+    """The layers that the slices of a mergekit recipe leave out."""
     import yaml
 
     try:
@@ -186,7 +218,8 @@ def _from_mergekit(text: str, num_players: int, source: str) -> LayerSet:
 
 
 def _from_lists(text: str, num_players: int, source: str) -> list[LayerSet]:
-    """One set a line: numbers between commas, spaces or brackets; `name:` before them if wished."""
+    """One set for each line: numbers separated by commas, spaces or brackets, after an optional
+    `name:`; `#` begins a comment."""
     sets = []
     for number, line in enumerate(text.splitlines(), start=1):
         content = line.split("#")[0].strip()
@@ -208,5 +241,5 @@ def _from_lists(text: str, num_players: int, source: str) -> list[LayerSet]:
 
 
 def set_name(removed: Sequence[int]) -> str:
-    """What a set is called where nobody named it: `-3,7`."""
+    """The name of a set that was given none: `-3,7`."""
     return "-" + ",".join(map(str, sorted(removed))) if removed else "all layers"
