@@ -29,7 +29,7 @@ _SPLITS = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stability:
-    """How the best scored set of one size depends on the windows. Fields are keys of `plan.json`."""
+    """How the best scored set of one size depends on the windows. Fields are keys in `plan.json`."""
 
     num_sets: int
     """Scored sets of this size."""
@@ -42,12 +42,12 @@ class Stability:
     """The runner-up: what is removed by the set that is best in most of the other draws; None if no
     other set ever is."""
     rival_gap: float | None
-    """Mean loss of the runner-up minus that of the plan's set on all windows (`types.loss_unit`)."""
+    """Mean loss of the runner-up minus the plan's on all windows (`types.loss_unit`)."""
     rival_gap_stderr: float | None
     """Its standard error over windows, paired."""
     windows_needed: int | None
-    """Number of windows of the same mixture for which the gap would be 1.645 standard errors; None if
-    the gap is not above 0."""
+    """Number of windows of the same mixture for which the gap would be 1.645 standard errors; None
+    if the gap is not above 0."""
     halves_overlap: float | None
     """Share of removed players that the best sets of two disjoint halves of the windows have in
     common; mean over 100 splits. None with fewer than 4 windows."""
@@ -150,8 +150,8 @@ def _windows_needed(num_windows: int, gap: float, error: float) -> int | None:
 def _halves(
     masks_MP: BoolArray, loss_MN: FloatArray, num_tokens_N: IntArray, seed: int
 ) -> tuple[float | None, float | None]:
-    """Mean overlap of the best sets of two disjoint halves, and the mean regret of one half's best set
-    on the other; None for fewer than 4 windows."""
+    """Mean overlap of the best sets of two disjoint halves, and the mean regret of one half's best
+    set on the other; None for fewer than 4 windows."""
     num_windows = len(num_tokens_N)
     if num_windows < 4:
         return None, None
