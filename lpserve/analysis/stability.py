@@ -29,7 +29,7 @@ _SPLITS = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stability:
-    """How the best scored set of one size depends on the windows. Fields are keys in `plan.json`."""
+    """How the best set of one size depends on the windows. Field names are keys in `plan.json`."""
 
     num_sets: int
     """Scored sets of this size."""
