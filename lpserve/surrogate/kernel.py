@@ -43,7 +43,7 @@ PRIOR_DECAY, PRIOR_GROWTH = 1.0, 0.3
 PRIOR_NUGGET = (-9.2, 3.0)
 """Mean and standard deviation of log nu (1e-4 of the utilities' variance)."""
 _MAX_STEPS = 60
-_BLOCK = 64
+_BLOCK_ROWS = 64
 _LOGS = 7  # log c, a, b, v, nu, mean log lambda, mean g
 
 
@@ -118,8 +118,8 @@ def whitening(gram_MM: FloatArray) -> FloatArray:
     if not np.isfinite(factor.diagonal()).all():
         raise np.linalg.LinAlgError("the covariance is not finite")
     inverse = np.zeros(factor.shape)
-    for start in range(0, len(factor), _BLOCK):
-        stop = min(start + _BLOCK, len(factor))
+    for start in range(0, len(factor), _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, len(factor))
         own = np.linalg.inv(factor[start:stop, start:stop])
         inverse[start:stop, start:stop] = np.tril(own)
         inverse[start:stop, :start] = -own @ (factor[start:stop, :start] @ inverse[:start, :start])
@@ -169,7 +169,11 @@ def tune(
 
 
 class _Likelihood:
-    """Negative log posterior of hyperparameters and its gradient."""
+    """Negative log posterior of the hyperparameters and its gradient, as a function of one vector.
+
+    The vector holds log c, a, b, v, nu, the mean of log lambda_i, the mean of g_i, then every
+    player's difference of log lambda_i and of g_i from these means.
+    """
 
     def __init__(
         self, kind: str, masks_MP: BoolArray, scaled_M: FloatArray, noise_M: FloatArray
@@ -185,6 +189,7 @@ class _Likelihood:
 
     @property
     def bounds(self) -> list[tuple[float, float]]:
+        """(low, high) of every entry of the vector."""
         players = self._num_players
         return [
             (-12.0, 7.0),
@@ -199,9 +204,12 @@ class _Likelihood:
         ]
 
     def begin(self, start: MaskKernel | None) -> FloatArray:
-        """Where the search begins. A tiny variance has no slope in logs, so that a search from it
-        would not leave it in time: a warm start stays near a fresh one's variances or above, and
-        away from the bounds."""
+        """The vector where the search begins.
+
+        A tiny variance has almost no gradient in logs, and a search from there would hardly move.
+        So a warm start is clipped away from the bounds, its variances to at least e^-2 of the fresh
+        ones.
+        """
         players = self._num_players
         logs = np.log([1.0, 1 / players, 0.1 / players**2, 1.0, 1e-4, 2 / players])
         fresh = np.concatenate([logs, np.zeros(1 + 2 * players)])
@@ -218,6 +226,7 @@ class _Likelihood:
         return point
 
     def kernel(self, point: FloatArray) -> MaskKernel:
+        """The kernel of a vector."""
         constant, linear, pairs, product, nugget = np.exp(point[:5]).tolist()
         players = self._num_players
         smooth = "v" in self._has
