@@ -21,7 +21,7 @@ import lpserve
 from lpserve.analysis.record import read_record
 from lpserve.cli.entry import main
 from lpserve.demo import FOLDER
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.store.store import Store
 from lpserve.study.study import study_of
 from lpserve.study.sweep import SweepResult, all_windows, sweep

@@ -33,7 +33,7 @@ from lpserve.evaluation.evaluate import evaluate
 from lpserve.evaluation.settings import EvalConfig
 from lpserve.masks import all_masks, full_mask, keys
 from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.runner.setup import check_model, item_sets_of
 from lpserve.scoring.session import ScoringSession
 from lpserve.types import TASK_UTILITIES, utilities
@@ -633,7 +633,7 @@ def test_what_one_seed_holds_out_no_other_calibrates_on(small_model, tmp_path):
 
 def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model, tmp_path):
     """A study whose leader was given up on one window of a wrong answer."""
-    from lpserve.runner.coordinator import run_at
+    from lpserve.runner.run import run_at
 
     config = config_from(
         values_of(tmp_path, small_model, CHOICE, "task_margin", budget=40, sizes=None), "test"

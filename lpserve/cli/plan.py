@@ -27,7 +27,8 @@ def add_plan(commands: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from lpserve.analysis.analyse import analyse, make_plan
+    from lpserve.analysis.analyse import analyse
+    from lpserve.analysis.build_plan import make_plan
     from lpserve.analysis.record import read_record
     from lpserve.store.files import write_text
 

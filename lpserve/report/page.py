@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lpserve.analysis.analyse import Outcome
+from lpserve.analysis.build_plan import Outcome
 from lpserve.analysis.record import write_record_file
 from lpserve.analysis.stability import SETTLED, Stability
 from lpserve.plan.plan import Plan, PlanEntry

@@ -28,7 +28,7 @@ from lpserve.errors import (
     StoreBusyError,
     StoreCorruptError,
 )
-from lpserve.runner.coordinator import RunResult, run_at
+from lpserve.runner.run import RunResult, run_at
 from lpserve.scoring.session import ScoringSession
 from lpserve.scoring.signals import Signals, trap_signals
 from lpserve.store.files import write_text
