@@ -19,7 +19,7 @@ from lpserve.errors import InputError
 from lpserve.masks import StratifiedDesign, keys
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.size import model_size
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.runner.coordinator import run
 from lpserve.runner.cost import (
     CostSettings,

@@ -15,7 +15,7 @@ import pytest
 from lpserve.masks import all_masks
 from lpserve.surrogate import KernelSurrogate
 from lpserve.surrogate.kernel import MaskKernel
-from lpserve.values.shapley import kernel_values, value_calibration
+from lpserve.values.closed_form import kernel_values, value_calibration
 from tests.kernel_by_hand import (
     KINDS,
     as_dict,
@@ -70,7 +70,7 @@ def test_closed_form_equals_enumerating_the_surrogate(kind, num_players, sizes, 
     np.testing.assert_allclose(values.values_P, expected, **tolerance)
     by_hand = surrogate.scale * (weight_matrix(num_players, sizes) @ posterior(surrogate, every)[0])
     np.testing.assert_allclose(values.values_P, by_hand, **tolerance)
-    assert values.heldout is surrogate.heldout
+    assert values.heldout_error is surrogate.heldout_error
     assert values.sizes == sizes
 
 
@@ -195,7 +195,7 @@ def test_value_calibration_equals_really_leaving_every_fold_out(kind, sizes, wit
 
 
 def test_value_calibration_takes_evenly_spaced_masks_of_many(rng, monkeypatch):
-    monkeypatch.setattr("lpserve.values.shapley._CALIBRATION_MASKS", 30)
+    monkeypatch.setattr("lpserve.values.closed_form._CALIBRATION_MASKS", 30)
     every = all_masks(7)
     masks = rng.permutation(every[np.isin(every.sum(axis=1), [3, 4])])[:40]
     surrogate = KernelSurrogate("ridge")

@@ -17,18 +17,11 @@ from lpserve.errors import InputError
 from lpserve.masks import all_masks
 from lpserve.surrogate import KernelSurrogate, PaperSurrogate
 from lpserve.types import Z90
-from lpserve.values.shapley import (
-    ShapleyValues,
-    exact_noise,
-    exact_values,
-    is_enumerated,
-    kernel_values,
-    monte_carlo_values,
-    paper_values,
-    shapley_values,
-    toggle_differences,
-    value_calibration,
-)
+from lpserve.values.closed_form import kernel_values, value_calibration
+from lpserve.values.exact import exact_noise, exact_values, is_enumerated
+from lpserve.values.result import ShapleyValues
+from lpserve.values.sampling import monte_carlo_values, paper_values, toggle_differences
+from lpserve.values.shapley import shapley_values
 from tests.kernel_by_hand import KINDS, as_dict, naive_values, pair_game
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
@@ -70,7 +63,7 @@ def test_enough_masks_give_exact_values_without_error(num_players, sizes, rng):
         assert (values.stderr_P == 0).all()
         assert values.estimator == "exact"
         assert values.sizes == sizes
-        assert values.heldout is None
+        assert values.heldout_error is None
         assert values.window_stderr_P is None
         assert values.is_shapley == (sizes == (0, num_players - 1))
 
@@ -172,7 +165,7 @@ def test_too_few_coalitions_are_refused(rng):
 
 def test_toggle_differences_equal_toggling_one_by_one(rng, monkeypatch):
     monkeypatch.setattr(
-        "lpserve.values.shapley._TOGGLE_ROWS", 40
+        "lpserve.values.sampling._TOGGLE_ROWS", 40
     )  # several chunks, the last one short
     masks = rng.random((23, 6)) < rng.random((23, 1))
     utility = pair_game(6, rng, triples=0.1)
@@ -266,7 +259,7 @@ def test_values_are_deterministic(rng):
     np.testing.assert_array_equal(one.values_P, other.values_P)
     np.testing.assert_array_equal(one.stderr_P, other.stderr_P)
     assert one.estimator == other.estimator
-    assert one.heldout == other.heldout
+    assert one.heldout_error == other.heldout_error
 
 
 def test_values_are_those_of_the_kernel_with_the_smaller_heldout_error(rng):
@@ -276,13 +269,13 @@ def test_values_are_those_of_the_kernel_with_the_smaller_heldout_error(rng):
     each = [KernelSurrogate(kind) for kind in KINDS]
     for surrogate in each:
         surrogate.fit(masks, utilities, noise)
-    best = min(each, key=lambda s: s.heldout.rmse)
+    best = min(each, key=lambda s: s.heldout_error.rmse)
     calibration = value_calibration(best, (1, 4))
     expected = kernel_values(best, (1, 4), columns, calibration=calibration)
     got = shapley_values(masks, utilities, (1, 4), noise_M=noise, resampled_MB=columns)
     for name in ("values_P", "stderr_P", "window_stderr_P"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
-    assert (got.estimator, got.heldout) == (expected.estimator, expected.heldout)
+    assert (got.estimator, got.heldout_error) == (expected.estimator, expected.heldout_error)
 
 
 def test_values_import_no_torch():

@@ -29,9 +29,10 @@ from lpserve.data.questions import Questions
 from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
-from lpserve.evaluation.evaluate import EvalConfig, evaluate
+from lpserve.evaluation.evaluate import evaluate
+from lpserve.evaluation.settings import EvalConfig
 from lpserve.masks import all_masks, full_mask, keys
-from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
+from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks
 from lpserve.runner.coordinator import run
 from lpserve.runner.setup import check_model, item_sets_of
 from lpserve.scoring.session import ScoringSession
@@ -164,7 +165,7 @@ def test_noise_of_a_loss_is_that_of_its_answers(utility, rng):
     questions, _ = some_questions(rng, 60)
     questions = replace(questions, chars_QC=np.where(questions.answers_QC >= 0, 10, 0))
     if "margin" not in utility:  # without a choice, misses are not made of NLLs
-        questions = questions.select(np.flatnonzero(~questions.open_Q))
+        questions = questions.select(np.flatnonzero(~questions.open_ended_Q))
     num_tokens_N = questions.windows.num_tokens_N
     full_N = rng.gamma(2.0, 5.0, len(num_tokens_N)).astype(np.float32)
     of_token = 0.5
@@ -238,7 +239,7 @@ def few_documents(tmp_path_factory) -> str:
 )
 def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_documents, tmp_path):
     """The bundled model on all documents of a task: calibration and held-out questions together."""
-    sets = [whole_model(), LayerSet("first", (0,)), LayerSet("some", (1, 2, 7, 8, 10, 11))]
+    sets = [full_model(), LayerSet("first", (0,)), LayerSet("some", (1, 2, 7, 8, 10, 11))]
     model = str(FOLDER / "model")
     tasks, num = (few_documents, 15) if task == CHOICE or num_fewshot else (TASKS, 100)
     config = config_from(
@@ -258,7 +259,7 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
     losses = []
     for sample in item_sets_of(config):
         with lpserve.open_engine(model, sample.windows) as engine:
-            scores = engine.score(masks_of(sets, 12), extra_metrics=("misses",))
+            scores = engine.score(layer_set_masks(sets, 12), extra_metrics=("misses",))
         values = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
         losses.append(sample.losses(utility, values))
     mean_M = np.concatenate(losses, axis=1).astype(np.float64).mean(axis=1)
@@ -317,7 +318,7 @@ def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path,
             gap = held[keys(mask_P[None])[0]] - held[key]
             assert other.heldout_delta == pytest.approx(gap, abs=2 * TOLERANCE)
     again = read_record(result.folder)
-    assert np.array_equal(again.loss_MN, outcome.scored.loss_MN)
+    assert np.array_equal(again.loss_MN, outcome.scored.loss_MI)
     assert main(["plan", str(result.folder), "--max-removed", "2"]) == 0
     printed = capsys.readouterr().out
     assert utility in printed
@@ -392,9 +393,9 @@ def test_few_questions_may_screen_sets(small_model, tmp_path):
         pytest.fail("no run left a screened set")
     assert scored.screen == (0, 1, 2)
     for row in np.flatnonzero(screened_M):
-        assert np.isfinite(scored.loss_MN[row, :3]).all()
-        assert np.isnan(scored.loss_MN[row, 3:]).all()
-    whole_M = np.isfinite(scored.loss_MN).all(axis=1)
+        assert np.isfinite(scored.loss_MI[row, :3]).all()
+        assert np.isnan(scored.loss_MI[row, 3:]).all()
+    whole_M = np.isfinite(scored.loss_MI).all(axis=1)
     assert (whole_M | screened_M).all()
     # and the store holds no score of the other questions' windows
     calibration, _ = item_sets_of(config_from(values, "test"))
@@ -507,7 +508,7 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
     )
     sides = item_sets_of(config_from(values, "test"))
     sets = [
-        whole_model(),
+        full_model(),
         LayerSet("one", (2,)),
         LayerSet("two", (1, 4)),
         LayerSet("most", (0, 3, 5)),
@@ -515,7 +516,7 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
     losses = []
     for sample in sides:
         with lpserve.open_engine(small_model, sample.windows) as engine:
-            nll_MN = engine.score(masks_of(sets, NUM_LAYERS)).nll_MN.astype(np.float32)
+            nll_MN = engine.score(layer_set_masks(sets, NUM_LAYERS)).nll_MN.astype(np.float32)
         losses.append(sample.losses("task_acc", {"nll": nll_MN, "misses": np.zeros_like(nll_MN)}))
     mean_M = np.concatenate(losses, axis=1).astype(np.float64).mean(axis=1)
     told = evaluate(
@@ -639,8 +640,8 @@ def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model,
     )
     result = run(config)
     scored = result.outcome.scored
-    loss_MN = scored.loss_MN.copy()
-    loss_MN[5, 3] = np.nan  # the right answers' NLLs are all there
+    loss_MI = scored.loss_MI.copy()
+    loss_MI[5, 3] = np.nan  # the right answers' NLLs are all there
     with sqlite3.connect(tmp_path / "run" / "scores.sqlite") as db:
         db.execute("DELETE FROM scores WHERE mask = ?", (keys(scored.masks_MP)[5],))
     follower = replace(config, seed=1, out=str(tmp_path / "follower"))
@@ -651,9 +652,9 @@ def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model,
             check_model(follower),
             samples,
             session,
-            masks_of=replace(scored, other_loss_MN=loss_MN),
+            masks_of=replace(scored, loss_MI=loss_MI),
         )
-    assert np.isnan(told.outcome.scored.loss_MN[5]).any()
+    assert np.isnan(told.outcome.scored.loss_MI[5]).any()
 
 
 def test_shares_of_a_margin_are_for_each_token(small_model, tmp_path):
@@ -727,7 +728,7 @@ def test_a_question_that_comes_twice_is_asked_once(small_model, tmp_path, rng):
         ({"num_windows": 81}, "too few questions: 80 different ones, 81 are asked for"),
         ({"heldout_windows": 21}, "too few questions: 20 different ones held out, 21"),
         ({"heldout": {"a": f"task:{LAST_WORD}", "b": "x.txt"}}, "held-out 'a' is a task beside"),
-        ({"calibration": f"task:{LAST_WORD}", "utility": "task_acc_norm"}, "without a choice"),
+        ({"calibration": f"task:{LAST_WORD}", "utility": "task_acc_norm"}, "open-ended"),
         ({"num_fewshot": -1}, "num_fewshot must be a whole number, at least 0"),
         ({"screen_windows": 8}, "screen_windows must be below the number of windows"),
         ({"length": 64}, "length is about texts, and there are tasks alone"),
@@ -851,8 +852,8 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
     told = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
     loss_MQ = calibration.losses(scored.utility, told)
     mine, theirs = (
-        utilities(scored.utility, l_MQ.astype(np.float64), scored.weight_N, l_MQ[0])
-        for l_MQ in (loss_MQ, scored.loss_MN)
+        utilities(scored.utility, l_MQ.astype(np.float64), scored.view.weight_I, l_MQ[0])
+        for l_MQ in (loss_MQ, scored.loss_MI)
     )
     assert mine == pytest.approx(theirs, abs=TOLERANCE)
 

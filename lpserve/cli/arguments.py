@@ -109,7 +109,7 @@ def option(text: str) -> tuple[str, Any]:
         return key.replace("-", "_"), value
 
 
-def pair(text: str) -> list[int]:
+def size_range(text: str) -> list[int]:
     both = numbers(text)
     if len(both) != 2:
         raise argparse.ArgumentTypeError(f"two whole numbers, K_MIN,K_MAX: got {text!r}")

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.base import Engine, check_decoder
+from lpserve.engine.base import Engine
 from lpserve.errors import InputError
+from lpserve.model.architecture import check_decoder, read_architecture, required
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.size import ITEM_BYTES
 from lpserve.types import EngineSpec
@@ -107,17 +108,7 @@ def checkpoint_players(model: str, _: Mapping[str, Any]) -> int:
     """Decoder layers of a checkpoint folder; raises InputError unless it is a decoder."""
     checkpoint = read_checkpoint(model)
     check_decoder(checkpoint)
-    return num_layers(checkpoint.config)
-
-
-def num_layers(config: Mapping[str, Any]) -> int:
-    """Decoder layers that a config.json speaks of; raises InputError."""
-    inner = config.get("text_config")
-    for values in (config, inner if isinstance(inner, dict) else {}):
-        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            if isinstance(values.get(name), int):
-                return values[name]
-    raise InputError("the model's config.json names no number of layers")
+    return required(read_architecture(checkpoint).num_layers, "number of layers")
 
 
 def checkpoint_resources(spec: EngineSpec) -> EngineResources:

@@ -20,7 +20,8 @@ from lpserve.engine.base import Engine, check_extra_metrics, check_masks
 from lpserve.engine.kind import EngineKind, EngineResources, check_known_options
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct, trie_layer_forwards
-from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
+from lpserve.model.players import layer_players
+from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores, Work
 
 OPTIONS = (
     "num_players",
@@ -76,7 +77,7 @@ class SyntheticEngine:
             path="synthetic",
             model=f"synthetic-{num_players}-{options.get('game_seed', 0)}",
             model_hash=f"synthetic-{num_players}-{options.get('game_seed', 0)}",
-            players=tuple(Player(index=i, layer=i) for i in range(num_players)),
+            players=layer_players(num_players),
             dtype="float32",
             device="cpu",
             vocab_size=int(np.iinfo(np.int32).max),

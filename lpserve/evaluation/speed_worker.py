@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 
 Generate = Callable[[Any, int], int]
-"""(prompts int [B, P], new tokens of each) -> tokens generated in all."""
+"""(prompts int [B, P], new tokens of each) -> total number of generated tokens."""
 Held = tuple[int, int, int]
-"""Id of a process, the most bytes that torch had allocated on its GPU, and the most it took."""
+"""Id of a process, the peak bytes that torch allocated on its GPU, and its own peak bytes."""
 Opened = tuple[Generate, Callable[[], list[Held]], dict[str, Any]]
-"""What generates, what its worker processes held, and what is told of the engine."""
+"""A function that generates, one that gives its workers' memory, and facts about the engine."""
 
 
-def main(task: dict[str, Any]) -> dict[str, Any]:
+def measure_checkpoint(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure; returns the fields of `lpserve.evaluation.speed.Speed` that are known here."""
     import torch
 
     on_gpu = task["device"] != "cpu" and torch.cuda.is_available()
@@ -97,4 +98,4 @@ def _held(_worker: object = None) -> Held:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    print(json.dumps(measure_checkpoint(json.loads(sys.argv[1]))))

@@ -67,7 +67,7 @@ class Architecture:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Architecture:
         """Read the content of a config.json."""
-        text = text_section(config)
+        text = text_section(dict(config))
 
         def first(*keys: str) -> int | None:
             for section in (text, config):
@@ -101,7 +101,7 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
     return Architecture.from_config(checkpoint.config)
 
 
-def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_section(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that describes the language model: `text_config`, or all of it."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config

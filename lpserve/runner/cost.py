@@ -17,20 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lpserve.config import resolved_max_removed
 from lpserve.errors import InputError
-from lpserve.masks import full_mask, keys, sort_distinct, trie_player_forwards
+from lpserve.masks import full_mask, sort_distinct, trie_player_forwards
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.size import ITEM_BYTES, ModelSize, model_size
-from lpserve.plan.plan import ranking_mask
-from lpserve.rounds.history import History
-from lpserve.rounds.planner import RoundPlanner, RoundSettings
+from lpserve.plan.sets import ranking_mask
+from lpserve.rounds.history import AskedMasks, CompletedRound, KnownUtilities
+from lpserve.rounds.planner import RoundPlanner
+from lpserve.rounds.settings import RoundSettings
 from lpserve.scoring.pace import TARGET_UNIT_S
 from lpserve.types import BoolArray, FloatArray
+from lpserve.utility import utility_named
 
 HELDOUT_CANDIDATES = 4
 """Sets of each size that held-out windows check: greedy, ranking, search and the best."""
@@ -188,52 +189,82 @@ def cost(settings: CostSettings) -> Cost:
 # -- the masks ---------------------------------------------------------------------------------
 
 
-class _StandIn(RoundPlanner):
-    """The rounds of a run with nothing fitted: proposals are sets of low stand-in loss."""
+class StandInModel:
+    """Proposes sets of low stand-in loss, in place of what a fit would propose (`RoundModel`)."""
+
+    surrogate = None
 
     def __init__(self, settings: RoundSettings, loss_P: FloatArray) -> None:
-        super().__init__(settings, lambda nll_MN: -nll_MN.mean(axis=1, dtype=np.float64))
-        self._most, self._loss_P = settings.max_removed, loss_P
+        self._sizes, self._loss_P = settings.max_removed, loss_P
         self._rng = np.random.default_rng([settings.seed, settings.num_players])
 
-    def _fit(self, *args: Any, **kwargs: Any) -> bool:
+    def fit(self, known: KnownUtilities) -> bool:
         return True
 
-    def _can_be_best(
-        self, path: list[BoolArray], masks_MP: BoolArray, path_M: FloatArray
+    def may_be_best(
+        self, path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
     ) -> BoolArray:
-        return path[-1][path[-1]]  # all of them: a run asks for fewer
+        """All of them: a run asks for fewer."""
+        return path[-1][path[-1]]
 
-    def _rankings(self, index: int) -> list[BoolArray]:
-        return [ranking_mask(self._loss_P, (r + index) % self._most + 1) for r in range(self._most)]
+    def rankings(self, index: int) -> list[BoolArray]:
+        sizes = self._sizes
+        return [ranking_mask(self._loss_P, (r + index) % sizes + 1) for r in range(sizes)]
 
-    def _hopes(
-        self, masks_MP: BoolArray, search_M: FloatArray, count: int, batch: Sequence[BoolArray]
+    def by_improvement(
+        self, known: KnownUtilities, asked: AskedMasks, count: int, pending_MP: BoolArray
     ) -> BoolArray:
         sets = [
             ranking_mask(self._loss_P * self._rng.lognormal(0.0, 0.5, len(self._loss_P)), r)
             for _ in range(_PROPOSALS)
-            for r in range(1, self._most + 1)
+            for r in range(1, self._sizes + 1)
         ]
-        distinct, _ = sort_distinct(np.array(sets))
-        fresh = distinct[[key not in self._seen for key in keys(distinct)]]
+        fresh = asked.unseen(sort_distinct(np.array(sets))[0])
         return fresh[self._rng.permutation(len(fresh))[:count]]
+
+    def promotions(
+        self, known: KnownUtilities, waiting_MP: BoolArray, asked: AskedMasks, gain: float
+    ) -> BoolArray:
+        """None: a count screens nothing."""
+        return waiting_MP[:0]
+
+    def for_values(
+        self, index: int, asked: AskedMasks, count: int, pending_MP: BoolArray
+    ) -> BoolArray:
+        """None: the sampled design stands for them."""
+        return pending_MP[:0]
+
+    def settled(
+        self,
+        known: KnownUtilities,
+        waiting_MP: BoolArray,
+        asked: AskedMasks,
+        *,
+        chance: float,
+        gain: float,
+    ) -> bool:
+        return False
+
+    def narrow(self, width: float) -> bool:
+        return False
 
 
 def sample_rounds(settings: RoundSettings, budget: int) -> list[BoolArray]:
-    """The masks of every round, `bool[M, P]` each, up to the budget in all."""
+    """The masks of every round, `bool[M, P]` each, up to the budget in total."""
     rng = np.random.default_rng([settings.seed, settings.num_players, 1])
     loss_P = rng.gamma(1.0, 1.0, settings.num_players)
-    planner, history, asked = _StandIn(settings, loss_P), History(), 0
+    model = StandInModel(settings, loss_P)
+    planner = RoundPlanner(settings, utility_named("neg_nll"), np.ones(1, np.int64), model=model)
+    rounds: list[CompletedRound] = []
+    asked = 0
     while asked < budget:
-        masks_MP = planner.propose(len(history.masks), history).masks_MP[: budget - asked]
+        masks_MP = planner.propose(len(rounds), rounds).masks_MP[: budget - asked]
         if not len(masks_MP):
             break
         asked += len(masks_MP)
-        loss_M = 1.0 + (~masks_MP) @ loss_P
-        history.masks.append(masks_MP)
-        history.loss.append(loss_M[:, None].astype(np.float32))
-    return history.masks
+        loss_M1 = (1.0 + (~masks_MP) @ loss_P)[:, None].astype(np.float32)
+        rounds.append(CompletedRound(masks_MP, loss_M1, loss_M1))
+    return [done.masks_MP for done in rounds]
 
 
 def split_units(masks_MP: BoolArray, most: int, engines: int) -> list[BoolArray]:
