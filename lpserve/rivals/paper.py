@@ -35,12 +35,12 @@ def paper(
 
     Masks are drawn with replacement, as many from each stratum (`paper_kept_counts`); the published
     8,000, or as many as leave masks of the budget for the rest of the pipeline. A repeated draw
-    counts as one of the 8,000 and trains the network again, as published, but is scored once.
+    counts as one of the 8,000 and trains the network again, as published, but is scored only once.
     Utility is the perplexity ratio; failed masks train nothing. Values come from 80,000 coalitions
     of the same strata, and their ranking is scored for every r last.
 
     Args:
-        strata: kept counts to draw from, where the published ones are not all to be had.
+        strata: kept counts to draw from, where a game does not hold all published ones.
 
     Raises:
         InputError: the budget does not hold all kept, `PAPER_LEAST_DRAWS` draws and a set for every
@@ -62,7 +62,7 @@ def paper(
     if not np.isfinite(nll_M[0]) or finite_D.sum() < 2:
         return
     surrogate = PaperSurrogate(seed)
-    # not `fit`, which refuses repeated masks and measures a held-out error that nobody asks for
+    # not `fit`, which refuses repeated masks and measures a held-out error that is not needed
     surrogate.train(draws_DP[finite_D], np.exp(nll_M[0] - nll_M[1:][finite_D]))
     values_P = paper_values(surrogate.mean, coalitions_QP).values_P
     sets_MP = np.array([ranking_mask(values_P, r) for r in range(1, max_removed + 1)])
@@ -75,8 +75,11 @@ def paper_draws(
     rng: np.random.Generator,
     strata: Sequence[int] | None = None,
 ) -> BoolArray:
-    """Random masks of strata (None: the paper's), dealt in turn, with replacement,
-    `bool[count, P]`."""
+    """Random masks with replacement, from each stratum in turn, `bool[count, P]`.
+
+    Args:
+        strata: kept counts to draw from; None: the published ones.
+    """
     strata = paper_kept_counts(num_players) if strata is None else strata
     share = -(-count // len(strata))
     masks_SDP = np.array([draw(num_players, kept, share, rng) for kept in strata])
@@ -84,7 +87,7 @@ def paper_draws(
 
 
 def _distinct_so_far(masks_DP: BoolArray) -> IntArray:
-    """How many different masks there are up to each, `int64[D]`."""
+    """Number of different masks up to and including each row, `int64[D]`."""
     seen: set[bytes] = set()
     counts = []
     for key in keys(masks_DP):

@@ -35,7 +35,7 @@ from lpserve.engine.base import check_extra_metrics
 from lpserve.errors import LpserveError
 from lpserve.masks import from_keys, key_text, keys
 from lpserve.plan import search
-from lpserve.report.page import write_outputs
+from lpserve.report.files import write_outputs
 from lpserve.report.tracking import Tracking, log_finished_run
 from lpserve.rounds.history import History, Round
 from lpserve.rounds.planner import RoundPlanner
@@ -116,7 +116,14 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         result = _at_work(config, folder, stored, (calibration, heldout), seat, progress, None, ())
         if tracking is not None:
             plan, values = result.outcome.plan, result.outcome.analysis.values
-            log_finished_run(tracking, as_json(config), result.folder, plan, values, progress.note)
+            log_finished_run(
+                tracking,
+                config=as_json(config),
+                folder=result.folder,
+                plan=plan,
+                values=values,
+                log=progress.note,
+            )
         return result
 
 
