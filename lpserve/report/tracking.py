@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lpserve.analysis.analyse import Outcome
 from lpserve.errors import InputError
 from lpserve.plan.plan import Plan
 from lpserve.store.filesystem import is_shared
-from lpserve.values.shapley import ShapleyValues
 
 FOLDER_TAG, ID_TAG = "lpserve.folder", "lpserve.id"
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -178,11 +178,10 @@ def log_run(
 
 def log_finished_run(
     tracking: Tracking,
+    folder: Path,
+    outcome: Outcome,
     *,
     config: Mapping[str, Any],
-    folder: Path,
-    plan: Plan,
-    values: ShapleyValues,
     log: Callable[[str], None],
 ) -> None:
     """Log a run that just finished.
@@ -190,15 +189,15 @@ def log_finished_run(
     Args:
         log: called with a line where the server has become unreachable; nothing is raised then.
     """
-    values_P, stderr_P = values.values_P.tolist(), values.total_stderr_P.tolist()
+    values = outcome.analysis.values
     try:
         log_run(
             tracking,
             config=config,
             folder=folder,
-            plan=plan,
-            values_P=values_P,
-            stderr_P=stderr_P,
+            plan=outcome.plan,
+            values_P=values.values_P.tolist(),
+            stderr_P=values.total_stderr_P.tolist(),
         )
     except InputError as error:
         log(f"{error}; the run is finished: give the same command again to log it")

@@ -115,14 +115,8 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         seat = Seat(store=store, pool=pool, signals=signals)
         result = _at_work(config, folder, stored, (calibration, heldout), seat, progress, None, ())
         if tracking is not None:
-            plan, values = result.outcome.plan, result.outcome.analysis.values
             log_finished_run(
-                tracking,
-                config=as_json(config),
-                folder=result.folder,
-                plan=plan,
-                values=values,
-                log=progress.note,
+                tracking, result.folder, result.outcome, config=as_json(config), log=progress.note
             )
         return result
 
