@@ -40,7 +40,7 @@ from lpserve.rivals.proposer import Answer, Ask, Proposer, best_sets, drive
 from lpserve.rivals.random_sets import random_search
 from lpserve.surrogate import PaperSurrogate
 from lpserve.types import BoolArray, FloatArray
-from lpserve.values.shapley import paper_values
+from lpserve.values.sampling import paper_values
 from tests.conftest import SEED
 
 WINDOWS = 16

@@ -24,9 +24,9 @@ from lpserve.rivals.criteria import contiguous_layers, last_layers, taylor
 from lpserve.rivals.ours import ours
 from lpserve.rivals.proposer import Ask, best_sets, drive
 from lpserve.rivals.registry import RIVALS
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.runner.setup import windows_of
-from tests.engine.test_hf_parity import NUM_LAYERS, some_windows, without_padding_token
+from tests.engine.test_hf_parity import NUM_LAYERS, some_windows
 from tests.reference import decoder_list, reference_model
 from tests.test_coordinator import known_game, make_config, texts
 
@@ -68,7 +68,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_hidden_states_turn_as_in_transformers(family, model_dir, rng):
-    folder, windows = model_dir(family), without_padding_token(some_windows(rng, num=4))
+    folder, windows = model_dir(family), some_windows(rng, num=4)
     with lpserve.open_engine(folder, windows) as engine:
         got = cast("Any", engine).hidden_states()
     states = states_by_hand(folder, windows)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lpserve.masks import all_masks, draw, full_mask, swap_one
-from lpserve.values.shapley import exact_values
+from lpserve.values.exact import exact_values
 
 BENCH = str(Path(__file__).parent.parent / "scripts" / "bench")
 ROUNDING = 1e-10  # nats: sums of some thousand products near 1, each good to 1e-16

@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import Any
 
+from lpserve.engine.registry import shown_kinds
+
 ENGINE_OPTION_FLAGS = ("state_budget_mb", "micro_batch_tokens", "engine_option")
 """Flags that become `engine_options`."""
 
@@ -13,14 +15,16 @@ ENGINE_OPTION_FLAGS = ("state_budget_mb", "micro_batch_tokens", "engine_option")
 def add_engine_flags(command: argparse.ArgumentParser) -> None:
     """Flags for the engines: the keys of `config.EngineConfig`, without the model."""
     add = command.add_argument
-    add("--engine", help="transformers (default) or vllm")
+    kinds = shown_kinds()
+    names = " or ".join([f"{kinds[0].name} (default)", *(kind.name for kind in kinds[1:])])
+    add("--engine", help=names)
+    option_help = [kind.option_help for kind in kinds]
     add(
         "--engine-option",
         action="append",
         metavar="KEY=VALUE",
         type=option,
-        help="of the engine; may be repeated. For vllm: path=auto|scoring|requests, and any "
-        "argument of vllm.LLM, such as tensor_parallel_size=2",
+        help=" ".join(["of the engine; may be repeated.", *filter(None, option_help)]),
     )
     add("--pool", help="local (default) or ray")
     add("--engines", type=engines, help="number of engines, or auto: what the cluster holds (1)")

@@ -91,7 +91,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     from lpserve.config import EngineConfig, corpora
     from lpserve.data.protocols import PROTOCOLS
-    from lpserve.evaluation.evaluate import EvalConfig, evaluate, sets_from
+    from lpserve.evaluation.evaluate import evaluate, sets_from
+    from lpserve.evaluation.settings import EvalConfig
     from lpserve.plan.layer_sets import layer_set, mask_set, set_name
     from lpserve.runner.setup import num_players_of
 

@@ -29,6 +29,7 @@ def add_plan(commands: Any) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     from lpserve.analysis.analyse import analyse, make_plan
     from lpserve.analysis.record import read_record
+    from lpserve.store.files import write_text
 
     scored = read_record(arguments.folder)
     plan = make_plan(
@@ -36,7 +37,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     )
     print_plan(plan)
     if arguments.out:
-        Path(arguments.out).write_text(plan.to_json(), encoding="utf-8")
+        write_text(Path(arguments.out), plan.to_json())
         print(f"written: {arguments.out}")
     return 0
 

@@ -15,7 +15,7 @@ from lpserve.errors import InputError
 from lpserve.plan.plan import Plan
 from lpserve.report.tables import player_label
 from lpserve.types import Z90, FloatArray, Player
-from lpserve.values.shapley import ShapleyValues
+from lpserve.values.result import ShapleyValues
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

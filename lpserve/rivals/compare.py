@@ -30,6 +30,7 @@ from lpserve.rivals.registry import RIVALS, Measurement
 from lpserve.runner.setup import num_players_of, windows_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
+from lpserve.store.files import write_text
 from lpserve.types import BoolArray, FloatArray, perplexity
 
 RESULTS_FORMAT = 1
@@ -290,6 +291,6 @@ def _write(
         "full_heldout_ppl": comparison.full_heldout_ppl,
         "versions": {"lpserve": lpserve.__version__, **info.versions},
     }
-    (folder / "results.csv").write_text(found.getvalue(), encoding="utf-8")
-    (folder / "costs.csv").write_text(costs.getvalue(), encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "results.csv", found.getvalue())
+    write_text(folder / "costs.csv", costs.getvalue())
+    write_text(folder / "results.json", json.dumps(about, indent=1) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lpserve.masks import drop_one, full_mask
-from lpserve.plan.plan import best_row
+from lpserve.plan.sets import best_row
 from lpserve.rivals.proposer import Ask, Proposer, SearchSetting
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any, cast
 
 import numpy as np
 
 from lpserve.errors import InputError
-from lpserve.plan import search
 from lpserve.rivals.proposer import Ask, Proposer, SearchSetting
-from lpserve.rounds.history import History
-from lpserve.rounds.planner import RoundPlanner, RoundSettings
-from lpserve.types import FloatArray, known_utilities
+from lpserve.rounds.history import CompletedRound
+from lpserve.rounds.planner import RoundPlanner
+from lpserve.rounds.settings import RoundSettings
+from lpserve.utility import utility_named
 
 
 def propose(setting: SearchSetting) -> Proposer:
@@ -40,23 +38,15 @@ def propose(setting: SearchSetting) -> Proposer:
 
 def ours(settings: RoundSettings) -> Proposer:
     """lpserve's own rounds, as a run plays them: round n is chosen from rounds up to n - 2."""
-    full: list[np.ndarray] = []
-
-    def utility(name: str) -> Callable[[np.ndarray], FloatArray]:
-        one = np.array([1])
-        return lambda nll_MN: known_utilities(name, nll_MN, one, full[0])
-
-    planner = RoundPlanner(settings, utility("neg_nll"), utility(search.UTILITY))
-    history, last = History(), None
+    planner = RoundPlanner(settings, utility_named("neg_nll"), np.ones(1, dtype=np.int64))
+    rounds: list[CompletedRound] = []
+    last: CompletedRound | None = None
     for index in itertools.count():
-        asked = planner.propose(index, history)
+        asked = planner.propose(index, rounds)
         if not len(asked.all_masks):
             return
         if last is not None:
-            history.masks.append(last[0])
-            history.loss.append(cast("Any", last[1]))  # means, not rounded as a store would
+            rounds.append(last)
         nll_M = yield Ask(asked.all_masks)
-        nll_M1 = nll_M[:, None]
-        if not full:
-            full.append(nll_M1[0])
-        last = asked.all_masks, nll_M1
+        nll_M1 = nll_M[:, None]  # means, not rounded as a store would round them
+        last = CompletedRound(asked.all_masks, nll_M1, nll_M1)

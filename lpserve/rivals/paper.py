@@ -11,11 +11,11 @@ import numpy as np
 
 from lpserve.errors import InputError
 from lpserve.masks import draw, full_mask, keys, paper_kept_counts
-from lpserve.plan.plan import ranking_mask
+from lpserve.plan.sets import ranking_mask
 from lpserve.rivals.proposer import KnownScores, Proposer, SearchSetting
 from lpserve.surrogate import PaperSurrogate
 from lpserve.types import BoolArray, IntArray
-from lpserve.values.shapley import paper_values
+from lpserve.values.sampling import paper_values
 
 PAPER_DRAWS = 8_000
 PAPER_COALITIONS = 80_000

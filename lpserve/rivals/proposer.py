@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lpserve.masks import keys
-from lpserve.plan.plan import best_row, ranking_mask
+from lpserve.plan.sets import best_row, ranking_mask
 from lpserve.types import BoolArray, FloatArray
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lpserve.data.items import ItemSet
 from lpserve.runner.coordinator import RunResult
-from lpserve.store.run_folder import write_whole
+from lpserve.store.files import write_text
 from lpserve.study.study import Point, Study
 from lpserve.study.windows import StudyWindows
 
@@ -122,7 +122,7 @@ def write_finished(
         "calibration": calibration.content_hash,
         "heldout": heldout.content_hash,
     }
-    write_whole(run.folder / "point.json", json.dumps(record, indent=1) + "\n")
+    write_text(run.folder / "point.json", json.dumps(record, indent=1) + "\n")
     (run.folder / "failure.txt").unlink(missing_ok=True)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from lpserve.report.tracking import Metric, Tracking, log_run
-from lpserve.store.run_folder import write_whole
+from lpserve.store.files import write_text
 from lpserve.study.agreement import choices
 from lpserve.study.finished import SweepResult
 from lpserve.study.page import point_answers, sweep_page
@@ -20,7 +20,7 @@ def write_sweep(result: SweepResult) -> None:
     """Write the tables and sweep.html into the study's folder, each completely or not at all."""
     found = PointResults.read(result)
     write_tables(result, found)
-    write_whole(result.study.out / "sweep.html", sweep_page(result, found))
+    write_text(result.study.out / "sweep.html", sweep_page(result, found))
 
 
 def write_sweep_record(result: SweepResult) -> None:
@@ -47,7 +47,7 @@ def write_sweep_record(result: SweepResult) -> None:
         "scores_read": result.scores_read,
         "versions": {"lpserve": lpserve.__version__},
     }
-    write_whole(study.out / "sweep.json", json.dumps(record, indent=1) + "\n")
+    write_text(study.out / "sweep.json", json.dumps(record, indent=1) + "\n")
 
 
 def log_sweep(result: SweepResult, tracking: Tracking) -> None:

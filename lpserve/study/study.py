@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.config import RunConfig, as_json
-from lpserve.types import is_task_utility, metric_of
+from lpserve.utility import utility_named
 
 DIMENSIONS = (
     "model",
@@ -93,7 +93,7 @@ class Study:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Metrics that the utilities need; every mask is scored for all of them at once."""
-        return tuple(dict.fromkeys(metric_of(p.config.utility) for p in self.points))
+        return tuple(dict.fromkeys(utility_named(p.config.utility).metric for p in self.points))
 
     @property
     def num_runs(self) -> int:
@@ -115,7 +115,7 @@ class Study:
             shared = REREAD if self.masks == "shared" else ()
             config = as_json(point.config)
             kept = {k: v for k, v in config.items() if k not in (*shared, *_WHERE)}
-            kept["tasks"] = is_task_utility(point.config.utility)
+            kept["tasks"] = utility_named(point.config.utility).item == "question"
             members.setdefault(_digest(kept), []).append(point)
         return [self._family(points) for points in members.values()]
 

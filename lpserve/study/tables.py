@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pyarrow import csv as pa_csv
 from pyarrow import parquet
 
 from lpserve.plan.plan import Plan, load_plan
-from lpserve.store.run_folder import space_checked
+from lpserve.store.files import write_whole
 from lpserve.study.finished import Finished, SweepResult
 from lpserve.study.study import DIMENSIONS
 
@@ -147,8 +148,4 @@ def _values(run: Finished) -> list[dict[str, Any]]:
 def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     table = pa.Table.from_pylist(rows, schema=schema)
     for suffix, write in ((".parquet", parquet.write_table), (".csv", pa_csv.write_csv)):
-        target = path.with_suffix(suffix)
-        temporary = target.with_name(f".{target.name}.tmp")
-        with space_checked(target):
-            write(table, temporary)
-            temporary.replace(target)
+        write_whole(path.with_suffix(suffix), partial(write, table))

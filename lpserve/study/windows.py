@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lpserve.config import RunConfig
+from lpserve.data.corpora import WindowRequest
 from lpserve.data.items import ItemSet
+from lpserve.data.prepare import check_utility
 from lpserve.data.tasks import cut_item_sets
-from lpserve.data.windows import TokenWindows, WindowRequest
-from lpserve.runner.setup import check_sides, check_utility
+from lpserve.data.windows import TokenWindows
+from lpserve.runner.setup import check_sides
 from lpserve.study.study import Study
+from lpserve.utility import utility_named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -115,7 +118,7 @@ def study_windows(study: Study, configs: Sequence[RunConfig]) -> StudyWindows:
     for config in configs:
         config.check_unused_keys(num_fewshot=False)
         calibration, held = windows.of(config)
-        check_utility(config.utility, calibration, held)
+        check_utility(utility_named(config.utility), calibration, held)
         if calibration.content_hash not in checked:
             check_sides(base, calibration, held)
         checked.add(calibration.content_hash)

@@ -37,7 +37,7 @@ from lpserve.masks import StratifiedDesign, full_mask, keys
 from lpserve.rivals.greedy import greedy
 from lpserve.rivals.paper import PAPER_DRAWS, paper
 from lpserve.rivals.proposer import Proposer, drive
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.surrogate import make_surrogate
 from lpserve.types import Z90, BoolArray, FloatArray
 

@@ -34,7 +34,7 @@ from lpserve.rivals.paper import PAPER_DRAWS, PAPER_LEAST_DRAWS, paper
 from lpserve.rivals.proposer import Ask, Proposer, SearchSetting, drive
 from lpserve.rivals.registry import RIVALS
 from lpserve.rounds.acquisition import HEAD_COST
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.types import BoolArray, FloatArray
 
 BUDGETS = (60, 90, 120, 160, 200, 400, 800)

@@ -123,7 +123,7 @@ class ProductGame:
         return self.nll(masks_MP).mean(axis=1) / NUM_TOKENS
 
     def window_values(self, sizes: tuple[int, int]) -> FloatArray:
-        """Exact values (`lpserve.values.shapley`) of every window alone, `float64[P, N]`, utility
+        """Exact values (`lpserve.values.exact`) of every window alone, `float64[P, N]`, utility
         `neg_nll`, sizes before the player joins: with E others dropped, a term gives
 
             phi_i = mean over E of (mean over sets of E others of prod_j a_j) * (a_i - 1).
