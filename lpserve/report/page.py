@@ -79,10 +79,10 @@ def _curve(outcome: Outcome) -> dict[str, Any]:
     drawn = [scale[0](value) for points in series.values() for _, value in points]
     low, high = min(drawn), max(drawn)
     span = max(high - low, 1e-9)
-    most = plan.plans[-1].num_removed
+    largest = plan.plans[-1].num_removed
 
     def place(removed: float, height: float) -> tuple[float, float]:
-        x = SVG_PAD + removed / most * (SVG_WIDTH - 2 * SVG_PAD)
+        x = SVG_PAD + removed / largest * (SVG_WIDTH - 2 * SVG_PAD)
         y = SVG_HEIGHT - SVG_PAD - (height - low) / span * (SVG_HEIGHT - 2 * SVG_PAD)
         return round(x, 1), round(float(y), 1)
 
@@ -93,7 +93,7 @@ def _curve(outcome: Outcome) -> dict[str, Any]:
             name: [(*place(r, scale[0](value)), r, value) for r, value in points]
             for name, points in series.items()
         },
-        "x_ticks": [(place(r, low)[0], r) for r in range(most + 1)],
+        "x_ticks": [(place(r, low)[0], r) for r in range(largest + 1)],
         "y_ticks": [(place(0, tick)[1], f"{scale[1](tick):.3g}") for tick in ticks],
     }
 

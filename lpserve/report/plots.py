@@ -99,8 +99,8 @@ def plot_interactions(
         raise InputError(f"interactions must be [P, P]: got {list(index_PP.shape)}")
     np.fill_diagonal(index_PP, np.nan)
     figure, axes = _figure(square=True)
-    most = float(np.nanmax(np.abs(index_PP))) if np.isfinite(index_PP).any() else 1.0
-    image = axes.imshow(index_PP, cmap="RdBu_r", vmin=-most, vmax=most)
+    limit = float(np.nanmax(np.abs(index_PP))) if np.isfinite(index_PP).any() else 1.0
+    image = axes.imshow(index_PP, cmap="RdBu_r", vmin=-limit, vmax=limit)
     figure.colorbar(image, ax=axes, label="interaction index")
     for axis in (axes.xaxis, axes.yaxis):
         _name_players(axis, players, len(index_PP))

@@ -86,13 +86,21 @@ class Tracking:
         """
         try:
             with _patient():
-                return self._log(folder, params, metrics, files, parent, tags or {})
+                return self._log(
+                    folder,
+                    params=params,
+                    metrics=metrics,
+                    files=files,
+                    parent=parent,
+                    tags=tags or {},
+                )
         except Exception as error:
             raise InputError(f"mlflow {self.uri} cannot be written to: {_line(error)}") from None
 
     def _log(
         self,
         folder: Path,
+        *,
         params: Mapping[str, Any],
         metrics: Sequence[Metric],
         files: Sequence[Path],
@@ -236,9 +244,9 @@ def _key(name: str) -> str:
     return re.sub(r"[^\w\-./ :]", "_", name)
 
 
-def _parts(items: list[Any], most: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), most):
-        yield items[start : start + most]
+def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 @contextmanager

@@ -103,9 +103,9 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
         RunInterrupted: a signal came; what was scored is kept.
     """
     num_players = num_players_of(config)
-    most = resolved_max_removed(config.max_removed, num_players)
+    max_removed = resolved_max_removed(config.max_removed, num_players)
     calibration, heldout = windows_of(config)
-    _check_start(config, num_players, most, calibration.num_windows)
+    _check_start(config, num_players, max_removed, calibration.num_windows)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     with ScoringSession(
@@ -116,7 +116,7 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
         longest=heldout.length,
         progress=progress,
     ) as session:
-        comparison = _Comparing(config, session, calibration, heldout, most).run()
+        comparison = _Comparing(config, session, calibration, heldout, max_removed).run()
         _write(folder, config, session, comparison)
     return comparison
 
@@ -151,12 +151,12 @@ class _Comparing:
         session: ScoringSession,
         calibration: TokenWindows,
         heldout: TokenWindows,
-        most: int,
+        max_removed: int,
     ) -> None:
-        self._config, self._session, self._most = config, session, most
+        self._config, self._session, self._max_removed = config, session, max_removed
         self._calibration, self._heldout = calibration, heldout
         self._players = session.info.num_players
-        self._setting = _setting(config, self._players, most, calibration.num_windows)
+        self._setting = _setting(config, self._players, max_removed, calibration.num_windows)
         self._measurements: dict[str, Any] = {}
 
     def run(self) -> Comparison:
@@ -166,7 +166,7 @@ class _Comparing:
             record, note = self._driven(name)
             costs.append(self._cost(name, record, note))
             found = best_sets(record)
-            sets += [(name, *found[r]) for r in sorted(found) if 1 <= r <= self._most]
+            sets += [(name, *found[r]) for r in sorted(found) if 1 <= r <= self._max_removed]
         given = [s for s in self._config.sets if s.removed]
         if given:
             masks_MP = masks_of(given, self._players)

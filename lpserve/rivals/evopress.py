@@ -17,7 +17,7 @@ from lpserve.types import BoolArray, FloatArray, IntArray
 EVOPRESS_OFFSPRING = 32
 EVOPRESS_INITIAL = 64
 EVOPRESS_SURVIVORS = 2
-EVOPRESS_MOST_SWAPS = 3
+EVOPRESS_MAX_SWAPS = 3
 EVOPRESS_FIRST_SHARE = 2048 / 32768
 """Tokens of the first selection over those of the last."""
 EVOPRESS_DIVISOR = 1.5
@@ -104,7 +104,7 @@ def offspring(parent_P: BoolArray, rng: np.random.Generator) -> BoolArray:
     kept, dropped = int(parent_P.sum()), int((~parent_P).sum())
     within_reach = sum(
         math.comb(kept, swaps) * math.comb(dropped, swaps)
-        for swaps in range(1, EVOPRESS_MOST_SWAPS + 1)
+        for swaps in range(1, EVOPRESS_MAX_SWAPS + 1)
     )
     count = min(EVOPRESS_OFFSPRING, within_reach)
     return _distinct(lambda: _mutant(parent_P, rng), count, other_than=parent_P)
@@ -112,7 +112,7 @@ def offspring(parent_P: BoolArray, rng: np.random.Generator) -> BoolArray:
 
 def _mutant(parent_P: BoolArray, rng: np.random.Generator) -> BoolArray:
     child_P = parent_P.copy()
-    for _ in range(rng.integers(1, EVOPRESS_MOST_SWAPS + 1, size=2).min()):
+    for _ in range(rng.integers(1, EVOPRESS_MAX_SWAPS + 1, size=2).min()):
         out = rng.choice(np.flatnonzero(child_P))
         back = rng.choice(np.flatnonzero(~child_P))
         child_P[out], child_P[back] = False, True

@@ -19,8 +19,8 @@ def one_shot(num_players: int, max_removed: int) -> Proposer:
     singles_PP = drop_one(full_mask(num_players))
     nll_P = yield Ask(singles_PP)
     cost_P = np.where(np.isfinite(nll_P), nll_P, np.inf)
-    most = min(max_removed, int(np.isfinite(nll_P).sum()))
-    sets = [ranking_mask(cost_P, r) for r in range(2, most + 1)]
+    largest = min(max_removed, int(np.isfinite(nll_P).sum()))
+    sets = [ranking_mask(cost_P, r) for r in range(2, largest + 1)]
     if sets:
         yield Ask(np.array(sets))
 

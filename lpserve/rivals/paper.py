@@ -19,7 +19,7 @@ from lpserve.values.sampling import paper_values
 
 PAPER_DRAWS = 8_000
 PAPER_COALITIONS = 80_000
-PAPER_LEAST_DRAWS = 5
+PAPER_MIN_DRAWS = 5
 """The fewest distinct draws that its surrogate is trained on."""
 
 
@@ -43,14 +43,14 @@ def paper(
         strata: kept counts to draw from, where a game does not hold all published ones.
 
     Raises:
-        InputError: the budget does not hold all kept, `PAPER_LEAST_DRAWS` draws and a set for every
+        InputError: the budget does not hold all kept, `PAPER_MIN_DRAWS` draws and a set for every
             r; raised at the first step.
     """
     room = budget - 1 - max_removed
-    if room < PAPER_LEAST_DRAWS:
+    if room < PAPER_MIN_DRAWS:
         raise InputError(
             f"the paper's pipeline removing up to {max_removed} needs a budget of at least "
-            f"{1 + PAPER_LEAST_DRAWS + max_removed} masks: got {budget}"
+            f"{1 + PAPER_MIN_DRAWS + max_removed} masks: got {budget}"
         )
     rng = np.random.default_rng(seed)
     draws_DP = paper_draws(num_players, PAPER_DRAWS, rng, strata)

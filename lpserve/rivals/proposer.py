@@ -130,8 +130,8 @@ def best_sets(record: Sequence[Answer]) -> dict[int, tuple[BoolArray, float]]:
 
 def ranked_sets(values_P: FloatArray, max_removed: int) -> Proposer:
     """One `Ask`: for each r = 1..max_removed the set of the r players of the lowest values."""
-    most = min(max_removed, len(values_P))
-    yield Ask(np.array([ranking_mask(values_P, r) for r in range(1, most + 1)]))
+    largest = min(max_removed, len(values_P))
+    yield Ask(np.array([ranking_mask(values_P, r) for r in range(1, largest + 1)]))
 
 
 class KnownScores:

@@ -14,7 +14,7 @@ from lpserve.study.finished import SweepResult
 from lpserve.study.study import DIMENSIONS
 from lpserve.study.tables import PointResults
 
-MOST_IN_MAP = 64
+MAX_POINTS_IN_MAP = 64
 """Points up to which the page shows how every two of them agree."""
 
 
@@ -70,10 +70,10 @@ def sweep_page(result: SweepResult, results: PointResults) -> str:
     )
 
 
-def _some(sizes: Sequence[int], most: int) -> list[int]:
-    """Sizes from the first to the last, no more than `most` of them."""
-    places = np.linspace(0, len(sizes) - 1, most).round().astype(int)
-    return list(sizes) if len(sizes) <= most else [sizes[place] for place in places]
+def _some(sizes: Sequence[int], count: int) -> list[int]:
+    """Sizes from the first to the last, no more than `count` of them."""
+    places = np.linspace(0, len(sizes) - 1, count).round().astype(int)
+    return list(sizes) if len(sizes) <= count else [sizes[place] for place in places]
 
 
 def _number(estimate: Estimate, form: str = "%.2f") -> tuple[str, str]:
@@ -124,7 +124,7 @@ def _dots(found: Sequence[Choice]) -> dict[str, Any]:
 def _map(answers: Sequence[PointAnswer], varied: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of Kendall's tau between every two points of a model, the points in table order."""
     models = {a.levels["model"] for a in answers}
-    if not 2 <= len(answers) <= MOST_IN_MAP or len(models) > 1:
+    if not 2 <= len(answers) <= MAX_POINTS_IN_MAP or len(models) > 1:
         return []
     return [
         {

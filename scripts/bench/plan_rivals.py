@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 from lpserve.masks import all_masks, paper_kept_counts
 from lpserve.rivals.accounting import Spent, within
 from lpserve.rivals.evopress import evolutionary
-from lpserve.rivals.paper import PAPER_DRAWS, PAPER_LEAST_DRAWS, paper
+from lpserve.rivals.paper import PAPER_DRAWS, PAPER_MIN_DRAWS, paper
 from lpserve.rivals.proposer import Ask, Proposer, SearchSetting, drive
 from lpserve.rivals.registry import RIVALS
 from lpserve.rounds.acquisition import HEAD_COST
@@ -202,7 +202,7 @@ def rival_rows(
 
 
 def _paper(arena: Arena, budget: int, seed: int) -> tuple[list[Ask], Spent]:
-    if budget < 1 + PAPER_LEAST_DRAWS + arena.max_removed:
+    if budget < 1 + PAPER_MIN_DRAWS + arena.max_removed:
         return [], Spent(arena.num_windows)
     proposer = paper(
         arena.game.num_players,
