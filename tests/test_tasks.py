@@ -549,7 +549,7 @@ def test_questions_are_known_by_themselves_and_not_by_how_wide_others_are(rng):
 
 
 def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):
-    from lpserve.study.study import study_of
+    from lpserve.study.parse import study_of
     from lpserve.study.sweep import sweep
 
     documents = made_documents(rng, lambda rng: int(rng.integers(2)))
@@ -807,8 +807,8 @@ def test_rivals_are_not_compared_on_tasks(small_model, tmp_path, capsys):
 
 
 def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
-    from lpserve.study.page import write_sweep
-    from lpserve.study.study import study_of
+    from lpserve.study.output import write_sweep
+    from lpserve.study.parse import study_of
     from lpserve.study.sweep import sweep
 
     values = values_of(
@@ -859,8 +859,9 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
 
 
 def test_a_study_may_hold_texts_beside_tasks_with_a_text_held_out(small_model, tmp_path):
-    from lpserve.study.study import study_of
-    from lpserve.study.sweep import all_windows, sweep
+    from lpserve.study.parse import study_of
+    from lpserve.study.sweep import sweep
+    from lpserve.study.windows import all_windows
 
     values = values_of(
         tmp_path,

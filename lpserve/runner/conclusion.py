@@ -11,7 +11,7 @@ from lpserve.analysis.analyse import analyse
 from lpserve.analysis.build_plan import Outcome, candidate_masks, make_plan
 from lpserve.analysis.record import RunRecord
 from lpserve.masks import from_keys, key_text, keys
-from lpserve.report.page import write_outputs
+from lpserve.report.files import write_outputs
 from lpserve.rounds.history import latest_scores
 from lpserve.runner.coordinator import RunLoop
 from lpserve.scoring.session import POLL_S

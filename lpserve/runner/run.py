@@ -74,8 +74,9 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         stack.callback(session.close)
         result = _at_work(config, folder, stored, (calibration, heldout), session, None, ())
         if tracking is not None:
-            plan, values = result.outcome.plan, result.outcome.analysis.values
-            log_finished_run(tracking, as_json(config), result.folder, plan, values, progress.note)
+            log_finished_run(
+                tracking, result.folder, result.outcome, config=as_json(config), log=progress.note
+            )
         return result
 
 
