@@ -95,7 +95,7 @@ def test_light_modules_load_no_heavy_library(name):
 
 
 def test_coordinator_is_imported_by_those_who_start_runs_alone():
-    users = {module_name(p) for p in MODULES if "lpserve.runner.coordinator" in imports(p)}
+    users = {module_name(p) for p in MODULES if "lpserve.runner.run" in imports(p)}
     assert users == {"cli.entry", "study.sweep", ""}
 
 

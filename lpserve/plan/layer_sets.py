@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from lpserve.errors import InputError
+from lpserve.errors import InputError, first_line
 from lpserve.masks import without
-from lpserve.plan.plan import Plan, load_plan
+from lpserve.model.players import players_from, removed_layers
+from lpserve.plan.plan import load_plan
 from lpserve.types import BoolArray
 
 DROP_WORDS = ("none", "attn", "mlp", "attn+mlp")
@@ -127,6 +128,8 @@ def _from_json(path: Path, num_players: int, model_hash: str | None) -> list[Lay
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if isinstance(data, dict) and "plans" in data:
         plan = load_plan(path)
+        players = players_from(plan.players)
+        removed_by = {e.num_removed: removed_layers(players, e.removed) for e in plan.plans}
         if plan.num_players != num_players:
             raise InputError(
                 f"{path} is a plan for a model of {plan.num_players} layers; this one has "
@@ -136,15 +139,9 @@ def _from_json(path: Path, num_players: int, model_hash: str | None) -> list[Lay
             raise InputError(
                 f"{path} is a plan for another model ({plan.model}), or for other weights of it"
             )
-        layers = _layers_of_players(plan, path)
         return [
-            layer_set(
-                f"plan -{entry.num_removed}",
-                [layers.get(player, player) for player in entry.removed],
-                num_players,
-                str(path),
-            )
-            for entry in plan.plans
+            layer_set(f"plan -{num_removed}", removed, num_players, str(path))
+            for num_removed, removed in removed_by.items()
         ]
     if isinstance(data, dict):
         return [
@@ -152,17 +149,6 @@ def _from_json(path: Path, num_players: int, model_hash: str | None) -> list[Lay
         ]
     rows = data if isinstance(data, list) and data and isinstance(data[0], list) else [data]
     return [layer_set(set_name(row), _as_list(row, path), num_players, str(path)) for row in rows]
-
-
-def _layers_of_players(plan: Plan, path: Path) -> dict[int, int]:
-    """Player index -> layer, from the plan's own table of players."""
-    for player in plan.players:
-        if player["part"] != "layer":
-            raise InputError(
-                f"{path}: player {player['index']} is the {player['part']} of layer "
-                f"{player['layer']}; only sets of layers can be read here"
-            )
-    return {player["index"]: player["layer"] for player in plan.players}
 
 
 def _as_list(value: Any, path: Path) -> list[Any]:
@@ -200,7 +186,7 @@ def _from_mergekit(text: str, num_players: int, source: str) -> LayerSet:
             models.add(str(only["model"]))
             kept.extend(range(int(low), int(high)))
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or ["?"])[0]
+        reason = first_line(error)
         raise InputError(
             f"{source} is no mergekit recipe of slices of one model each ({reason})"
         ) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError
-from lpserve.types import has_perplexity, is_task_utility
+from lpserve.utility import utility_named
 
 PLAN_FORMAT = 1
 
@@ -30,8 +30,8 @@ class Candidate:
     """The surrogate's prediction from all other scores."""
     heldout_ppl: float | None = None
     heldout_delta: float | None = None
-    """Held-out mean loss minus the chosen set's, in `types.loss_unit`; below 0 this set does better
-    there. NLLs are compared where the utility is not defined on the held-out windows."""
+    """Held-out mean loss minus the chosen set's, in `Utility.loss_unit`; below 0 this set does
+    better there. NLLs are compared where the utility is not defined on the held-out windows."""
     heldout_delta_stderr: float | None = None
     """Its standard error, paired over windows (questions)."""
     calibration_utility: float | None = None
@@ -102,13 +102,14 @@ class Plan:
 
     @property
     def tells_utility(self) -> bool:
-        """Whether utilities are shown instead of perplexities: the utility has no perplexity."""
-        return not has_perplexity(self.utility) and self.full_calibration_utility is not None
+        """Whether its figures are the utility's, since no perplexity says what that is."""
+        of_ppl = utility_named(self.utility).reports_perplexity
+        return not of_ppl and self.full_calibration_utility is not None
 
     @property
     def perplexity_of(self) -> str:
-        """Which perplexity is shown, where that is not the text's: a phrase, or empty."""
-        if not is_task_utility(self.utility):
+        """Whose perplexity it tells."""
+        if utility_named(self.utility).item == "window":
             return ""
         text = self.heldout_drawn == "windows"
         return "of right answers" + (" (held out: of the text)" if text else "")

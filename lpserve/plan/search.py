@@ -24,9 +24,6 @@ from lpserve.masks import add_one, all_masks, drop_one, keys, pack, sort_distinc
 from lpserve.surrogate import KernelSurrogate, Surrogate, acquisition_model, kernel_of
 from lpserve.types import BoolArray, FloatArray
 
-UTILITY = "ppl_ratio"
-"""The utility that sets are searched on. It is near 0 for all collapsed masks, whose large losses
-would otherwise dominate the fit."""
 MAX_EXHAUSTIVE = 20_000
 """Sizes with at most this many sets are searched exhaustively, larger ones by beam search over
 swaps."""

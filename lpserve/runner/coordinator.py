@@ -18,183 +18,39 @@ import json
 import os
 from collections import deque
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from lpserve.analysis.analyse import Outcome, analyse, candidate_masks, make_plan
 from lpserve.analysis.record import RunRecord
 from lpserve.config import RunConfig, as_json
-from lpserve.data.items import ItemSet, write_item_sets
-from lpserve.engine.base import check_extra_metrics
+from lpserve.data.items import ItemSet
 from lpserve.errors import LpserveError
-from lpserve.masks import from_keys, key_text, keys
-from lpserve.plan import search
-from lpserve.report.page import write_outputs
-from lpserve.report.tracking import Tracking, log_finished_run
-from lpserve.rounds.history import History, Round
+from lpserve.masks import key_text, keys
+from lpserve.rounds.history import CompletedRound, Round
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.screening import screen_rows
 from lpserve.runner.background import in_background
-from lpserve.runner.setup import (
-    check_model,
-    check_same_game,
-    check_same_windows,
+from lpserve.runner.manifest import (
     described,
-    item_sets_of,
-    round_settings,
+    write_windows_file,
 )
-from lpserve.scoring.dispatcher import GivenUp
-from lpserve.scoring.open import engine_spec, open_pool
-from lpserve.scoring.pool import EnginePool, UnitResult
-from lpserve.scoring.progress import Progress
-from lpserve.scoring.session import POLL_S, Scoring
-from lpserve.scoring.signals import Signals, trap_signals
-from lpserve.scoring.tracker import Request, ScoreTracker
+from lpserve.runner.setup import round_settings
+from lpserve.scoring.pool import UnitResult
+from lpserve.scoring.session import POLL_S, ScoringSession
+from lpserve.scoring.tracker import ScoreRequest, ScoreTracker
+from lpserve.scoring.units import GivenUp
 from lpserve.store.run_folder import RunFolder
-from lpserve.store.store import Store
 from lpserve.types import (
     BoolArray,
-    FloatArray,
     IntArray,
-    Work,
-    has_perplexity,
-    known_utilities,
-    loss_scale,
-    loss_weights,
-    metric_of,
     perplexity,
 )
+from lpserve.utility import utility_named
 
 _PROPOSAL_POLL_S = 0.01
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunResult:
-    """What a finished run leaves."""
-
-    folder: Path
-    outcome: Outcome
-    scores_new: int
-    """Scores of a mask on a window that engines gave; all others were in the store."""
-    work: Work
-    """What that took the engines."""
-
-
-def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
-    """Score masks within the budget, estimate values, choose and check a plan, write the folder.
-
-    The same config resumes an interrupted run and extends a finished one when the budget grew.
-
-    Raises:
-        InputError: something in the config, the model, the texts, the folder or the store cannot
-            be used; raised before a model loads, and nothing is left behind.
-        RunInterrupted: a signal stopped the run.
-        EngineError: no engine could start.
-    """
-    config = check_model(config)
-    calibration, heldout = item_sets_of(config)
-    if config.screen_windows:
-        screen_rows(calibration.corpora, config.screen_windows)  # refused before an engine starts
-    progress = progress or Progress(interval_s=config.progress_s)
-    tracking = Tracking(config.mlflow, config.experiment) if config.mlflow else None
-    with ExitStack() as stack:
-        folder = stack.enter_context(closing(RunFolder(config.out)))
-        stored = _same_run(folder, config, calibration, heldout)
-        signals = stack.enter_context(trap_signals())
-        store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
-        longest = max(calibration.windows.length, heldout.windows.length)
-        spec = engine_spec(config, stored, longest)
-        pool = open_pool(config, spec, calibration.windows, progress.note)
-        stack.callback(pool.close)
-        seat = Seat(store=store, pool=pool, signals=signals)
-        result = _at_work(config, folder, stored, (calibration, heldout), seat, progress, None, ())
-        if tracking is not None:
-            plan, values = result.outcome.plan, result.outcome.analysis.values
-            log_finished_run(tracking, as_json(config), result.folder, plan, values, progress.note)
-        return result
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
-    """What runs that follow one another share: an open store, engines, and signals to heed."""
-
-    store: Store
-    pool: EnginePool
-    signals: Signals
-
-
-def run_at(
-    config: RunConfig,
-    samples: tuple[ItemSet, ItemSet],
-    seat: Seat,
-    progress: Progress,
-    *,
-    masks_of: RunRecord | None = None,
-    extra_metrics: tuple[str, ...] = (),
-) -> RunResult:
-    """A run at engines that are open, on calibration and held-out samples that are cut.
-
-    Args:
-        config: with every default filled in (`admission.check_model`).
-        masks_of: another run of the same game whose windows hold these: its first `budget` masks
-            are read again and no other mask is scored, but for the held-out check.
-        extra_metrics: metrics that others will ask of the same masks: scored in the same pass.
-
-    Raises: as `run`.
-    """
-    with closing(RunFolder(config.out)) as folder:
-        stored = _same_run(folder, config, samples[0], None)
-        return _at_work(config, folder, stored, samples, seat, progress, masks_of, extra_metrics)
-
-
-def _same_run(
-    folder: RunFolder, config: RunConfig, calibration: ItemSet, heldout: ItemSet | None
-) -> dict[str, Any] | None:
-    """What an earlier run left in the folder, if it is this run's to go on with.
-
-    Without `heldout` whoever has opened the engines decides on held-out windows, store and device.
-    """
-    stored = folder.read_config()
-    if stored is not None:
-        folder.check_same_config(stored, as_json(config), () if heldout else ("store", "device"))
-        check_same_windows(folder, stored, calibration, heldout)
-    return stored
-
-
-def _at_work(
-    config: RunConfig,
-    folder: RunFolder,
-    stored: dict[str, Any] | None,
-    samples: tuple[ItemSet, ItemSet],
-    seat: Seat,
-    progress: Progress,
-    masks_of: RunRecord | None,
-    extra_metrics: tuple[str, ...],
-) -> RunResult:
-    if stored is not None:
-        check_same_game(folder, stored, seat.pool.info)
-    metric = metric_of(config.utility)
-    metrics = tuple(dict.fromkeys(m for m in (metric, *extra_metrics) if m != "nll"))
-    check_extra_metrics(seat.pool.info, metrics)  # before the folder is this run's
-    folder.begun = True
-    job = _Job(config, folder, seat, *samples, progress, metrics)
-    seat.signals.at_work = True
-    job.write_config(stored)
-    with progress, threadpool_limits(1, user_api="blas"):
-        if masks_of is None:
-            job.score_rounds()
-        else:
-            job.adopt(masks_of)
-        outcome = job.conclude()
-    return RunResult(
-        folder=folder.path, outcome=outcome, scores_new=job.scores_new, work=progress.state.work
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +58,7 @@ class _Asked:
     """A round that is being scored."""
 
     round: Round
-    requests: list[Request]
+    requests: list[ScoreRequest]
     """New masks, and promoted ones if there are any."""
 
     @property
@@ -218,66 +74,48 @@ class _Asked:
         }
 
 
-class _Job:
-    """One run at work."""
+class RunLoop:
+    """One run at work: rounds proposed, scored, and counted."""
 
     def __init__(
         self,
         config: RunConfig,
         folder: RunFolder,
-        seat: Seat,
+        session: ScoringSession,
         calibration: ItemSet,
         heldout: ItemSet,
-        progress: Progress,
         metrics: tuple[str, ...],
     ) -> None:
         """
         Args:
             metrics: scored beside the NLL.
         """
-        store, pool = seat.store, seat.pool
+        store, pool = session.store, session.pool
         self.config, self.folder, self.store, self.pool = config, folder, store, pool
-        self.calibration, self.heldout, self.progress = calibration, heldout, progress
+        self.calibration, self.heldout, self.progress = calibration, heldout, session.progress
         self.metrics = metrics
-        self.scoring = Scoring(store, pool, seat.signals, progress, config.grace_s)
-        self.dispatcher, self.game = self.scoring.dispatcher, self.scoring.game
+        self.info = pool.info
+        self.session, self.dispatcher, self.game = session, session.dispatcher, session.game
         screened = config.screen_windows
         self.screen = screen_rows(calibration.corpora, screened) if screened else None
-        self.board = self._board(calibration, self.screen)
+        self.board = self.make_board(calibration, self.screen)
         self.settings = round_settings(config, pool.info.num_players)
+        self.utility = utility_named(config.utility)
         self.planner = RoundPlanner(
-            self.settings,
-            lambda loss_MI: self.utility(config.utility, loss_MI),
-            None
-            if config.utility == search.UTILITY
-            else lambda loss_MI: self.utility(search.UTILITY, loss_MI),
-            None
-            if self.screen is None
-            else lambda loss_MI: self.utility(search.UTILITY, loss_MI, self.screen),
+            self.settings, self.utility, calibration.num_tokens_I, screen=self.screen
         )
-        self.weight_I = loss_weights(config.utility, calibration.num_tokens_I)
-        scale = loss_scale(config.utility, calibration.num_tokens_I)
-        self.search_weight_I = (self.weight_I * scale).astype(np.float64)
-        self.history = History()
-        """Losses, which decide."""
-        self.told = History()
-        """NLLs, which perplexities are told from; the same where the utility is `neg_nll`."""
-        self._full_loss_I: NDArray[np.float32] | None = None
-        self._ended, self._noise = "", 0.0
+        self.rounds: list[CompletedRound] = []
+        """Complete rounds, in order."""
+        self.adopted = ""
+        """Why no round was asked for, if the masks are those of another run."""
+        self.noise_loss = 0.0
+        """Noise of a mask's mean loss, root mean square."""
         self.scores_new = 0
 
-    def _board(self, sample: ItemSet, screen: IntArray | None) -> ScoreTracker:
+    def make_board(self, sample: ItemSet, screen: IntArray | None) -> ScoreTracker:
         rows = None if screen is None else sample.window_rows(screen)
         where = (self.store, self.game, sample.windows, self.dispatcher)
         return ScoreTracker(*where, screen=rows, extra_metrics=self.metrics)
-
-    def utility(
-        self, name: str, loss_MI: NDArray[np.float32], units: IntArray | None = None
-    ) -> FloatArray:
-        """See `types.known_utilities`."""
-        assert self._full_loss_I is not None
-        weight_I = self.weight_I if name == self.config.utility else self.search_weight_I
-        return known_utilities(name, loss_MI, weight_I, self._full_loss_I, units)
 
     # -- scoring -------------------------------------------------------------------------------
 
@@ -288,9 +126,9 @@ class _Job:
         proposal: Future[Round] | None = None
         next_round, asked, exhausted = 0, 0, False
         while pending or not exhausted:
-            due = not exhausted and next_round <= len(self.history.masks) + 1
+            due = not exhausted and next_round <= len(self.rounds) + 1
             if due and proposal is None:
-                proposal = in_background(self.planner.propose, next_round, self.history)
+                proposal = in_background(self.planner.propose, next_round, tuple(self.rounds))
             if proposal is not None and proposal.done():
                 found = proposal.result().first(self.config.budget - asked)
                 proposal = None
@@ -303,67 +141,66 @@ class _Job:
                         round=next_round,
                         masks=len(found),
                         asked=asked,
-                        screened=int((~found.whole_M).sum()),
-                        promoted=len(found.promoted_QP),
+                        screened=int((~found.full_M).sum()),
+                        promoted=len(found.promoted_MP),
                     )
                     next_round += 1
             elif proposal is not None and self.dispatcher.idle:
                 wait([proposal], POLL_S)
             else:
-                self._drain(POLL_S if proposal is None else _PROPOSAL_POLL_S)
+                self.drain(POLL_S if proposal is None else _PROPOSAL_POLL_S)
             self._complete(pending)
-            self._check_signals()
+            self.check_signals()
         self._settle(pending)
         self.progress.state.total = self.progress.state.done
 
     def _settle(self, pending: deque[_Asked]) -> None:
         """Promotions that are still due once no new mask is asked for."""
-        while len((found := self.planner.settle(self.history)).promoted_QP):
+        while len((found := self.planner.settle(self.rounds)).promoted_MP):
             pending.append(self._ask(found))
-            self.folder.event("round", promoted=len(found.promoted_QP))
+            self.folder.event("round", promoted=len(found.promoted_MP))
             while pending:
-                self._drain(POLL_S)
+                self.drain(POLL_S)
                 self._complete(pending)
-                self._check_signals()
+                self.check_signals()
 
     def _ask(self, asked: Round) -> _Asked:
-        requests = [self.board.request(asked.masks_MP, asked.whole_M)]
-        if len(asked.promoted_QP):
-            requests.append(self.board.request(asked.promoted_QP, again=True))
+        requests = [self.board.request(asked.masks_MP, asked.full_M)]
+        if len(asked.promoted_MP):
+            requests.append(self.board.request(asked.promoted_MP, promoted=True))
         return _Asked(asked, requests)
 
     def _complete(self, pending: deque[_Asked]) -> None:
-        """Move rounds that are complete, in order, to the history."""
+        """Move rounds that are complete, in order, to `rounds`."""
         while pending and pending[0].complete:
             asked = pending.popleft()
             self._take(asked.round.all_masks, asked.values)
-            self._show_best(asked.round.all_masks, self.told.loss[-1])
-        self._show()
+            self._show_best(self.rounds[-1])
+        self.show()
 
     def _take(self, masks_MP: BoolArray, values: dict[str, NDArray[np.float32]]) -> None:
-        """Masks and their sums `[M, N]` into the history; the first of all is the whole model."""
-        nll_MI = self.calibration.told(values)
-        loss_MI = self.calibration.losses(self.config.utility, values)
-        if self._full_loss_I is None:
-            self._full_loss_I = loss_MI[0]
-            of_nll, utility = self.pool.info.noise_nll, self.config.utility
-            self._noise = self.calibration.noise(utility, of_nll, values["nll"][0])
+        """Add a complete round, from its sums `[M, N]`; the first mask of all is the full model."""
+        nll_MI = self.calibration.ppl_nll(values)
+        loss_MI = nll_MI
+        if not self.utility.reports_perplexity:
+            loss_MI = self.calibration.losses(self.utility, values)
+        if not self.rounds:
+            of_nll = self.pool.info.noise_nll
+            self.noise_loss = self.calibration.noise(self.utility, of_nll, values["nll"][0])
             if not np.isfinite([nll_MI[0], loss_MI[0]]).all():
                 what = "the whole model's own score is not finite"
                 raise LpserveError(f"{what}: check the model and the dtype")
-        # the planner reads rounds by the number of mask arrays: losses come first
-        for history, values_MI in ((self.told, nll_MI), (self.history, loss_MI)):
-            history.loss.append(values_MI)
-            history.masks.append(masks_MP)
+        self.rounds.append(CompletedRound(masks_MP, nll_MI, loss_MI))
 
     def adopt(self, other: RunRecord) -> None:
         """Take the first `budget` masks of another run, with their scores on these windows.
 
-        Greedy steps that the other passed by are not: what was hopeless there may be best here.
+        Greedy steps that the other run pruned are not taken over: a set that could not be the best
+        there may be the best here.
         """
         asked = other.masks_MP[: self.config.budget]
         # perhaps on some windows; of questions, perhaps on those of wrong answers
-        given_up_M = np.isnan(other.nll_MN + other.loss_MN)[: len(asked)].any(axis=1)
+        given_up_M = np.isnan(other.nll_MI + other.loss_MI)[: len(asked)].any(axis=1)
         values, windows = {}, self.calibration.windows
         for metric in ("nll", *self.metrics):
             values[metric], known_MN = self.store.get(self.game, windows, asked, metric)
@@ -373,11 +210,11 @@ class _Job:
                 )
         self._take(asked, values)
         self.planner.sources.update(zip(keys(asked), other.sources, strict=False))
-        self._ended = f"the {len(asked)} masks are those of another run"
+        self.adopted = f"the {len(asked)} masks are those of another run"
         self.folder.event("masks read again", masks=len(asked))
 
-    def _drain(self, timeout_s: float) -> None:
-        self.scoring.drain(timeout_s, self.accept)
+    def drain(self, timeout_s: float) -> None:
+        self.session.drain(timeout_s, self.accept)
 
     def accept(self, result: UnitResult | GivenUp) -> None:
         self.board.accept(result)
@@ -389,8 +226,8 @@ class _Job:
             self.scores_new += result.scores.nll_MN.size
             self.progress.state.work += result.scores.work
 
-    def _check_signals(self) -> None:
-        self.scoring.check_signals(self.accept, self._interrupted)
+    def check_signals(self) -> None:
+        self.session.check_signals(self.accept, self._interrupted)
 
     def _interrupted(self) -> int:
         self.folder.event("interrupted", scored=self.board.scored)
@@ -398,95 +235,27 @@ class _Job:
 
     # -- progress ------------------------------------------------------------------------------
 
-    def _show(self) -> None:
+    def show(self) -> None:
         state = self.progress.state
         state.done = self.board.scored
         state.reused = self.board.reused
         state.quarantined = len(self.board.quarantined)
-        heldout = getattr(self.planner.surrogate, "heldout", None)
-        if heldout is not None:
-            state.surrogate = self.planner.surrogate.name
+        surrogate = self.planner.model.surrogate
+        heldout = getattr(surrogate, "heldout", None)
+        if surrogate is not None and heldout is not None:
+            state.surrogate = surrogate.name
             state.heldout_r2, state.heldout_spearman = heldout.r2, heldout.spearman
         if self.progress.update():
             self.pool.publish(state)
 
-    def _show_best(self, masks_MP: BoolArray, nll_MI: NDArray[np.float32]) -> None:
-        removed_M = (~masks_MP).sum(axis=1)
+    def _show_best(self, done: CompletedRound) -> None:
+        removed_M = (~done.masks_MP).sum(axis=1)
         total = self.calibration.num_tokens_I.sum()
-        ppl_M = perplexity(nll_MI.astype(np.float64).sum(axis=1) / total)
+        ppl_M = perplexity(done.nll_MI.astype(np.float64).sum(axis=1) / total)
         best = self.progress.state.best
         for removed, ppl in zip(removed_M.tolist(), ppl_M.tolist(), strict=True):
             if 1 <= removed <= self.settings.max_removed and ppl < best.get(removed, np.inf):
                 best[removed] = ppl
-
-    # -- conclusion ----------------------------------------------------------------------------
-
-    def conclude(self) -> Outcome:
-        """Values, plan, held-out check of the candidates; writes every file of the folder."""
-        scored = self._scored_run()
-        analysis = analyse(scored)
-        wanted = candidate_masks(scored, analysis)
-        calibration, self.board = self.board, self._board(self.heldout, None)
-        self.progress.begin("held-out", len(wanted))
-        request = self.board.request(wanted)
-        while not request.complete:
-            self._drain(POLL_S)
-            self._show()
-            self._check_signals()
-        self._show()
-        scored = replace(
-            scored,
-            heldout_masks_MP=wanted,
-            heldout_nll_MN=self.heldout.told(request.values),
-            heldout_loss_MN=self.heldout.other_losses(self.config.utility, request.values),
-        )
-        outcome = Outcome(
-            scored=scored,
-            analysis=analysis,
-            plan=make_plan(scored, analysis),
-            quarantined={
-                key_text(k, self.settings.num_players): reason
-                for k, reason in {**calibration.quarantined, **self.board.quarantined}.items()
-            },
-        )
-        write_outputs(self.folder, outcome, config_json=self.described)
-        self.folder.event("finished", masks_scored=outcome.plan.masks_scored)
-        return outcome
-
-    def _scored_run(self) -> RunRecord:
-        masks_MP, loss_MI = self.history.upto(len(self.history.masks))
-        _, nll_MI = self.told.upto(len(self.history.masks))
-        info, config = self.pool.info, self.config
-        return RunRecord(
-            model=info.model,
-            model_hash=info.model_hash,
-            players=info.players,
-            utility=config.utility,
-            surrogate=config.surrogate,
-            sizes=self.settings.sizes,
-            max_removed=self.settings.max_removed,
-            seed=config.seed,
-            noise_nll=self._noise,
-            masks_MP=masks_MP,
-            nll_MN=nll_MI,
-            other_loss_MN=None if has_perplexity(config.utility) else loss_MI,
-            num_tokens_N=self.calibration.num_tokens_I,
-            corpora=self.calibration.corpora,
-            sources=tuple(self.planner.sources[key] for key in keys(masks_MP)),
-            passed_by_MP=from_keys(sorted(self.planner.passed_by), info.num_players),
-            stopped=self._why_ended(len(masks_MP)),
-            screen=() if self.screen is None else tuple(self.screen.tolist()),
-            heldout_masks_MP=masks_MP[:0],
-            heldout_nll_MN=np.empty((0, self.heldout.num_items), dtype=np.float32),
-            heldout_num_tokens_N=self.heldout.num_tokens_I,
-        )
-
-    def _why_ended(self, num_masks: int) -> str:
-        if self._ended:
-            return self._ended
-        if num_masks >= self.config.budget:
-            return f"the budget of {self.config.budget} masks is spent"
-        return self.planner.stopped or "every mask that plan and values can use is scored"
 
     def write_config(self, stored: dict[str, Any] | None) -> None:
         """config.json and windows.npz: everything needed to repeat the run."""
@@ -496,5 +265,5 @@ class _Job:
         self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
         path = self.folder.path / "windows.npz"
         if not path.exists() or (stored or {}).get("windows") != self.described["windows"]:
-            write_item_sets(path, self.calibration, self.heldout)
+            write_windows_file(path, self.calibration, self.heldout)
         self.folder.event("started", config=as_json(self.config), pid=os.getpid())

@@ -1,36 +1,36 @@
-"""Pools: many engines behind one queue. `EnginePool` is the contract; `LocalPool` runs one engine
-in this process on a thread of its own, so that the coordinator goes on meanwhile.
+"""The contract of a pool of engines, and the units of work that go through it.
 
-Which unit goes to whom, and what follows when one fails, is the dispatcher's.
+`lpserve.scoring.local` and `lpserve.scoring.ray.pool` implement it. A pool hands units to the
+engines named by its caller and reports what became of them; the dispatcher decides which unit goes
+to which engine, and what follows when one fails.
 
 Notation: M masks, P players, N windows.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine import build_engine
 from lpserve.engine.base import Engine
-from lpserve.errors import EngineError
 from lpserve.scoring.progress import RunState
-from lpserve.store.store import WindowBlock
-from lpserve.types import BoolArray, EngineInfo, EngineSpec, Scores
+from lpserve.store.blocks import WindowBlock
+from lpserve.types import BoolArray, EngineInfo, Scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WorkUnit:
-    """Masks to score on the windows of a block, or one mask on some of them. Known by identity."""
+    """Masks to score on the windows of a block, or one mask on some of its windows.
+
+    Two units are the same only if they are the same object.
+    """
 
     masks_MP: BoolArray
+    """bool [M, P]; True: the player is kept."""
     block: WindowBlock
     windows: str
     """Hash under which the engines know the windows."""
@@ -44,37 +44,23 @@ class UnitResult:
 
     unit: WorkUnit
     scores: Scores | None
+    """None where it ended with an error."""
     engine: str
     error: str | None = None
+    """One line."""
     blamed: bool = True
-    """Whether the unit may be the cause of the error: not when its turn had not come, or when a
-    node left."""
+    """Whether the unit may have caused the error. False where the engine had not begun with it, or
+    a node left."""
     lost: bool = False
     """Whether the engine was lost while it worked on the unit."""
 
 
-def pinned(spec: EngineSpec, settings: Mapping[str, Any]) -> EngineSpec:
-    """A spec with the path, micro-batch and memory settings that an engine of it resolved: what
-    every engine of a run uses, and a resumed run again."""
-    options = dict(spec.options)
-    if "state_budget_bytes" in settings:
-        options["state_budget_mb"] = settings["state_budget_bytes"] / 2**20
-    if settings.get("pack_states"):
-        options["micro_batch_tokens"] = settings["micro_batch_tokens"]
-    if "path" in settings:  # half precision: scores of two paths do not mix
-        options["path"] = settings["path"]
-    return replace(spec, options=options)
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line: its type and the first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def still_works(engine: Engine, windows: str) -> bool:
-    """Whether an engine that just raised can score the whole model: after some errors (a device's,
-    a lost worker's) nothing works any more, and no mask is to blame."""
+    """Whether an engine that just raised can score the full model.
+
+    After some errors (of a device, of a lost worker) an engine scores nothing any more, and no mask
+    is to blame.
+    """
     try:
         engine.score(np.ones((1, engine.info.num_players), dtype=bool), windows)
     except Exception:
@@ -83,9 +69,13 @@ def still_works(engine: Engine, windows: str) -> bool:
 
 
 class EnginePool(Protocol):
-    """Engines behind one queue."""
+    """Several engines of one game behind one queue of results.
+
+    Called from one thread only. `submit` never blocks; results come in any order.
+    """
 
     info: EngineInfo
+    """What the engines have in common."""
 
     @property
     def engines(self) -> Mapping[str, str]:
@@ -98,16 +88,17 @@ class EnginePool(Protocol):
         ...
 
     def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
-        """Hand a unit to an engine; it comes back from `next` once. Units of an engine are scored
-        in the order of their coming.
+        """Hand a unit to an engine; it comes back from `next` exactly once.
+
+        An engine scores its units in the order in which they were submitted.
 
         Args:
-            expected_s: how long it should take; None: not known.
+            expected_s: seconds that it should take; None: not known.
         """
         ...
 
     def cancel(self, unit: WorkUnit, engine: str) -> None:
-        """Have a unit come back without being scored, if it waits behind another."""
+        """Have a unit come back without scores if its engine has not begun with it."""
         ...
 
     def next(self, timeout_s: float) -> UnitResult | None:
@@ -115,79 +106,9 @@ class EnginePool(Protocol):
         ...
 
     def publish(self, state: RunState) -> None:
-        """Show a run's figures to whoever watches the pool."""
+        """Publish a run's figures, where the pool has a place for them."""
         ...
 
-    def close(self) -> None: ...
-
-
-class LocalPool:
-    """One engine in this process. An engine that cannot start raises its own error here; one that
-    stops working ends the run, since it cannot be replaced.
-    """
-
-    engines = MappingProxyType({"local": "local"})
-
-    def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
-        self._engine = build_engine(spec, windows)
-        self.info = self._engine.info
-        self._todo: queue.SimpleQueue[WorkUnit | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[UnitResult | EngineError] = queue.SimpleQueue()
-        self._busy = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="lpserve-engine", daemon=True)
-        self._thread.start()
-
-    def register(self, windows: TokenWindows) -> str:
-        with self._busy:
-            return self._engine.register(windows)
-
-    def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
-        self._todo.put(unit)
-
-    def cancel(self, unit: WorkUnit, engine: str) -> None:
-        """Nobody else would score it."""
-
-    def next(self, timeout_s: float) -> UnitResult | None:
-        try:
-            result = self._done.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        if isinstance(result, EngineError):
-            raise result
-        return result
-
-    def with_engine(self, call: Callable[[Engine], Any]) -> Any:
-        """Call something on the engine itself, while it scores nothing."""
-        with self._busy:
-            return call(self._engine)
-
-    def publish(self, state: RunState) -> None:
-        """The progress line is all there is."""
-
-    def close(self, timeout_s: float = 1.0) -> None:
-        """Stop after the unit in hand, waiting for it at most `timeout_s`; the thread dies with
-        the process."""
-        self._todo.put(None)
-        self._thread.join(timeout_s)
-        if not self._thread.is_alive():
-            self._engine.close()
-
-    def _work(self) -> None:
-        while (unit := self._todo.get()) is not None:
-            with self._busy:
-                self._done.put(self._scored(unit))
-
-    def _score(self, unit: WorkUnit) -> Scores:
-        return self._engine.score(unit.masks_MP, unit.windows, unit.extra_metrics)
-
-    def _scored(self, unit: WorkUnit) -> UnitResult | EngineError:
-        result = UnitResult(unit=unit, scores=None, engine="local")
-        try:
-            return replace(result, scores=self._score(unit))
-        except Exception as error:  # the failure policy is the dispatcher's
-            reason = first_line(error)
-        if still_works(self._engine, unit.windows):
-            return replace(result, error=reason)
-        return EngineError(
-            f"the engine stopped working: {reason}; scores are kept: give the same command again"
-        )
+    def close(self) -> None:
+        """Stop the engines; units in flight are dropped."""
+        ...

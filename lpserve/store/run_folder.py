@@ -1,23 +1,22 @@
-"""A run's folder: its lock, its config, atomic files and the event journal.
+"""A run's folder: its lock, its config, its files and the event journal.
 
 A folder belongs to one config; only the keys in `config.CHANGEABLE` may differ when it is resumed.
-A folder that this process made is removed again when the run never gets to start; not on a path
-that other hosts share, where another's run may have begun in it.
+A folder that this process made is removed again if the run never starts, except on a path that
+other hosts share, where another host's run may have started in it.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lpserve.config import CHANGEABLE
-from lpserve.errors import DiskFullError, InputError
+from lpserve.errors import InputError
+from lpserve.store.files import space_checked, write_text
 from lpserve.store.filesystem import is_shared
 from lpserve.store.lock import PathLock
 
@@ -41,7 +40,7 @@ class RunFolder:
             raise InputError(f"run folder {self.path} cannot be made: {error.strerror}") from None
         self._made = self._made and not is_shared(self.path)
         self.begun = False
-        """Whether the run got to start: its folder then stays."""
+        """Whether the run has started: its folder then stays."""
         self._lock = PathLock(self.path / "run", holder=f"a run in {self.path}")
 
     def read_config(self) -> dict[str, Any] | None:
@@ -60,22 +59,26 @@ class RunFolder:
         return stored
 
     def check_same_config(
-        self, stored: dict[str, Any], config: dict[str, Any], but: Collection[str] = ()
+        self, stored: dict[str, Any], config: dict[str, Any], ignore: Collection[str] = ()
     ) -> None:
-        """Raise InputError where a config differs from the folder's in a key that must not; those
-        of `but` may."""
+        """Raise InputError where a config differs from the folder's in a key that must not change.
+
+        Args:
+            stored: what `read_config` found.
+            ignore: keys that may differ, besides `config.CHANGEABLE`.
+        """
         old = stored["config"]
         for key in sorted(set(old) | set(config)):
-            if key not in (*CHANGEABLE, "out", *but) and old.get(key) != config.get(key):
+            if key not in (*CHANGEABLE, "out", *ignore) and old.get(key) != config.get(key):
                 raise InputError(
                     f"run folder {self.path} belongs to another run: {key} was {old.get(key)!r}, "
                     f"is {config.get(key)!r}; choose another --out, or give the same {key}"
                 )
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file whole or not at all."""
+        """Write a text file into the folder, completely or not at all."""
         path = self.path / name
-        write_whole(path, text)
+        write_text(path, text)
         return path
 
     def event(self, kind: str, **details: Any) -> None:
@@ -99,28 +102,3 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; raises DiskFullError, InputError."""
-    with space_checked(path):
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-
-@contextmanager
-def space_checked(path: Path) -> Iterator[None]:
-    """Turn errors of writing `path` into ours: DiskFullError, InputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(
-                f"no space to write {path}; scores are kept: free space and give the same command "
-                "again"
-            ) from None
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,33 +1,35 @@
-"""Scores as a table, out of a store and back into one: Parquet or CSV, by the file's suffix.
+"""Scores as a table, exported from a store or imported into one: Parquet or CSV, by suffix.
 
 One row for each (game, mask, window), complete in itself, so that any table tool can read it::
 
     game    model   numerics  players            mask  window  num_tokens  metric  nll
     9f3a..  1c07..  float32   [[0, "layer"], ..  1011  77b0..  511         nll     1843.2206
 
-`mask` is player 0 first, 1 = kept; `nll` is the stored float32, NaN and inf included. Both ways
-stream. Where blocks overlap, the score the store answers with is written; quarantine is left out.
+`mask` has player 0 first, 1 = kept; `nll` is the stored float32, NaN and infinity included. Export
+and import both stream. Where blocks overlap, the score that the store answers with is exported;
+masks in quarantine are left out.
 
 Knows pyarrow and the store, no run and no engine.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
-from lpserve.errors import DiskFullError, InputError
+from lpserve.errors import InputError, first_line
 from lpserve.masks import from_keys
-from lpserve.store.store import Store, StoredScores, StoredWindows
+from lpserve.store.blocks import StoredWindows
+from lpserve.store.files import write_whole
+from lpserve.store.store import Store, StoredScores
 from lpserve.types import Game, Player
 
 SCHEMA = pa.schema(
@@ -39,40 +41,33 @@ _Group = tuple[Game, str, tuple[tuple[str, int], ...]]  # game, metric, (window,
 
 
 def export_scores(store: Store, path: str | Path) -> int:
-    """Write every score of a store; returns the number of rows. The file is whole or not there.
+    """Write every score of a store, completely or not at all; returns the number of rows.
 
     Raises:
         InputError: a suffix other than .parquet and .csv, or the file cannot be written.
         DiskFullError: no space.
     """
     path = _checked(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     games, rows = store.games(), 0
-    try:
-        with temporary.open("wb") as file:
-            make = csv.CSVWriter if path.suffix == ".csv" else parquet.ParquetWriter
-            with make(file, SCHEMA) as writer:
-                for scores in store.read_all():
-                    batch = _table_rows(games[scores.game], scores)
-                    writer.write_batch(batch)
-                    rows += batch.num_rows
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(f"no space to write {path}; free space and export again") from None
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def write(file: BinaryIO) -> None:
+        nonlocal rows
+        make = csv.CSVWriter if path.suffix == ".csv" else parquet.ParquetWriter
+        with make(file, SCHEMA) as writer:
+            for scores in store.read_all():
+                batch = _table_rows(games[scores.game], scores)
+                writer.write_batch(batch)
+                rows += batch.num_rows
+
+    write_whole(path, write, advice="free space and export again")
     return rows
 
 
 def import_scores(store: Store, path: str | Path) -> int:
-    """Add a table's scores to a store; returns how many (block, mask) scores were new.
+    """Add a table's scores to a store; returns how many (block, mask) rows were new.
 
-    What the store holds already stays as it is. The rows of a mask that follow each other become
-    blocks; in a table that was sorted by window these are single windows, correct but slow.
+    Scores that the store holds already stay as they are. Consecutive rows of a mask become a block;
+    in a table that was sorted by window each block is a single window: correct but slow.
 
     Raises:
         InputError: not such a table; nothing of it is added.
@@ -182,7 +177,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
                 raise InputError(f"{path} has empty cells in column {', '.join(empty)}")
             yield batch
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _open_csv(path: Path) -> tuple[list[str], Iterator[pa.RecordBatch]]:

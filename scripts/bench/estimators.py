@@ -51,9 +51,9 @@ from lpserve.masks import (
     paper_kept_counts,
     trie_layer_forwards,
 )
-from lpserve.rivals.baselines import PAPER_COALITIONS, PAPER_DRAWS, paper_draws
+from lpserve.rivals.paper import PAPER_COALITIONS, PAPER_DRAWS, paper_draws
 from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, select_for_values
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.surrogate import QUICK_TUNING_MASKS, AutoSurrogate, PaperSurrogate
 from lpserve.types import UTILITIES, Z90, BoolArray, FloatArray, utilities
 from lpserve.values.exact import exact_values

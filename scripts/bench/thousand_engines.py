@@ -38,11 +38,12 @@ from coordinator import NUM_PLAYERS, REQUEST, distinct_masks
 from probes import publish
 
 from lpserve.data.windows import TokenWindows
-from lpserve.scoring.dispatcher import Dispatcher, GivenUp
+from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.pool import UnitResult, WorkUnit
 from lpserve.scoring.progress import RunState
-from lpserve.scoring.ray.pool import DEADLINE_FACTOR, LEAST_DEADLINE_S
-from lpserve.store.store import WindowBlock
+from lpserve.scoring.ray.fleet import DEADLINE_FACTOR, MIN_DEADLINE_S
+from lpserve.scoring.units import GivenUp
+from lpserve.store.blocks import WindowBlock
 from lpserve.types import BoolArray, EngineInfo, Scores, Work
 
 TARGET = 0.95
@@ -224,7 +225,7 @@ class SimulatedPool:
         for engine in self._all.values():
             if engine.hangs:
                 task = engine.tasks[0]
-                allowed_s = max(LEAST_DEADLINE_S, DEADLINE_FACTOR * (task.expected_s or 0.0))
+                allowed_s = max(MIN_DEADLINE_S, DEADLINE_FACTOR * (task.expected_s or 0.0))
                 if self.now - task.started > allowed_s:
                     self._lose(engine)
 

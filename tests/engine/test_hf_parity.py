@@ -44,13 +44,6 @@ def some_windows(rng: np.random.Generator, num: int = 3, length: int = 40, *, ra
     return lpserve.TokenWindows.from_tokens(tokens, scored)
 
 
-def without_padding_token(windows: lpserve.TokenWindows) -> lpserve.TokenWindows:
-    """The same, token 1 replaced: transformers makes the padding token's embedding zero, and a zero
-    state has no direction and no first choice."""
-    tokens_NT = np.where(windows.tokens_NT == 1, 2, windows.tokens_NT)
-    return lpserve.TokenWindows.from_tokens(tokens_NT, windows.scored_NT)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_skipping_layers_equals_deleting_them(family, model_dir, rng):
     path = model_dir(family)

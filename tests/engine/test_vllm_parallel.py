@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.engine.test_hf_parity import NUM_LAYERS, edge_masks, some_windows, without_padding_token
+from tests.engine.test_hf_parity import NUM_LAYERS, edge_masks, some_windows
 from tests.engine.test_metrics import by_hand
 from tests.reference import reference_model, relative, window_nll, with_layers_deleted
 
@@ -81,7 +81,7 @@ def run(folder, windows, masks, tmp_path, dtype: str = "float32", **options):
     ids=str,
 )
 def test_two_ranks_equal_deleting_layers_on_both_paths(family, options, model_dir, tmp_path, rng):
-    folder, windows = model_dir(family), without_padding_token(some_windows(rng))
+    folder, windows = model_dir(family), some_windows(rng)
     masks = np.concatenate([edge_masks(), rng.random((6, NUM_LAYERS)) < 0.6])
     half = NUM_LAYERS // 2
     masks = np.concatenate([masks, [np.arange(NUM_LAYERS) < half, np.arange(NUM_LAYERS) >= half]])
