@@ -60,7 +60,7 @@ def test_figures_show_values_and_intervals(rng):
 
 
 def test_figures_show_a_plan_without_held_out_windows(tmp_path):
-    from tests.test_evaluate import plan_of_another_model
+    from tests.evaluation.test_evaluate import plan_of_another_model
 
     path = tmp_path / "plan.json"
     path.write_text(plan_of_another_model())

@@ -1,0 +1,132 @@
+"""Metrics beside the NLL, against transformers with the layers deleted and plain arithmetic.
+
+Tolerance: 1e-5 relative for divergences, as for the NLL (float32 sums of some hundred terms;
+divergences here are of the same size). Misses are counts: equal, but where the two highest logits
+are within rounding of each other (1e-5; of random models, less than one target in a hundred).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+import lpserve
+from lpserve.engine.head import WholeVocabulary
+from lpserve.errors import InputError
+from lpserve.types import check_metric, top_of
+from tests.engine.hf.test_engine import NUM_LAYERS, edge_masks, some_windows, without_padding_token
+from tests.reference import reference_model, relative, with_layers_deleted
+
+TOLERANCE = 1e-5
+TOP = 5
+
+
+def logits_of(model, windows):
+    """float64 logits [N, T - 1, V] that predict tokens 1..T-1."""
+    tokens = torch.from_numpy(windows.tokens_NT).long()
+    with torch.inference_mode():
+        return model(input_ids=tokens, use_cache=False).logits[:, :-1].double()
+
+
+def by_hand(folder, masks, windows):
+    """Metric -> [M, N], one mask at a time from whole logits."""
+    model = reference_model(folder)
+    log_p = logits_of(model, windows).log_softmax(-1)
+    scored = torch.from_numpy(windows.scored_NT[:, 1:])
+    targets = torch.from_numpy(windows.tokens_NT[:, 1:]).long()
+    found = {"misses": [], "kl": [], f"kl_top{TOP}": [], "close": []}
+    for mask in masks:
+        logits = logits_of(with_layers_deleted(model, mask), windows)
+        two = logits.topk(2, dim=-1).values
+        close = two[..., 0] - two[..., 1] < 1e-5
+        log_q = logits.log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        top, ids = log_p.topk(TOP, dim=-1)
+        rest_p, rest_q = 1 - top.exp().sum(-1), 1 - log_q.gather(-1, ids).exp().sum(-1)
+        lumped = (top.exp() * (top - log_q.gather(-1, ids))).sum(-1)
+        lumped += rest_p * (rest_p / rest_q).log()
+        assert (lumped <= kl + 1e-9).all()
+        missed = logits.argmax(-1) != targets
+        for name, values in zip(found, (missed, kl, lumped, close), strict=True):
+            found[name].append((values * scored).sum(1).numpy())
+    arrays = {name: np.array(rows, dtype=np.float64) for name, rows in found.items()}
+    close_MN = arrays.pop("close")
+    assert close_MN.sum() < 0.01 * len(masks) * int(scored.sum())
+    return arrays, close_MN
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_metrics_equal_those_of_the_model_without_the_layers(family, pack, model_dir, rng):
+    folder, windows = model_dir(family), without_padding_token(some_windows(rng, num=4))
+    masks = np.concatenate([edge_masks(), rng.random((6, NUM_LAYERS)) < 0.6])
+    expected, close_MN = by_hand(folder, masks, windows)
+    options: dict[str, Any] = {"micro_batch_tokens": 500} if pack else {}
+    with lpserve.open_engine(folder, windows, **options) as engine:
+        scores = engine.score(masks, extra_metrics=tuple(expected))
+        plain = engine.score(masks)
+    assert relative(scores.nll_MN, plain.nll_MN) < TOLERANCE
+    assert (np.abs(scores.of("misses") - expected["misses"]) <= close_MN).all()
+    # the whole model from itself: two roundings of the same log-probabilities, 1e-6 a target
+    assert (np.abs(scores.of("kl")[0]) < 1e-6 * windows.num_tokens_N).all()
+    for name in ("kl", f"kl_top{TOP}"):
+        got, wanted = scores.of(name)[1:], expected[name][1:]
+        assert np.abs(got - wanted).max() < TOLERANCE * wanted.max()
+        assert wanted[~masks[1:].all(axis=1)].min() > 1e-2
+
+
+def test_targets_are_worked_on_in_chunks_of_bounded_memory(model_dir, rng):
+    folder, windows = model_dir("llama"), some_windows(rng)
+    masks = rng.random((4, NUM_LAYERS)) < 0.6
+    largest = []
+    with lpserve.open_engine(folder, windows) as engine:
+        extra_metrics = ("kl", f"kl_top{TOP}")
+        whole = engine.score(masks, extra_metrics=extra_metrics)
+        head = cast("Any", engine)._scorer.stack._reducer
+        head._chunk_bytes = 97 * 8 * 5 * 7  # seven targets of one mask with their divergences
+        original = head._vocabulary.logits
+        head._vocabulary = WholeVocabulary(lambda rows: largest.append(len(rows)) or original(rows))
+        chunked = engine.score(masks, extra_metrics=extra_metrics)
+    assert max(largest) == 7
+    for name in ("nll", *extra_metrics):  # a divergence of the whole model from itself is 0
+        difference = np.abs(chunked.of(name) - whole.of(name)).max()
+        assert difference < TOLERANCE * max(1.0, whole.of(name).max())
+
+
+@pytest.mark.parametrize("path", ["scoring", "requests"])
+def test_vllm_gives_the_same_metrics(path, model_dir, rng):
+    folder, windows = model_dir("llama"), without_padding_token(some_windows(rng))
+    masks = np.concatenate([edge_masks(), rng.random((4, NUM_LAYERS)) < 0.6])
+    expected, close_MN = by_hand(folder, masks, windows)
+    with lpserve.open_engine(folder, windows, kind="vllm", path=path) as engine:
+        assert set(engine.info.metrics) == {"nll", "misses", *(["kl"] * (path == "scoring"))}
+        if path == "requests":
+            with pytest.raises(InputError, match="'kl' cannot be had from engine vllm"):
+                engine.score(masks, extra_metrics=("kl",))
+            misses = engine.score(masks, extra_metrics=("misses",)).of("misses")
+            assert (np.abs(misses - expected["misses"]) <= close_MN).all()
+            return
+        scores = engine.score(masks, extra_metrics=tuple(expected))
+    assert (np.abs(scores.of("misses") - expected["misses"]) <= close_MN).all()
+    for name in ("kl", f"kl_top{TOP}"):
+        assert np.abs(scores.of(name) - expected[name]).max() < TOLERANCE * expected[name].max()
+
+
+@pytest.mark.parametrize("name", ["bleu", "kl_top", "kl_top0", "kl_top-3", "kl_topx", ""])
+def test_unknown_metrics_are_refused(name):
+    with pytest.raises(InputError, match="unknown metric"):
+        check_metric(name)
+
+
+def test_a_metric_is_named_with_its_number():
+    assert (top_of("kl_top64"), top_of("kl"), top_of("nll")) == (64, None, None)
+    with (
+        lpserve.open_engine(
+            "", lpserve.TokenWindows.from_tokens(np.ones((1, 3), dtype=int)), kind="synthetic"
+        ) as engine,
+        pytest.raises(InputError, match="it has nll"),
+    ):
+        engine.score(np.ones((1, 8), dtype=bool), extra_metrics=("misses",))
