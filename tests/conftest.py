@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from tests.reference import save_model, small_config
+from lpserve.testing.reference import save_model, small_config
+from lpserve.testing.runs import write_texts
 
 # in the environment, so that pytest's worker processes have the one that is told
 SEED = int(os.environ.setdefault("LPSERVE_TEST_SEED", str(secrets.randbits(31))))
@@ -24,6 +25,12 @@ def pytest_report_header() -> str:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Fresh inputs each run; set LPSERVE_TEST_SEED to repeat one."""
     return np.random.default_rng([SEED, *request.node.nodeid.encode()])
+
+
+@pytest.fixture
+def texts(tmp_path: Path, rng: np.random.Generator) -> dict[str, str]:
+    """Calibration and held-out windows as .npz: name -> path."""
+    return write_texts(tmp_path, rng)
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ from lpserve.shapiq_game import LayerGame
 from lpserve.surrogate import make_surrogate
 from lpserve.types import EngineSpec
 from lpserve.values.shapley import exact_values
-from tests.test_architecture import MODULES, imports, module_name
 
 UTILITIES = ("neg_nll", "ppl_ratio")
 """Those that every engine can score; the others have a test of their own."""
@@ -458,15 +457,6 @@ def test_without_shapiq_the_import_says_what_to_install():
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("lpserve.errors.InputError: lpserve.shapiq_game needs shapiq")
     assert 'pip install "lpserve[shapiq]"' in last
-
-
-def test_no_other_module_needs_shapiq():
-    users = {
-        module_name(path)
-        for path in MODULES
-        if any(name.split(".")[0] == "shapiq" for name in imports(path))
-    }
-    assert users == {"shapiq_game"}
 
 
 @pytest.mark.filterwarnings("ignore:Not all budget is required")  # 64 masks, a budget of 400

@@ -5,8 +5,6 @@ A small model of 6 layers, so that all 64 masks are known and nothing is estimat
 
 from __future__ import annotations
 
-import itertools
-import math
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +19,11 @@ from lpserve.masks import all_masks, keys
 from lpserve.runner.coordinator import run
 from lpserve.study.study import study_of
 from lpserve.study.sweep import sweep
+from lpserve.testing.games import key_text, shapley_by_hand
+from lpserve.testing.parity import NUM_LAYERS, some_windows, without_padding_token
+from lpserve.testing.runs import make_config, stored_scores
 from lpserve.types import METRICS, metric_of, utilities
-from tests.engine.hf.test_engine import NUM_LAYERS, some_windows, without_padding_token
-from tests.runner.test_coordinator import make_config, stored_scores, texts
 
-__all__ = ["texts"]
 METRIC_OF = {"neg_kl": "kl", "neg_kl_top8": "kl_top8", "accuracy": "misses"}
 TOLERANCE = 1e-5
 """Of means over some hundred tokens, in nats or misses a token: float32 sums, stored as float32."""
@@ -63,23 +61,6 @@ def mean_losses(values, windows, metric: str) -> dict[bytes, float]:
     return dict(zip(keys(masks_MP), means_M.tolist(), strict=True))
 
 
-def shapley_by_hand(loss: dict[bytes, float]) -> np.ndarray:
-    """The definition: every coalition's marginal contribution, weighted."""
-    values = np.zeros(NUM_LAYERS)
-    for player in range(NUM_LAYERS):
-        others = [p for p in range(NUM_LAYERS) if p != player]
-        for size in range(NUM_LAYERS):
-            weight = 1 / (NUM_LAYERS * math.comb(NUM_LAYERS - 1, size))
-            for chosen in itertools.combinations(others, size):
-                without = np.zeros(NUM_LAYERS, dtype=bool)
-                without[list(chosen)] = True
-                joined = without.copy()
-                joined[player] = True
-                gain = loss[keys(without[None])[0]] - loss[keys(joined[None])[0]]
-                values[player] += weight * gain
-    return values
-
-
 @pytest.mark.parametrize(
     "utility",
     [u if u != "neg_kl_top8" else pytest.param(u, marks=pytest.mark.slow) for u in METRIC_OF],
@@ -90,11 +71,13 @@ def test_values_and_plan_are_about_the_utility(utility, game, capsys):
     result = run(config_from(values | {"utility": utility}, "test"))
     outcome = result.outcome
     assert len(outcome.scored.masks_MP) == 2**NUM_LAYERS
-    expected = shapley_by_hand(loss)
+    expected = shapley_by_hand(loss, NUM_LAYERS)
     assert np.abs(outcome.analysis.values.values_P - expected).max() < TOLERANCE
     with lpserve.open_engine(values["model"], windows) as engine:
         for entry in outcome.plan.plans:
-            sizes = [k for k in loss if NUM_LAYERS - sum(map(int, bits(k))) == entry.num_removed]
+            sizes = [
+                k for k in loss if NUM_LAYERS - sum(map(int, key_text(k))) == entry.num_removed
+            ]
             chosen = np.ones(NUM_LAYERS, dtype=bool)
             chosen[entry.removed] = False
             best = min(loss[k] for k in sizes)
@@ -113,15 +96,14 @@ def test_values_and_plan_are_about_the_utility(utility, game, capsys):
     assert run(config_from(values | {"utility": utility}, "test")).scores_new == 0
 
 
-def bits(key: bytes) -> str:
-    return "".join(f"{byte:08b}" for byte in key)
-
-
 def test_the_choice_of_utility_changes_the_answer(game):
     """Or the tests above would hold for a run that ignores it."""
     values, windows = game
     kl, nll = (mean_losses(values, windows, m) for m in ("kl", "misses"))
-    assert np.abs(shapley_by_hand(kl) - shapley_by_hand(nll)).max() > 100 * TOLERANCE
+    assert (
+        np.abs(shapley_by_hand(kl, NUM_LAYERS) - shapley_by_hand(nll, NUM_LAYERS)).max()
+        > 100 * TOLERANCE
+    )
 
 
 def test_one_store_serves_all_utilities(game, tmp_path):

@@ -18,10 +18,9 @@ from lpserve.demo import FOLDER
 from lpserve.errors import DiskFullError
 from lpserve.runner.coordinator import run
 from lpserve.store.store import Store
-from tests.reference import save_model, small_config
-from tests.runner.test_coordinator import make_config, stored_scores, texts
+from lpserve.testing.reference import save_model, small_config
+from lpserve.testing.runs import make_config, stored_scores
 
-__all__ = ["texts"]
 MODEL = str(FOLDER / "model")
 TEXT = str(FOLDER / "calibration.txt")
 

@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.reference import window_nll
-
-
-def lpserve(*argv: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "lpserve", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+from lpserve.testing.reference import window_nll
+from lpserve.testing.runs import run_lpserve
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +20,7 @@ def demo(tmp_path_factory):
     """A short demonstration run: its folder and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "run"
     flags = ["--budget", 60, "--max-removed", 3, "--heldout-windows", 4, "--progress-s", 1]
-    done = lpserve("run", "--demo", *flags, "--out", out)
+    done = run_lpserve("run", "--demo", *flags, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -59,26 +51,26 @@ def test_plan_and_export_work_from_the_finished_run(demo, tmp_path):
     out, _ = demo
     protected = json.loads((out / "plan.json").read_text())["plans"][0]["removed"]
     plan = tmp_path / "other.json"
-    done = lpserve("plan", out, "--protect", protected[0], "--max-removed", 1, "--out", plan)
+    done = run_lpserve("plan", out, "--protect", protected[0], "--max-removed", 1, "--out", plan)
     assert done.returncode == 0, done.stderr
     assert json.loads(plan.read_text())["plans"][0]["removed"] != protected
-    done = lpserve("export", out, "--remove", 1, "--plan", plan, "--out", tmp_path / "pruned")
+    done = run_lpserve("export", out, "--remove", 1, "--plan", plan, "--out", tmp_path / "pruned")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pruned" / "config.json").exists()
 
 
 def test_scores_travel_through_a_table(demo, tmp_path):
     out, _ = demo
-    assert lpserve("scores", out, "--out", tmp_path / "s.parquet").returncode == 0
-    done = lpserve("scores", tmp_path / "copy.sqlite", "--import", tmp_path / "s.parquet")
+    assert run_lpserve("scores", out, "--out", tmp_path / "s.parquet").returncode == 0
+    done = run_lpserve("scores", tmp_path / "copy.sqlite", "--import", tmp_path / "s.parquet")
     assert done.returncode == 0, done.stderr
-    again = lpserve("scores", tmp_path / "copy.sqlite", "--import", tmp_path / "s.parquet")
+    again = run_lpserve("scores", tmp_path / "copy.sqlite", "--import", tmp_path / "s.parquet")
     assert again.stdout.startswith("0 new scores")
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["export"], ["scores"], ["cost"]])
 def test_help_teaches(command):
-    done = lpserve(*command, "--help")
+    done = run_lpserve(*command, "--help")
     assert done.returncode == 0
     assert "lpserve" in done.stdout
 

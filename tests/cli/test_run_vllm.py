@@ -13,7 +13,7 @@ import pytest
 
 from lpserve.analysis.record import read_record
 from lpserve.masks import keys
-from tests.cli.test_entry import lpserve
+from lpserve.testing.runs import run_lpserve
 
 FLAGS = [
     "--budget",
@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
     made = {}
     for engine in ("transformers", "vllm"):
         out = tmp_path_factory.mktemp(engine) / "run"
-        done = lpserve("run", "--demo", *FLAGS, "--engine", engine, "--out", out)
+        done = run_lpserve("run", "--demo", *FLAGS, "--engine", engine, "--out", out)
         assert done.returncode == 0, done.stderr
         made[engine] = out, done
     return made
@@ -80,7 +80,7 @@ def test_the_run_says_which_path_ran_and_why(runs):
 def test_a_finished_run_is_resumed_by_either_path_and_a_bad_option_is_refused(runs):
     out, _ = runs["vllm"]
     before = (out / "plan.json").read_bytes()
-    again = lpserve("run", "--demo", *FLAGS, "--engine", "vllm", "--out", out)
+    again = run_lpserve("run", "--demo", *FLAGS, "--engine", "vllm", "--out", out)
     assert again.returncode == 0, again.stderr
     assert (out / "plan.json").read_bytes() == before
     assert "self-check" in json.loads((out / "config.json").read_text())["engine"]["path_reason"]
@@ -88,7 +88,7 @@ def test_a_finished_run_is_resumed_by_either_path_and_a_bad_option_is_refused(ru
         ("enable_prefix_caching=true", "'enable_prefix_caching' is refused"),
         ("tensor_paralel_size=2", "did you mean 'tensor_parallel_size'?"),
     ):
-        bad = lpserve(
+        bad = run_lpserve(
             "run",
             "--demo",
             "--engine",

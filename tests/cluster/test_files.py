@@ -20,7 +20,7 @@ from packaging.version import Version
 from lpserve.cli.entry import _parser, main
 from lpserve.config import config_from
 from lpserve.engine.vllm.options import check_options
-from tests.runner.test_cost import llama
+from lpserve.testing.checkpoints import llama_headers
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -149,7 +149,7 @@ def test_commands_are_found_in_every_file_that_has_some():
 
 def test_costs_in_the_readme_are_what_the_command_prints(tmp_path, monkeypatch, capsys):
     for name, shape in SHAPES.items():
-        llama(tmp_path / name, *shape)
+        llama_headers(tmp_path / name, *shape)
     monkeypatch.chdir(tmp_path)
     readme = (CLUSTER / "README.md").read_text()
     blocks = re.findall(r"```console\n\$ lpserve (cost .*?)```", readme, re.DOTALL)

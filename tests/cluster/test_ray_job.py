@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lpserve.runner.coordinator import run
-from tests.runner.test_coordinator import make_config, stored_scores, texts  # noqa: F401
+from lpserve.testing.runs import make_config, stored_scores
 
 RAY = str(Path(sys.executable).with_name("ray"))
 CONFIG = """\
@@ -104,7 +104,7 @@ def wait_for(holds, otherwise: str, seconds: float = 90.0) -> None:
         time.sleep(0.2)
 
 
-def test_a_job_is_stopped_midway_and_the_next_one_goes_on(jobs, tmp_path, texts):  # noqa: F811
+def test_a_job_is_stopped_midway_and_the_next_one_goes_on(jobs, tmp_path, texts):
     alone = run(make_config(tmp_path, texts, out=str(tmp_path / "alone")))
     stored = stored_scores(tmp_path / "alone" / "scores.sqlite")
     path = tmp_path / "out" / "scores.sqlite"
@@ -133,7 +133,7 @@ def test_a_job_is_stopped_midway_and_the_next_one_goes_on(jobs, tmp_path, texts)
     assert "Traceback" not in log
 
 
-def test_a_mistake_in_a_job_is_one_line_in_its_log(jobs, tmp_path, texts):  # noqa: F811
+def test_a_mistake_in_a_job_is_one_line_in_its_log(jobs, tmp_path, texts):
     config = tmp_path / "run.toml"
     config.write_text(CONFIG.format(out=tmp_path / "out", **texts) + "colour = 1\n")
     log = jobs("submit", "--submission-id", "bad", "--", "lpserve", "run", "--config", str(config))

@@ -22,9 +22,8 @@ import psutil
 import pytest
 
 from lpserve.runner.coordinator import run
-from tests.runner.test_coordinator import make_config, stored_scores, texts
+from lpserve.testing.runs import make_config, stored_scores
 
-__all__ = ["texts"]
 ROOT = Path(__file__).parents[2]
 SRUN = """#!/usr/bin/env bash
 tasks=1

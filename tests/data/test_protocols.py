@@ -62,7 +62,7 @@ def test_every_token_is_scored_once_at_most_and_after_what_stands_before_it(
         assert scored == list(range(first, count + 1))
 
 
-def by_hand(model, ids, protocol):
+def perplexity_by_hand(model, ids, protocol):
     """The published loops, one window at a time."""
     nll, count = 0.0, 0
     if protocol.step == protocol.length:  # GPTQ: reshape, shift inside each window
@@ -107,7 +107,7 @@ def test_perplexity_is_that_of_the_published_loops(protocol, tmp_path, rng):
     ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
     if protocol.bos == "once":
         ids = [tokenizer.bos_token_id, *ids]
-    assert got == pytest.approx(by_hand(model, ids, protocol), rel=TOLERANCE)
+    assert got == pytest.approx(perplexity_by_hand(model, ids, protocol), rel=TOLERANCE)
 
 
 def test_a_protocol_says_what_it_is(text):

@@ -38,11 +38,11 @@ from lpserve.scoring.pool import LocalPool
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.signals import trap_signals
 from lpserve.store.store import Store
+from lpserve.testing.games import key_text, shapley_by_hand
+from lpserve.testing.reference import save_model
+from lpserve.testing.runs import stored_scores
 from lpserve.types import TASK_UTILITIES, utilities
 from tests.conftest import SEED
-from tests.reference import save_model
-from tests.runner.test_coordinator import stored_scores
-from tests.test_utility import bits, shapley_by_hand
 
 NUM_LAYERS = 6
 TASKS = str(FOLDER / "tasks")
@@ -73,7 +73,7 @@ def small_model(tmp_path_factory) -> str:
     return str(folder)
 
 
-def values_of(tmp_path, model: str, task: str, utility: str, **changes) -> dict:
+def task_run_values(tmp_path, model: str, task: str, utility: str, **changes) -> dict:
     return {
         "model": model,
         "calibration": f"task:{task}",
@@ -245,7 +245,7 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
     model = str(FOLDER / "model")
     tasks, num = (few_documents, 15) if task == CHOICE or num_fewshot else (TASKS, 100)
     config = config_from(
-        values_of(
+        task_run_values(
             tmp_path,
             model,
             task,
@@ -290,7 +290,7 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
 )
 def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path, capsys):
     task = LAST_WORD if utility == "task_margin" else CHOICE
-    config = config_from(values_of(tmp_path, small_model, task, utility), "test")
+    config = config_from(task_run_values(tmp_path, small_model, task, utility), "test")
     calibration, heldout = item_sets_of(config)
     loss, held = mean_losses(small_model, calibration, utility), {}
     if len(set(loss.values())) == 1:
@@ -299,14 +299,14 @@ def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path,
     result = run(config)
     outcome = result.outcome
     assert len(outcome.scored.masks_MP) == 2**NUM_LAYERS
-    expected = shapley_by_hand(loss)
+    expected = shapley_by_hand(loss, NUM_LAYERS)
     assert np.abs(outcome.analysis.values.values_P - expected).max() < TOLERANCE
     base = 1.0 if utility == "task_acc" else 0.0
     for entry in outcome.plan.plans:
         chosen = full_mask(NUM_LAYERS)
         chosen[entry.removed] = False
         key = keys(chosen[None])[0]
-        sizes = [k for k in loss if NUM_LAYERS - sum(map(int, bits(k))) == entry.num_removed]
+        sizes = [k for k in loss if NUM_LAYERS - sum(map(int, key_text(k))) == entry.num_removed]
         assert loss[key] <= min(loss[k] for k in sizes) + TOLERANCE
         assert entry.calibration_utility == pytest.approx(base - loss[key], abs=TOLERANCE)
         assert entry.heldout_utility == pytest.approx(base - held[key], abs=TOLERANCE)
@@ -343,7 +343,7 @@ def mean_losses(model: str, sample: ItemSet, utility: str) -> dict[bytes, float]
 def test_a_run_of_a_task_resumes_extends_and_exports(small_model, tmp_path, capsys):
     tasks = tmp_path / "tasks"
     shutil.copytree(TASKS, tasks)
-    values = values_of(
+    values = task_run_values(
         tmp_path, small_model, CHOICE, "task_margin", budget=30, sizes=None, include_path=str(tasks)
     )
     run(config_from(values, "test"))
@@ -373,7 +373,7 @@ def test_a_run_of_a_task_resumes_extends_and_exports(small_model, tmp_path, caps
 
 
 def test_few_questions_may_screen_sets(small_model, tmp_path):
-    values = values_of(
+    values = task_run_values(
         tmp_path,
         small_model,
         CHOICE,
@@ -411,7 +411,7 @@ def test_few_questions_may_screen_sets(small_model, tmp_path):
 
 def test_more_questions_contain_fewer_and_sides_never_meet(small_model, tmp_path, rng):
     seed = int(rng.integers(1000))
-    values = values_of(tmp_path, small_model, CHOICE, "task_margin", window_seed=seed)
+    values = task_run_values(tmp_path, small_model, CHOICE, "task_margin", window_seed=seed)
     few, held_few = item_sets_of(config_from(values, "test"))
     more, held = item_sets_of(config_from(values | {"num_windows": 40, "heldout_windows": 20}, "x"))
     assert few.content_hash == more.first(8).content_hash
@@ -499,7 +499,7 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
     if kind == "mutual information":
         changes = {"metric_list": [{"metric": "acc"}, {"metric": "acc_mutual_info"}]}
     tasks = own_task(tmp_path / "own", made_documents(rng, gold), **changes)
-    values = values_of(
+    values = task_run_values(
         tmp_path,
         small_model,
         "made",
@@ -558,7 +558,7 @@ def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):
     for document in documents:
         document["choices"] = document["choices"][: int(rng.integers(2, 5))]
     tasks = own_task(tmp_path / "own", documents)
-    values = values_of(
+    values = task_run_values(
         tmp_path,
         small_model,
         "made",
@@ -587,7 +587,7 @@ def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):
 def test_examples_never_tell_what_is_held_out(small_model, tmp_path, rng):
     documents = made_documents(rng, lambda rng: int(rng.integers(4)))
     tasks = own_task(tmp_path / "own", documents + documents)
-    values = values_of(
+    values = task_run_values(
         tmp_path,
         small_model,
         "made",
@@ -625,7 +625,7 @@ def test_examples_never_tell_what_is_held_out(small_model, tmp_path, rng):
 
 
 def test_what_one_seed_holds_out_no_other_calibrates_on(small_model, tmp_path):
-    values = values_of(
+    values = task_run_values(
         tmp_path, small_model, CHOICE, "task_acc", num_windows=80, heldout_windows=20
     )
     sides = [item_sets_of(config_from(values | {"window_seed": s}, "test")) for s in (0, 1)]
@@ -638,7 +638,7 @@ def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model,
     from lpserve.runner.coordinator import Seat, run_at
 
     config = config_from(
-        values_of(tmp_path, small_model, CHOICE, "task_margin", budget=40, sizes=None), "test"
+        task_run_values(tmp_path, small_model, CHOICE, "task_margin", budget=40, sizes=None), "test"
     )
     result = run(config)
     scored = result.outcome.scored
@@ -669,7 +669,7 @@ def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model,
 def test_shares_of_a_margin_are_for_each_token(small_model, tmp_path):
     """A task without choices is a text whose scored tokens are the answers': of the same windows,
     the draws of questions and of windows tell alike."""
-    values = values_of(tmp_path, small_model, LAST_WORD, "task_margin", num_windows=12)
+    values = task_run_values(tmp_path, small_model, LAST_WORD, "task_margin", num_windows=12)
     calibration, heldout = item_sets_of(config_from(values, "test"))
     for name, sample in (("calibration", calibration), ("heldout", heldout)):
         np.savez(
@@ -700,7 +700,7 @@ def test_shares_of_a_margin_are_for_each_token(small_model, tmp_path):
 def test_a_question_that_comes_twice_is_asked_once(small_model, tmp_path, rng):
     documents = made_documents(rng, lambda rng: int(rng.integers(4)))
     tasks = own_task(tmp_path / "own", documents + documents[:10])
-    values = values_of(
+    values = task_run_values(
         tmp_path,
         small_model,
         "made",
@@ -748,7 +748,7 @@ def test_a_question_that_comes_twice_is_asked_once(small_model, tmp_path, rng):
 def test_bad_input_is_one_line_before_any_engine(
     changes, said, small_model, tmp_path, no_engine, capsys
 ):
-    values = values_of(tmp_path, small_model, CHOICE, "task_acc") | changes
+    values = task_run_values(tmp_path, small_model, CHOICE, "task_acc") | changes
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     assert main(["run", "--config", str(path)]) == 2
@@ -764,13 +764,13 @@ def test_a_task_with_a_rule_of_its_own_is_refused(rule, small_model, tmp_path, r
     tasks = own_task(
         tmp_path / "own", documents, process_results=f"!function made_documents.{rule}"
     )
-    values = values_of(tmp_path, small_model, "made", "task_acc", include_path=tasks)
+    values = task_run_values(tmp_path, small_model, "made", "task_acc", include_path=tasks)
     with pytest.raises(InputError, match="task 'made'"):
         item_sets_of(config_from(values, "test"))
 
 
 def test_examples_are_about_tasks(tmp_path, small_model):
-    values = values_of(
+    values = task_run_values(
         tmp_path,
         small_model,
         CHOICE,
@@ -791,7 +791,7 @@ def test_a_task_that_generates_is_refused(small_model, tmp_path, rng):
         output_type="generate_until",
         metric_list=[{"metric": "exact_match"}],
     )
-    values = values_of(tmp_path, small_model, "made", "task_acc", include_path=tasks)
+    values = task_run_values(tmp_path, small_model, "made", "task_acc", include_path=tasks)
     with pytest.raises(InputError, match="is of kind 'generate_until'"):
         item_sets_of(config_from(values, "test"))
 
@@ -820,7 +820,7 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
     from lpserve.study.study import study_of
     from lpserve.study.sweep import sweep
 
-    values = values_of(
+    values = task_run_values(
         tmp_path,
         small_model,
         CHOICE,
@@ -871,7 +871,7 @@ def test_a_study_may_hold_texts_beside_tasks_with_a_text_held_out(small_model, t
     from lpserve.study.study import study_of
     from lpserve.study.sweep import all_windows, sweep
 
-    values = values_of(
+    values = task_run_values(
         tmp_path,
         small_model,
         CHOICE,

@@ -11,51 +11,22 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import torch
 
 import lpserve
 from lpserve.engine.head import WholeVocabulary
 from lpserve.errors import InputError
+from lpserve.testing.parity import (
+    NUM_LAYERS,
+    TOP,
+    edge_masks,
+    metrics_by_hand,
+    some_windows,
+    without_padding_token,
+)
+from lpserve.testing.reference import relative
 from lpserve.types import check_metric, top_of
-from tests.engine.hf.test_engine import NUM_LAYERS, edge_masks, some_windows, without_padding_token
-from tests.reference import reference_model, relative, with_layers_deleted
 
 TOLERANCE = 1e-5
-TOP = 5
-
-
-def logits_of(model, windows):
-    """float64 logits [N, T - 1, V] that predict tokens 1..T-1."""
-    tokens = torch.from_numpy(windows.tokens_NT).long()
-    with torch.inference_mode():
-        return model(input_ids=tokens, use_cache=False).logits[:, :-1].double()
-
-
-def by_hand(folder, masks, windows):
-    """Metric -> [M, N], one mask at a time from whole logits."""
-    model = reference_model(folder)
-    log_p = logits_of(model, windows).log_softmax(-1)
-    scored = torch.from_numpy(windows.scored_NT[:, 1:])
-    targets = torch.from_numpy(windows.tokens_NT[:, 1:]).long()
-    found = {"misses": [], "kl": [], f"kl_top{TOP}": [], "close": []}
-    for mask in masks:
-        logits = logits_of(with_layers_deleted(model, mask), windows)
-        two = logits.topk(2, dim=-1).values
-        close = two[..., 0] - two[..., 1] < 1e-5
-        log_q = logits.log_softmax(-1)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        top, ids = log_p.topk(TOP, dim=-1)
-        rest_p, rest_q = 1 - top.exp().sum(-1), 1 - log_q.gather(-1, ids).exp().sum(-1)
-        lumped = (top.exp() * (top - log_q.gather(-1, ids))).sum(-1)
-        lumped += rest_p * (rest_p / rest_q).log()
-        assert (lumped <= kl + 1e-9).all()
-        missed = logits.argmax(-1) != targets
-        for name, values in zip(found, (missed, kl, lumped, close), strict=True):
-            found[name].append((values * scored).sum(1).numpy())
-    arrays = {name: np.array(rows, dtype=np.float64) for name, rows in found.items()}
-    close_MN = arrays.pop("close")
-    assert close_MN.sum() < 0.01 * len(masks) * int(scored.sum())
-    return arrays, close_MN
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -63,7 +34,7 @@ def by_hand(folder, masks, windows):
 def test_metrics_equal_those_of_the_model_without_the_layers(family, pack, model_dir, rng):
     folder, windows = model_dir(family), without_padding_token(some_windows(rng, num=4))
     masks = np.concatenate([edge_masks(), rng.random((6, NUM_LAYERS)) < 0.6])
-    expected, close_MN = by_hand(folder, masks, windows)
+    expected, close_MN = metrics_by_hand(folder, masks, windows)
     options: dict[str, Any] = {"micro_batch_tokens": 500} if pack else {}
     with lpserve.open_engine(folder, windows, **options) as engine:
         scores = engine.score(masks, extra_metrics=tuple(expected))
@@ -100,7 +71,7 @@ def test_targets_are_worked_on_in_chunks_of_bounded_memory(model_dir, rng):
 def test_vllm_gives_the_same_metrics(path, model_dir, rng):
     folder, windows = model_dir("llama"), without_padding_token(some_windows(rng))
     masks = np.concatenate([edge_masks(), rng.random((4, NUM_LAYERS)) < 0.6])
-    expected, close_MN = by_hand(folder, masks, windows)
+    expected, close_MN = metrics_by_hand(folder, masks, windows)
     with lpserve.open_engine(folder, windows, kind="vllm", path=path) as engine:
         assert set(engine.info.metrics) == {"nll", "misses", *(["kl"] * (path == "scoring"))}
         if path == "requests":

@@ -33,7 +33,8 @@ from lpserve.evaluation.evaluate import EvalConfig, evaluate, sets_from
 from lpserve.evaluation.lm_eval_model import SetsLM, max_input_length
 from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
 from lpserve.scoring.session import ScoringSession
-from tests.reference import window_nll
+from lpserve.testing.reference import window_nll
+from lpserve.testing.runs import plan_of_another_model
 
 MODEL = str(FOLDER / "model")
 TASKS = ("dracula_continuation", "dracula_last_word")
@@ -415,33 +416,6 @@ def test_bad_input_is_one_line_before_any_engine(
     assert reason in lines[-1]
     assert lines[-1].startswith("lpserve: ")
     assert not (tmp_path / "out").exists()
-
-
-def plan_of_another_model() -> str:
-    entry = {
-        "num_removed": 1,
-        "removed": [3],
-        "source": "greedy",
-        "calibration_ppl": 2.0,
-        "predicted_ppl": None,
-        "heldout_ppl": None,
-        "candidates": [],
-    }
-    return json.dumps(
-        {
-            "format": 1,
-            "model": "other",
-            "model_hash": "0" * 64,
-            "num_players": 12,
-            "players": [{"index": i, "layer": i, "part": "layer"} for i in range(12)],
-            "utility": "neg_nll",
-            "masks_scored": 1,
-            "heldout_masks": 0,
-            "full_calibration_ppl": 1.0,
-            "full_heldout_ppl": None,
-            "plans": [entry],
-        }
-    )
 
 
 WRITES = """

@@ -10,7 +10,7 @@ from lpserve.demo import FOLDER
 from lpserve.errors import EngineError, InputError
 from lpserve.evaluation.speed import SpeedConfig, measure, table
 from lpserve.model.checkpoint import read_checkpoint
-from tests.engine.hf.test_engine import NUM_LAYERS
+from lpserve.testing.parity import NUM_LAYERS
 
 SHORT = {"dtype": "float32", "prompt_tokens": 8, "new_tokens": 3, "batch": 2, "repeats": 1}
 

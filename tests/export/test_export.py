@@ -21,7 +21,7 @@ import lpserve
 from lpserve.errors import ExportError, InputError
 from lpserve.export.export import export_checkpoint, prune_config, reloaded_nll
 from lpserve.model.checkpoint import read_checkpoint
-from tests.reference import (
+from lpserve.testing.reference import (
     FAMILIES,
     reference_model,
     relative,

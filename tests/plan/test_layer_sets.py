@@ -11,7 +11,7 @@ from lpserve.errors import InputError
 from lpserve.export.export import mergekit_yaml, prune_config
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.plan.layer_sets import LayerSet, layer_set, mask_set, masks_of, read_sets
-from tests.reference import save_model, small_config
+from lpserve.testing.reference import save_model, small_config
 
 LAYERS = 6
 

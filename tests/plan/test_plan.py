@@ -27,22 +27,8 @@ from lpserve.plan.plan import (
     ranking_mask,
     removed_list,
 )
+from lpserve.testing.games import mask_text, table_game
 from lpserve.types import BoolArray, FloatArray
-
-
-def text(mask: np.ndarray) -> str:
-    """A mask as 0 and 1; sorts as the keys do."""
-    return "".join("01"[int(bit)] for bit in mask)
-
-
-def table_game(
-    num_players: int, rng: np.random.Generator, *, ties: bool = False
-) -> Callable[[BoolArray], FloatArray]:
-    """Mask -> utility from a table of independent numbers; with ties, of five different ones."""
-    size = 1 << num_players
-    table = rng.integers(5, size=size).astype(np.float64) if ties else rng.normal(size=size)
-    return lambda masks: np.array(table[masks @ (1 << np.arange(num_players))], dtype=np.float64)
-
 
 # -- best_row and ranking_mask -----------------------------------------------------------------
 
@@ -62,8 +48,8 @@ def test_best_row_gives_ties_to_the_smaller_key(rng):
     utilities = rng.integers(3, size=300) * 1.0
     row = best_row(masks, utilities)
     assert row is not None
-    tied = [text(m) for m, u in zip(masks, utilities, strict=True) if u == utilities.max()]
-    assert text(masks[row]) == min(tied)
+    tied = [mask_text(m) for m, u in zip(masks, utilities, strict=True) if u == utilities.max()]
+    assert mask_text(masks[row]) == min(tied)
 
 
 def test_best_row_is_none_where_nothing_is_finite():
@@ -103,7 +89,7 @@ def naive_greedy(utility, num_players: int, most: int) -> list[tuple[int, ...]]:
         # a mask's key is smaller where the earlier players are dropped
         removed = min(
             (o for o in options if float(utility(without(num_players, o)[None])[0]) == best),
-            key=lambda o: text(without(num_players, o)),
+            key=lambda o: mask_text(without(num_players, o)),
         )
         path.append(removed)
     return path
@@ -234,7 +220,7 @@ def test_protected_players_are_kept(rng):
 def test_tied_candidates_go_by_key(rng):
     masks = rng.permutation(all_masks(7, kept=4))
     rows = choose_candidates(masks, np.ones(35), 3, greedy=[], ranking=None, sources={})
-    assert [text(masks[row]) for row, _ in rows] == sorted(text(m) for m in masks)[:2]
+    assert [mask_text(masks[row]) for row, _ in rows] == sorted(mask_text(m) for m in masks)[:2]
 
 
 # -- the plan's file ---------------------------------------------------------------------------
@@ -366,16 +352,16 @@ def walked(
     return path, scored
 
 
-def by_hand(path: list[BoolArray], told: dict[str, float], num_players: int) -> list[bool]:
+def rule_by_hand(path: list[BoolArray], told: dict[str, float], num_players: int) -> list[bool]:
     """The rule in loops: losses at every step, the last changes of the cheaper half."""
     at = [np.ones(num_players, dtype=bool), *path]
 
     def loss(step: int, player: int) -> float | None:
         after = at[step].copy()
         after[player] = False
-        if not at[step][player] or text(after) not in told:
+        if not at[step][player] or mask_text(after) not in told:
             return None
-        return told[text(at[step])] - told[text(after)]
+        return told[mask_text(at[step])] - told[mask_text(after)]
 
     changes: list[float] = []
     for step in range(len(at) - 1, 0, -1):
@@ -415,9 +401,9 @@ def test_what_can_be_best_is_what_the_rule_says(pairs, rng):
         path, scored = walked(game, 14, steps)
         some = rng.permutation(len(scored))[: int(0.9 * len(scored))]
         masks = np.unique(np.array([*path, scored[0], *(scored[i] for i in some)]), axis=0)
-        told = {text(mask): float(u) for mask, u in zip(masks, game(masks), strict=True)}
+        told = {mask_text(mask): float(u) for mask, u in zip(masks, game(masks), strict=True)}
         got = can_be_best(path, masks, game(masks))
-        assert got.tolist() == by_hand(path, told, 14)
+        assert got.tolist() == rule_by_hand(path, told, 14)
         passed += int((~got).sum())
         if steps == 1:
             assert got.all()  # no change is known yet

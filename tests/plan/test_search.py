@@ -24,8 +24,8 @@ from lpserve.plan.search import (
     starts,
 )
 from lpserve.surrogate import HeldOut, KernelSurrogate
+from lpserve.testing.games import mask_text, table_game
 from lpserve.types import BoolArray, FloatArray, IntArray
-from tests.plan.test_plan import table_game, text
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
@@ -53,7 +53,7 @@ class Fixed:
         return self.mean(masks_QP), np.full(len(masks_QP), self._std)
 
 
-def fitted(
+def fitted_to_ratios(
     num_players: int, num_masks: int, rng: np.random.Generator, kind: str = "gp+ridge"
 ) -> KernelSurrogate:
     """Perplexity ratios of a game with pairs, from random masks with at least half kept."""
@@ -81,11 +81,11 @@ def unscored(surrogate: KernelSurrogate, sets: BoolArray) -> BoolArray:
 def test_small_sizes_are_searched_whole(num_players, num_removed, ties, rng):
     utility = table_game(num_players, rng, ties=ties)
     everything = [without(num_players, c) for c in combinations(range(num_players), num_removed)]
-    everything.sort(key=lambda m: (-float(utility(m[None])[0]), text(m)))
+    everything.sort(key=lambda m: (-float(utility(m[None])[0]), mask_text(m)))
     got = best_predicted_sets(
         Fixed(utility), num_players, num_removed, np.empty((0, num_players), dtype=bool)
     )
-    assert [text(m) for m in got] == [text(m) for m in everything[:64]]
+    assert [mask_text(m) for m in got] == [mask_text(m) for m in everything[:64]]
 
 
 @pytest.mark.parametrize("trial", range(3))
@@ -205,7 +205,7 @@ def test_expected_improvement_of_the_certain_and_the_unscored():
 def test_a_whole_swap_neighbourhood_equals_its_masks_one_by_one(kind, rng):
     """Scored neighbours apart: theirs is more than the smooth part. 1e-9 of the spread: two orders
     of the same sums, of up to 120 terms that cancel to about 1e-4 of the largest."""
-    surrogate = fitted(13, 120, rng, kind)
+    surrogate = fitted_to_ratios(13, 120, rng, kind)
     mask = without(13, rng.choice(13, int(rng.integers(1, 12)), replace=False).tolist())
     near = swap_one(mask)
     new = ~np.isin(keys(near), keys(surrogate.masks_MP))
@@ -219,7 +219,7 @@ def test_a_whole_swap_neighbourhood_equals_its_masks_one_by_one(kind, rng):
 
 def test_the_beam_finds_with_swaps_what_it_finds_without(rng):
     """The same surrogate seen as a plain function is expanded mask by mask."""
-    surrogate = fitted(22, 150, rng)
+    surrogate = fitted_to_ratios(22, 150, rng)
     starts = np.array([without(22, rng.choice(22, 8, replace=False).tolist()) for _ in range(4)])
     assert math.comb(22, 8) > MAX_EXHAUSTIVE
     fast = best_predicted_sets(surrogate, 22, 8, starts)
@@ -233,7 +233,7 @@ def test_the_beam_finds_with_swaps_what_it_finds_without(rng):
 
 def test_joint_predictions_are_those_of_single_masks_and_of_a_refit(rng):
     """Given one more score, the others' variances shrink as a refit of the same kernel says."""
-    surrogate = fitted(10, 80, rng)
+    surrogate = fitted_to_ratios(10, 80, rng)
     sets = unscored(surrogate, all_masks(10, 6))[:40]
     mean, cov = surrogate.joint(sets)
     expected_mean, expected_std = surrogate.predict(sets)
@@ -257,7 +257,7 @@ def test_joint_predictions_are_those_of_single_masks_and_of_a_refit(rng):
 
 def test_a_batch_takes_the_best_and_then_what_is_best_given_that(rng):
     """Slow conditioning: the joint posterior of all candidates, one inverse for each pick."""
-    surrogate = fitted(10, 60, rng)
+    surrogate = fitted_to_ratios(10, 60, rng)
     pending = unscored(surrogate, all_masks(10, 7))[:5]
     sets = np.concatenate([unscored(surrogate, all_masks(10, kept))[7:40] for kept in (6, 5)])
     best_of = {4: float(np.median(surrogate.mean(sets))), 5: float(surrogate.mean(sets).min())}
@@ -280,7 +280,7 @@ def test_a_batch_takes_the_best_and_then_what_is_best_given_that(rng):
 
 def test_a_batch_is_no_crowd(rng):
     """Twins, which say the same, are not both asked for while others promise as much."""
-    surrogate = fitted(9, 40, rng, "gp")
+    surrogate = fitted_to_ratios(9, 40, rng, "gp")
     sets = unscored(surrogate, all_masks(9, 5))
     level = float(surrogate.mean(sets).max())
     batch = select_by_expected_improvement(surrogate, sets, {4: level}, 5, pending_MP=sets[:0])
@@ -298,7 +298,7 @@ def test_a_batch_is_no_crowd(rng):
 
 
 def test_sizes_without_a_score_come_first_and_hopeless_sets_never(rng):
-    surrogate = fitted(9, 60, rng)
+    surrogate = fitted_to_ratios(9, 60, rng)
     sets = np.concatenate([unscored(surrogate, all_masks(9, kept))[:20] for kept in (7, 6, 5)])
     removed = (~sets).sum(axis=1)
     best_of = {2: 1e3, 3: -np.inf, 4: -np.inf}  # nothing can beat 1000

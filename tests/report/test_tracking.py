@@ -22,10 +22,8 @@ from lpserve.errors import InputError
 from lpserve.report.tracking import FOLDER_TAG, Metric, Tracking
 from lpserve.runner.coordinator import run
 from lpserve.scoring.progress import Progress
-from tests.runner.test_coordinator import make_config, texts
-from tests.study.test_sweep import small
+from lpserve.testing.runs import make_config, small_study_values
 
-__all__ = ["texts"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # mlflow's own
 
 
@@ -150,7 +148,9 @@ def test_a_run_is_logged_once_and_brought_up_to_date(server, tmp_path, texts):
 @pytest.mark.slow
 def test_a_study_is_a_run_with_its_points_inside(server, tmp_path, capsys):
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(small(tmp_path, sweep={"utility": ["neg_nll", "ppl_ratio"]})))
+    path.write_text(
+        yaml.safe_dump(small_study_values(tmp_path, sweep={"utility": ["neg_nll", "ppl_ratio"]}))
+    )
     parent, points, tags = "", [], {}
     for _ in range(2):  # the second time changes nothing
         assert main(["sweep", str(path), "--mlflow", server, "--experiment", "two"]) == 0
@@ -232,7 +232,7 @@ def test_many_numbers_and_long_texts_fit(server, tmp_path):
 
 def test_mlflow_is_not_loaded_unless_asked(tmp_path, texts):
     code = (
-        "import sys; from tests.runner.test_coordinator import make_config; from pathlib import Path\n"
+        "import sys; from lpserve.testing.runs import make_config; from pathlib import Path\n"
         "from lpserve.runner.coordinator import run\n"
         f"run(make_config(Path({str(tmp_path)!r}), {texts!r}))\n"
         "assert not any(name.split('.')[0] == 'mlflow' for name in sys.modules)"

@@ -31,11 +31,10 @@ from lpserve.rivals.baselines import (
 from lpserve.rivals.compare import SOURCES, CompareConfig, compare
 from lpserve.rounds.planner import RoundSettings
 from lpserve.runner.setup import windows_of
-from tests.engine.hf.test_engine import NUM_LAYERS, some_windows, without_padding_token
-from tests.reference import decoder_list, reference_model
-from tests.runner.test_coordinator import known_game, make_config, texts
+from lpserve.testing.parity import NUM_LAYERS, some_windows, without_padding_token
+from lpserve.testing.reference import decoder_list, reference_model
+from lpserve.testing.runs import known_game, make_config
 
-__all__ = ["texts"]
 MODEL = str(FOLDER / "model")
 TOLERANCE = 1e-5
 """float32 means over some hundred tokens; a layer too many is worth 1e-2."""

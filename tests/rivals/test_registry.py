@@ -41,29 +41,10 @@ from lpserve.rivals.baselines import (
     random_search,
 )
 from lpserve.surrogate import PaperSurrogate
-from lpserve.types import BoolArray, FloatArray
+from lpserve.testing.games import NUM_WINDOWS, TableGame
+from lpserve.types import BoolArray
 from lpserve.values.shapley import paper_values
 from tests.conftest import SEED
-
-WINDOWS = 16
-
-
-class TableGame:
-    """Independent random NLLs for every mask and window; a share of the masks fails."""
-
-    def __init__(self, num_players: int, rng: np.random.Generator, failing: float = 0.0) -> None:
-        self.num_players = num_players
-        self.nll_CN = rng.gamma(2.0, size=(1 << num_players, WINDOWS))
-        failed = rng.random(1 << num_players) < failing
-        self.nll_CN[failed] = rng.choice([np.nan, np.inf, -np.inf], (failed.sum(), 1))
-
-    def score(self, ask: Ask) -> FloatArray:
-        nll_MN = self.nll_CN[ask.masks_MP @ (1 << np.arange(self.num_players))]
-        return (nll_MN if ask.windows is None else nll_MN[:, ask.windows]).mean(axis=1)
-
-    def of(self, removed: Sequence[int]) -> float:
-        return float(self.score(Ask(without(self.num_players, removed)[None]))[0])
-
 
 Rival = Callable[[int, int, int], Proposer]
 RIVALS: dict[str, Rival] = {
@@ -71,10 +52,10 @@ RIVALS: dict[str, Rival] = {
     "one-shot": lambda players, most, seed: one_shot(players, most),
     "greedy": lambda players, most, seed: greedy(players, most),
     "evolutionary": lambda players, most, seed: evolutionary(
-        players, most, num_windows=WINDOWS, seed=seed
+        players, most, num_windows=NUM_WINDOWS, seed=seed
     ),
     "evolutionary, all windows": lambda players, most, seed: evolutionary(
-        players, most, num_windows=WINDOWS, seed=seed, first_share=1.0
+        players, most, num_windows=NUM_WINDOWS, seed=seed, first_share=1.0
     ),
     "paper": lambda players, most, seed: paper(players, most, budget=60, seed=seed),
 }
@@ -252,7 +233,7 @@ def test_one_shot_removes_the_players_whose_loss_costs_least(failing, rng):
 def test_greedy_equals_the_naive_one(ties, failing, rng):
     game = TableGame(8, rng, failing)
     if ties:
-        game.nll_CN = np.repeat(np.ceil(game.nll_CN[:, :1]), WINDOWS, axis=1)
+        game.nll_CN = np.repeat(np.ceil(game.nll_CN[:, :1]), NUM_WINDOWS, axis=1)
     removed: tuple[int, ...] = ()
     expected = []
     for _ in range(6):
@@ -304,7 +285,7 @@ def test_generations_are_as_published(failing, rng):
     players, most = 10, 4
     game = TableGame(players, rng, failing)
     record = drive(
-        evolutionary(players, most, num_windows=WINDOWS, seed=int(rng.integers(99))),
+        evolutionary(players, most, num_windows=NUM_WINDOWS, seed=int(rng.integers(99))),
         game.score,
         1 << players,
     )
@@ -350,7 +331,7 @@ def test_generations_are_as_published(failing, rng):
 
 def test_with_all_windows_at_once_the_first_selection_decides(rng):
     game = TableGame(9, rng)
-    proposer = evolutionary(9, 3, num_windows=WINDOWS, seed=0, first_share=1.0)
+    proposer = evolutionary(9, 3, num_windows=NUM_WINDOWS, seed=0, first_share=1.0)
     record = drive(proposer, game.score, 1 << 9)
     assert {s.ask.windows for s in record} == {None}
     assert len(record) <= 1 + evopress_generations(9, 3)
@@ -367,9 +348,9 @@ def test_the_evolution_finds_the_best_sets_of_an_additive_game(rng):
     players = 9
     cost = rng.normal(size=players)
     game = TableGame(players, rng)
-    game.nll_CN = np.repeat((~all_masks(players)[:, ::-1] @ cost)[:, None], WINDOWS, axis=1)
+    game.nll_CN = np.repeat((~all_masks(players)[:, ::-1] @ cost)[:, None], NUM_WINDOWS, axis=1)
     record = drive(
-        evolutionary(players, 3, num_windows=WINDOWS, seed=int(rng.integers(99))),
+        evolutionary(players, 3, num_windows=NUM_WINDOWS, seed=int(rng.integers(99))),
         game.score,
         1 << players,
     )
@@ -384,7 +365,7 @@ def test_the_evolution_finds_the_best_sets_of_an_additive_game(rng):
 def test_the_papers_pipeline_equals_its_parts(rng):
     players, most, budget = 10, 4, 70
     game, seed = TableGame(players, rng, failing=0.3), int(rng.integers(1 << 30))
-    game.nll_CN[-1] = rng.gamma(2.0, size=WINDOWS)  # all kept is scored
+    game.nll_CN[-1] = rng.gamma(2.0, size=NUM_WINDOWS)  # all kept is scored
     record = drive(paper(players, most, budget=budget, seed=seed), game.score, budget)
     draw_rng = np.random.default_rng(seed)
     draws = paper_draws(players, PAPER_DRAWS, draw_rng)

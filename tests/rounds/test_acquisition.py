@@ -10,8 +10,9 @@ import pytest
 from lpserve.masks import all_masks, draw, keys, trie_layer_forwards
 from lpserve.rounds.acquisition import _branches, _new_layers, candidate_pool, select_for_values
 from lpserve.surrogate import KernelSurrogate
-from tests.kernel_by_hand import (
+from lpserve.testing.kernels import (
     KINDS,
+    fitted_kernel,
     masks_with_or_without_empty,
     posterior,
     rough_game,
@@ -128,14 +129,6 @@ def trie_costs(every: np.ndarray, picked: list[int], candidates: list[int], head
     return np.array(grown) + head
 
 
-def fitted(kind: str, with_empty: bool, noisy: bool, rng: np.random.Generator) -> KernelSurrogate:
-    masks = masks_with_or_without_empty(6, 18, with_empty, rng)
-    surrogate = KernelSurrogate(kind)
-    noise = rng.uniform(0, 0.01, 18) if noisy else None
-    surrogate.fit(masks, rough_game(masks, rng), noise)
-    return surrogate
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(0, 5), (2, 4), (0, 2)])
 @pytest.mark.parametrize(
@@ -148,7 +141,7 @@ def fitted(kind: str, with_empty: bool, noisy: bool, rng: np.random.Generator) -
     ],
 )
 def test_picks_are_those_of_a_slow_greedy_search(kind, sizes, with_empty, noisy, num_pending, rng):
-    surrogate = fitted(kind, with_empty, noisy, rng)
+    surrogate = fitted_kernel(kind, 6, 18, rng, with_empty=with_empty, noise=0.01 * noisy)
     every = all_masks(6)
     row_of = {key: row for row, key in enumerate(keys(every))}
     scored = {row_of[key] for key in keys(surrogate.masks_MP)} | ({0} if with_empty else set())
@@ -177,7 +170,7 @@ def test_picks_are_those_of_a_slow_greedy_search(kind, sizes, with_empty, noisy,
 
 
 def test_what_is_pending_is_never_picked_and_a_small_pool_is_picked_whole(rng):
-    surrogate = fitted("gp", False, False, rng)
+    surrogate = fitted_kernel("gp", 6, 18, rng)
     known = set(keys(surrogate.masks_MP))
     every = all_masks(6)
     free = every[[key not in known for key in keys(every)]]
@@ -192,7 +185,7 @@ def test_an_expensive_head_makes_all_masks_cost_the_same(rng):
     """With a head beyond all layers the most informative mask is first, with a cheap one the best
     for its layers."""
     for _ in range(3):
-        surrogate = fitted("gp+ridge", False, False, rng)
+        surrogate = fitted_kernel("gp+ridge", 6, 18, rng)
         every = all_masks(6)
         known = set(keys(surrogate.masks_MP))
         free = [row for row, key in enumerate(keys(every)) if row and key not in known]
@@ -234,7 +227,7 @@ def total_gain(prior: np.ndarray, weights: np.ndarray, rows: list[int]) -> float
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_picks_are_deterministic(kind, rng):
-    surrogate = fitted(kind, True, False, rng)
+    surrogate = fitted_kernel(kind, 6, 18, rng, with_empty=True)
     known = set(keys(surrogate.masks_MP))
     every = all_masks(6)[1:]
     free = every[[key not in known for key in keys(every)]]

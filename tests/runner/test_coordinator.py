@@ -9,7 +9,6 @@ import csv
 import json
 import os
 import signal
-import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -19,60 +18,12 @@ import pytest
 
 import lpserve
 from lpserve.analysis.record import read_record
-from lpserve.config import config_from
-from lpserve.engine.synthetic import SyntheticEngine
 from lpserve.errors import EngineError, InputError, RunInterrupted
 from lpserve.masks import all_masks, keys, without
 from lpserve.runner.coordinator import run
-from lpserve.types import EngineSpec
+from lpserve.testing.runs import NUM_PLAYERS as P
+from lpserve.testing.runs import known_game, make_config, stored_count, stored_scores
 from lpserve.values.shapley import exact_values
-
-P = 8
-
-
-@pytest.fixture
-def texts(tmp_path, rng):
-    """Calibration and held-out windows as .npz."""
-    paths = {}
-    for name, num in (("calibration", 4), ("heldout", 6)):
-        paths[name] = str(tmp_path / f"{name}.npz")
-        np.savez(paths[name], tokens=rng.integers(0, 50_000, (num, 40)))
-    return paths
-
-
-def make_config(tmp_path: Path, texts: dict[str, str], **changes):
-    values = {
-        "model": "synthetic",
-        "engine": "synthetic",
-        "engine_options": {"num_players": P, "game_seed": 3},
-        "calibration": texts["calibration"],
-        "heldout": texts["heldout"],
-        "budget": 90,
-        "max_removed": 4,
-        "out": str(tmp_path / "run"),
-        "progress_s": 100.0,
-    }
-    return config_from(values | changes, "test")
-
-
-def known_game(texts) -> SyntheticEngine:
-    windows = lpserve.TokenWindows.from_npz(texts["calibration"])
-    options = {"num_players": P, "game_seed": 3}
-    return SyntheticEngine(EngineSpec(kind="synthetic", model="", options=options), windows)
-
-
-def stored_scores(path: Path) -> dict[tuple[bytes, str], float]:
-    """(mask, window hash) -> NLL, read with plain SQLite."""
-    with sqlite3.connect(path) as db:
-        members: dict[int, list[str]] = {}
-        query = "SELECT block, hash FROM block_windows JOIN windows ON window = id ORDER BY block, position"  # noqa: E501
-        for block, window in db.execute(query):
-            members.setdefault(block, []).append(window)
-        found = {}
-        for block, mask, value in db.execute("SELECT block, mask, value FROM scores"):
-            for window, nll in zip(members[block], np.frombuffer(value, "<f4"), strict=True):
-                found[bytes(mask), window] = float(nll)
-    return found
 
 
 def test_a_run_finds_the_best_sets_and_writes_everything(tmp_path, texts):
@@ -231,14 +182,6 @@ def test_a_signal_stops_the_run_and_the_same_command_resumes_it(tmp_path, texts,
     assert kept.items() <= after.items()
     assert after == stored_scores(alone.folder / "scores.sqlite")
     assert resumed.outcome.plan == alone.outcome.plan
-
-
-def stored_count(path: Path) -> int:
-    try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-            return db.execute("SELECT COUNT(*) FROM scores").fetchone()[0]
-    except sqlite3.OperationalError:
-        return 0
 
 
 def test_other_windows_or_settings_are_refused_in_a_used_folder(tmp_path, texts):

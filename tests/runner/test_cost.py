@@ -5,12 +5,6 @@ Not covered here: whether a GPU keeps up the rate that a user assumes.
 
 from __future__ import annotations
 
-import json
-import struct
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import pytest
 
 from lpserve.cli.entry import main
@@ -30,53 +24,10 @@ from lpserve.runner.cost import (
 )
 from lpserve.scoring import dispatcher
 from lpserve.scoring.progress import Progress
-from tests.runner.test_coordinator import make_config, texts
+from lpserve.testing.checkpoints import llama_headers, write_headers
+from lpserve.testing.runs import make_config
 
-__all__ = ["texts"]
 MODEL = str(FOLDER / "model")
-
-
-def write_headers(folder: Path, config: dict[str, Any], tensors: dict[str, list[int]]) -> Path:
-    """A checkpoint whose data is a hole in the file: headers of any size, no bytes on the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    header, end = {}, 0
-    for name, shape in tensors.items():
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    return folder
-
-
-def llama(folder: Path, layers: int, width: int, ffn: int, vocab: int, heads: int, kv: int) -> Path:
-    """Headers of a Llama of this shape, head size width / heads, output not tied."""
-    tensors = {"model.embed_tokens.weight": [vocab, width], "lm_head.weight": [vocab, width]}
-    small = width // heads * kv
-    for i in range(layers):
-        shapes = {
-            "self_attn.q_proj": [width, width],
-            "self_attn.k_proj": [small, width],
-            "self_attn.v_proj": [small, width],
-            "self_attn.o_proj": [width, width],
-            "mlp.gate_proj": [ffn, width],
-            "mlp.up_proj": [ffn, width],
-            "mlp.down_proj": [width, ffn],
-            "input_layernorm": [width],
-        }
-        tensors |= {f"model.layers.{i}.{n}.weight": s for n, s in shapes.items()}
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": vocab,
-    }
-    return write_headers(folder, config, tensors)
 
 
 def round_settings(players: int, removed: int, seed: int, size: int) -> RoundSettings:
@@ -94,7 +45,7 @@ def round_settings(players: int, removed: int, seed: int, size: int) -> RoundSet
 def test_counts_are_those_of_an_enumeration_of_prefixes(tmp_path, rng, case):
     players, engines = int(rng.integers(4, 14)), int(rng.integers(1, 5))
     removed, width, windows, length = int(rng.integers(1, players // 2 + 1)), 64, 3, 20
-    model = llama(tmp_path / "m", players, width, 96, 101, 4, 2)
+    model = llama_headers(tmp_path / "m", players, width, 96, 101, 4, 2)
     settings = CostSettings(
         model=str(model),
         budget=int(rng.integers(4 * players, 150)),
@@ -142,7 +93,7 @@ def test_a_real_run_takes_about_the_layer_forwards_that_were_told(tmp_path, text
     options = {"num_players": players, "game_seed": 3}
     progress = Progress(interval_s=100.0)
     run(make_config(tmp_path, texts, budget=budget, engine_options=options), progress)
-    model = llama(tmp_path / "m", players, 64, 96, 101, 4, 2)
+    model = llama_headers(tmp_path / "m", players, 64, 96, 101, 4, 2)
     told = cost(CostSettings(model=str(model), budget=budget, max_removed=4))
     assert told.scoring.masks == budget
     real, expected = progress.state.work, told.scoring.layer_forwards + told.heldout.layer_forwards
@@ -193,7 +144,7 @@ def test_a_time_is_told_for_a_named_rate_only(tmp_path, capsys):
 
 def test_a_unit_is_two_seconds_of_an_engine_and_never_starves_one(tmp_path):
     assert TARGET_UNIT_S == dispatcher.TARGET_UNIT_S
-    model = str(llama(tmp_path / "m", 12, 64, 96, 101, 4, 2))
+    model = str(llama_headers(tmp_path / "m", 12, 64, 96, 101, 4, 2))
     slow = cost(CostSettings(model=model, tflops_per_gpu=1e-5))
     fast = cost(CostSettings(model=model, tflops_per_gpu=1e3))
     assert slow.unit_masks < fast.unit_masks == max(fast.rounds)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from lpserve.demo import FOLDER
-from tests.runner.test_coordinator import stored_count, stored_scores
+from lpserve.testing.runs import stored_count, stored_scores
 
 FEW, MANY = 60, 240  # masks of the short and the long test
 

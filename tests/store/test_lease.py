@@ -27,7 +27,7 @@ from lpserve.store import lease
 from lpserve.store.filesystem import filesystem_type, is_shared
 from lpserve.store.lock import PathLock
 from lpserve.store.store import Store
-from tests.store.test_store import (
+from lpserve.testing.stores import (
     GAME,
     filled,
     known_nll,
@@ -45,7 +45,6 @@ import numpy as np
 from lpserve.store import lease
 from lpserve.errors import StoreBusyError
 from lpserve.store.store import Store
-from tests.store.test_store import GAME, numbered_score, random_windows
 lease.LEASE_S, lease.BEAT_S = 5.0, 0.1
 windows = random_windows(np.random.default_rng(5), 4)
 with Store(sys.argv[1], holder="the night run", shared=True) as store:

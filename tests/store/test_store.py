@@ -19,17 +19,19 @@ from lpserve.errors import DiskFullError, InputError, StoreBusyError, StoreCorru
 from lpserve.masks import full_mask, keys
 from lpserve.store import lease
 from lpserve.store.store import MAX_BLOCK_WINDOWS, Store
-from lpserve.types import Game, Player
-
-NUM_PLAYERS = 12
-
-
-def make_game(model: str = "m", numerics: str = "float32", num_players: int = NUM_PLAYERS) -> Game:
-    players = tuple(Player(index=i, layer=i) for i in range(num_players))
-    return Game(model_hash=model, players=players, numerics=numerics)
-
-
-GAME = make_game()
+from lpserve.testing.stores import (
+    GAME,
+    NUM_PLAYERS,
+    filled,
+    known_nll,
+    make_game,
+    numbered_score,
+    put_all,
+    random_masks,
+    random_nll,
+    random_windows,
+    same_bits,
+)
 
 
 @pytest.fixture(params=[False, True], ids=["local", "shared"])
@@ -38,37 +40,6 @@ def shared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     monkeypatch.setattr(lease, "LEASE_S", 5.0)
     monkeypatch.setattr(lease, "BEAT_S", 0.1)
     return request.param
-
-
-def random_windows(rng, num: int) -> TokenWindows:
-    return TokenWindows.from_tokens(rng.integers(4096, size=(num, 16)))
-
-
-def random_masks(rng, num: int) -> np.ndarray:
-    """Distinct masks in random order."""
-    codes = rng.choice(1 << NUM_PLAYERS, num, replace=False)
-    return (codes[:, None] >> np.arange(NUM_PLAYERS)) & 1 == 1
-
-
-def random_nll(rng, *shape: int) -> np.ndarray:
-    return rng.uniform(10, 2000, shape).astype(np.float32)
-
-
-def put_all(store: Store, windows: TokenWindows, masks: np.ndarray, nll: np.ndarray) -> int:
-    """Put scores `nll[M, N]` on every block of the windows; returns how many were new."""
-    game = store.game_id(GAME)
-    return sum(store.put(game, b, masks, nll[:, b.rows]) for b in store.blocks_for(windows))
-
-
-def known_nll(store: Store, windows: TokenWindows, masks: np.ndarray) -> np.ndarray:
-    """Scores of masks that must all be known."""
-    nll, known = store.get(store.game_id(GAME), windows, masks)
-    assert known.all()
-    return nll
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype == np.float32 and a.tobytes() == b.tobytes()
 
 
 # -- reading back ----------------------------------------------------------------------------------
@@ -393,16 +364,6 @@ def test_a_full_file_system_is_told_as_such_when_opening_and_when_writing(tmp_pa
 # -- damaged files ---------------------------------------------------------------------------------
 
 
-def filled(
-    path: Path, rng, num_masks: int = 200, num_windows: int = 12, *, shared: bool | None = None
-) -> tuple:
-    windows, masks = random_windows(rng, num_windows), random_masks(rng, num_masks)
-    nll = random_nll(rng, num_masks, num_windows)
-    with Store(path, shared=shared) as store:
-        put_all(store, windows, masks, nll)
-    return windows, masks, nll
-
-
 def assert_refused_untouched(path: Path, words: str, *, shared: bool | None = None) -> None:
     before = path.read_bytes()
     for _ in range(2):
@@ -516,7 +477,6 @@ PUT_AND_DIE = """
 import os, signal, sys
 import numpy as np
 from lpserve.store.store import Store
-from tests.store.test_store import GAME, random_windows
 store = Store(sys.argv[1])
 block = store.blocks_for(random_windows(np.random.default_rng(5), 4))[0]
 store.put(store.game_id(GAME), block, np.ones((1, 12), dtype=bool), np.ones((1, 4)))
@@ -550,7 +510,6 @@ PUT_IN_A_LOOP = """
 import sys
 import numpy as np
 from lpserve.store.store import Store
-from tests.store.test_store import GAME, numbered_score, random_windows
 windows = random_windows(np.random.default_rng(5), 4)
 with Store(sys.argv[1], shared=sys.argv[2] == "True") as store:
     game, (block,) = store.game_id(GAME), store.blocks_for(windows)
@@ -559,11 +518,6 @@ with Store(sys.argv[1], shared=sys.argv[2] == "True") as store:
         store.put(game, block, mask, nll[:, block.rows])
         print(number, flush=True)
 """
-
-
-def numbered_score(number: int) -> tuple[np.ndarray, np.ndarray]:
-    mask = (number >> np.arange(NUM_PLAYERS)) & 1 == 1
-    return mask[None], np.random.default_rng(number).random((1, 4)).astype(np.float32)
 
 
 def test_every_put_that_returned_survives_sigkill(tmp_path, rng, shared):

@@ -20,8 +20,7 @@ from lpserve.errors import InputError
 from lpserve.masks import full_mask
 from lpserve.store.store import Store
 from lpserve.store.tables import SCHEMA, export_scores, import_scores
-from lpserve.types import Game, Player
-from tests.store.test_store import (
+from lpserve.testing.stores import (
     make_game,
     put_all,
     random_masks,
@@ -29,6 +28,7 @@ from tests.store.test_store import (
     random_windows,
     same_bits,
 )
+from lpserve.types import Game, Player
 
 SUFFIXES = ["parquet", "csv"]
 GAMES = [make_game(), make_game("other", "bfloat16/x"), make_game(num_players=5)]

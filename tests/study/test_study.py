@@ -14,23 +14,7 @@ from lpserve.runner.setup import windows_of
 from lpserve.study.cost import study_cost
 from lpserve.study.study import Study, study_of
 from lpserve.study.sweep import all_windows
-
-TEXTS = {"sherlock": str(FOLDER / "calibration.txt"), "dracula": str(FOLDER / "heldout.txt")}
-
-
-def values_of(tmp_path, **changes) -> dict:
-    values = {
-        "model": str(FOLDER / "model"),
-        "calibration": TEXTS,
-        "length": 32,
-        "num_windows": 3,
-        "heldout_windows": 4,
-        "budget": 60,
-        "max_removed": 2,
-        "out": str(tmp_path / "study"),
-        "sweep": {"utility": ["neg_nll", "ppl_ratio"], "seed": [0, 1]},
-    }
-    return values | changes
+from lpserve.testing.runs import DEMO_TEXTS, study_values
 
 
 def test_a_table_is_the_product_of_its_levels_and_tables_add_up(tmp_path):
@@ -39,28 +23,28 @@ def test_a_table_is_the_product_of_its_levels_and_tables_add_up(tmp_path):
         "num-windows": [2, 4],
         "seed": [3, 4],
     }
-    study = study_of(values_of(tmp_path, sweep=sweep), "test")
+    study = study_of(study_values(tmp_path, sweep=sweep), "test")
     told = [
         (p.levels["calibration"], p.levels["num_windows"], p.levels["seed"]) for p in study.points
     ]
     assert told == list(itertools.product(("one", "all"), ("2", "4"), ("3", "4")))
     assert study.varied == ("calibration", "num_windows", "seed")
-    mixtures = {"one": ["sherlock"], "all": list(TEXTS)}
+    mixtures = {"one": ["sherlock"], "all": list(DEMO_TEXTS)}
     for point in study.points:
         named = point.levels
         assert list(point.config.calibration) == mixtures[named["calibration"]]
         assert point.config.num_windows == int(named["num_windows"])
         assert point.config.seed == int(named["seed"])
-    more = study_of(values_of(tmp_path, sweep=[sweep, {"seed": [3, 9]}, {"seed": [9]}]), "test")
+    more = study_of(study_values(tmp_path, sweep=[sweep, {"seed": [3, 9]}, {"seed": [9]}]), "test")
     assert len(more.points) == 8 + 2  # a point that comes twice is one point
     assert {p.id for p in study.points} < {p.id for p in more.points}
 
 
 def test_a_point_is_known_by_what_it_is_and_not_by_where_it_runs(tmp_path):
-    first = study_of(values_of(tmp_path), "test")
-    other = study_of(values_of(tmp_path, out=str(tmp_path / "b"), progress_s=3.0), "test")
+    first = study_of(study_values(tmp_path), "test")
+    other = study_of(study_values(tmp_path, out=str(tmp_path / "b"), progress_s=3.0), "test")
     assert [p.id for p in first.points] == [p.id for p in other.points]
-    changed = study_of(values_of(tmp_path, budget=61), "test")
+    changed = study_of(study_values(tmp_path, budget=61), "test")
     assert not {p.id for p in first.points} & {p.id for p in changed.points}
 
 
@@ -74,7 +58,7 @@ def test_points_that_can_be_read_again_share_masks(tmp_path):
         "seed": [0, 1],
         "length": [16, 32],
     }
-    study = study_of(values_of(tmp_path, sweep=sweep), "test")
+    study = study_of(study_values(tmp_path, sweep=sweep), "test")
     families = study.families()
     assert len(families) == 4  # seeds and lengths have masks of their own
     assert sorted(p.id for f in families for p in f.points) == sorted(p.id for p in study.points)
@@ -82,12 +66,12 @@ def test_points_that_can_be_read_again_share_masks(tmp_path):
         leader = family.leader.config
         assert family.leader not in family.points  # no point has both texts
         assert (list(leader.calibration), leader.num_windows, leader.budget) == (
-            list(TEXTS),
+            list(DEMO_TEXTS),
             3,
             70,
         )
         assert len({(p.config.seed, p.config.length) for p in family.points}) == 1
-    own = study_of(values_of(tmp_path, sweep=sweep, masks="own"), "test")
+    own = study_of(study_values(tmp_path, sweep=sweep, masks="own"), "test")
     assert all(f.points == (f.leader,) for f in own.families())
     assert len(own.families()) == len(study.points)
 
@@ -110,10 +94,10 @@ def test_with_texts_held_out_a_points_windows_are_those_of_lpserve_run(tmp_path)
     """Held-out windows too, where lengths and seeds of windows do not vary."""
     held = str(tmp_path / "held.txt")
     (tmp_path / "held.txt").write_text((FOLDER / "heldout.txt").read_text()[:40_000])
-    texts = {"sherlock": TEXTS["sherlock"], "more": str(tmp_path / "more.txt")}
+    texts = {"sherlock": DEMO_TEXTS["sherlock"], "more": str(tmp_path / "more.txt")}
     (tmp_path / "more.txt").write_text((FOLDER / "heldout.txt").read_text()[60_000:120_000])
     sweep = {"calibration": [["sherlock"], ["sherlock", "more"]], "num_windows": [5, 2]}
-    values = values_of(tmp_path, calibration=texts, heldout=held, sweep=sweep)
+    values = study_values(tmp_path, calibration=texts, heldout=held, sweep=sweep)
     study = study_of(values, "test")
     windows = all_windows(study)[study.base.model]
     for point in study.points:
@@ -123,12 +107,12 @@ def test_with_texts_held_out_a_points_windows_are_those_of_lpserve_run(tmp_path)
 
 def test_held_out_windows_are_one_yardstick(tmp_path):
     sweep = {"length": [16, 48], "window_seed": [0, 5], "calibration": [["sherlock"], ["dracula"]]}
-    study = study_of(values_of(tmp_path, sweep=sweep), "test")
+    study = study_of(study_values(tmp_path, sweep=sweep), "test")
     windows = all_windows(study)[study.base.model]
     held = {windows.of(p.config)[1].content_hash for p in study.points}
     assert len(held) == 1
     assert windows.heldout.windows.length == 48
-    assert [name for name, _ in windows.heldout.corpora] == list(TEXTS)
+    assert [name for name, _ in windows.heldout.corpora] == list(DEMO_TEXTS)
 
 
 def test_windows_come_in_parts_that_points_have_whole_or_not_at_all(tmp_path, rng):
@@ -138,7 +122,7 @@ def test_windows_come_in_parts_that_points_have_whole_or_not_at_all(tmp_path, rn
         "num_windows": counts,
         "length": [16, 32],
     }
-    study = study_of(values_of(tmp_path, sweep=sweep), "test")
+    study = study_of(study_values(tmp_path, sweep=sweep), "test")
     windows = all_windows(study)[study.base.model]
     configs = [p.config for p in study.points]
     atoms = [set(part.window_hashes) for part in windows.atoms(configs)]
@@ -180,7 +164,7 @@ def test_windows_come_in_parts_that_points_have_whole_or_not_at_all(tmp_path, rn
 )
 def test_what_cannot_be_run_is_refused_by_name(tmp_path, changes, told):
     with pytest.raises(InputError, match=told) as error:
-        study_of(values_of(tmp_path, **changes), "study s.yaml")
+        study_of(study_values(tmp_path, **changes), "study s.yaml")
     assert str(error.value).startswith(("study s.yaml", "utility"))
     assert "\n" not in str(error.value)
 
@@ -191,25 +175,25 @@ def test_what_cannot_be_run_is_refused_by_name(tmp_path, changes, told):
         ({"sweep": {"num_windows": [2, 100_000]}}, "too short"),
         ({"sweep": {"length": [16, 4000]}}, "positions|too short"),
         ({"calibration": {"sherlock": "gone.txt"}}, "gone.txt does not exist"),
-        ({"heldout": TEXTS["sherlock"], "heldout_windows": 100_000}, "too short"),
+        ({"heldout": DEMO_TEXTS["sherlock"], "heldout_windows": 100_000}, "too short"),
     ],
 )
 def test_windows_that_cannot_be_cut_are_refused(tmp_path, changes, told):
-    study = study_of(values_of(tmp_path, **changes), "test")
+    study = study_of(study_values(tmp_path, **changes), "test")
     with pytest.raises(InputError, match=told):
         all_windows(study)
 
 
 def test_sparsities_of_the_tables_change_nothing_that_is_run(tmp_path):
-    plain = study_of(values_of(tmp_path), "test")
-    told = study_of(values_of(tmp_path, removed=[2]), "test")
+    plain = study_of(study_values(tmp_path), "test")
+    told = study_of(study_values(tmp_path, removed=[2]), "test")
     assert told.removed == (2,)
     assert [p.id for p in told.points] == [p.id for p in plain.points]
 
 
 def test_where_a_study_is_tracked_is_not_what_its_points_are(tmp_path):
-    plain = study_of(values_of(tmp_path), "test")
-    tracked = study_of(values_of(tmp_path, mlflow="http://u:secret@host:1", experiment="x"), "t")
+    plain = study_of(study_values(tmp_path), "test")
+    tracked = study_of(study_values(tmp_path, mlflow="http://u:secret@host:1", experiment="x"), "t")
     assert [p.id for p in tracked.points] == [p.id for p in plain.points]
     assert tracked.base.mlflow == "http://u:secret@host:1"
     assert as_json(tracked.base)["mlflow"] == "http://host:1"
@@ -219,24 +203,24 @@ def test_where_a_study_is_tracked_is_not_what_its_points_are(tmp_path):
 def test_a_value_has_one_name_in_all_tables(tmp_path):
     mixtures = {"one": ["sherlock"], "all": ["dracula", "sherlock"]}
     tables = [{"calibration": mixtures, "seed": [0, 1]}, {"num_windows": [3, 2], "seed": [0, 1]}]
-    study = study_of(values_of(tmp_path, sweep=tables), "test")
+    study = study_of(study_values(tmp_path, sweep=tables), "test")
     assert len(study.points) == 6  # 3 windows of all texts come twice
     assert {p.levels["calibration"] for p in study.points} == {"one", "all"}
     matched = {(p.levels["calibration"], p.levels["num_windows"]) for p in study.points}
     assert {("all", "2"), ("all", "3")} <= matched
     tables[1] = {"calibration": {"one": ["dracula"]}}
     with pytest.raises(InputError, match="sweep calibration names two things 'one'"):
-        study_of(values_of(tmp_path, sweep=tables), "test")
+        study_of(study_values(tmp_path, sweep=tables), "test")
 
 
 def test_corpora_are_cut_as_far_as_their_own_points_need(tmp_path):
     (tmp_path / "short.txt").write_text((FOLDER / "heldout.txt").read_text()[:3000])
-    texts = {"long": TEXTS["sherlock"], "short": str(tmp_path / "short.txt")}
+    texts = {"long": DEMO_TEXTS["sherlock"], "short": str(tmp_path / "short.txt")}
     tables = [
         {"calibration": [["long"]], "num_windows": [200]},
         {"calibration": [["short"]], "num_windows": [4]},
     ]
-    values = values_of(tmp_path, calibration=texts, sweep=tables, masks="own")
+    values = study_values(tmp_path, calibration=texts, sweep=tables, masks="own")
     study = study_of(values, "test")
     windows = all_windows(study)[study.base.model]
     assert [windows.of(p.config)[0].num_items for p in study.points] == [200, 4]
@@ -250,7 +234,7 @@ def test_windows_that_two_corpora_share_are_one_part(tmp_path, rng):
         np.savez(tmp_path / f"{name}.npz", tokens=rows)
     texts = {name: str(tmp_path / f"{name}.npz") for name in ("big", "small")}
     sweep = {"calibration": [["big"], ["small"]]}
-    values = values_of(tmp_path, calibration=texts, heldout=TEXTS["dracula"], sweep=sweep)
+    values = study_values(tmp_path, calibration=texts, heldout=DEMO_TEXTS["dracula"], sweep=sweep)
     study = study_of(values | {"masks": "own"}, "test")
     windows = all_windows(study)[study.base.model]
     parts = windows.atoms([p.config for p in study.points])
@@ -262,11 +246,11 @@ def told_cost(study: Study):
 
 
 def test_the_cost_counts_masks_once_for_a_family(tmp_path):
-    study = study_of(values_of(tmp_path), "test")
+    study = study_of(study_values(tmp_path), "test")
     shared = told_cost(study)
     assert (shared.points, shared.points_left, shared.families) == (4, 4, 2)
     assert shared.masks == 2 * 60
-    own = told_cost(study_of(values_of(tmp_path, masks="own"), "test"))
+    own = told_cost(study_of(study_values(tmp_path, masks="own"), "test"))
     assert own.masks == 4 * 60
     assert own.pflop is not None
     assert shared.pflop is not None
@@ -278,7 +262,9 @@ def test_the_cost_counts_masks_once_for_a_family(tmp_path):
 
 
 def test_work_of_unknown_size_is_asked_about(tmp_path):
-    values = values_of(tmp_path, engine="synthetic", engine_options={"num_players": 8}, length=40)
+    values = study_values(
+        tmp_path, engine="synthetic", engine_options={"num_players": 8}, length=40
+    )
     npz = tmp_path / "w.npz"
     np.savez(npz, tokens=np.random.default_rng(0).integers(0, 9, (8, 40)))
     held = tmp_path / "h.npz"
@@ -291,7 +277,7 @@ def test_work_of_unknown_size_is_asked_about(tmp_path):
 
 
 def test_configs_of_points_are_runs_of_their_own(tmp_path):
-    for point in study_of(values_of(tmp_path), "test").points:
+    for point in study_of(study_values(tmp_path), "test").points:
         config = as_json(point.config)
         assert config["out"].endswith(f"study/points/{point.id}")
         assert config["store"].endswith("study/scores.sqlite")

@@ -25,35 +25,21 @@ from lpserve.runner.coordinator import run
 from lpserve.store.store import Store
 from lpserve.study.study import study_of
 from lpserve.study.sweep import SweepResult, all_windows, sweep
-from tests.runner.test_coordinator import stored_count, stored_scores
-from tests.study.test_study import TEXTS, values_of
+from lpserve.testing.runs import (
+    DEMO_TEXTS,
+    SMALL_SWEEP,
+    small_study_values,
+    stored_count,
+    stored_scores,
+)
 
-SMALL = {
-    "calibration": {"sherlock": ["sherlock"], "both": ["sherlock", "dracula"]},
-    "num_windows": [1, 2],
-    "utility": ["neg_nll", "ppl_ratio"],
-    "seed": [0, 1],
-}
 TOLERANCE = 1e-6
 """Relative; float32 NLLs stored as float32, the same arithmetic whatever the batch (CPU)."""
 
 
-def small(tmp_path, **changes):
-    sizes = {
-        "length": 24,
-        "heldout_windows": 2,
-        "budget": 45,
-        "max_removed": 2,
-        "sweep": SMALL,
-        "surrogate": "ridge",
-        "progress_s": 100.0,
-    }
-    return values_of(tmp_path, **(sizes | changes))
-
-
 @pytest.fixture(scope="module")
 def finished_study(tmp_path_factory) -> SweepResult:
-    return sweep(study_of(small(tmp_path_factory.mktemp("sweep")), "test"))
+    return sweep(study_of(small_study_values(tmp_path_factory.mktemp("sweep")), "test"))
 
 
 def answers_of(out: Path) -> dict[str, str]:
@@ -77,7 +63,7 @@ def test_every_score_is_made_once_and_read_again(finished_study):
     # a point with the windows of another asks for held-out checks at most
     for finished in result.points:
         if finished.masks_of != finished.point.id:
-            heldout = 2 * len(TEXTS) * (1 + 4 * 2)
+            heldout = 2 * len(DEMO_TEXTS) * (1 + 4 * 2)
             assert finished.scores_new <= heldout
 
 
@@ -101,9 +87,11 @@ def test_a_point_that_chose_masks_is_the_run_that_lpserve_run_gives(tmp_path, fi
     """The masks of the widest point, and with `own` those of every point."""
     held = tmp_path / "held.txt"
     held.write_text((FOLDER / "heldout.txt").read_text()[:30_000])
-    table = {"num_windows": [1, 2], "utility": SMALL["utility"]}
-    texts = {"sherlock": TEXTS["sherlock"]}
-    values = small(tmp_path, calibration=texts, heldout=str(held), masks="own", sweep=table)
+    table = {"num_windows": [1, 2], "utility": SMALL_SWEEP["utility"]}
+    texts = {"sherlock": DEMO_TEXTS["sherlock"]}
+    values = small_study_values(
+        tmp_path, calibration=texts, heldout=str(held), masks="own", sweep=table
+    )
     result = sweep(study_of(values, "test"))
     assert result.scores_twice == 0
     assert result.scores_new == result.scores_held
@@ -137,32 +125,34 @@ def test_the_same_study_again_does_nothing(finished_study):
 
 @pytest.mark.slow
 def test_a_study_may_grow(tmp_path):
-    few = SMALL | {"seed": [0], "num_windows": [1]}
-    first = sweep(study_of(small(tmp_path, sweep=few), "test"))
+    few = SMALL_SWEEP | {"seed": [0], "num_windows": [1]}
+    first = sweep(study_of(small_study_values(tmp_path, sweep=few), "test"))
     told: list[str] = []
-    more = SMALL | {"seed": [0, 2], "num_windows": [1]}
-    second = sweep(study_of(small(tmp_path, sweep=more), "test"), log=told.append)
+    more = SMALL_SWEEP | {"seed": [0, 2], "num_windows": [1]}
+    second = sweep(study_of(small_study_values(tmp_path, sweep=more), "test"), log=told.append)
     assert {r.point.id for r in first.points} < {r.point.id for r in second.points}
     assert len(told) == 4  # the other seed's points
     assert second.scores_twice == 0
     # another metric: the masks are scored for it, and held-out windows stay
-    metrics = more | {"utility": [*SMALL["utility"], "accuracy"]}
-    scored = sweep(study_of(small(tmp_path, sweep=metrics), "test"))
+    metrics = more | {"utility": [*SMALL_SWEEP["utility"], "accuracy"]}
+    scored = sweep(study_of(small_study_values(tmp_path, sweep=metrics), "test"))
     assert not scored.failed
     assert scored.scores_held >= second.scores_held
     # wider windows choose other masks: every point reads those
-    wide = SMALL | {"seed": [0], "num_windows": [1, 2]}
-    third = sweep(study_of(small(tmp_path, sweep=wide), "test"))
+    wide = SMALL_SWEEP | {"seed": [0], "num_windows": [1, 2]}
+    third = sweep(study_of(small_study_values(tmp_path, sweep=wide), "test"))
     assert {r.masks_of for r in third.points} != {r.masks_of for r in first.points}
-    fresh = sweep(study_of(small(tmp_path / "fresh", sweep=wide), "test"))
+    fresh = sweep(study_of(small_study_values(tmp_path / "fresh", sweep=wide), "test"))
     assert answers_of(fresh.study.out).items() <= answers_of(third.study.out).items()
 
 
 def test_points_of_a_study_that_grew_are_held_against_the_same_windows(tmp_path):
     """Longer windows lengthen the yardstick: what was finished is checked again."""
     table = {"utility": ["neg_nll"], "length": [24]}
-    sweep(study_of(small(tmp_path, sweep=table), "test"))
-    result = sweep(study_of(small(tmp_path, sweep=table | {"length": [24, 40]}), "test"))
+    sweep(study_of(small_study_values(tmp_path, sweep=table), "test"))
+    result = sweep(
+        study_of(small_study_values(tmp_path, sweep=table | {"length": [24, 40]}), "test")
+    )
     assert not result.failed
     held = [read_record(r.folder).heldout_num_tokens_N.tolist() for r in result.points]
     assert held[0] == held[1]
@@ -174,12 +164,14 @@ def test_points_of_a_study_that_grew_are_held_against_the_same_windows(tmp_path)
 
 def test_a_study_goes_on_under_another_name_of_its_folder(tmp_path, monkeypatch):
     """As after a kill: a point has its config, and no result yet."""
-    table = {"utility": SMALL["utility"]}
-    first = sweep(study_of(small(tmp_path, sweep=table), "test"))
+    table = {"utility": SMALL_SWEEP["utility"]}
+    first = sweep(study_of(small_study_values(tmp_path, sweep=table), "test"))
     for finished in first.points:
         (finished.folder / "point.json").unlink()
     monkeypatch.chdir(tmp_path)
-    again = sweep(study_of(small(tmp_path, sweep=table, out="study", device="cpu"), "test"))
+    again = sweep(
+        study_of(small_study_values(tmp_path, sweep=table, out="study", device="cpu"), "test")
+    )
     assert not again.failed
     assert again.scores_held == first.scores_held
 
@@ -188,7 +180,9 @@ def test_a_text_that_changed_is_told(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((FOLDER / "calibration.txt").read_text()[:60_000])
     table = {"utility": ["neg_nll"], "seed": [0]}
-    values = small(tmp_path, sweep=table, calibration={"x": str(text)}, heldout=TEXTS["dracula"])
+    values = small_study_values(
+        tmp_path, sweep=table, calibration={"x": str(text)}, heldout=DEMO_TEXTS["dracula"]
+    )
     sweep(study_of(values, "test"))
     text.write_text((FOLDER / "calibration.txt").read_text()[60_000:120_000])
     result = sweep(study_of(values, "test"))
@@ -196,7 +190,7 @@ def test_a_text_that_changed_is_told(tmp_path):
 
 
 def test_a_point_that_fails_is_told_and_the_others_finish(tmp_path):
-    study = study_of(small(tmp_path), "test")
+    study = study_of(small_study_values(tmp_path), "test")
     follower = next(p for f in study.families() for p in f.points if p is not f.leader)
     leader = study.families()[1].leader
     (study.out / "points").mkdir(parents=True)
@@ -220,12 +214,12 @@ def test_a_point_that_fails_is_told_and_the_others_finish(tmp_path):
 
 def study_file(tmp_path, **changes) -> Path:
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(small(tmp_path, **changes)))
+    path.write_text(yaml.safe_dump(small_study_values(tmp_path, **changes)))
     return path
 
 
 def test_the_command_leaves_tables_and_a_page(tmp_path, capsys):
-    sweep_table = {"utility": SMALL["utility"], "seed": [0, 1]}
+    sweep_table = {"utility": SMALL_SWEEP["utility"], "seed": [0, 1]}
     path = study_file(tmp_path, sweep=sweep_table, removed=[2])
     assert main(["sweep", str(path)]) == 0
     said = capsys.readouterr()
@@ -262,7 +256,7 @@ def test_the_command_leaves_tables_and_a_page(tmp_path, capsys):
 
 
 def test_a_failed_point_is_in_tables_and_page_and_the_command_says_so(tmp_path, capsys):
-    path = study_file(tmp_path, sweep={"utility": SMALL["utility"]})
+    path = study_file(tmp_path, sweep={"utility": SMALL_SWEEP["utility"]})
     study = study_of(yaml.safe_load(path.read_text()), "test")
     follower = next(p for f in study.families() for p in f.points if p is not f.leader)
     Path(follower.config.out).parent.mkdir(parents=True)
@@ -300,7 +294,9 @@ def test_bad_studies_are_refused_in_one_line_before_a_folder_is_made(tmp_path, c
         assert told in error
         assert error.strip().count("\n") == 0
     large = tmp_path / "large.yaml"
-    large.write_text(yaml.safe_dump(small(tmp_path) | synthetic | {"model": "synthetic"}))
+    large.write_text(
+        yaml.safe_dump(small_study_values(tmp_path) | synthetic | {"model": "synthetic"})
+    )
     assert main(["sweep", str(large)]) == 2
     assert "say --yes to begin" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
@@ -309,7 +305,7 @@ def test_bad_studies_are_refused_in_one_line_before_a_folder_is_made(tmp_path, c
 @pytest.mark.slow  # four processes
 def test_a_killed_sweep_goes_on_without_scoring_again(tmp_path, rng, capsys):
     """SIGKILL and SIGINT at random moments; then the same answers as undisturbed."""
-    table = SMALL | {"calibration": [["sherlock"]]}
+    table = SMALL_SWEEP | {"calibration": [["sherlock"]]}
     path = study_file(tmp_path, sweep=table)
     command = [sys.executable, "-m", "lpserve", "sweep", str(path)]
     store = tmp_path / "study" / "scores.sqlite"
@@ -334,7 +330,7 @@ def test_a_killed_sweep_goes_on_without_scoring_again(tmp_path, rng, capsys):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "each made once" in done.stdout
-    undisturbed = sweep(study_of(small(tmp_path / "undisturbed", sweep=table), "test"))
+    undisturbed = sweep(study_of(small_study_values(tmp_path / "undisturbed", sweep=table), "test"))
     got, expected = stored_scores(store), stored_scores(undisturbed.study.out / "scores.sqlite")
     assert got.keys() == expected.keys()
     assert max(abs(got[k] / expected[k] - 1) for k in expected) < TOLERANCE
@@ -347,7 +343,9 @@ def test_two_models_are_one_study(tmp_path):
     shutil.copytree(FOLDER / "model", other)
     models = {"bundled": str(FOLDER / "model"), "copy": str(other)}
     table = {"model": models, "seed": [0, 1]}
-    values = small(tmp_path, sweep=table, calibration={"sherlock": TEXTS["sherlock"]})
+    values = small_study_values(
+        tmp_path, sweep=table, calibration={"sherlock": DEMO_TEXTS["sherlock"]}
+    )
     del values["model"]
     result = sweep(study_of(values, "test"))
     assert not result.failed
@@ -362,7 +360,7 @@ def test_two_models_are_one_study(tmp_path):
 
 @pytest.mark.slow  # a Ray cluster of its own
 def test_ray_engines_give_the_same_study(tmp_path, finished_study):
-    values = small(tmp_path, pool="ray", engines=2)
+    values = small_study_values(tmp_path, pool="ray", engines=2)
     result = sweep(study_of(values, "test"))
     assert not result.failed
     assert result.scores_held == finished_study.scores_held

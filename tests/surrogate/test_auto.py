@@ -39,15 +39,17 @@ from lpserve.surrogate import (
     make_surrogate,
 )
 from lpserve.surrogate.base import heldout
-from tests.kernel_by_hand import covariance, masks_with_or_without_empty, pair_game, rough_game
+from lpserve.testing.kernels import (
+    covariance,
+    masks_with_or_without_empty,
+    pair_game,
+    rough_game,
+    some_masks,
+)
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 TRAINS = {"boosting": boosting.train, "ensemble": ensemble.train}
-
-
-def some_masks(num_players: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    return masks_with_or_without_empty(num_players, count, False, rng)
 
 
 def unseen_masks(masks: np.ndarray) -> np.ndarray:

@@ -20,8 +20,8 @@ from lpserve.surrogate import (
     PaperSurrogate,
     make_surrogate,
 )
-from tests.kernel_by_hand import KINDS as KERNELS
-from tests.kernel_by_hand import (
+from lpserve.testing.kernels import KINDS as KERNELS
+from lpserve.testing.kernels import (
     covariance,
     masks_with_or_without_empty,
     pair_game,
@@ -29,14 +29,10 @@ from tests.kernel_by_hand import (
     random_kernel,
     rough_game,
     scored_covariance,
+    some_masks,
 )
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
-
-
-def some_masks(num_players: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Distinct masks of all sizes but 0."""
-    return masks_with_or_without_empty(num_players, count, False, rng)
 
 
 @pytest.mark.parametrize("num_players", [3, 7, 10])

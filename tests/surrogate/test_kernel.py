@@ -21,7 +21,7 @@ from lpserve.surrogate.kernel import (
     tune,
     whitening,
 )
-from tests.kernel_by_hand import KINDS, covariance, pair_game, random_kernel, scored_covariance
+from lpserve.testing.kernels import KINDS, covariance, pair_game, random_kernel, scored_covariance
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 

@@ -15,11 +15,11 @@ import pytest
 from lpserve.masks import all_masks
 from lpserve.surrogate import KernelSurrogate
 from lpserve.surrogate.kernel import MaskKernel
-from lpserve.values.shapley import kernel_values, value_calibration
-from tests.kernel_by_hand import (
+from lpserve.testing.kernels import (
     KINDS,
     as_dict,
     covariance,
+    fitted_kernel,
     masks_with_or_without_empty,
     naive_values,
     pair_game,
@@ -28,6 +28,7 @@ from tests.kernel_by_hand import (
     scored_covariance,
     weight_matrix,
 )
+from lpserve.values.shapley import kernel_values, value_calibration
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
@@ -48,21 +49,18 @@ KERNEL_CASES = [
 ]
 
 
-def fitted(
+def fitted_to(
     kind: str, num_players: int, with_empty: bool, noisy: bool, rng: np.random.Generator
 ) -> KernelSurrogate:
-    masks = masks_with_or_without_empty(num_players, min(40, 2**num_players - 3), with_empty, rng)
-    surrogate = KernelSurrogate(kind)
-    noise = rng.uniform(0, 0.02, len(masks)) if noisy else None
-    surrogate.fit(masks, rough_game(masks, rng), noise)
-    assert (surrogate.empty is not None) == with_empty
-    return surrogate
+    count = min(40, 2**num_players - 3)
+    noise = 0.02 * noisy
+    return fitted_kernel(kind, num_players, count, rng, with_empty=with_empty, noise=noise)
 
 
 @pytest.mark.parametrize(("kind", "num_players", "sizes", "with_empty"), KERNEL_CASES)
 def test_closed_form_equals_enumerating_the_surrogate(kind, num_players, sizes, with_empty, rng):
     # without noise five masks of three players may be told so well that no nugget is left
-    surrogate = fitted(kind, num_players, with_empty, num_players == 3, rng)
+    surrogate = fitted_to(kind, num_players, with_empty, num_players == 3, rng)
     every = all_masks(num_players)
     expected = naive_values(as_dict(every, surrogate.mean(every)), num_players, sizes)
     values = kernel_values(surrogate, sizes)
@@ -79,7 +77,7 @@ def test_closed_form_equals_enumerating_the_surrogate(kind, num_players, sizes, 
 def test_stderr_equals_the_posterior_deviation_by_brute_force(
     kind, num_players, sizes, with_empty, calibration, rng
 ):
-    surrogate = fitted(kind, num_players, with_empty, True, rng)
+    surrogate = fitted_to(kind, num_players, with_empty, True, rng)
     every = all_masks(num_players)
     assert surrogate.kernel is not None
     # the posterior of all 2^P utilities at once, in the surrogate's own units

@@ -10,8 +10,14 @@ import pytest
 from lpserve.errors import InputError
 from lpserve.masks import all_masks
 from lpserve.surrogate import KernelSurrogate
+from lpserve.testing.kernels import (
+    KINDS,
+    as_dict,
+    masks_with_or_without_empty,
+    pair_game,
+    posterior,
+)
 from lpserve.values.interactions import exact_interactions, kernel_interactions
-from tests.kernel_by_hand import KINDS, as_dict, masks_with_or_without_empty, pair_game, posterior
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 

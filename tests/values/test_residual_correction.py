@@ -26,7 +26,7 @@ def of(table: np.ndarray, masks: np.ndarray) -> np.ndarray:
     return table[masks @ (1 << np.arange(P))]
 
 
-def values_of(values_P: np.ndarray, sizes: tuple[int, int]) -> ShapleyValues:
+def known_values(values_P: np.ndarray, sizes: tuple[int, int]) -> ShapleyValues:
     return ShapleyValues(
         values_P=values_P, stderr_P=np.full(P, 1e-3), sizes=sizes, estimator="known"
     )
@@ -65,7 +65,7 @@ def test_a_surrogate_that_misses_much_is_corrected(rng):
     some = drawn(sizes, 80, rng)
     effect = rng.choice([-1, 1], P) * rng.uniform(1, 2, P)
     residual = some @ effect + 0.05 * rng.normal(size=len(some))
-    before = values_of(np.zeros(P), sizes)
+    before = known_values(np.zeros(P), sizes)
     after = corrected(before, some, residual, int(rng.integers(1000)))
     assert "residuals of" in after.estimator
     assert ((after.values_P - effect) ** 2).sum() < 0.5 * (effect**2).sum()
@@ -80,7 +80,7 @@ def test_a_surrogate_that_misses_nothing_is_mostly_left_alone(rng):
     left_alone = 0
     for seed in range(200):
         some = drawn(sizes, 12, rng)
-        after = corrected(values_of(np.zeros(P), sizes), some, rng.normal(size=len(some)), seed)
+        after = corrected(known_values(np.zeros(P), sizes), some, rng.normal(size=len(some)), seed)
         if after.estimator == "known":
             left_alone += 1
             np.testing.assert_array_equal(after.values_P, np.zeros(P))
@@ -90,5 +90,5 @@ def test_a_surrogate_that_misses_nothing_is_mostly_left_alone(rng):
 
 def test_few_masks_say_nothing(rng):
     some = drawn((7, 7), 9, rng)[:19]
-    before = values_of(rng.normal(size=P), (7, 7))
+    before = known_values(rng.normal(size=P), (7, 7))
     assert corrected(before, some, rng.normal(size=len(some)), 0) is before

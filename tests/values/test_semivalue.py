@@ -15,8 +15,8 @@ from scipy.stats import hypergeom
 
 from lpserve.masks import all_masks
 from lpserve.surrogate.kernel import MaskKernel
+from lpserve.testing.kernels import KINDS, covariance, random_kernel, weight_matrix
 from lpserve.values.semivalue import empty_weight, value_covariance, value_variance
-from tests.kernel_by_hand import KINDS, covariance, random_kernel, weight_matrix
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 

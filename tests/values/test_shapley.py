@@ -16,6 +16,7 @@ import pytest
 from lpserve.errors import InputError
 from lpserve.masks import all_masks
 from lpserve.surrogate import KernelSurrogate, PaperSurrogate
+from lpserve.testing.kernels import KINDS, as_dict, naive_values, pair_game
 from lpserve.types import Z90
 from lpserve.values.shapley import (
     ShapleyValues,
@@ -29,12 +30,11 @@ from lpserve.values.shapley import (
     toggle_differences,
     value_calibration,
 )
-from tests.kernel_by_hand import KINDS, as_dict, naive_values, pair_game
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 
-def some_masks(num_players: int, count: int, rng: np.random.Generator) -> np.ndarray:
+def masks_of_all_sizes(num_players: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """Distinct masks, every number kept as likely as any other."""
     found: dict[bytes, np.ndarray] = {}
     while len(found) < count:
@@ -205,7 +205,7 @@ def test_the_papers_values_equal_its_loop_over_masks(rng):
 
 def test_the_papers_network_gives_sampled_values(rng, monkeypatch):
     monkeypatch.setattr(PaperSurrogate, "EPOCHS", 20)
-    masks = some_masks(5, 25, rng)
+    masks = masks_of_all_sizes(5, 25, rng)
     surrogate = PaperSurrogate(seed=3)
     surrogate.fit(masks, np.exp(pair_game(5, rng)(masks)))
     every = all_masks(5)
@@ -232,7 +232,7 @@ def test_error_shrinks_with_more_masks_and_intervals_cover(rng):
     for _ in range(10):
         utility = pair_game(8, rng, triples=0.03)
         exact = exact_values(every, utility(every)[:, None], (0, 7))[:, 0]
-        masks = some_masks(8, 96, rng)
+        masks = masks_of_all_sizes(8, 96, rng)
         for count, errors in error.items():
             values = shapley_values(masks[:count], utility(masks[:count]))
             errors.append(root_mean_square(values, exact))
@@ -254,13 +254,13 @@ def test_values_of_a_game_of_pairs_are_found_from_a_quarter_of_its_masks(rng):
     utility = pair_game(8, rng)
     every = all_masks(8)
     exact = exact_values(every, utility(every)[:, None], (0, 7))[:, 0]
-    masks = some_masks(8, 64, rng)
+    masks = masks_of_all_sizes(8, 64, rng)
     values = shapley_values(masks, utility(masks))
     assert root_mean_square(values, exact) < 1e-5 * np.abs(exact).mean()
 
 
 def test_values_are_deterministic(rng):
-    masks = some_masks(7, 40, rng)
+    masks = masks_of_all_sizes(7, 40, rng)
     utilities = pair_game(7, rng, triples=0.1)(masks)
     one, other = (shapley_values(masks, utilities, (2, 6)) for _ in range(2))
     np.testing.assert_array_equal(one.values_P, other.values_P)
@@ -270,7 +270,7 @@ def test_values_are_deterministic(rng):
 
 
 def test_values_are_those_of_the_kernel_with_the_smaller_heldout_error(rng):
-    masks = some_masks(7, 40, rng)
+    masks = masks_of_all_sizes(7, 40, rng)
     utilities = pair_game(7, rng, triples=0.1)(masks)
     noise, columns = rng.uniform(0, 0.01, 40), rng.normal(size=(40, 3))
     each = [KernelSurrogate(kind) for kind in KINDS]
@@ -369,7 +369,7 @@ def test_noise_of_the_scores_widens_estimated_values(rng):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_of_the_scores_widens_every_value_of_one_kernel(kind, rng):
-    masks = some_masks(8, 40, rng)
+    masks = masks_of_all_sizes(8, 40, rng)
     utilities = pair_game(8, rng)(masks) + 0.05 * rng.normal(size=40)
     surrogate = KernelSurrogate(kind)
     surrogate.fit(masks, utilities)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import lpserve
-from tests.reference import (
+from lpserve.testing.parity import NUM_LAYERS, edge_masks, some_windows
+from lpserve.testing.reference import (
     FAMILIES,
     SPREAD,
     reference_model,
@@ -23,32 +24,6 @@ from tests.reference import (
 )
 
 TOLERANCE = 1e-5
-NUM_LAYERS = 6
-
-
-def edge_masks() -> np.ndarray:
-    full = np.ones(NUM_LAYERS, dtype=bool)
-    masks = [full, ~full]
-    for layer in (0, NUM_LAYERS - 1):
-        masks += [np.arange(NUM_LAYERS) != layer, np.arange(NUM_LAYERS) == layer]
-    return np.array(masks)
-
-
-def some_windows(rng: np.random.Generator, num: int = 3, length: int = 40, *, ragged: bool = True):
-    tokens = rng.integers(0, 97, (num, length))
-    scored = rng.random((num, length)) < 0.8
-    scored[:, 0] = False
-    scored[:, 1] = True
-    if ragged:
-        scored[0, length // 2 :] = False  # right padding
-    return lpserve.TokenWindows.from_tokens(tokens, scored)
-
-
-def without_padding_token(windows: lpserve.TokenWindows) -> lpserve.TokenWindows:
-    """The same, token 1 replaced: transformers makes the padding token's embedding zero, and a zero
-    state has no direction and no first choice."""
-    tokens_NT = np.where(windows.tokens_NT == 1, 2, windows.tokens_NT)
-    return lpserve.TokenWindows.from_tokens(tokens_NT, windows.scored_NT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,9 +17,8 @@ import torch
 import lpserve
 from lpserve.engine.vllm.engine import VllmEngine
 from lpserve.errors import EngineError, InputError
-from lpserve.types import EngineSpec
-from tests.engine.hf.test_engine import NUM_LAYERS, edge_masks, some_windows
-from tests.reference import (
+from lpserve.testing.parity import NUM_LAYERS, edge_masks, some_windows
+from lpserve.testing.reference import (
     SPREAD,
     VLLM_FAMILIES,
     quantize_int8,
@@ -29,6 +28,7 @@ from tests.reference import (
     window_nll,
     with_layers_deleted,
 )
+from lpserve.types import EngineSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 

@@ -8,7 +8,6 @@ test_ray_cluster; masks that kill or hang engines: test_ray_pool; hours of kills
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -30,25 +29,11 @@ from lpserve.runner.coordinator import run
 from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.pool import LocalPool, UnitResult, WorkUnit
 from lpserve.store.store import Store
-from tests.runner.test_coordinator import make_config, stored_count, stored_scores, texts  # noqa: F401
-from tests.scoring.ray.test_pool import P, WindowBlock, pool_of, ray_config, score_all, undisturbed
+from lpserve.testing.ray_pools import THREE_WINDOWS, pool_of, ray_config, score_all, undisturbed
+from lpserve.testing.runs import NUM_PLAYERS as P
+from lpserve.testing.runs import make_config, stored_count, stored_scores
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    import ray
-
-    ray.init(
-        "local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("local_ray")]
 
 
 def start(config) -> subprocess.Popen[str]:
@@ -83,7 +68,7 @@ def kill_when(process: subprocess.Popen[str], path: Path, scores: int, victims) 
     "then",
     [{"engines": 3}, pytest.param({"pool": "local", "engines": 1}, marks=pytest.mark.slow)],
 )
-def test_a_killed_driver_resumes_with_another_number_of_engines(then, tmp_path, texts):  # noqa: F811
+def test_a_killed_driver_resumes_with_another_number_of_engines(then, tmp_path, texts):
     alone, stored = undisturbed(tmp_path, texts)
     path = tmp_path / "run" / "scores.sqlite"
     config = ray_config(tmp_path, texts, 2, delay_s=0.05)
@@ -96,7 +81,7 @@ def test_a_killed_driver_resumes_with_another_number_of_engines(then, tmp_path, 
     assert result.outcome.plan == alone.outcome.plan
 
 
-def test_a_signal_while_engines_start_ends_the_run_in_one_line(tmp_path, texts):  # noqa: F811
+def test_a_signal_while_engines_start_ends_the_run_in_one_line(tmp_path, texts):
     def daemons() -> list[psutil.Process]:
         return [p for p in psutil.Process(process.pid).children() if "raylet" in p.name()]
 
@@ -116,7 +101,7 @@ def test_a_signal_while_engines_start_ends_the_run_in_one_line(tmp_path, texts):
     assert not (tmp_path / "run").exists()
 
 
-def test_nan_losses_are_stored_as_they_are(tmp_path, texts, rng):  # noqa: F811
+def test_nan_losses_are_stored_as_they_are(tmp_path, texts, rng):
     text = "".join("01"[int(bit)] for bit in rng.permutation([0, 0] + [1] * (P - 2)))
     options = {"num_players": P, "game_seed": 3, "nan": [text]}
     config = make_config(tmp_path, texts, budget=256, engine_options=options)
@@ -137,7 +122,7 @@ def test_nan_losses_are_stored_as_they_are(tmp_path, texts, rng):  # noqa: F811
 
 def test_a_full_disk_stops_the_run_which_goes_on_once_there_is_room(
     tmp_path,
-    texts,  # noqa: F811
+    texts,
     monkeypatch,
 ):
     """A real SQLITE_FULL, by a page limit set on the run's own connection."""
@@ -180,7 +165,7 @@ def test_an_engine_that_breaks_is_replaced_and_no_mask_is_given_up(rng):
     assert any("it scores nothing any more" in line for line in told)
 
 
-def test_a_local_engine_that_breaks_ends_the_run_and_says_so(tmp_path, texts, rng):  # noqa: F811
+def test_a_local_engine_that_breaks_ends_the_run_and_says_so(tmp_path, texts, rng):
     text = "".join("01"[int(bit)] for bit in rng.permutation([0] + [1] * (P - 1)))
     options = {"num_players": P, "game_seed": 3}
     config = make_config(tmp_path, texts, engine_options={**options, "break": [text]})
@@ -229,7 +214,7 @@ def test_a_mask_is_split_over_windows_when_engines_outnumber_masks(rng, monkeypa
         dispatcher = Dispatcher(pool)  # pyright: ignore[reportArgumentType]
         key = dispatcher.register(windows)
         dispatcher._pace = dict.fromkeys(plain._members, 0.3 / (3 * 16))  # it is known
-        dispatcher.add(masks[-2:], WindowBlock(), key)  # pyright: ignore[reportArgumentType]
+        dispatcher.add(masks[-2:], THREE_WINDOWS, key)
         results = []
         while not dispatcher.idle:
             results.append(dispatcher.next(1.0))

@@ -6,7 +6,6 @@ what is tested is where engines are placed, not that vLLM runs there.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
@@ -25,25 +24,12 @@ from lpserve.masks import keys
 from lpserve.runner.coordinator import run
 from lpserve.scoring.progress import RunState
 from lpserve.scoring.ray.cluster import _left_behind
+from lpserve.testing.ray_pools import pool_of, ray_config, score_all, undisturbed
+from lpserve.testing.runs import NUM_PLAYERS as P
+from lpserve.testing.runs import stored_scores
 from lpserve.types import Work
-from tests.runner.test_coordinator import stored_scores, texts  # noqa: F401
-from tests.scoring.ray.test_pool import pool_of, ray_config, score_all, undisturbed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-P = 8
-
-
-@pytest.fixture
-def cluster():
-    """A head without room for engines; tests add nodes."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
 
 
 def wait_until(pool, holds, seconds: float = 60.0) -> None:
@@ -74,7 +60,7 @@ def test_auto_engines_follow_the_nodes(cluster, rng):
     assert any("is replaced" in line for line in told)
 
 
-def test_a_run_outlives_a_killed_raylet(cluster, tmp_path, texts):  # noqa: F811
+def test_a_run_outlives_a_killed_raylet(cluster, tmp_path, texts):
     alone, stored = undisturbed(tmp_path, texts)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     config = ray_config(tmp_path, texts, 2, delay_s=0.05)

@@ -18,51 +18,21 @@ import pytest
 
 from lpserve.config import config_from
 from lpserve.data.protocols import Protocol
-from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.masks import keys
 from lpserve.runner.coordinator import run
-from lpserve.scoring.dispatcher import Dispatcher, GivenUp
-from lpserve.types import EngineSpec
-from tests.cli.test_entry import lpserve
-from tests.runner.test_coordinator import make_config, stored_scores, texts  # noqa: F401
+from lpserve.testing.ray_pools import pool_of, ray_config, score_all, undisturbed
+from lpserve.testing.runs import NUM_PLAYERS as P
+from lpserve.testing.runs import run_lpserve, stored_scores
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-P = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    import logging
-
-    import ray
-
-    ray.init(
-        "local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    yield
-    ray.shutdown()
-
-
-def ray_config(tmp_path, texts, engines: int, **options):  # noqa: F811
-    engine_options = {"num_players": P, "game_seed": 3, **options}
-    return make_config(tmp_path, texts, pool="ray", engines=engines, engine_options=engine_options)
-
-
-def undisturbed(tmp_path, texts):  # noqa: F811
-    config = make_config(tmp_path, texts, out=str(tmp_path / "alone"))
-    return run(config), stored_scores(tmp_path / "alone" / "scores.sqlite")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.mark.parametrize("engines", [1, 2, 4])
 def test_any_number_of_engines_gives_the_local_pools_masks_scores_and_plan(
     engines,
     tmp_path,
-    texts,  # noqa: F811
+    texts,
 ):
     alone, stored = undisturbed(tmp_path, texts)
     result = run(ray_config(tmp_path, texts, engines))
@@ -72,7 +42,7 @@ def test_any_number_of_engines_gives_the_local_pools_masks_scores_and_plan(
 
 
 @pytest.mark.slow
-def test_killed_engines_are_replaced_and_nothing_is_lost(tmp_path, texts, monkeypatch):  # noqa: F811
+def test_killed_engines_are_replaced_and_nothing_is_lost(tmp_path, texts, monkeypatch):
     import lpserve.scoring.ray.pool
 
     alone, stored = undisturbed(tmp_path, texts)
@@ -99,35 +69,6 @@ def test_killed_engines_are_replaced_and_nothing_is_lost(tmp_path, texts, monkey
     assert result.outcome.plan == alone.outcome.plan
 
 
-def pool_of(engines: int | None, deadline_s: float | None = None, log=lambda _: None, **options):
-    from lpserve.scoring.ray.pool import RayPool
-
-    windows = TokenWindows.from_tokens(np.random.default_rng(0).integers(0, 100, (3, 16)))
-    spec = EngineSpec(kind="synthetic", model="", options={"num_players": P, **options})
-    return RayPool(spec, windows, engines, deadline_s=deadline_s, log=log), windows
-
-
-class WindowBlock:
-    id, rows = 0, np.arange(3)
-
-
-def score_all(pool, windows, masks):
-    """key -> NLL of what was scored, and key -> reason of what was given up."""
-    dispatcher = Dispatcher(pool)
-    dispatcher.add(masks, WindowBlock(), dispatcher.register(windows))  # pyright: ignore[reportArgumentType]
-    scored, given_up = {}, {}
-    while not dispatcher.idle:
-        result = dispatcher.next(1.0)
-        if isinstance(result, GivenUp):
-            given_up[keys(result.unit.masks_MP)[0]] = result.reason
-        elif result is not None:
-            assert result.scores is not None
-            for key, nll in zip(keys(result.unit.masks_MP), result.scores.nll_MN, strict=True):
-                assert key not in scored, "a mask was scored twice"
-                scored[key] = nll
-    return scored, given_up
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "words"),
@@ -148,7 +89,7 @@ def test_a_mask_that_ends_engines_is_found_alone_and_the_rest_is_scored(kind, wo
     assert set(scored) == set(keys(masks)) - set(given_up)
 
 
-def test_an_engine_that_cannot_start_says_why_at_once(tmp_path, texts):  # noqa: F811
+def test_an_engine_that_cannot_start_says_why_at_once(tmp_path, texts):
     started = time.monotonic()
     with pytest.raises(InputError, match="has no option 'colour'"):
         run(ray_config(tmp_path, texts, 2, colour=1))
@@ -176,7 +117,7 @@ def test_a_slow_engine_does_not_hold_the_others(tmp_path, rng):
 
 
 @pytest.mark.slow
-def test_a_run_of_the_ray_pool_resumes_with_the_local_one(tmp_path, texts):  # noqa: F811
+def test_a_run_of_the_ray_pool_resumes_with_the_local_one(tmp_path, texts):
     alone, stored = undisturbed(tmp_path, texts)
     from lpserve.errors import RunInterrupted
 
@@ -210,7 +151,7 @@ def test_two_real_engines_give_the_local_pools_plan(engine, tmp_path):
     plans = []
     for name, more in (("local", []), ("ray", ["--pool", "ray", "--engines", 2])):
         out = tmp_path / name
-        done = lpserve("run", *flags, "--engine", engine, *more, "--out", out)
+        done = run_lpserve("run", *flags, "--engine", engine, *more, "--out", out)
         assert done.returncode == 0, done.stderr
         plans.append(json.loads((out / "plan.json").read_text())["plans"])
     for a, b in zip(*plans, strict=True):

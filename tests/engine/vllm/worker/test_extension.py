@@ -15,9 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.engine.hf.test_engine import NUM_LAYERS, edge_masks, some_windows, without_padding_token
-from tests.engine.test_head import by_hand
-from tests.reference import reference_model, relative, window_nll, with_layers_deleted
+from lpserve.testing.parity import (
+    NUM_LAYERS,
+    edge_masks,
+    metrics_by_hand,
+    some_windows,
+    without_padding_token,
+)
+from lpserve.testing.reference import reference_model, relative, window_nll, with_layers_deleted
 
 pytestmark = pytest.mark.slow
 
@@ -98,7 +103,7 @@ def test_two_ranks_equal_deleting_layers_on_both_paths(family, options, model_di
         nll_MN = np.array(got[path])
         assert relative(nll_MN.sum(axis=1), expected.sum(axis=1)) < 1e-5, path
         assert relative(nll_MN, expected) < 1e-4, path
-    others, close_MN = by_hand(folder, masks, windows)
+    others, close_MN = metrics_by_hand(folder, masks, windows)
     assert set(got["others"]) == {"misses", *(["kl"] * ("tensor_parallel_size" in options))}
     assert (np.abs(np.array(got["others"]["misses"]) - others["misses"]) <= close_MN).all()
     if "kl" in got["others"]:

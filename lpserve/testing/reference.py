@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -70,7 +69,6 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
 
     layers = common["num_hidden_layers"]
     plain = {k: v for k, v in common.items() if k != "head_dim"}
-    experts: dict[str, Any] = {"num_experts_per_tok": 2, "output_router_logits": False}
     if family == "llama-mha":
         return tf.LlamaConfig(**{**common, "num_key_value_heads": 2})
     if family == "qwen2":
@@ -111,6 +109,17 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
         )
     if family == "phi3":
         return tf.Phi3Config(**plain)
+    if family == "olmo2":
+        return tf.Olmo2Config(**plain)
+    if family == "cohere":
+        return tf.CohereConfig(**plain, logit_scale=0.5)
+    return _families_of_experts(family, common)
+
+
+def _families_of_experts(family: str, common: dict[str, Any]) -> PretrainedConfig:
+    import transformers as tf
+
+    experts: dict[str, Any] = {"num_experts_per_tok": 2, "output_router_logits": False}
     if family == "mixtral":
         return tf.MixtralConfig(**common, num_local_experts=4, **experts)
     if family == "qwen3-moe":
@@ -122,8 +131,6 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
             norm_topk_prob=True,
             **experts,
         )
-    if family == "cohere":
-        return tf.CohereConfig(**plain, logit_scale=0.5)
     if family == "gpt-oss":
         return tf.GptOssConfig(
             **common,
@@ -139,16 +146,6 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
                 "truncate": False,
                 "original_max_position_embeddings": 32,
             },
-        )
-    if family == "bloom":
-        return tf.BloomConfig(
-            hidden_size=64,
-            n_layer=layers,
-            n_head=2,
-            vocab_size=97,
-            initializer_range=0.15,
-            bos_token_id=0,
-            eos_token_id=1,
         )
     if family == "deepseek-v2":
         return tf.DeepseekV2Config(
@@ -167,8 +164,22 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
             topk_group=1,
             n_shared_experts=1,
         )
-    if family == "olmo2":
-        return tf.Olmo2Config(**plain)
+    return _alibi_families(family, common["num_hidden_layers"])
+
+
+def _alibi_families(family: str, layers: int) -> PretrainedConfig:
+    import transformers as tf
+
+    if family == "bloom":
+        return tf.BloomConfig(
+            hidden_size=64,
+            n_layer=layers,
+            n_head=2,
+            vocab_size=97,
+            initializer_range=0.15,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
     if family == "falcon":
         return tf.FalconConfig(
             hidden_size=64,
@@ -299,4 +310,6 @@ def relative(got: np.ndarray, expected: np.ndarray) -> float:
 
 def slow_but(names: Iterable[str], *fast: str) -> list[Any]:
     """Parameters of which all but `fast` make slow tests."""
+    import pytest
+
     return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]

@@ -5,35 +5,25 @@ Not covered here: how alike deep games are to deep models, which nobody has enum
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from lpserve.masks import all_masks, draw, full_mask, swap_one
+from lpserve.testing.game_statistics import statistics
+from lpserve.testing.layer_games import NUM_TOKENS, layer_game, reference_best
 from lpserve.values.shapley import exact_values
 
-BENCH = str(Path(__file__).parents[2] / "scripts" / "bench")
 ROUNDING = 1e-10  # nats: sums of some thousand products near 1, each good to 1e-16
 STRAY = 6.0  # standard errors: one draw in 5e8 lies farther out
 
 
-@pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, BENCH)
-    yield importlib.import_module("synthetic_games")
-    sys.path.remove(BENCH)
-
-
-def game_of(bench, rng, num_players, num_windows):
+def game_of(rng, num_players, num_windows):
     seed, window_seed = (int(s) for s in rng.integers(1 << 30, size=2))
-    return bench.layer_game(num_players, num_windows, seed=seed, window_seed=window_seed)
+    return layer_game(num_players, num_windows, seed=seed, window_seed=window_seed)
 
 
-def test_a_score_is_the_formula_term_by_term(bench, rng):
-    game = game_of(bench, rng, 7, 3)
+def test_a_score_is_the_formula_term_by_term(rng):
+    game = game_of(rng, 7, 3)
     for mask_P in all_masks(7)[rng.permutation(128)[:10]]:
         for n in range(3):
             mean = game.base_N[n] + sum(game.main_PN[i, n] for i in range(7) if not mask_P[i])
@@ -45,13 +35,13 @@ def test_a_score_is_the_formula_term_by_term(bench, rng):
                     product *= 1.0 if mask_P[i] else np.exp(logs_P[i])
                 mean += coefficients_N[n] * (product - 1.0).real
             assert game.nll(mask_P[None])[0, n] == pytest.approx(
-                bench.NUM_TOKENS * mean, abs=bench.NUM_TOKENS * ROUNDING
+                NUM_TOKENS * mean, abs=NUM_TOKENS * ROUNDING
             )
 
 
 @pytest.mark.parametrize("num_players", range(4, 10))
-def test_values_are_those_of_enumeration(num_players, bench, rng):
-    game = game_of(bench, rng, num_players, int(rng.integers(1, 6)))
+def test_values_are_those_of_enumeration(num_players, rng):
+    game = game_of(rng, num_players, int(rng.integers(1, 6)))
     masks_MP = all_masks(num_players)
     low, high = sorted(int(k) for k in rng.integers(num_players, size=2))
     for sizes in ((low, high), (0, num_players - 1), (num_players - 1, num_players - 1)):
@@ -63,10 +53,10 @@ def test_values_are_those_of_enumeration(num_players, bench, rng):
 
 
 @pytest.mark.parametrize(("num_players", "most"), [(32, 3), (80, 2)])
-def test_values_of_deep_games(num_players, most, bench, rng):
+def test_values_of_deep_games(num_players, most, rng):
     """Near the whole model all coalitions can still be listed; over all sizes values must sum to
     the NLL of nothing kept less that of all."""
-    game = game_of(bench, rng, num_players, 4)
+    game = game_of(rng, num_players, 4)
     listed_P = np.zeros(num_players)
     for r in range(1, most + 1):
         masks_MP, before_MP = (all_masks(num_players, num_players - n) for n in (r, r - 1))
@@ -80,9 +70,9 @@ def test_values_of_deep_games(num_players, most, bench, rng):
     assert total == pytest.approx(empty - full, abs=num_players * ROUNDING)
 
 
-def test_windows_have_the_mean_of_the_population(bench, rng):
+def test_windows_have_the_mean_of_the_population(rng):
     """Scores and values both, within the error of 20,000 windows."""
-    game = game_of(bench, rng, 8, 20_000)
+    game = game_of(rng, 8, 20_000)
     mean, sizes = game.population, (3, 7)
     masks_MP = all_masks(8)[rng.permutation(256)[:40]]
     for sample, expected in (
@@ -94,14 +84,14 @@ def test_windows_have_the_mean_of_the_population(bench, rng):
         assert (np.abs(sample.mean(axis=1) - expected) / stderr).max() < STRAY
 
 
-def test_seeds_decide_the_game_and_its_windows_apart(bench, rng):
+def test_seeds_decide_the_game_and_its_windows_apart(rng):
     seed, window_seed = (int(s) for s in rng.integers(1 << 30, size=2))
     masks_MP = draw(20, 15, 30, rng)
-    game = bench.layer_game(20, 6, seed=seed, window_seed=window_seed)
-    again = bench.layer_game(20, 6, seed=seed, window_seed=window_seed)
-    fewer = bench.layer_game(20, 4, seed=seed, window_seed=window_seed)
-    elsewhere = bench.layer_game(20, 6, seed=seed, window_seed=window_seed + 1)
-    another = bench.layer_game(20, 6, seed=seed + 1, window_seed=window_seed)
+    game = layer_game(20, 6, seed=seed, window_seed=window_seed)
+    again = layer_game(20, 6, seed=seed, window_seed=window_seed)
+    fewer = layer_game(20, 4, seed=seed, window_seed=window_seed)
+    elsewhere = layer_game(20, 6, seed=seed, window_seed=window_seed + 1)
+    another = layer_game(20, 6, seed=seed + 1, window_seed=window_seed)
     nll_MN = game.nll(masks_MP)
     assert (again.nll(masks_MP) == nll_MN).all()
     assert fewer.nll(masks_MP) == pytest.approx(nll_MN[:, :4], rel=1e-12)
@@ -111,10 +101,9 @@ def test_seeds_decide_the_game_and_its_windows_apart(bench, rng):
 
 
 @pytest.mark.usefixtures("one_blas_thread")
-def test_interactions_are_like_those_of_a_real_game(bench, rng):
+def test_interactions_are_like_those_of_a_real_game(rng):
     """Medians of 8 games; the enumerated game's figures are in the comments. No median of 20,000
     resampled ones of 160 games lay outside the bands."""
-    statistics = importlib.import_module("game_statistics").statistics
     bands = {
         "loss of one: first": (4.2, 4.75),  # 4.45
         "loss of one: last": (0.1, 0.26),  # 0.18
@@ -137,30 +126,30 @@ def test_interactions_are_like_those_of_a_real_game(bench, rng):
     }
     found = []
     for _ in range(8):
-        game = game_of(bench, rng, 12, 16)
-        found.append(statistics(game, bench.reference_best(game, 6, seed=0, starts=4), seed=0))
+        game = game_of(rng, 12, 16)
+        found.append(statistics(game, reference_best(game, 6, seed=0, starts=4), seed=0))
     median = {name: float(np.median([one[name] for one in found])) for name in bands}
     outside = {n: median[n] for n, (low, high) in bands.items() if not low < median[n] < high}
     assert not outside
 
 
-def test_the_reference_is_the_optimum_where_that_can_be_listed(bench, rng):
-    game = game_of(bench, rng, 10, 4)
-    best_RP = bench.reference_best(game, 8, seed=int(rng.integers(1 << 30)))
+def test_the_reference_is_the_optimum_where_that_can_be_listed(rng):
+    game = game_of(rng, 10, 4)
+    best_RP = reference_best(game, 8, seed=int(rng.integers(1 << 30)))
     assert ((~best_RP).sum(axis=1) == np.arange(1, 9)).all()
     for r in range(1, 9):
         least = game.mean_nll(all_masks(10, 10 - r)).min()
         assert game.mean_nll(best_RP[r - 1 : r])[0] == pytest.approx(least, abs=ROUNDING)
 
 
-def test_no_swap_betters_the_reference_of_a_deep_game(bench, rng):
-    game = game_of(bench, rng, 80, 4)
-    best_RP = bench.reference_best(game, 6, seed=0, starts=2)
+def test_no_swap_betters_the_reference_of_a_deep_game(rng):
+    game = game_of(rng, 80, 4)
+    best_RP = reference_best(game, 6, seed=0, starts=2)
     for best_P in best_RP:
         least = game.mean_nll(swap_one(best_P)).min()
         assert game.mean_nll(best_P[None])[0] <= least + ROUNDING
 
 
-def test_a_game_of_three_players_is_refused(bench):
+def test_a_game_of_three_players_is_refused():
     with pytest.raises(ValueError, match="4 players: got 3"):
-        bench.layer_game(3, 1, seed=0)
+        layer_game(3, 1, seed=0)

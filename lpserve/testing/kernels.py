@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
@@ -85,7 +86,9 @@ def weight_matrix(num_players: int, sizes: tuple[int, int]) -> np.ndarray:
     return weights
 
 
-def pair_game(num_players: int, rng: np.random.Generator, triples: float = 0.0):
+def pair_game(
+    num_players: int, rng: np.random.Generator, triples: float = 0.0
+) -> Callable[[np.ndarray], np.ndarray]:
     """Mask -> utility: a cost for each dropped player, an effect for each pair and triple."""
     main = rng.uniform(0.01, 0.3, num_players)
     pairs = np.triu(rng.normal(0, 0.05, (num_players, num_players)), 1)
@@ -108,7 +111,9 @@ def rough_game(masks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return pair_game(masks.shape[1], rng)(masks) + rng.normal(0, 0.1, len(masks))
 
 
-def naive_values(value: dict[frozenset, float], num_players: int, sizes: tuple[int, int]):
+def naive_values(
+    value: dict[frozenset, float], num_players: int, sizes: tuple[int, int]
+) -> np.ndarray:
     """The definition: over every size, over every coalition of that size without i."""
     values = []
     for player in range(num_players):
@@ -140,3 +145,26 @@ def masks_with_or_without_empty(
     if with_empty:
         rows[int(rng.integers(count))] = 0
     return every[rows]
+
+
+def some_masks(num_players: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Distinct masks of all sizes but 0."""
+    return masks_with_or_without_empty(num_players, count, False, rng)
+
+
+def fitted_kernel(
+    kind: str,
+    num_players: int,
+    count: int,
+    rng: np.random.Generator,
+    *,
+    with_empty: bool = False,
+    noise: float = 0.0,
+) -> KernelSurrogate:
+    """A kernel surrogate of a rough game on `count` masks; variances of noise are below `noise`."""
+    masks = masks_with_or_without_empty(num_players, count, with_empty, rng)
+    surrogate = KernelSurrogate(kind)
+    noise_M = rng.uniform(0, noise, len(masks)) if noise else None
+    surrogate.fit(masks, rough_game(masks, rng), noise_M)
+    assert (surrogate.empty is not None) == with_empty
+    return surrogate
