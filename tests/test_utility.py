@@ -15,11 +15,11 @@ from lpserve.analysis.record import read_record
 from lpserve.cli.entry import main
 from lpserve.config import config_from
 from lpserve.errors import InputError
-from lpserve.masks import all_masks, keys
+from lpserve.masks import all_masks, key_text, keys
 from lpserve.runner.coordinator import run
 from lpserve.study.study import study_of
 from lpserve.study.sweep import sweep
-from lpserve.testing.games import key_text, shapley_by_hand
+from lpserve.testing.games import shapley_by_hand
 from lpserve.testing.parity import NUM_LAYERS, some_windows, without_padding_token
 from lpserve.testing.runs import make_config, stored_scores
 from lpserve.types import METRICS, metric_of, utilities
@@ -76,7 +76,9 @@ def test_values_and_plan_are_about_the_utility(utility, game, capsys):
     with lpserve.open_engine(values["model"], windows) as engine:
         for entry in outcome.plan.plans:
             sizes = [
-                k for k in loss if NUM_LAYERS - sum(map(int, key_text(k))) == entry.num_removed
+                k
+                for k in loss
+                if NUM_LAYERS - sum(map(int, key_text(k, NUM_LAYERS))) == entry.num_removed
             ]
             chosen = np.ones(NUM_LAYERS, dtype=bool)
             chosen[entry.removed] = False

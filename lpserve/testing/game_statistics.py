@@ -52,9 +52,11 @@ class EnumeratedGame:
         self.num_players = len(self._nll_CN).bit_length() - 1
 
     def nll(self, masks_MP: BoolArray) -> FloatArray:
+        """Summed nats, `float64[M, N]`."""
         return self._nll_CN[masks_MP @ (1 << np.arange(self.num_players))]
 
     def exact(self, sizes: tuple[int, int]) -> FloatArray:
+        """Values over all windows, by enumeration, `float64[P]`."""
         masks_MP = all_masks(self.num_players)
         return exact_values(masks_MP, -self.nll(masks_MP) / self.tokens_N, sizes).mean(axis=1)
 

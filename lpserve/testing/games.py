@@ -21,11 +21,6 @@ def mask_text(mask: np.ndarray) -> str:
     return "".join("01"[int(bit)] for bit in mask)
 
 
-def key_text(key: bytes) -> str:
-    """A mask's key as 0 and 1, padded to whole bytes."""
-    return "".join(f"{byte:08b}" for byte in key)
-
-
 def table_game(
     num_players: int, rng: np.random.Generator, *, ties: bool = False
 ) -> Callable[[BoolArray], FloatArray]:
@@ -60,10 +55,12 @@ class TableGame:
         self.nll_CN[failed] = rng.choice([np.nan, np.inf, -np.inf], (failed.sum(), 1))
 
     def score(self, ask: _Request) -> FloatArray:
+        """Mean NLL over the windows asked for, `float64[M]`."""
         nll_MN = self.nll_CN[ask.masks_MP @ (1 << np.arange(self.num_players))]
         return (nll_MN if ask.windows is None else nll_MN[:, ask.windows]).mean(axis=1)
 
     def of(self, removed: Sequence[int]) -> float:
+        """Mean NLL over all windows without these players."""
         return float(self.score(_Masks(without(self.num_players, removed)[None]))[0])
 
 

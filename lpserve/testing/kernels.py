@@ -130,6 +130,7 @@ def naive_values(
 
 
 def as_dict(masks: np.ndarray, utilities: np.ndarray) -> dict[frozenset, float]:
+    """Players kept -> utility."""
     return {
         frozenset(np.flatnonzero(mask).tolist()): float(u)
         for mask, u in zip(masks, utilities, strict=True)

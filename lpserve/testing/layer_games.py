@@ -30,10 +30,10 @@ Deeper games are a guess, led by what was published for Llama-2. There, as in th
 curve of losses keeps its shape over the *share* of layers removed: so losses are multiplied by one
 number (`SCALES`; by log P in between), the share of the waves shrinks as 1 / P, and there is one
 backup for each 12 layers. The best known sets then cost about what the best in print do
-(`PUBLISHED`; the last lines of scripts/bench/synthetic_games.py). Unlike real games: nothing collapses beyond the first layer's
-level, as the bundled model does with no layer left (22 nats); windows are Gaussian; in its deep
-games greedy removal comes within 2% of the best, where searches in print differ by half (12
-layers of Llama-2-7B).
+(`PUBLISHED`; scripts/bench/synthetic_games.py prints them). Unlike real games: nothing collapses
+beyond the first layer's level, as the bundled model does with no layer left (22 nats); windows are
+Gaussian; in its deep games greedy removal comes within 2% of the best, where searches in print
+differ by half (12 layers of Llama-2-7B).
 
 Notation: M masks, P players, N windows, T terms, R numbers removed, E dropped others.
 """

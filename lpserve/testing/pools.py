@@ -102,15 +102,18 @@ class SimulatedPool:
 
     @property
     def engines(self) -> Mapping[str, str]:
+        """Name -> name of the engines that are up."""
         return self._engines
 
     def _note_engines(self) -> None:
         self._engines = {e.name: e.name for e in self._all.values() if e.up}
 
     def register(self, windows: TokenWindows) -> str:
+        """Their hash; scores do not depend on windows."""
         return windows.content_hash
 
     def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
+        """Put a unit in an engine's queue."""
         self.submits += 1
         noise = float(np.exp(self._rng.normal(0, 0.05)))
         where = self._all[engine]
@@ -120,6 +123,7 @@ class SimulatedPool:
             self._begin(where)
 
     def cancel(self, unit: WorkUnit, engine: str) -> None:
+        """Take a unit back that its engine has not begun."""
         where = self._all[engine]
         for task in list(where.tasks)[1:]:
             if task.unit is unit:
@@ -127,11 +131,14 @@ class SimulatedPool:
                 result = UnitResult(unit=unit, scores=None, engine=engine, blamed=False)
                 self._done.append(result)
 
-    def publish(self, state: RunState) -> None: ...
+    def publish(self, state: RunState) -> None:
+        """Nobody listens."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing to free."""
 
     def propose_at(self, when: float, index: int) -> None:
+        """Have `next` return at that time, with `index` in `proposed`."""
         self._at(when, "proposal", index, 0)
 
     def next(self, timeout_s: float) -> UnitResult | None:

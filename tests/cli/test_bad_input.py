@@ -158,7 +158,9 @@ def test_a_folder_without_weights_or_config_is_refused(tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)
     (model / "model.safetensors").unlink()
-    assert "neither model.safetensors nor" in refused(capsys, tmp_path, *run_flags(tmp_path, model=model))  # fmt: skip # noqa: E501
+    assert "neither model.safetensors nor" in refused(
+        capsys, tmp_path, *run_flags(tmp_path, model=model)
+    )
     (model / "config.json").unlink()
     assert "config.json is missing" in refused(capsys, tmp_path, *run_flags(tmp_path, model=model))
 
@@ -271,9 +273,13 @@ def finished_run(tmp_path: Path, texts) -> Path:
 
 def test_plans_out_of_range_are_refused(tmp_path, capsys, texts):
     out = finished_run(tmp_path, texts)
-    assert "max_removed must be 1..4" in refused(capsys, tmp_path, "plan", str(out), "--max-removed", "5")  # fmt: skip # noqa: E501
+    assert "max_removed must be 1..4" in refused(
+        capsys, tmp_path, "plan", str(out), "--max-removed", "5"
+    )
     assert "protected player 9" in refused(capsys, tmp_path, "plan", str(out), "--protect", "9")
-    assert "no scored set removes" in refused(capsys, tmp_path, "plan", str(out), "--protect", "0,1,2,3,4,5,6")  # fmt: skip # noqa: E501
+    assert "no scored set removes" in refused(
+        capsys, tmp_path, "plan", str(out), "--protect", "0,1,2,3,4,5,6"
+    )
     assert "holds no finished run" in refused(capsys, tmp_path, "plan", str(tmp_path))
 
 

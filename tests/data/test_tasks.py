@@ -29,7 +29,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
 from lpserve.evaluation.evaluate import EvalConfig, evaluate
-from lpserve.masks import all_masks, full_mask, keys
+from lpserve.masks import all_masks, full_mask, key_text, keys
 from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
 from lpserve.runner.coordinator import run
 from lpserve.runner.setup import check_model, item_sets_of
@@ -38,7 +38,7 @@ from lpserve.scoring.pool import LocalPool
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.signals import trap_signals
 from lpserve.store.store import Store
-from lpserve.testing.games import key_text, shapley_by_hand
+from lpserve.testing.games import shapley_by_hand
 from lpserve.testing.reference import save_model
 from lpserve.testing.runs import stored_scores
 from lpserve.types import TASK_UTILITIES, utilities
@@ -306,7 +306,11 @@ def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path,
         chosen = full_mask(NUM_LAYERS)
         chosen[entry.removed] = False
         key = keys(chosen[None])[0]
-        sizes = [k for k in loss if NUM_LAYERS - sum(map(int, key_text(k))) == entry.num_removed]
+        sizes = [
+            k
+            for k in loss
+            if NUM_LAYERS - sum(map(int, key_text(k, NUM_LAYERS))) == entry.num_removed
+        ]
         assert loss[key] <= min(loss[k] for k in sizes) + TOLERANCE
         assert entry.calibration_utility == pytest.approx(base - loss[key], abs=TOLERANCE)
         assert entry.heldout_utility == pytest.approx(base - held[key], abs=TOLERANCE)

@@ -116,7 +116,11 @@ def test_a_shared_store_saves_the_scoring_and_changes_no_proposal(tmp_path, text
     second = run(make_config(tmp_path, texts, store=store, out=str(tmp_path / "b")))
     assert stored_scores(Path(store)) == before
     assert first.outcome.plan == second.outcome.plan
-    events = [json.loads(line) for line in (tmp_path / "b" / "events.jsonl").read_text().split("\n") if line]  # fmt: skip # noqa: E501
+    events = [
+        json.loads(line)
+        for line in (tmp_path / "b" / "events.jsonl").read_text().split("\n")
+        if line
+    ]
     assert events[-1]["event"] == "finished"
 
 
