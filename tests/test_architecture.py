@@ -400,6 +400,7 @@ def test_every_module_is_tested_where_one_looks_for_it():
 # -- imported --------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_light_modules_load_no_heavy_library():
     light = [
         f"lpserve.{name}"

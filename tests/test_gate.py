@@ -29,6 +29,7 @@ def same_arithmetic() -> bool:
     return arithmetic() == (EXPECTED / "arithmetic.txt").read_text().strip()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.slow else []) for c in CASES],

@@ -75,11 +75,7 @@ def test_values_and_plan_are_about_the_utility(utility, game, capsys):
     assert np.abs(outcome.analysis.values.values_P - expected).max() < TOLERANCE
     with lpserve.open_engine(values["model"], windows) as engine:
         for entry in outcome.plan.plans:
-            sizes = [
-                k
-                for k in loss
-                if NUM_LAYERS - sum(map(int, key_text(k, NUM_LAYERS))) == entry.num_removed
-            ]
+            sizes = [k for k in loss if key_text(k, NUM_LAYERS).count("0") == entry.num_removed]
             chosen = np.ones(NUM_LAYERS, dtype=bool)
             chosen[entry.removed] = False
             best = min(loss[k] for k in sizes)

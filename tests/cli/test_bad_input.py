@@ -183,6 +183,7 @@ def test_a_model_changed_in_place_is_another_game(tmp_path, texts):
         run(make_config(tmp_path, texts))
 
 
+@pytest.mark.process
 def test_a_store_in_use_by_another_run_is_refused(tmp_path, capsys):
     store = tmp_path / "shared.sqlite"
     code = (
@@ -238,6 +239,7 @@ def test_a_full_disk_stops_the_run_and_the_same_command_resumes(tmp_path, texts,
     assert after.outcome.plan == alone.outcome.plan
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_a_full_file_system_is_one_line_and_exit_code_2(tmp_path, texts):
     """The command line on a tmpfs of 96 KiB: too small for the store."""

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from lpserve.testing.reference import window_nll
 from lpserve.testing.runs import run_lpserve
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):

@@ -15,6 +15,8 @@ from lpserve.analysis.record import read_record
 from lpserve.masks import keys
 from lpserve.testing.runs import run_lpserve
 
+pytestmark = [pytest.mark.vllm, pytest.mark.process]
+
 FLAGS = [
     "--budget",
     60,

@@ -160,8 +160,10 @@ def test_costs_in_the_readme_are_what_the_command_prints(tmp_path, monkeypatch, 
         assert capsys.readouterr().out.startswith(printed)
 
 
+@pytest.mark.ray
 def test_the_launcher_file_fits_rays_schema():
-    ray_util = pytest.importorskip("ray.autoscaler._private.util")
+    import ray.autoscaler._private.util as ray_util
+
     config = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text())
     workers = config["provider"]["worker_ips"]
     assert config["min_workers"] == config["max_workers"] == len(workers)
@@ -260,8 +262,10 @@ def test_the_image_copies_what_is_there_and_runs_without_root():
         assert group["template"]["spec"]["securityContext"]["runAsUser"] == int(uid)
 
 
+@pytest.mark.ray
 def test_ray_knows_the_settings_that_the_files_name():
-    ray = pytest.importorskip("ray")
+    import ray
+
     package = Path(ray.__file__).parent
     setup = (package / "_private/authentication/authentication_token_setup.py").read_text()
     assert "RAY_AUTH_MODE" in setup

@@ -16,6 +16,8 @@ import pytest
 from lpserve.runner.coordinator import run
 from lpserve.testing.runs import make_config, stored_scores
 
+pytestmark = [pytest.mark.ray, pytest.mark.process]
+
 RAY = str(Path(sys.executable).with_name("ray"))
 CONFIG = """\
 model = "synthetic"

@@ -24,6 +24,8 @@ import pytest
 from lpserve.runner.coordinator import run
 from lpserve.testing.runs import make_config, stored_scores
 
+pytestmark = [pytest.mark.ray, pytest.mark.process]
+
 ROOT = Path(__file__).parents[2]
 SRUN = """#!/usr/bin/env bash
 tasks=1

@@ -67,6 +67,7 @@ def test_targets_are_worked_on_in_chunks_of_bounded_memory(model_dir, rng):
         assert difference < TOLERANCE * max(1.0, whole.of(name).max())
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("path", ["scoring", "requests"])
 def test_vllm_gives_the_same_metrics(path, model_dir, rng):
     folder, windows = model_dir("llama"), without_padding_token(some_windows(rng))

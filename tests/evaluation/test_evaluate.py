@@ -36,6 +36,8 @@ from lpserve.scoring.session import ScoringSession
 from lpserve.testing.reference import window_nll
 from lpserve.testing.runs import plan_of_another_model
 
+pytestmark = pytest.mark.process
+
 MODEL = str(FOLDER / "model")
 TASKS = ("dracula_continuation", "dracula_last_word")
 REMOVED = (2, 7, 8)
@@ -430,6 +432,7 @@ metric_list: [{metric: exact_match}]
 """
 
 
+@pytest.mark.vllm
 @pytest.mark.slow  # a start of vLLM, and three evaluations
 def test_generated_texts_are_those_of_the_exported_checkpoint(pruned, tmp_path):
     """vLLM under masks against transformers' own generation: the same strings, stops and all."""

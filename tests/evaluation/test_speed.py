@@ -15,8 +15,13 @@ from lpserve.testing.parity import NUM_LAYERS
 SHORT = {"dtype": "float32", "prompt_tokens": 8, "new_tokens": 3, "batch": 2, "repeats": 1}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
-    "engines", [("transformers",), pytest.param(("transformers", "vllm"), marks=pytest.mark.slow)]
+    "engines",
+    [
+        ("transformers",),
+        pytest.param(("transformers", "vllm"), marks=[pytest.mark.slow, pytest.mark.vllm]),
+    ],
 )
 def test_dense_and_pruned_side_by_side(engines, model_dir, tmp_path):
     dense, pruned = model_dir("llama"), tmp_path / "pruned"
@@ -45,6 +50,8 @@ def test_dense_and_pruned_side_by_side(engines, model_dir, tmp_path):
     assert lines[2].endswith("| 1.00 x / 1.00 x / 1.00 x |")
 
 
+@pytest.mark.vllm
+@pytest.mark.process
 @pytest.mark.slow
 def test_memory_is_that_of_all_ranks(model_dir, monkeypatch):
     """Every rank is a process that holds torch and vLLM: two ranks and who asks them take at least
@@ -64,6 +71,8 @@ def test_memory_is_that_of_all_ranks(model_dir, monkeypatch):
     assert ranks > 1.5 * alone
 
 
+@pytest.mark.vllm
+@pytest.mark.process
 @pytest.mark.slow  # a start of vLLM
 def test_an_engine_that_fails_is_told_in_one_line(model_dir):
     config = SpeedConfig(

@@ -32,6 +32,7 @@ from lpserve.testing.reference import (
 )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("family", slow_but(FAMILIES, "gpt2", "gemma2"))
 def test_the_export_scores_what_the_skip_engine_scores(family, model_dir, rng, tmp_path):
     path = model_dir(family)
@@ -52,6 +53,7 @@ def test_the_export_scores_what_the_skip_engine_scores(family, model_dir, rng, t
     assert relative(got, expected) < 1e-5
 
 
+@pytest.mark.process
 def test_a_wrong_export_is_refused_and_leaves_nothing(model_dir, rng, tmp_path, monkeypatch):
     import lpserve.export.export
 
@@ -123,6 +125,7 @@ def moe_model(path: Path, **changes: Any) -> Path:
     return save_model(tf.Qwen3MoeConfig(**values, **changes), path, 0)
 
 
+@pytest.mark.process
 def test_leading_layers_and_index_lists_follow_the_kept_layers(tmp_path):
     path = moe_model(tmp_path / "moe", mlp_only_layers=[0, 4], decoder_sparse_step=1)
     pruned = prune_config(read_checkpoint(path), [0, 2])
@@ -147,6 +150,7 @@ def test_mergekit_slices_hold_the_kept_layers(model_dir, tmp_path):
     assert recipe["merge_method"] == "passthrough"
 
 
+@pytest.mark.process
 def test_tensors_pass_through_bit_by_bit_in_any_dtype(tmp_path, rng):
     path = save_model(small_config("llama"), tmp_path / "model", 0, max_shard_size="90KB")
     loaded: Any = AutoModelForCausalLM.from_pretrained(path)
@@ -193,6 +197,7 @@ print(peak[0] - base, read_checkpoint(sys.argv[1]).largest_tensor_bytes())
 """
 
 
+@pytest.mark.process
 def test_copying_holds_less_than_three_tensors(tmp_path):
     """A checkpoint of many shards, much larger than the allowance: RSS above RSS after imports
     stays below 3 x the largest tensor + 100 MB while copying."""

@@ -120,6 +120,7 @@ def named(entries: list[dict]) -> dict[str, str]:
     return {entry["key"]: entry["value"] for entry in entries}
 
 
+@pytest.mark.process
 def test_a_run_is_logged_once_and_brought_up_to_date(server, tmp_path, texts):
     config = make_config(tmp_path, texts, mlflow=server, experiment="one")
     plan = run(config).outcome.plan
@@ -145,6 +146,7 @@ def test_a_run_is_logged_once_and_brought_up_to_date(server, tmp_path, texts):
     assert masks[0] > plan.masks_scored
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_study_is_a_run_with_its_points_inside(server, tmp_path, capsys):
     path = tmp_path / "study.yaml"
@@ -199,6 +201,7 @@ class Leaving(Progress):
             self._leave()
 
 
+@pytest.mark.process
 @pytest.mark.slow  # two servers of its own
 def test_a_server_that_goes_away_costs_the_log_and_not_the_run(tmp_path, texts, capsys):
     (tmp_path / "mlflow").mkdir()
@@ -214,6 +217,7 @@ def test_a_server_that_goes_away_costs_the_log_and_not_the_run(tmp_path, texts, 
         assert len(runs_of(uri, "three")) == 1
 
 
+@pytest.mark.process
 def test_many_numbers_and_long_texts_fit(server, tmp_path):
     """More than MLflow takes in a call: 150 parameters, 2,500 metrics, a text of 9,000 letters."""
     params = {f"p{i}": i for i in range(150)} | {"long": "x" * 9000, "c4 (1)&x": "odd"}
@@ -230,6 +234,7 @@ def test_many_numbers_and_long_texts_fit(server, tmp_path):
     assert "lost" not in named(logged["data"]["metrics"])
 
 
+@pytest.mark.process
 def test_mlflow_is_not_loaded_unless_asked(tmp_path, texts):
     code = (
         "import sys; from lpserve.testing.runs import make_config; from pathlib import Path\n"

@@ -19,6 +19,8 @@ import pytest
 from lpserve.demo import FOLDER
 from lpserve.testing.runs import stored_count, stored_scores
 
+pytestmark = pytest.mark.process
+
 FEW, MANY = 60, 240  # masks of the short and the long test
 
 

@@ -27,6 +27,8 @@ from scripts import train_demo_model
 from scripts.train_demo_model import ARCHITECTURES, SEPARATOR, Muon, main, rate
 from tests.conftest import SEED
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 FILES = {
     "config.json",

@@ -45,6 +45,7 @@ import numpy as np
 from lpserve.store import lease
 from lpserve.errors import StoreBusyError
 from lpserve.store.store import Store
+from lpserve.testing.stores import GAME, numbered_score, random_windows
 lease.LEASE_S, lease.BEAT_S = 5.0, 0.1
 windows = random_windows(np.random.default_rng(5), 4)
 with Store(sys.argv[1], holder="the night run", shared=True) as store:
@@ -128,6 +129,7 @@ def check_numbered(store: Store, numbers: list[int]) -> None:
 # -- one writer ------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_second_writer_is_refused_in_one_line_while_the_first_lives(tmp_path):
     with writer(tmp_path / "a", ON_DEMAND) as first:
         for number in range(3):
@@ -139,6 +141,7 @@ def test_a_second_writer_is_refused_in_one_line_while_the_first_lives(tmp_path):
             assert ask(first, number) == "1"
 
 
+@pytest.mark.process
 def test_a_writer_that_sees_the_disk_as_its_own_respects_the_lease(tmp_path):
     """The host that serves a shared path sees a local filesystem there."""
     with writer(tmp_path / "a", ON_DEMAND) as first:
@@ -153,6 +156,7 @@ def watched(_: float) -> None:
     pytest.fail("a dead holder's lease was watched")
 
 
+@pytest.mark.process
 def test_a_holder_of_this_host_that_was_killed_is_followed_at_once(tmp_path, monkeypatch):
     with writer(tmp_path / "a", ON_DEMAND) as first:
         numbers = list(range(10))
@@ -165,6 +169,7 @@ def test_a_holder_of_this_host_that_was_killed_is_followed_at_once(tmp_path, mon
             assert store.count() == 10
 
 
+@pytest.mark.process
 def test_another_process_with_the_number_of_a_dead_holder_is_not_taken_for_it(
     tmp_path, monkeypatch
 ):
@@ -190,6 +195,7 @@ def stop_outside_a_transaction(process: subprocess.Popen[str], path: Path) -> No
                 time.sleep(0.01)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_holder_elsewhere_that_stands_still_is_followed_and_then_writes_nothing(shared, tmp_path):
     path = tmp_path / "a"
@@ -229,6 +235,7 @@ def test_of_two_that_found_the_lease_free_one_gets_it(tmp_path, rng):
         leases[1].take(db)
 
 
+@pytest.mark.process
 def test_of_many_that_open_a_new_store_one_gets_it(tmp_path):
     code = WRITER + "    sys.stdin.read()\n"
     started = [
@@ -252,6 +259,7 @@ def test_of_many_that_open_a_new_store_one_gets_it(tmp_path):
 # -- killed writers --------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_no_committed_score_is_lost_by_kills_at_random_moments(tmp_path, rng):
     path, done = tmp_path / "a", 0
     for _ in range(8):
@@ -272,6 +280,7 @@ def test_no_committed_score_is_lost_by_kills_at_random_moments(tmp_path, rng):
         assert sql(path, "PRAGMA integrity_check") == [("ok",)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("shared", [True, False])
 def test_what_a_killed_writer_had_not_committed_is_rolled_back(shared, tmp_path, rng):
     windows, masks, nll = filled(tmp_path / "a", rng, shared=True)
@@ -287,6 +296,7 @@ def test_what_a_killed_writer_had_not_committed_is_rolled_back(shared, tmp_path,
 # -- beside other programs -------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_reader_delays_a_commit_and_does_not_fail_it(tmp_path, rng):
     path = tmp_path / "a"
     _, masks, _ = filled(path, rng, shared=True)

@@ -268,6 +268,7 @@ def python(code: str, *args: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.process
 def test_a_second_process_is_refused_until_the_holder_is_killed(tmp_path, shared):
     path = tmp_path / "a"
     with python(HOLD, path, shared) as holder:
@@ -477,6 +478,7 @@ PUT_AND_DIE = """
 import os, signal, sys
 import numpy as np
 from lpserve.store.store import Store
+from lpserve.testing.stores import GAME, random_windows
 store = Store(sys.argv[1])
 block = store.blocks_for(random_windows(np.random.default_rng(5), 4))[0]
 store.put(store.game_id(GAME), block, np.ones((1, 12), dtype=bool), np.ones((1, 4)))
@@ -484,6 +486,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.process
 def test_what_a_killed_process_left_in_the_log_is_not_written_to_a_damaged_file(tmp_path, rng):
     path = tmp_path / "a"
     *_, masks, nll = filled(path, rng)
@@ -510,6 +513,7 @@ PUT_IN_A_LOOP = """
 import sys
 import numpy as np
 from lpserve.store.store import Store
+from lpserve.testing.stores import GAME, numbered_score, random_windows
 windows = random_windows(np.random.default_rng(5), 4)
 with Store(sys.argv[1], shared=sys.argv[2] == "True") as store:
     game, (block,) = store.game_id(GAME), store.blocks_for(windows)
@@ -520,6 +524,7 @@ with Store(sys.argv[1], shared=sys.argv[2] == "True") as store:
 """
 
 
+@pytest.mark.process
 def test_every_put_that_returned_survives_sigkill(tmp_path, rng, shared):
     path, done = tmp_path / "a", 0
     windows = random_windows(np.random.default_rng(5), 4)

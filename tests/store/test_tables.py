@@ -367,6 +367,7 @@ with Store(sys.argv[1]) as store:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_export_without_space_leaves_the_earlier_file_and_nothing_else(suffix, tmp_path, rng):
     path = tmp_path / f"scores.{suffix}"

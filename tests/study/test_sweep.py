@@ -302,6 +302,7 @@ def test_bad_studies_are_refused_in_one_line_before_a_folder_is_made(tmp_path, c
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.process
 @pytest.mark.slow  # four processes
 def test_a_killed_sweep_goes_on_without_scoring_again(tmp_path, rng, capsys):
     """SIGKILL and SIGINT at random moments; then the same answers as undisturbed."""
@@ -358,6 +359,7 @@ def test_two_models_are_one_study(tmp_path):
         assert len(store.games()) == 1
 
 
+@pytest.mark.ray
 @pytest.mark.slow  # a Ray cluster of its own
 def test_ray_engines_give_the_same_study(tmp_path, finished_study):
     values = small_study_values(tmp_path, pool="ray", engines=2)

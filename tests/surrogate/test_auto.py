@@ -113,6 +113,7 @@ def test_the_config_and_the_surrogates_know_the_same_kinds():
         assert make_surrogate(kind).name == kind
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("make", "unused"),
     [

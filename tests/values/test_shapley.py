@@ -285,6 +285,7 @@ def test_values_are_those_of_the_kernel_with_the_smaller_heldout_error(rng):
     assert (got.estimator, got.heldout) == (expected.estimator, expected.heldout)
 
 
+@pytest.mark.process
 def test_values_import_no_torch():
     code = """
 import sys

@@ -30,7 +30,7 @@ from lpserve.testing.reference import (
 )
 from lpserve.types import EngineSpec
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's own deprecations
 
 TOLERANCE = 1e-5
 LOOSER = {"bloom": 1e-4}

@@ -44,6 +44,7 @@ def test_what_would_change_a_score_is_refused_with_its_reason(name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -59,6 +60,7 @@ def test_a_wrong_option_is_refused_in_one_line(options, words):
         check_vllm_options(spec(**options))
 
 
+@pytest.mark.vllm
 def test_every_refused_name_is_an_argument_of_vllm_or_ours():
     from lpserve.engine.vllm.worker.extension import known_arguments
 

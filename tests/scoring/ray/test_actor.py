@@ -33,7 +33,11 @@ from lpserve.testing.ray_pools import THREE_WINDOWS, pool_of, ray_config, score_
 from lpserve.testing.runs import NUM_PLAYERS as P
 from lpserve.testing.runs import make_config, stored_count, stored_scores
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("local_ray")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("local_ray"),
+]
 
 
 def start(config) -> subprocess.Popen[str]:
@@ -264,6 +268,7 @@ def test_units_are_sized_by_each_engines_own_pace(tmp_path, rng):
     assert max(fast) > 10
 
 
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_a_vllm_worker_killed_under_its_engine_costs_the_engine_and_nothing_else(tmp_path):
     """Two ranks: the engine's process lives on when one of its workers dies."""

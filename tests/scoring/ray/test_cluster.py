@@ -29,7 +29,7 @@ from lpserve.testing.runs import NUM_PLAYERS as P
 from lpserve.testing.runs import stored_scores
 from lpserve.types import Work
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
 
 def wait_until(pool, holds, seconds: float = 60.0) -> None:

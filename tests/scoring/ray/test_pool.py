@@ -25,7 +25,11 @@ from lpserve.testing.ray_pools import pool_of, ray_config, score_all, undisturbe
 from lpserve.testing.runs import NUM_PLAYERS as P
 from lpserve.testing.runs import run_lpserve, stored_scores
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("local_ray")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("local_ray"),
+]
 
 
 @pytest.mark.parametrize("engines", [1, 2, 4])

@@ -13,7 +13,7 @@ from lpserve.engine.vllm.worker import contract
 from lpserve.engine.vllm.worker.contract import CONTRACT, Touched, check_contract
 from lpserve.errors import EngineError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 SCRIPT = Path(__file__).parents[4] / "scripts" / "vllm_contract.py"
 
 

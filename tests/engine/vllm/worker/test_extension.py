@@ -24,7 +24,7 @@ from lpserve.testing.parity import (
 )
 from lpserve.testing.reference import reference_model, relative, window_nll, with_layers_deleted
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.vllm, pytest.mark.process, pytest.mark.slow]
 
 SCRIPT = """
 import json, sys
