@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lpserve.store.store import Store as Store
     from lpserve.types import EngineSpec as EngineSpec
     from lpserve.types import Scores as Scores
-    from lpserve.values.shapley import ShapleyValues as ShapleyValues
+    from lpserve.values.result import ShapleyValues as ShapleyValues
     from lpserve.values.shapley import shapley_values as shapley_values
 
 __version__ = "0.1.0"
@@ -33,7 +33,7 @@ _HOMES = {
     "Plan": "lpserve.plan.plan",
     "RunConfig": "lpserve.config",
     "Scores": "lpserve.types",
-    "ShapleyValues": "lpserve.values.shapley",
+    "ShapleyValues": "lpserve.values.result",
     "Store": "lpserve.store.store",
     "TokenWindows": "lpserve.data.windows",
     "export_checkpoint": "lpserve.export.export",

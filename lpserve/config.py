@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError
-from lpserve.types import TASK_UTILITIES, is_task_utility, metric_of
+from lpserve.utility import TASK_UTILITIES, utility_named
 
-ENGINES = ("transformers", "vllm", "synthetic")
 POOLS = ("local", "ray")
 DTYPES = ("float32", "bfloat16", "float16")
 SURROGATES = ("auto", "ridge", "gp", "gp+ridge", "boosting", "ensemble", "paper")
@@ -44,7 +43,6 @@ CHANGEABLE = (
 game."""
 
 _CHOICES = {
-    "engine": ENGINES,
     "pool": POOLS,
     "dtype": DTYPES,
     "surrogate": SURROGATES,
@@ -156,7 +154,8 @@ class RunConfig(WindowConfig):
     sizes: tuple[int, int] | None = None
     """Shapley sizes (before the player joins); default (P - max_removed, P - 1)."""
     utility: str = "neg_nll"
-    """What a coalition is worth (`types.metric_of`); those of tasks need tasks to calibrate on."""
+    """What a coalition is worth (`lpserve.utility.UTILITIES`); those of tasks need tasks to
+    calibrate on."""
     surrogate: str = "auto"
     goal: str = "both"
     """What masks are chosen for: the `plan`, the `values` (then no set is searched), or `both`."""
@@ -183,7 +182,7 @@ class RunConfig(WindowConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        metric_of(self.utility)
+        utility_named(self.utility)
         for key, most in (("stop_chance", 1.0), ("stop_gain", 1.0), ("stop_width", float("inf"))):
             value = getattr(self, key)
             fits = isinstance(value, int | float) and 0 < value < most
@@ -218,7 +217,7 @@ class RunConfig(WindowConfig):
 
     def _check_units(self) -> None:
         """Tasks are calibrated on for utilities of tasks, texts for all others."""
-        wanted = is_task_utility(self.utility)
+        wanted = utility_named(self.utility).item == "question"
         for name, path in self.calibration.items():
             if is_task(path) == wanted:
                 continue

@@ -34,3 +34,15 @@ class ExportError(LpserveError, RuntimeError):
 
 class RunInterrupted(LpserveError):
     """A run was stopped by a signal; everything scored is kept."""
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message as one line: its first line that is not blank, or else its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def typed_first_line(error: BaseException) -> str:
+    """An exception as one line: its type, and its message's first line if there is one."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"

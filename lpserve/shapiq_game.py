@@ -18,15 +18,18 @@ from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lpserve.analysis.record import RunRecord, read_record
 from lpserve.engine.base import Engine
 from lpserve.errors import InputError
 from lpserve.masks import keys
 from lpserve.surrogate import KINDS, make_surrogate
-from lpserve.types import BoolArray, FloatArray, is_task_utility, metric_of, utilities
+from lpserve.types import BoolArray, FloatArray
+from lpserve.utility import Utility, utility_named
 from lpserve.values.shapley import check_game
 
 try:
@@ -36,7 +39,7 @@ except ImportError as error:
         f'lpserve.shapiq_game needs shapiq ({error}): pip install "lpserve[shapiq]"'
     ) from None
 
-Utility = Callable[[BoolArray], FloatArray]
+MaskValue = Callable[[BoolArray], FloatArray]
 """masks_MP -> `float64[M]`, higher is better."""
 
 
@@ -76,9 +79,9 @@ class LayerGame(Game):
     def __init__(
         self,
         num_players: int,
-        utility: Utility,
+        utility: MaskValue,
         *,
-        predict: Utility | None = None,
+        predict: MaskValue | None = None,
         normalize: bool = True,
     ) -> None:
         super().__init__(num_players, normalize=False)
@@ -111,13 +114,13 @@ class LayerGame(Game):
         Raises:
             InputError: the utility is unknown, or the whole model has no finite score.
         """
-        metric_of(utility)
-        if is_task_utility(utility):
+        chosen = utility_named(utility)
+        if chosen.item == "question":
             raise InputError(
                 f"an engine scores windows, not the questions of {utility}: take a finished run's "
                 "scores (LayerGame.from_run)"
             )
-        scorer = _EngineUtility(engine, utility)
+        scorer = _EngineUtility(engine, chosen)
         return cls(engine.info.num_players, scorer, normalize=normalize)
 
     @classmethod
@@ -169,18 +172,16 @@ class LayerGame(Game):
                 (a run scores it when its sizes begin at 0).
         """
         scored = run if isinstance(run, RunRecord) else read_record(run)
-        full_loss_N = _whole_model(scored.loss_MN[0].astype(np.float64))
+        _check_full_model(scored.loss_MI[0])
         has_score_M = scored.scored_M() & ~scored.screened_M()
-        masks_MP, loss_MN = scored.masks_MP[has_score_M], scored.loss_MN[has_score_M]
+        masks_MP, loss_MN = scored.masks_MP[has_score_M], scored.loss_MI[has_score_M]
         predict = None
         if surrogate:
             finite_M = np.isfinite(loss_MN).all(axis=1)
-            train_M = scored.utility_of(loss_MN[finite_M])
-            noise_M = scored.noise_of(train_M)
+            train_M = scored.view.of(loss_MN[finite_M])
+            noise_M = scored.objective.noise_variance(train_M, scored.noise_nll)
             predict = _fitted(surrogate, scored.seed, masks_MP[finite_M], train_M, noise_M)
-        loss_MN = loss_MN.astype(np.float64)
-        value_M = utilities(scored.utility, loss_MN, scored.weight_N, full_loss_N)
-        value_M = _finite(value_M, np.inf)
+        value_M = _finite(scored.view.of(loss_MN), scored.objective, np.inf)
         table = _Table(dict(zip(keys(masks_MP), value_M.tolist(), strict=True)))
         return cls(scored.num_players, table, predict=predict, normalize=normalize)
 
@@ -232,21 +233,22 @@ class LayerGame(Game):
 class _EngineUtility:
     """Masks -> a named utility of an open engine's scores."""
 
-    def __init__(self, engine: Engine, utility: str) -> None:
+    def __init__(self, engine: Engine, utility: Utility) -> None:
         self._engine = engine
-        self._name = utility
+        self._utility = utility
         self._full_loss_N: FloatArray | None = None
         self._lowest = np.inf
 
     def __call__(self, masks_MP: BoolArray) -> FloatArray:
-        metric = metric_of(self._name)
+        metric = self._utility.metric
         scores = self._engine.score(masks_MP, extra_metrics=() if metric == "nll" else (metric,))
         loss_MN = scores.of(metric)
         if self._full_loss_N is None:
             assert masks_MP[0].all()  # a LayerGame asks for the whole model first
-            self._full_loss_N = _whole_model(loss_MN[0])
-        value_M = utilities(self._name, loss_MN, scores.num_tokens_N, self._full_loss_N)
-        value_M = _finite(value_M, self._lowest)
+            _check_full_model(loss_MN[0])
+            self._full_loss_N = loss_MN[0]
+        value_M = self._utility.of(loss_MN, scores.num_tokens_N, self._full_loss_N)
+        value_M = _finite(value_M, self._utility, self._lowest)
         self._lowest = min(self._lowest, float(value_M.min()))
         return value_M
 
@@ -269,7 +271,7 @@ class _Table:
 
 def _fitted(
     kind: str, seed: int, masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None
-) -> Utility:
+) -> MaskValue:
     if kind not in KINDS:
         raise InputError(f"unknown surrogate {kind!r}: one of {', '.join(KINDS)}")
     if len(masks_MP) < 3:
@@ -279,18 +281,20 @@ def _fitted(
     return surrogate.mean
 
 
-def _whole_model(nll_N: FloatArray) -> FloatArray:
-    """The whole model's NLLs, which every utility is measured by; refused unless finite."""
-    if not np.isfinite(nll_N).all():
+def _check_full_model(loss_N: NDArray[Any]) -> None:
+    """Raise InputError unless the full model's losses, which ratios compare with, are finite."""
+    if not np.isfinite(loss_N).all():
         raise InputError("the whole model has no finite score on these windows")
-    return nll_N
 
 
-def _finite(utilities_M: FloatArray, lowest: float) -> FloatArray:
-    """NaNs replaced by the lowest finite utility, of these or `lowest`, with a warning."""
+def _finite(utilities_M: FloatArray, utility: Utility, lowest: float) -> FloatArray:
+    """NaNs replaced by the utility's floor; where it has none by the lowest finite utility, of
+    these or `lowest`, with a warning."""
     bad_M = np.isnan(utilities_M)
     if not bad_M.any():
         return utilities_M
+    if utility.floor is not None:
+        return np.where(bad_M, utility.floor, utilities_M)
     lowest = float(np.min(utilities_M[~bad_M], initial=lowest))
     warnings.warn(
         f"{bad_M.sum()} masks have no finite score: shapiq sees the lowest finite utility, "
@@ -301,7 +305,7 @@ def _finite(utilities_M: FloatArray, lowest: float) -> FloatArray:
     return np.where(bad_M, lowest, utilities_M)
 
 
-def _checked(utility: Utility, masks_MP: BoolArray) -> FloatArray:
+def _checked(utility: MaskValue, masks_MP: BoolArray) -> FloatArray:
     """What a utility gives: float64 [M], finite or NaN."""
     value_M = np.asarray(utility(masks_MP), dtype=np.float64)
     if value_M.shape != (len(masks_MP),):

@@ -16,15 +16,35 @@ from lpserve.testing.runs import write_texts
 # in the environment, so that pytest's worker processes have the one that is told
 SEED = int(os.environ.setdefault("LPSERVE_TEST_SEED", str(secrets.randbits(31))))
 
+FRESH_STATISTICS = os.environ.get("LPSERVE_FRESH_STATISTICS") == "1"
+
 
 def pytest_report_header() -> str:
-    return f"fresh random inputs from LPSERVE_TEST_SEED={SEED}"
+    inputs = f"fresh random inputs from LPSERVE_TEST_SEED={SEED}"
+    return inputs if FRESH_STATISTICS else f"{inputs}, but of statistical claims"
+
+
+def drawn_for(request: pytest.FixtureRequest, seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, *request.node.nodeid.encode()])
 
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """Fresh inputs each run; set LPSERVE_TEST_SEED to repeat one."""
-    return np.random.default_rng([SEED, *request.node.nodeid.encode()])
+    """Fresh inputs each run, for what holds of all of them; set LPSERVE_TEST_SEED to repeat one."""
+    return drawn_for(request, SEED)
+
+
+@pytest.fixture
+def statistical_rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """For what holds of most inputs (an average, a coverage, a found optimum): the same inputs each
+    run, so that a failure is a change, and fresh ones with LPSERVE_FRESH_STATISTICS=1."""
+    return drawn_for(request, SEED if FRESH_STATISTICS else 0)
+
+
+@pytest.fixture(scope="module")
+def module_rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """`rng` for the fixtures of a module."""
+    return drawn_for(request, SEED)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from lpserve.runner.coordinator import run
 from lpserve.shapiq_game import LayerGame
 from lpserve.surrogate import make_surrogate
 from lpserve.types import EngineSpec
-from lpserve.values.shapley import exact_values
+from lpserve.values.exact import exact_values
 
 UTILITIES = ("neg_nll", "ppl_ratio")
 """Those that every engine can score; the others have a test of their own."""
@@ -412,14 +412,14 @@ def test_masks_of_a_run_without_a_finite_score_follow_the_utilitys_rule(make_run
     scored = read_record(make_run(utility=utility).folder)
     inner = np.flatnonzero(scored.masks_MP.any(axis=1) & ~scored.masks_MP.all(axis=1))
     given_up, broken = inner[0], inner[-1]
-    nll = scored.nll_MN.copy()
+    nll = scored.nll_MI.copy()
     nll[given_up] = np.nan
     nll[broken, 1] = np.inf
-    scored = replace(scored, nll_MN=nll)
+    scored = replace(scored, nll_MI=nll)
     warned = pytest.warns(RuntimeWarning, match="1 masks have no finite score")
     with warned if utility == "neg_nll" else contextlib.nullcontext():
         game = LayerGame.from_run(scored, normalize=False)
-    utilities = scored.utility_of(scored.nll_MN)
+    utilities = scored.utility_of(scored.nll_MI)
     lowest = np.nanmin(utilities) if utility == "neg_nll" else 0.0
     assert game(scored.masks_MP[broken])[0] == lowest
     with pytest.raises(InputError, match="1 of 1 new coalitions"):
@@ -438,9 +438,9 @@ def test_masks_of_a_run_without_a_finite_score_follow_the_utilitys_rule(make_run
 def test_a_mask_of_a_run_that_was_scored_on_a_screen_alone_has_no_score(make_run):
     scored = read_record(make_run(utility="ppl_ratio").folder)
     screened = np.flatnonzero(scored.masks_MP.any(axis=1) & ~scored.masks_MP.all(axis=1))[2]
-    nll = scored.nll_MN.copy()
+    nll = scored.nll_MI.copy()
     nll[screened, 1:] = np.nan
-    scored = replace(scored, nll_MN=nll, screen=(0,))
+    scored = replace(scored, nll_MI=nll, screen=(0,))
     game = LayerGame.from_run(scored, normalize=False)
     with pytest.raises(InputError, match="1 of 1 new coalitions"):
         game(scored.masks_MP[screened])
@@ -511,5 +511,5 @@ def test_utilities_of_other_metrics_are_scored_for_them(model_dir, tmp_path, rng
     )
     scored = run(config).outcome.scored
     game = LayerGame.from_run(tmp_path / "run", normalize=False)
-    expected = -scored.loss_MN.astype(np.float64).sum(axis=1) / scored.num_tokens_N.sum()
+    expected = -scored.loss_MI.astype(np.float64).sum(axis=1) / scored.num_tokens_I.sum()
     np.testing.assert_allclose(game(scored.masks_MP), expected, atol=1e-9)

@@ -20,7 +20,7 @@ from lpserve.runner.coordinator import run
 from lpserve.study.study import study_of
 from lpserve.study.sweep import sweep
 from lpserve.testing.games import shapley_by_hand
-from lpserve.testing.parity import NUM_LAYERS, some_windows, without_padding_token
+from lpserve.testing.parity import NUM_LAYERS, some_windows
 from lpserve.testing.runs import make_config, stored_scores
 from lpserve.types import METRICS, metric_of, utilities
 
@@ -33,8 +33,8 @@ TOLERANCE = 1e-5
 def game(tmp_path, model_dir, rng):
     """A model, its windows as files, and a config's values."""
     folder = model_dir("llama")
-    calibration = without_padding_token(some_windows(rng, num=4))
-    heldout = without_padding_token(some_windows(rng, num=3))
+    calibration = some_windows(rng, num=4)
+    heldout = some_windows(rng, num=3)
     paths = {}
     for name, windows in (("calibration", calibration), ("heldout", heldout)):
         paths[name] = str(tmp_path / f"{name}.npz")
@@ -86,7 +86,7 @@ def test_values_and_plan_are_about_the_utility(utility, game, capsys):
             assert entry.heldout_ppl is not None
             assert entry.predicted_ppl is None
     again = read_record(result.folder)
-    assert (again.loss_MN == outcome.scored.loss_MN).all()
+    assert (again.loss_MN == outcome.scored.loss_MI).all()
     assert again.utility == utility
     if utility == "accuracy":
         warnings = " ".join(w for e in outcome.plan.plans for w in e.warnings)
@@ -117,9 +117,9 @@ def test_one_store_serves_all_utilities(game, tmp_path):
         )
         assert third.scores_new == 0
     scored = first.outcome.scored
-    rows = dict(zip(keys(scored.masks_MP), scored.nll_MN, strict=True))
+    rows = dict(zip(keys(scored.masks_MP), scored.nll_MI, strict=True))
     for key, nll_N in zip(
-        keys(second.outcome.scored.masks_MP), second.outcome.scored.nll_MN, strict=True
+        keys(second.outcome.scored.masks_MP), second.outcome.scored.nll_MI, strict=True
     ):
         assert (rows[key] == nll_N).all()  # the older score counts
 
@@ -143,7 +143,7 @@ def test_a_study_scores_all_metrics_of_its_utilities_at_once(game, tmp_path):
             continue
         loss = mean_losses(values, windows, METRIC_OF[utility])
         scored = read_record(finished.folder)
-        means_M = scored.loss_MN.astype(np.float64).sum(axis=1) / windows.num_tokens_N.sum()
+        means_M = scored.loss_MI.astype(np.float64).sum(axis=1) / windows.num_tokens_N.sum()
         for key, mean in zip(keys(scored.masks_MP), means_M.tolist(), strict=True):
             assert mean == pytest.approx(loss[key], abs=TOLERANCE)
 

@@ -12,22 +12,16 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lpserve.analysis.record import RunRecord
+from lpserve.analysis.record import RunRecord, heldout_losses
 from lpserve.analysis.stability import Stability, set_stability
 from lpserve.config import STOP_GAIN
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, keys
 from lpserve.plan import search
-from lpserve.plan.plan import (
-    Candidate,
-    Plan,
-    PlanEntry,
-    Unseen,
-    choose_candidates,
-    greedy_path,
-    ranking_mask,
-    removed_list,
-)
+from lpserve.plan.candidates import choose_candidates
+from lpserve.plan.greedy import greedy_path
+from lpserve.plan.plan import Candidate, Plan, PlanEntry, Unseen
+from lpserve.plan.sets import ranking_mask, removed_list
 from lpserve.rounds.screening import estimated
 from lpserve.surrogate import HeldOut, Surrogate, acquisition_model, make_surrogate
 from lpserve.types import (
@@ -35,22 +29,16 @@ from lpserve.types import (
     BoolArray,
     FloatArray,
     IntArray,
-    has_perplexity,
-    known_utilities,
-    loss_unit,
     perplexity,
-    units_in_words,
 )
+from lpserve.utility import SEARCH_UTILITY, Utility, UtilityView
+from lpserve.values.closed_form import kernel_values, value_calibration
+from lpserve.values.exact import is_enumerated
 from lpserve.values.interactions import exact_interactions, kernel_interactions
 from lpserve.values.residual_correction import corrected
-from lpserve.values.shapley import (
-    ShapleyValues,
-    is_enumerated,
-    kernel_values,
-    monte_carlo_values,
-    shapley_values,
-    value_calibration,
-)
+from lpserve.values.result import ShapleyValues
+from lpserve.values.sampling import monte_carlo_values
+from lpserve.values.shapley import shapley_values
 
 _MONTE_CARLO_COALITIONS = 80_000  # as many as the paper draws
 
@@ -65,7 +53,7 @@ class Analysis:
     predicted_M: FloatArray
     """Each mask's utility as predicted from the other masks; NaN where unknown."""
     searcher: Surrogate
-    """Of the utility that sets are searched on (`lpserve.plan.search.UTILITY`)."""
+    """Of the utility that sets are searched on (`UtilityView.search`)."""
     guess_M: FloatArray
     """That utility of every mask; estimated where a mask was scored on the screen alone."""
     values: ShapleyValues
@@ -89,19 +77,20 @@ class Outcome:
 
 def analyse(scored: RunRecord) -> Analysis:
     """Fit the surrogate to all finite scores and estimate the values."""
-    utilities_M = scored.utility_of(scored.loss_MN)
+    view = scored.view
+    utilities_M = view.of(scored.loss_MI)
     rows = np.flatnonzero(np.isfinite(utilities_M))
     if len(rows) < 3:
         raise InputError(f"only {len(rows)} masks have finite scores: nothing can be estimated")
     masks_MP, finite_M = scored.masks_MP[rows], utilities_M[rows]
     surrogate = make_surrogate(scored.surrogate, scored.seed)
-    surrogate.fit(masks_MP, finite_M, scored.noise_of(finite_M))
-    searcher, guess_M = surrogate, scored.utility_of(scored.loss_MN, search.UTILITY)
+    surrogate.fit(masks_MP, finite_M, scored.objective.noise_variance(finite_M, scored.noise_nll))
+    searcher, guess_M = surrogate, view.search(scored.loss_MI)
     noise_M = None
     if scored.screen:
-        few_M = scored.utility_of(scored.loss_MN, search.UTILITY, scored.screen)
+        few_M = view.search(scored.loss_MI, scored.screen)
         guess_M, noise_M = estimated(scored.masks_MP, guess_M, few_M)
-    if scored.utility != search.UTILITY or noise_M is not None:
+    if scored.objective != SEARCH_UTILITY or noise_M is not None:
         known = np.flatnonzero(np.isfinite(guess_M))
         noise_K = None if noise_M is None else noise_M[known]
         searcher = make_surrogate(scored.surrogate, scored.seed)
@@ -162,8 +151,8 @@ def make_plan(
         unseen = _unseen(scored, analysis, r, rows[0][0], protected)
         stability = _stability(scored, rows[0][0], protected)
         if stability is not None and not stability.settled and stability.rival is not None:
-            drawn = f"{len(scored.weight_N)} {units_in_words(scored.utility)}"
-            warnings.append(stability.warning(drawn, loss_unit(scored.utility)))
+            drawn = f"{len(scored.num_tokens_I)} {scored.objective.items}"
+            warnings.append(stability.warning(drawn, scored.objective.loss_unit))
         entry = _entry(scored, analysis, r, rows, warnings)
         details = asdict(stability) if stability is not None else None
         entries.append(replace(entry, unseen=unseen, stability=details))
@@ -177,11 +166,11 @@ def make_plan(
         masks_scored=int(scored.scored_M().sum()),
         masks_screened=int(scored.screened_M().sum()),
         heldout_masks=len(scored.heldout_masks_MP),
-        full_calibration_ppl=_ppl(scored.nll_MN[0], scored.num_tokens_N),
+        full_calibration_ppl=_ppl(scored.nll_MI[0], scored.num_tokens_I),
         full_heldout_ppl=_heldout_ppl(scored, full),
         full_calibration_utility=_known(analysis.utilities_M[0]),
         full_heldout_utility=_heldout_utility(scored, full),
-        heldout_drawn=units_in_words(_judge(scored)),
+        heldout_drawn=_judge(scored).items,
         plans=entries,
         stopped=scored.stopped,
         protected=sorted(protected),
@@ -200,7 +189,7 @@ def candidate_masks(scored: RunRecord, analysis: Analysis) -> BoolArray:
 
 def _greedy(scored: RunRecord, analysis: Analysis, most: int) -> list[BoolArray]:
     """The path that the run walked."""
-    passed_by = set(keys(scored.passed_by_MP))
+    passed_by = set(keys(scored.pruned_MP))
     path_M = analysis.guess_M if scored.screen else analysis.utilities_M
     return greedy_path(scored.masks_MP, path_M, most, passed_by)
 
@@ -240,13 +229,13 @@ def _values(
     scored: RunRecord, surrogate: Surrogate, rows: IntArray, finite_M: FloatArray
 ) -> ShapleyValues:
     masks_MP = scored.masks_MP[rows]
-    resampled_MB = scored.resampled(scored.loss_MN[rows])
+    resampled_MB = scored.resampled(scored.loss_MI[rows])
     if is_enumerated(masks_MP, scored.sizes):
         return shapley_values(
             masks_MP,
             finite_M,
             scored.sizes,
-            noise_M=scored.noise_of(finite_M),
+            noise_M=scored.objective.noise_variance(finite_M, scored.noise_nll),
             resampled_MB=resampled_MB,
         )
     kernel = acquisition_model(surrogate)
@@ -281,7 +270,7 @@ def _unseen(
     protected: Sequence[int],
 ) -> Unseen | None:
     """The set that was not scored, or on the screen alone, and is likeliest to beat the best."""
-    search_M = scored.utility_of(scored.loss_MN, search.UTILITY)
+    search_M = scored.view.search(scored.loss_MI)
     begin_QP = search.starts(scored.masks_MP, search_M, num_removed)
     likely = search.best_predicted_sets(
         analysis.searcher, scored.num_players, num_removed, begin_QP
@@ -298,8 +287,8 @@ def _unseen(
     chance_Q = search.probability_of_improvement(analysis.searcher, likely[fresh], best, STOP_GAIN)
     place = int(np.argmax(chance_Q))
     predicted = float(analysis.searcher.mean(likely[fresh[place]][None])[0])
-    full_ppl = _ppl(scored.nll_MN[0], scored.num_tokens_N)
-    perplexing = has_perplexity(scored.utility)
+    full_ppl = _ppl(scored.nll_MI[0], scored.num_tokens_I)
+    perplexing = scored.objective.reports_perplexity
     return Unseen(
         removed=removed_list(likely[fresh[place]]),
         predicted_ppl=full_ppl / predicted if predicted > 0 and perplexing else None,
@@ -311,16 +300,16 @@ def _unseen(
 def _stability(scored: RunRecord, chosen: int, protected: Sequence[int]) -> Stability | None:
     """Of the best set among those of its size that keep the protected players."""
     removed_M = (~scored.masks_MP).sum(axis=1)
-    same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.loss_MN).all(axis=1)
+    same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.loss_MI).all(axis=1)
     rows = np.flatnonzero(same_M & scored.masks_MP[:, list(protected)].all(axis=1))
     return set_stability(
         scored.masks_MP[rows],
-        scored.loss_MN[rows].astype(np.float64),
-        scored.weight_N,
+        scored.loss_MI[rows].astype(np.float64),
+        scored.view.weight_I,
         scored.corpora,
         int(np.flatnonzero(rows == chosen)[0]),
         scored.seed,
-        scored.loss_scale,
+        scored.objective.search_scale(scored.num_tokens_I),
     )
 
 
@@ -341,7 +330,7 @@ def _entry(
             Candidate(
                 removed=removed_list(mask_P),
                 source=source,
-                calibration_ppl=_ppl(scored.nll_MN[row], scored.num_tokens_N),
+                calibration_ppl=_ppl(scored.nll_MI[row], scored.num_tokens_I),
                 predicted_ppl=_predicted_ppl(scored, analysis.predicted_M[row]),
                 heldout_ppl=_heldout_ppl(scored, mask_P),
                 heldout_delta=delta,
@@ -351,7 +340,7 @@ def _entry(
                 heldout_utility=_heldout_utility(scored, mask_P),
             )
         )
-    drawn, unit = units_in_words(_judge(scored)), loss_unit(_judge(scored))
+    drawn, unit = _judge(scored).items, _judge(scored).loss_unit
     for other in candidates[1:]:
         if (
             other.heldout_delta is not None
@@ -382,7 +371,8 @@ def _heldout_gap(
     scored: RunRecord, mask_P: BoolArray, chosen_P: BoolArray
 ) -> tuple[float | None, float | None]:
     """Mean held-out loss minus the chosen set's, and its standard error paired over windows."""
-    loss_HN, weight_N = scored.heldout() or (scored.heldout_nll_MN, scored.heldout_num_tokens_N)
+    loss_HN, judge = heldout_losses(scored)
+    weight_N = judge.weights(scored.heldout_num_tokens_I)
     here, there = _heldout_row(scored, mask_P), _heldout_row(scored, chosen_P)
     if here is None or there is None:
         return None, None
@@ -392,9 +382,9 @@ def _heldout_gap(
     return float(gap_N.sum() / total), error
 
 
-def _judge(scored: RunRecord) -> str:
+def _judge(scored: RunRecord) -> Utility:
     """The utility that held-out losses are of: where the run's is not defined, a text's NLLs."""
-    return scored.utility if scored.heldout() is not None else "neg_nll"
+    return heldout_losses(scored)[1]
 
 
 def _known(value: float) -> float | None:
@@ -406,11 +396,11 @@ def _ppl(nll_N: NDArray[np.float32], num_tokens_N: IntArray) -> float:
 
 
 def _predicted_ppl(scored: RunRecord, predicted: float) -> float | None:
-    if not np.isfinite(predicted) or not has_perplexity(scored.utility):
+    if not np.isfinite(predicted) or not scored.objective.reports_perplexity:
         return None
     if scored.utility == "neg_nll":
         return float(perplexity(np.float64(-predicted)))
-    return _ppl(scored.nll_MN[0], scored.num_tokens_N) / predicted if predicted > 0 else None
+    return _ppl(scored.nll_MI[0], scored.num_tokens_I) / predicted if predicted > 0 else None
 
 
 def _heldout_row(scored: RunRecord, mask_P: BoolArray) -> int | None:
@@ -419,17 +409,17 @@ def _heldout_row(scored: RunRecord, mask_P: BoolArray) -> int | None:
 
 
 def _heldout_utility(scored: RunRecord, mask_P: BoolArray) -> float | None:
-    found, row = scored.heldout(), _heldout_row(scored, mask_P)
+    loss_HI, row = scored.heldout_loss_MI, _heldout_row(scored, mask_P)
     full = _heldout_row(scored, full_mask(scored.num_players))
-    if found is None or row is None or full is None:
+    if loss_HI is None or row is None or full is None:
         return None
-    loss_HN, weight_N = found
-    value_1 = known_utilities(scored.utility, loss_HN[[row]], weight_N, loss_HN[full])
+    view = UtilityView(scored.objective, scored.heldout_num_tokens_I, loss_HI[full])
+    value_1 = view.of(loss_HI[[row]])
     return _known(value_1[0])
 
 
 def _heldout_ppl(scored: RunRecord, mask_P: BoolArray) -> float | None:
     row = _heldout_row(scored, mask_P)
-    if row is None or not np.isfinite(scored.heldout_nll_MN[row]).all():
+    if row is None or not np.isfinite(scored.heldout_nll_MI[row]).all():
         return None
-    return _ppl(scored.heldout_nll_MN[row], scored.heldout_num_tokens_N)
+    return _ppl(scored.heldout_nll_MI[row], scored.heldout_num_tokens_I)

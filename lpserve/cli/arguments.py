@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import Any
 
+from lpserve.engine.registry import shown_kinds
+
 ENGINE_OPTION_FLAGS = ("state_budget_mb", "micro_batch_tokens", "engine_option")
 """Flags that become `engine_options`."""
 
@@ -13,14 +15,16 @@ ENGINE_OPTION_FLAGS = ("state_budget_mb", "micro_batch_tokens", "engine_option")
 def add_engine_flags(command: argparse.ArgumentParser) -> None:
     """Which engines score: the keys of `config.EngineConfig` beside the model."""
     add = command.add_argument
-    add("--engine", help="transformers (default) or vllm")
+    kinds = shown_kinds()
+    names = " or ".join([f"{kinds[0].name} (default)", *(kind.name for kind in kinds[1:])])
+    add("--engine", help=names)
+    option_help = [kind.option_help for kind in kinds]
     add(
         "--engine-option",
         action="append",
         metavar="KEY=VALUE",
         type=option,
-        help="of the engine; may be repeated. For vllm: path=auto|scoring|requests, and any "
-        "argument of vllm.LLM, such as tensor_parallel_size=2",
+        help=" ".join(["of the engine; may be repeated.", *filter(None, option_help)]),
     )
     add("--pool", help="local (default) or ray")
     add("--engines", type=engines, help="number of engines, or auto: what the cluster holds (1)")
@@ -105,7 +109,7 @@ def option(text: str) -> tuple[str, Any]:
         return key.replace("-", "_"), value
 
 
-def pair(text: str) -> list[int]:
+def size_range(text: str) -> list[int]:
     both = numbers(text)
     if len(both) != 2:
         raise argparse.ArgumentTypeError(f"two whole numbers, K_MIN,K_MAX: got {text!r}")

@@ -8,8 +8,9 @@ from typing import Any
 
 from lpserve.cli.arguments import add_engine_flags, add_window_flags, engine_values
 from lpserve.errors import InputError
+from lpserve.rivals.registry import RIVALS
 
-_HELP = """\
+_HELP = f"""\
 The rivals' searches and ours on the same engines and windows, one table: for every number of
 removed layers the best set that each found within --budget masks, and what that cost it.
 
@@ -18,11 +19,12 @@ removed layers the best set that each found within --budget masks, and what that
   lpserve baselines --model Llama-2-7b --calibration c4.txt --rivals lpserve,greedy,evopress \\
                     --sets layer_drop_config.txt
 
-rivals: lpserve, random, last, shortgpt, angular, oneshot, taylor, greedy, evopress, paper (all).
+rivals: {", ".join(RIVALS)} (all).
 """
 
 
 def add_baselines(commands: Any) -> None:
+    """Define `lpserve baselines`."""
     command = commands.add_parser(
         "baselines",
         help="rivals' searches and ours on the same engines and windows",
@@ -56,7 +58,7 @@ def add_baselines(commands: Any) -> None:
 def _baselines(arguments: argparse.Namespace) -> int:
     from lpserve.config import EngineConfig, corpora
     from lpserve.evaluation.evaluate import sets_from
-    from lpserve.rivals.compare import SOURCES, CompareConfig, compare
+    from lpserve.rivals.compare import CompareConfig, compare
 
     keys = (
         "num_windows",
@@ -99,7 +101,7 @@ def _baselines(arguments: argparse.Namespace) -> int:
     values["sets"] = tuple(sets_from(arguments.sets, engine))
     config = CompareConfig(**values)
     comparison = compare(config)
-    print("\n".join(table(comparison)))
+    print("\n".join(comparison_table(comparison)))
     print()
     for cost in comparison.costs:
         told = [
@@ -107,7 +109,7 @@ def _baselines(arguments: argparse.Namespace) -> int:
             f"{cost.layer_forwards:,.0f} layer-forwards"
         ] * bool(cost.masks)
         told += [cost.note] * bool(cost.note)
-        print(f"{cost.rival:>9}: {'; '.join(told)}  [{SOURCES[cost.rival]}]")
+        print(f"{cost.rival:>9}: {'; '.join(told)}  [{RIVALS[cost.rival].source}]")
     print(
         f"\n{comparison.masks_scored} masks scored, {comparison.masks_read} read from the store; "
         f"results: {config.out}/results.csv, costs.csv"
@@ -115,7 +117,7 @@ def _baselines(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def table(comparison: Any) -> list[str]:
+def comparison_table(comparison: Any) -> list[str]:
     """Calibration perplexity (held out in brackets): a rival a row, layers removed a column; the
     best of each column is starred."""
     sizes = sorted({f.num_removed for f in comparison.found})

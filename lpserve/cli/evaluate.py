@@ -26,6 +26,7 @@ of layer numbers, one set a line (a name and a colon before them if you like).
 
 
 def add_eval(commands: Any) -> None:
+    """Define `lpserve eval` and `lpserve lm-eval`."""
     command = commands.add_parser(
         "eval",
         help="perplexity and lm-eval tasks of plans and other sets of layers",
@@ -90,7 +91,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     from lpserve.config import EngineConfig, corpora
     from lpserve.data.protocols import PROTOCOLS
-    from lpserve.evaluation.evaluate import EvalConfig, evaluate, sets_from
+    from lpserve.evaluation.evaluate import evaluate, sets_from
+    from lpserve.evaluation.settings import EvalConfig
     from lpserve.plan.layer_sets import layer_set, mask_set, set_name
     from lpserve.runner.setup import num_players_of
 
@@ -126,7 +128,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     evaluation = evaluate(config)
     for text, told in evaluation.protocols.items():
         print(f"ppl {text}: {told}")
-    print("\n".join(table(evaluation.results)))
+    print("\n".join(evaluation_table(evaluation.results)))
     saved = evaluation.skip_layer_forwards - evaluation.layer_forwards
     print(
         f"\n{evaluation.masks_scored} masks scored, {evaluation.masks_read} read from the store, "
@@ -147,7 +149,7 @@ def _fill_demo(arguments: argparse.Namespace) -> None:
     arguments.include_path = arguments.include_path or str(FOLDER / "tasks")
 
 
-def table(results: Sequence[Any]) -> list[str]:
+def evaluation_table(results: Sequence[Any]) -> list[str]:
     """Lines of a table: a set a row, a measure a column."""
     measures = list(dict.fromkeys(r.measure for r in results))
     sets = list(dict.fromkeys((r.layer_set, r.removed) for r in results))

@@ -16,6 +16,7 @@ the same random prompts; the first checkpoint is what the others are compared wi
 
 
 def add_speed(commands: Any) -> None:
+    """Define `lpserve speed`."""
     command = commands.add_parser(
         "speed",
         help="latency, throughput and memory of pruned checkpoints in use",

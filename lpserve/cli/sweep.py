@@ -36,6 +36,7 @@ The same command goes on where it was stopped and tries failed points again.
 
 
 def add_sweep(commands: Any) -> None:
+    """Define `lpserve sweep`."""
     command = commands.add_parser(
         "sweep",
         help="a study of many runs: which choices matter",

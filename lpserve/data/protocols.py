@@ -1,13 +1,14 @@
-"""How a text becomes one perplexity: window length, stride and BOS, named and told.
+"""How a text becomes one perplexity: a named window length, stride and BOS.
 
 Published perplexities of one model differ by these alone, so every figure carries its protocol::
 
-    length L, stride L    disjoint windows, what is left at the end is dropped
-    length L, stride S    windows that advance by S; the tokens that a window before has scored are
-                          its context (transformers' documentation), the text's end included
+    length L, stride L    disjoint windows; an incomplete window at the end is dropped
+    length L, stride S    windows that advance by S; tokens that an earlier window has scored are
+                          context only (as in transformers' documentation); the last window ends
+                          with the text
 
-The text is one stream, tokenized whole. BOS: `none`, `once` before the stream (what a tokenizer
-that adds BOS does to a text), or `each` window begins with it, within its length.
+The text is tokenized as one stream. BOS: `none`; `once` before the stream (what a tokenizer that
+adds BOS does to a text); or `each` window begins with it, within its length.
 
 Knows tokenizers and files, no model and no engine.
 """
@@ -27,26 +28,29 @@ BOS = ("none", "once", "each")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """See the module."""
+    """One way to cut a text into windows; see the module's description."""
 
     length: int = 2048
+    """Tokens of a window, its BOS included."""
     stride: int | None = None
     """None: the length."""
     bos: str = "once"
+    """One of `BOS`."""
 
     def __post_init__(self) -> None:
         if self.bos not in BOS:
             raise InputError(f"bos must be one of {', '.join(BOS)}: got {self.bos!r}")
         if self.length < 2:
             raise InputError(f"length must be at least 2: got {self.length}")
-        least_context = 2 if self.bos == "each" else 1
+        min_context = 2 if self.bos == "each" else 1
         if self.stride is not None and not 1 <= self.stride <= self.length:
             raise InputError(f"stride must be 1..length: got {self.stride} of {self.length}")
-        if self.bos == "each" and self.length < least_context + 1:
+        if self.bos == "each" and self.length < min_context + 1:
             raise InputError("length must be at least 3 where each window begins with BOS")
 
     @property
     def step(self) -> int:
+        """Tokens by which windows advance."""
         return self.stride or self.length
 
     def __str__(self) -> str:
@@ -72,7 +76,7 @@ class ProtocolWindows:
     windows: TokenWindows
     protocol: Protocol
     num_tokens: int
-    """Of the stream, BOS included."""
+    """Tokens of the text's stream, BOS included."""
 
     def __str__(self) -> str:
         scored = int(self.windows.num_tokens_N.sum())
@@ -82,11 +86,13 @@ class ProtocolWindows:
 def protocol_windows(
     path: str, tokenizer: Any, protocol: Protocol, *, name: str, field: str = "text"
 ) -> ProtocolWindows:
-    """Cut a whole text.
+    """Cut a text by a protocol.
 
     Args:
         path: text, folder of .txt files, or .jsonl.
         tokenizer: a transformers tokenizer.
+        name: the corpus.
+        field: the jsonl field that holds the text.
 
     Raises:
         InputError: unreadable, too short, or BOS asked of a tokenizer that has none.
@@ -102,7 +108,7 @@ def protocol_windows(
     room = protocol.length - (protocol.bos == "each")
     disjoint = protocol.step == protocol.length
     step = room if disjoint else protocol.step
-    tokens, scored = _cut(ids, room, step, name, whole=disjoint)
+    tokens, scored = _cut(ids, room, step, name, full_windows_only=disjoint)
     if protocol.bos == "each":
         assert stream.bos_id is not None
         tokens = np.pad(tokens, ((0, 0), (1, 0)), constant_values=stream.bos_id)
@@ -114,10 +120,12 @@ def protocol_windows(
     return ProtocolWindows(windows, protocol, len(ids))
 
 
-def _cut(ids_n: Any, length: int, step: int, name: str, *, whole: bool) -> tuple[Any, Any]:
-    """Tokens and scored flags `[N, length]`; where the text ends, right padding, or nothing if
-    only whole windows count."""
-    if len(ids_n) < length and whole:
+def _cut(
+    ids_n: Any, length: int, step: int, name: str, *, full_windows_only: bool
+) -> tuple[Any, Any]:
+    """Tokens and scored flags, `[N, length]` each; the last window is right-padded where the text
+    ends within it, or left out if `full_windows_only`."""
+    if len(ids_n) < length and full_windows_only:
         raise InputError(
             f"corpus {name!r} is too short: {len(ids_n)} tokens, one window has {length}"
         )
@@ -126,7 +134,7 @@ def _cut(ids_n: Any, length: int, step: int, name: str, *, whole: bool) -> tuple
     rows, flags, done, start = [], [], 0, 0
     while True:
         end = min(start + length, len(ids_n))
-        if whole and end - start < length:
+        if full_windows_only and end - start < length:
             break
         row, flag = np.zeros(length, dtype=np.int32), np.zeros(length, dtype=bool)
         row[: end - start] = ids_n[start:end]

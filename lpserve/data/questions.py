@@ -1,11 +1,14 @@
 """Questions of tasks: which windows their answers are, and what a mask loses on them.
 
 A question has one or more answers; each is a window (the question's text, then the answer, whose
-tokens are scored), so that a mask's log-likelihood of an answer is minus the window's NLL. All that
-lm-eval's `acc` and `acc_norm` depend on is here, so that every mask's losses are one array
-operation. Knows no model, no tokenizer and no task library.
+tokens are scored), so that a mask's log-likelihood of an answer is minus the window's NLL. A
+question with several answers is a choice between them; one with a single answer is *open-ended*:
+the model is to produce it (as in LAMBADA).
 
-Notation: M masks, N windows, Q questions, C answers of the question that has most.
+Everything that lm-eval's `acc` and `acc_norm` depend on is here, so that the losses of all masks
+are one array operation. Knows no model, no tokenizer and no task library.
+
+Notation: M masks, N windows, Q questions, C the largest number of answers of a question.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from scipy.special import ndtr
 
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
-from lpserve.types import BoolArray, FloatArray, IntArray, is_normed, is_share
+from lpserve.types import BoolArray, FloatArray, IntArray
+from lpserve.utility import UTILITIES, Utility
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +46,12 @@ class Questions:
 
     @property
     def num_questions(self) -> int:
+        """Q."""
         return len(self.answers_QC)
 
     @cached_property
-    def open_Q(self) -> BoolArray:
-        """Questions without a choice: the answer is to be the model's own (as in LAMBADA)."""
+    def open_ended_Q(self) -> BoolArray:
+        """Which questions are open-ended: they have one answer, which the model is to produce."""
         return np.asarray((self.answers_QC >= 0).sum(axis=1) == 1)
 
     @cached_property
@@ -59,63 +64,65 @@ class Questions:
         """SHA-256 over the windows and everything that losses depend on."""
         digest = hashlib.sha256(self.windows.content_hash.encode())
         for question in range(self.num_questions):
-            exists_C = self.answers_QC[question] >= 0  # how wide the arrays are is of no account
+            exists_C = self.answers_QC[question] >= 0  # padding to C answers does not count
             for array in (self.answers_QC, self.right_QC, self.chars_QC):
                 digest.update(array[question][exists_C].astype("<i8").tobytes())
             digest.update(b"|")
         return digest.hexdigest()
 
-    def check(self, utility: str) -> None:
+    def check(self, utility: Utility) -> None:
         """Raise InputError where a utility is not defined on these questions."""
-        if is_normed(utility) and self.open_Q.any():
+        if utility.normed and self.open_ended_Q.any():
             raise InputError(
-                f"utility {utility} compares answers by their length; a task has questions "
-                "without a choice: use task_acc or task_margin"
+                f"utility {utility.name} compares answers by their length; a task has "
+                "open-ended questions: use task_acc or task_margin"
             )
-        if is_normed(utility) and (self.chars_QC[self.answers_QC >= 0] == 0).any():
-            raise InputError(f"utility {utility} divides by an answer's length; one is empty")
+        if utility.normed and (self.chars_QC[self.answers_QC >= 0] == 0).any():
+            raise InputError(f"utility {utility.name} divides by an answer's length; one is empty")
 
     def losses(
-        self, utility: str, values: Mapping[str, NDArray[np.float32]]
+        self, utility: Utility, values: Mapping[str, NDArray[np.float32]]
     ) -> NDArray[np.float32]:
         """What every mask loses on every question, `float32[M, Q]`; NaN where an answer's score is
         not finite.
 
-        * `task_acc`: 1 where the likeliest answer (of equals, the first) is wrong; without a
-          choice, where any token of the answer is not the model's first choice;
+        * `task_acc`: 1 where the likeliest answer (of equals, the first) is wrong; for an
+          open-ended question, 1 where any token of the answer is not the model's first choice;
         * `task_margin`: the likeliest wrong answer's log-likelihood minus that of the likeliest
-          right one, nats; without a choice, minus the answer's log-likelihood;
-        * `_norm`: the same with log-likelihoods divided by the answers' characters.
+          right one, nats; for an open-ended question, minus the answer's log-likelihood;
+        * `task_acc_norm`, `task_margin_norm`: these losses with every log-likelihood divided by
+          the number of the answer's characters.
 
         Args:
-            values: metric -> sums `float32[M, N]`; `nll`, and `misses` for `task_acc` without a
-                choice.
+            values: metric -> sums `float32[M, N]`: `nll`, and `misses` for `task_acc` of open-ended
+                questions.
         """
-        told_MQC = self._told(values["nll"], normed=is_normed(utility))
+        likelihood_MQC = self._log_likelihoods(values["nll"], normed=utility.normed)
         exists_QC = self.answers_QC >= 0
-        finite_MQ = (np.isfinite(told_MQC) | ~exists_QC).all(axis=2)
-        if is_share(utility):
-            best_MQ = told_MQC.argmax(axis=2)
+        finite_MQ = (np.isfinite(likelihood_MQC) | ~exists_QC).all(axis=2)
+        if utility.formula == "share":
+            best_MQ = likelihood_MQC.argmax(axis=2)
             loss_MQ = 1.0 - self.right_QC[np.arange(self.num_questions), best_MQ]
-            if self.open_Q.any():
+            if self.open_ended_Q.any():
                 misses_MN = values["misses"]
-                missed_Mq = misses_MN[:, self.right_rows_Q[self.open_Q]]
-                loss_MQ[:, self.open_Q] = np.where(np.isnan(missed_Mq), np.nan, missed_Mq > 0)
+                missed_Mq = misses_MN[:, self.right_rows_Q[self.open_ended_Q]]
+                loss_MQ[:, self.open_ended_Q] = np.where(np.isnan(missed_Mq), np.nan, missed_Mq > 0)
         else:
-            right_MQ = np.where(self.right_QC, told_MQC, -np.inf).max(axis=2)
-            wrong_MQ = np.where(self.right_QC, -np.inf, told_MQC).max(axis=2)
+            right_MQ = np.where(self.right_QC, likelihood_MQC, -np.inf).max(axis=2)
+            wrong_MQ = np.where(self.right_QC, -np.inf, likelihood_MQC).max(axis=2)
             with np.errstate(invalid="ignore"):  # what is not finite is left out below
-                loss_MQ = np.where(self.open_Q, 0.0, wrong_MQ) - right_MQ
+                loss_MQ = np.where(self.open_ended_Q, 0.0, wrong_MQ) - right_MQ
         return np.where(finite_MQ, loss_MQ, np.nan).astype(np.float32)
 
-    def noise(self, utility: str, noise_nll: float, full_nll_N: NDArray[np.float32]) -> float:
+    def noise(self, utility: Utility, noise_nll: float, full_nll_N: NDArray[np.float32]) -> float:
         """Root mean square noise of a mask's mean loss, from that of its mean NLL over all windows.
 
         Tokens are taken to err independently and alike, nats. A margin has the errors of two
         answers of the question's mean length; an answer is picked wrongly with the probability that
-        they exceed the whole model's margin; without a choice, misses err as NLLs do (in bfloat16
-        0.8 to 0.9 times as far). Measured on the bundled tasks and model in bfloat16, 16 masks, 20
-        questions: 0.79 (choices) and 1.00 (last words) times this for `task_margin`.
+        they exceed the full model's margin; misses of open-ended questions err as NLLs do (in
+        bfloat16 0.8 to 0.9 times as far). Measured on the bundled tasks and model in bfloat16, on
+        16 masks and 20 questions: 0.79 (choices) and 1.00 (last words) times this for
+        `task_margin`.
 
         Args:
             noise_nll: nats per token.
@@ -124,33 +131,33 @@ class Questions:
         of_token = noise_nll * float(np.sqrt(num_tokens_N.sum()))
         exists_QC = self.answers_QC >= 0
         tokens_QC = np.where(exists_QC, num_tokens_N[self.answers_QC], 0)
-        chars_QC = np.maximum(self.chars_QC, 1) if is_normed(utility) else np.ones_like(tokens_QC)
+        chars_QC = np.maximum(self.chars_QC, 1) if utility.normed else np.ones_like(tokens_QC)
         error_QC = np.sqrt(tokens_QC) / chars_QC
         mean_Q = (error_QC**2).sum(axis=1) / exists_QC.sum(axis=1)
-        variance_Q = of_token**2 * np.where(self.open_Q, 1.0, 2.0) * mean_Q
-        if is_share(utility):
-            told = "task_margin_norm" if is_normed(utility) else "task_margin"
-            margin_Q = self.losses(told, {"nll": full_nll_N[None]})[0].astype(np.float64)
+        variance_Q = of_token**2 * np.where(self.open_ended_Q, 1.0, 2.0) * mean_Q
+        if utility.formula == "share":
+            margin = UTILITIES["task_margin_norm" if utility.normed else "task_margin"]
+            margin_Q = self.losses(margin, {"nll": full_nll_N[None]})[0].astype(np.float64)
             wrong_Q = ndtr(-np.abs(margin_Q) / np.maximum(np.sqrt(variance_Q), 1e-300))
             variance_Q = np.where(
-                self.open_Q, np.minimum(variance_Q, 0.25), wrong_Q * (1.0 - wrong_Q)
+                self.open_ended_Q, np.minimum(variance_Q, 0.25), wrong_Q * (1.0 - wrong_Q)
             )
         return float(np.sqrt(variance_Q.sum()) / self.num_questions)
 
-    def _told(self, nll_MN: NDArray[np.float32], *, normed: bool) -> FloatArray:
+    def _log_likelihoods(self, nll_MN: NDArray[np.float32], *, normed: bool) -> FloatArray:
         """Log-likelihoods of the answers `[M, Q, C]`, -inf where there is none."""
-        told_MQC = -nll_MN[:, self.answers_QC].astype(np.float64)
+        likelihood_MQC = -nll_MN[:, self.answers_QC].astype(np.float64)
         if normed:
-            told_MQC /= np.maximum(self.chars_QC, 1)
-        return np.where(self.answers_QC >= 0, told_MQC, -np.inf)
+            likelihood_MQC /= np.maximum(self.chars_QC, 1)
+        return np.where(self.answers_QC >= 0, likelihood_MQC, -np.inf)
 
     def window_rows(self, questions: Sequence[int] | IntArray) -> IntArray:
-        """Rows of the windows of these questions, sorted."""
+        """Rows of the windows of all answers of these questions, sorted."""
         rows = np.unique(self.answers_QC[np.asarray(questions, dtype=np.int64)])
         return rows[rows >= 0]
 
     def select(self, questions: Sequence[int] | IntArray) -> Questions:
-        """These questions, in that order, and their windows alone."""
+        """These questions, in that order, with no windows but theirs."""
         picked = np.asarray(questions, dtype=np.int64)
         names = np.repeat([n for n, _ in self.corpora], [c for _, c in self.corpora])[picked]
         if len(set(names.tolist())) > 1:

@@ -1,4 +1,4 @@
-"""How lm-eval's requests become windows: what all of its models here have in common.
+"""How lm-eval's requests become windows: what the lm-eval models of this package share.
 
 A request (context, continuation) is a window whose continuation is scored; its log-likelihood is
 minus the window's NLL, and it is greedy where no position misses.
@@ -14,10 +14,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from lpserve.data.windows import TokenWindows
-from lpserve.model.checkpoint import position_limit, read_checkpoint
+from lpserve.model.architecture import read_architecture
+from lpserve.model.checkpoint import read_checkpoint
 
 DEFAULT_MAX_LENGTH = 2048
-"""Where the config names no number of positions, as lm-eval has it."""
+"""Tokens of a request where the config names no number of positions; lm-eval's own default."""
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """Texts of context and continuation, where known, and their tokens."""
@@ -28,15 +29,15 @@ Row = tuple[tuple[int, ...], int]
 def max_input_length(model: str) -> int:
     """Tokens that lm-eval may give a model at once: one less than it has positions, since the last
     scored token is part of a window here."""
-    found = position_limit(read_checkpoint(model).config)
-    return DEFAULT_MAX_LENGTH if found is None else found[1] - 1
+    positions = read_architecture(read_checkpoint(model)).max_positions
+    return DEFAULT_MAX_LENGTH if positions is None else positions - 1
 
 
 class RequestsLM(TemplateLM):
     """The tokenizer's side of an lm-eval model.
 
     Args:
-        max_length: most tokens of a request that the model is given; longer ones lose their
+        max_length: the longest request that the model is given, in tokens; longer ones lose their
             beginning.
     """
 
@@ -49,24 +50,29 @@ class RequestsLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a text, for lm-eval."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
+        """The token before a text that has no context, for lm-eval."""
         bos = self.tokenizer.bos_token_id
         return bos if bos is not None else self.tokenizer.eos_token_id
 
     @property
     def max_length(self) -> int:
+        """The longest request that the model is given, in tokens."""
         return self._max_length
 
     @property
     def tokenizer_name(self) -> str:
+        """A name of the tokenizer, for lm-eval's caches."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
+        """A text as tokens; BOS is not added to one that begins with it."""
         special: dict[str, bool] = {}
         if add_special_tokens is not None:
             special["add_special_tokens"] = add_special_tokens
@@ -77,6 +83,7 @@ class RequestsLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
+        """Messages as one text, by the tokenizer's template."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -87,16 +94,17 @@ class RequestsLM(TemplateLM):
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, greedy) of every request, without a progress bar."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
-        """The window of a request."""
+        """The window of a request, cut to `max_length`."""
         tokens = self.last((*context, *continuation), self._max_length + 1)
         return tokens, min(len(continuation), len(tokens) - 1)
 
-    def last(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
-        """At most so many of the last tokens; notes a request that loses its beginning."""
-        kept = tuple(tokens[-most:])
+    def last(self, tokens: Sequence[int], count: int) -> tuple[int, ...]:
+        """At most `count` of the last tokens; notes in `cut` a request that loses its beginning."""
+        kept = tuple(tokens[-count:])
         if len(kept) < len(tokens):
             self.cut.add(kept)
         return kept
@@ -114,7 +122,7 @@ def windows_of_rows(rows: Sequence[Row], name: str) -> TokenWindows:
 
 
 class _Encoder(RequestsLM):
-    """Keeps the windows of what it is asked, and knows no model."""
+    """Keeps the windows of the requests it receives; its answers mean nothing."""
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         super().__init__(tokenizer, max_length)

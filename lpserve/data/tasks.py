@@ -1,7 +1,9 @@
 """lm-eval's tasks: found, loaded with their data, and turned into questions.
 
-Whatever cannot be had or served is refused here, before an engine starts. lm-eval is imported when
-a task is asked for.
+A task that is unknown, has no data, or cannot be scored by likelihoods is refused here, before an
+engine starts. lm-eval is imported late, by those who use tasks only.
+
+Notation: Q questions, C the largest number of answers of a question.
 """
 
 from __future__ import annotations
@@ -19,21 +21,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.config import TASK_PREFIX, is_task
+from lpserve.data.corpora import WindowRequest, cut_corpora
 from lpserve.data.items import ItemSet
 from lpserve.data.questions import Questions
-from lpserve.data.windows import HELDOUT_SHARE, WindowRequest, cut_corpora, load_tokenizer
+from lpserve.data.texts import load_tokenizer
+from lpserve.data.windows import HELDOUT_SHARE
 from lpserve.errors import InputError
 
-SERVED = ("multiple_choice", "loglikelihood")
-"""Kinds of tasks whose questions have an answer of known likelihood."""
+QUESTION_KINDS = ("multiple_choice", "loglikelihood")
+"""lm-eval's kinds of tasks whose questions become `Questions`: every answer has a likelihood."""
 FEWSHOT_SEED = 1234
-"""As `lm_eval` draws the examples before a question."""
+"""Seed of the examples before a question; lm-eval's own."""
 _UNLIKELY = -1e6  # a log-likelihood below all others
-_DRAWS = 3  # random answers that a task's own rule and ours must judge alike
+_DRAWS = 3  # random log-likelihoods on which a task's own rule and ours must agree
 
 
 class TaskLoader:
-    """lm-eval's tasks by name; a folder of the user's goes first.
+    """lm-eval's tasks by name; tasks of a user's folder take precedence.
 
     Raises:
         InputError: lm-eval is not installed, there is no such folder or task, or its data cannot
@@ -62,20 +66,21 @@ class TaskLoader:
                 )
 
     def load(self, names: Sequence[str]) -> dict[str, Any]:
-        """Name -> lm-eval's task, its data loaded; of a group, all of its tasks."""
-        with _told_as(f"the data of tasks {', '.join(names)} cannot be had"):
+        """Name -> lm-eval's task, its data loaded; a group gives all of its tasks."""
+        with _one_line_errors(f"the data of tasks {', '.join(names)} cannot be had"):
             return self.manager.load(list(names))["tasks"]
 
 
 def cut_item_sets(
     request: WindowRequest, model: str, *, include_path: str | None, num_fewshot: int | None
 ) -> tuple[list[ItemSet], list[ItemSet]]:
-    """Calibration and held-out samples, corpus by corpus; overlaps are not looked for.
+    """Calibration and held-out items, corpus by corpus; does not check for overlaps.
 
-    Texts are cut as `windows.cut_corpora` does. A task's questions are those that lm-eval
-    evaluates. A fifth of them, the same whatever the seed, is held out where nothing else is; a
-    task on one side alone gives all of its questions to that side. Of a side's questions the first
-    of one seeded permutation are taken: a larger number contains the smaller.
+    Texts are cut as `corpora.cut_corpora` does. A task's questions are those that lm-eval
+    evaluates. Where no corpus is held out, a fifth of the questions is, the same fifth whatever the
+    seed; a task that is on one side only gives all of its questions to that side. The questions of
+    a side are shuffled once with the seed and the first ones taken, so that a larger number
+    contains the smaller.
 
     Raises:
         InputError: a text or task cannot be used, or gives too little.
@@ -135,18 +140,20 @@ class _TaskCutter:
         both &= {t for tasks in self._held.values() for t in tasks}
         every = {t: task for tasks in tasks_of.values() for t, task in tasks.items()}
         self._sides = {
-            name: _sides(_different(_asked(name, task, num_fewshot)), name in both)
+            name: _sides(_without_repeats(_asked(name, task, num_fewshot)), name in both)
             for name, task in every.items()
         }
         """Task -> its questions that may calibrate, and that may be held out."""
         self._asker = _Asker(model)
 
     def calibration(self, name: str) -> ItemSet:
+        """The calibration questions of one corpus of the request."""
         counts = self._request.num_windows
         count = counts if isinstance(counts, int) else counts[name]
         return self._cut(name, [self._sides[t][0] for t in self._own[name]], count, "")
 
     def heldout(self, name: str) -> ItemSet:
+        """The held-out questions of one corpus of the request."""
         parts = [self._sides[t][1] for t in self._held[name]]
         return self._cut(name, parts, self._request.heldout_windows, " held out")
 
@@ -163,7 +170,7 @@ class _TaskCutter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Asked:
-    """A question as lm-eval asks it."""
+    """A question as lm-eval asks it: the requests that it sends to a model."""
 
     task_name: str
     task: Any
@@ -171,18 +178,20 @@ class _Asked:
     requests: tuple[tuple[str, str], ...]
     """Context and continuation of every answer."""
     others: int
-    """Requests beside those (answers without a context), which no utility reads."""
+    """Number of further requests (answers without a context), which no utility reads."""
     pairs: frozenset[tuple[str, str]]
-    """Question and answers without what comes before: two questions that share one are the same."""
+    """(question, answer) texts without the examples before them: two questions that share one are
+    the same."""
 
 
 def _asked(name: str, task: Any, num_fewshot: int | None) -> list[_Asked]:
-    """Every question of a task; raises InputError where it cannot be asked, or not without telling
-    what is held out."""
+    """Every question of a task; raises InputError where it cannot be asked, or where its examples
+    would reveal held-out questions."""
     kind = task.get_config("output_type")
-    if kind not in SERVED:
+    if kind not in QUESTION_KINDS:
         raise InputError(
-            f"task {name!r} is of kind {kind!r}: a game's value is made of {' or '.join(SERVED)}"
+            f"task {name!r} is of kind {kind!r}: a game's value is made of "
+            f"{' or '.join(QUESTION_KINDS)}"
         )
     own = task.get_config("num_fewshot")
     if own == 0 and num_fewshot:
@@ -193,7 +202,7 @@ def _asked(name: str, task: Any, num_fewshot: int | None) -> list[_Asked]:
             f"task {name!r} takes its examples from the questions themselves, so that none could "
             "be held out: use --num-fewshot 0"
         )
-    with _told_as(f"task {name!r} cannot be asked"):
+    with _one_line_errors(f"task {name!r} cannot be asked"):
         task.set_config(key="num_fewshot", value=examples)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
         with _quiet():
@@ -235,8 +244,8 @@ def _examples_are_evaluated(task: Any) -> bool:
     return evaluated == (source or next(split for split in splits if split is not None))
 
 
-def _different(asked: Iterable[_Asked]) -> list[_Asked]:
-    """Questions that share no question-and-answer with an earlier one."""
+def _without_repeats(asked: Iterable[_Asked]) -> list[_Asked]:
+    """The questions that share no (question, answer) text with an earlier one."""
     seen: set[tuple[str, str]] = set()
     found = []
     for question in asked:
@@ -247,8 +256,13 @@ def _different(asked: Iterable[_Asked]) -> list[_Asked]:
 
 
 def _sides(asked: list[_Asked], both: bool) -> tuple[list[_Asked], list[_Asked]]:
-    """Those that may calibrate and those that may be held out: the same for every seed, so that
-    what one run holds out no other calibrates on. All of them twice where one side alone asks."""
+    """The questions that may calibrate and those that may be held out.
+
+    The split does not depend on the seed, so that no run calibrates on what another holds out.
+
+    Args:
+        both: whether the task is on both sides; otherwise all of its questions may be on either.
+    """
     if not both:
         return asked, asked
     order = np.random.default_rng(0).permutation(len(asked)).tolist()
@@ -304,22 +318,29 @@ class _Asker:
 def _judged(
     question: _Asked, draw: np.random.Generator
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which answers are right, `bool[C]`, and their characters, `int64[C]`, as the task itself
-    judges; raises InputError where its rule is not the likeliest answer."""
+    """Which answers are right by the task's own rule, `bool[C]`, and their characters, `int64[C]`.
+
+    The rule is found by asking the task: it is given log-likelihoods that favour one answer after
+    the other, and then random ones, on which its `acc` and `acc_norm` must be what ours are.
+
+    Raises:
+        InputError: the task does not judge by the likeliest answer.
+    """
     where = f"task {question.task_name!r}"
     num = len(question.requests)
     task, doc = question.task, question.doc
     if task.get_config("output_type") == "loglikelihood":
-        told = [task.process_results(doc, [(-1.0, greedy)]).get("acc") for greedy in (False, True)]
-        if told != [0, 1]:
+        acc = [task.process_results(doc, [(-1.0, greedy)]).get("acc") for greedy in (False, True)]
+        if acc != [0, 1]:
             raise InputError(f"{where} has no acc that is 1 for the model's own answer")
         return np.ones(1, dtype=bool), np.array([len(question.requests[0][1])])
     chars = np.array([len(choice) for choice in task.doc_to_choice(doc)], dtype=np.int64)
 
     def judge(likelihoods: NDArray[np.float64]) -> Mapping[str, Any]:
-        told = [(float(value), False) for value in likelihoods] + [(0.0, False)] * question.others
-        with np.errstate(all="ignore"), _quiet(), _told_as(f"{where} cannot be judged"):
-            return task.process_results(doc, told)
+        results = [(float(value), False) for value in likelihoods]
+        results += [(0.0, False)] * question.others
+        with np.errstate(all="ignore"), _quiet(), _one_line_errors(f"{where} cannot be judged"):
+            return task.process_results(doc, results)
 
     right = np.zeros(num, dtype=bool)
     for answer in range(num):
@@ -335,9 +356,9 @@ def _judged(
         )
     for place in range(_DRAWS + 1):
         # likelihoods far apart and near, and all equal: then the first
-        told = -draw.gamma(2.0, 10.0 ** draw.uniform(-3, 1), num) if place else np.full(num, -2.0)
-        found = judge(told)
-        ours = {"acc": told, "acc_norm": told / np.maximum(chars, 1)}
+        drawn = -draw.gamma(2.0, 10.0 ** draw.uniform(-3, 1), num) if place else np.full(num, -2.0)
+        found = judge(drawn)
+        ours = {"acc": drawn, "acc_norm": drawn / np.maximum(chars, 1)}
         for key, likelihoods in ours.items():
             known = key in found and (key == "acc" or bool(chars.all()))
             if known and found[key] != right[np.argmax(likelihoods)]:
@@ -346,8 +367,8 @@ def _judged(
 
 
 @contextmanager
-def _told_as(what: str) -> Iterator[None]:
-    """Errors of a task's own code as one line."""
+def _one_line_errors(what: str) -> Iterator[None]:
+    """Turn errors of a task's own code into an InputError of one line that begins with `what`."""
     try:
         yield
     except Exception as error:  # whatever datasets, templates and functions of task files raise

@@ -1,4 +1,4 @@
-"""Text to calibration windows: N token sequences with their scored positions, content-hashed.
+"""Token windows: N token sequences with their scored positions, content-hashed.
 
 What counts, by example (T = 5 tokens, nothing prepended)::
 
@@ -10,13 +10,14 @@ what follows a window's last scored position is never attended by a scored one, 
 and left out of the hash.
 
 Knows tokenizers and files, no model and no engine.
+
+Notation: N windows, T tokens of each.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +26,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lpserve.data.texts import load_tokenizer, read_text
 from lpserve.errors import InputError
 from lpserve.types import BoolArray, IntArray
 
 HELDOUT_SHARE = 0.2
-SHARED_RUN = 32  # a verbatim run of this many tokens (or half a window, if longer) is an overlap
-_HASH_BASE = 0x9E3779B97F4A7C15  # odd: has an inverse modulo 2**64
+"""Share of a text's tokens, or of a task's questions, that is held out where nothing else is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +49,12 @@ class TokenWindows:
 
     @property
     def num_windows(self) -> int:
+        """N."""
         return self.tokens_NT.shape[0]
 
     @property
     def length(self) -> int:
+        """T, padding included."""
         return self.tokens_NT.shape[1]
 
     @cached_property
@@ -84,7 +87,11 @@ class TokenWindows:
         return hashlib.sha256("".join(self.window_hashes).encode()).hexdigest()
 
     def select(self, rows: Sequence[int] | IntArray, length: int | None = None) -> TokenWindows:
-        """The windows of these rows, in that order, cut to `length` tokens (default: not cut)."""
+        """The windows of these rows, in that order.
+
+        Args:
+            length: cut every window to its first tokens; None: no cut.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         names = np.repeat([n for n, _ in self.corpora], [c for _, c in self.corpora])[rows]
         runs: list[tuple[str, int]] = []
@@ -214,12 +221,16 @@ class TokenStream:
     """A tokenized text from which windows are cut."""
 
     name: str
+    """The corpus."""
     ids: NDArray[np.int32]
+    """Token ids of the text, without BOS."""
     bos_id: int | None
+    """The tokenizer's BOS; None: it has none."""
 
     @classmethod
     def read(cls, path: str | Path, tokenizer: Any, *, field: str, name: str) -> TokenStream:
-        text = _read_text(Path(path), field=field, name=name)
+        """Read and tokenize a text; see `texts.read_text`."""
+        text = read_text(Path(path), field=field, name=name)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return cls(name, np.asarray(ids, dtype=np.int32), tokenizer.bos_token_id)
 
@@ -232,7 +243,7 @@ class TokenStream:
         )
 
     def cut(self, num_windows: int, length: int, *, seed: int, bos: bool) -> TokenWindows:
-        """See `TokenWindows.from_file`."""
+        """Disjoint windows in a seeded random order; see `TokenWindows.from_file`."""
         if num_windows < 1 or length < 2:
             raise InputError(
                 f"corpus {self.name!r}: need num_windows >= 1 and length >= 2: "
@@ -268,153 +279,3 @@ class TokenStream:
         if bos_id is not None:
             tokens_NT = np.pad(tokens_NT, ((0, 0), (1, 0)), constant_values=bos_id)
         return TokenWindows.from_tokens(tokens_NT, name=self.name)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowRequest:
-    """How a run's windows are cut."""
-
-    calibration: Mapping[str, str]
-    """Corpus name -> path (text, folder, jsonl or npz)."""
-    heldout: Mapping[str, str]
-    """The same; empty: the last 20% of the calibration texts."""
-    num_windows: int | Mapping[str, int]
-    """Calibration windows of each corpus, or of every one by name."""
-    heldout_windows: int
-    """Held-out windows of each corpus."""
-    length: int
-    seed: int
-    bos: bool = False
-    field: str = "text"
-
-
-def cut_windows(request: WindowRequest, tokenizer: str | Path) -> tuple[TokenWindows, TokenWindows]:
-    """A run's calibration and held-out windows; they never overlap.
-
-    A text named on both sides, or on the calibration side when no held-out is given, is split:
-    its first 80% of tokens calibrate, the last 20% are held out. `.npz` corpora are used whole.
-
-    Raises:
-        InputError: unreadable or too short input, or windows of the two sides that share text.
-    """
-    sides = [TokenWindows.concatenate(parts) for parts in cut_corpora(request, tokenizer)]
-    check_no_overlap(*sides)
-    return sides[0], sides[1]
-
-
-def cut_corpora(
-    request: WindowRequest, tokenizer: str | Path
-) -> tuple[list[TokenWindows], list[TokenWindows]]:
-    """The same, corpus by corpus; overlaps are not looked for."""
-    counts = request.num_windows
-    loaded = None
-    streams: dict[str, TokenStream] = {}
-
-    def stream(name: str, path: str) -> TokenStream:
-        nonlocal loaded
-        loaded = loaded or load_tokenizer(tokenizer)
-        key = str(Path(path).resolve())
-        if key not in streams:
-            streams[key] = TokenStream.read(path, loaded, field=request.field, name=name)
-        return TokenStream(name, streams[key].ids, streams[key].bos_id)
-
-    def cut(source: TokenStream, num: int) -> TokenWindows:
-        return source.cut(num, request.length, seed=request.seed, bos=request.bos)
-
-    texts = {n: stream(n, p) for n, p in request.calibration.items() if not _is_npz(p)}
-    if request.heldout:
-        others = {n: stream(n, p) for n, p in request.heldout.items() if not _is_npz(p)}
-        held_npz = {n: p for n, p in request.heldout.items() if _is_npz(p)}
-    elif len(texts) < len(request.calibration):
-        raise InputError("calibration is an .npz: name a held-out text or .npz with --heldout")
-    else:
-        others, held_npz = texts, {}
-    calibration, heldout = [], []
-    for name, path in request.calibration.items():
-        if _is_npz(path):
-            calibration.append(TokenWindows.from_npz(path, name=name))
-            continue
-        shared = any(np.array_equal(texts[name].ids, other.ids) for other in others.values())
-        source = texts[name].split()[0] if shared else texts[name]
-        calibration.append(cut(source, counts if isinstance(counts, int) else counts[name]))
-    for source in others.values():
-        shared = any(np.array_equal(source.ids, text.ids) for text in texts.values())
-        heldout.append(cut(source.split()[1] if shared else source, request.heldout_windows))
-    heldout += [TokenWindows.from_npz(path, name=name) for name, path in held_npz.items()]
-    return calibration, heldout
-
-
-def check_no_overlap(calibration: TokenWindows, heldout: TokenWindows) -> None:
-    """Raise InputError when a held-out window repeats a calibration window or a long run of one."""
-    common = set(calibration.window_hashes) & set(heldout.window_hashes)
-    if common:
-        row = next(i for i, h in enumerate(heldout.window_hashes) if h in common)
-        raise InputError(
-            f"{len(common)} windows are in calibration and held-out alike, first held-out window "
-            f"{row}; use different texts"
-        )
-    run = max(SHARED_RUN, min(calibration.length, heldout.length) // 2)
-    if np.isin(_run_hashes(heldout, run), _run_hashes(calibration, run)).any():
-        raise InputError(
-            f"calibration and held-out share a verbatim run of {run} tokens; use different texts"
-        )
-
-
-def load_tokenizer(tokenizer: str | Path | Any) -> Any:
-    """A transformers tokenizer from a local folder; anything else is returned as it is."""
-    if not isinstance(tokenizer, str | Path):
-        return tokenizer
-    from transformers import AutoTokenizer
-
-    if not Path(tokenizer).is_dir():
-        raise InputError(f"tokenizer {str(tokenizer)!r} is not a folder")
-    try:
-        return AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"no usable tokenizer in {tokenizer} ({line}); add tokenizer.json or give .npz windows"
-        ) from None
-
-
-def _is_npz(path: str) -> bool:
-    return path.endswith(".npz")
-
-
-def _run_hashes(windows: TokenWindows, run: int) -> NDArray[np.uint64]:
-    """A polynomial hash, modulo 2**64, of every run of `run` tokens in a window."""
-    starts = np.arange(max(windows.length - run + 1, 0))
-    powers_T = np.cumprod(np.full(windows.length, _HASH_BASE, dtype=np.uint64))
-    terms_NT = (windows.tokens_NT.astype(np.uint64) + np.uint64(1)) * powers_T
-    sums_NT = np.pad(np.cumsum(terms_NT, axis=1), ((0, 0), (1, 0)))
-    shift = np.full(len(starts), pow(_HASH_BASE, -1, 1 << 64), dtype=np.uint64)
-    hashes = (sums_NT[:, starts + run] - sums_NT[:, starts]) * np.cumprod(shift)
-    return hashes[starts <= windows.lengths_N[:, None] - run]
-
-
-def _read_text(path: Path, *, field: str, name: str) -> str:
-    if path.is_dir():
-        files = sorted(path.glob("*.txt"))
-        if not files:
-            raise InputError(f"corpus {name!r}: folder {path} holds no .txt files")
-        return "\n\n".join(_read_text(file, field=field, name=name) for file in files)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"corpus {name!r}: {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"corpus {name!r}: {path} cannot be read as UTF-8: {error}") from None
-    if path.suffix != ".jsonl":
-        return text
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError):
-            value = None
-        if not isinstance(value, str):
-            raise InputError(f"corpus {name!r}: {path} line {number} has no text field {field!r}")
-        records.append(value)
-    return "\n\n".join(records)

@@ -1,4 +1,4 @@
-"""Engines: what turns masks into scores. `open_engine` builds one from its kind."""
+"""Engines turn masks into scores. `open_engine` opens one; `registry` lists the kinds."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from typing import Any
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine
-from lpserve.errors import InputError
+from lpserve.engine.registry import engine_kind
 from lpserve.types import EngineSpec
-
-ENGINE_KINDS = ("transformers", "vllm", "synthetic")
 
 
 def open_engine(
@@ -25,11 +23,11 @@ def open_engine(
     Args:
         model: checkpoint folder (`synthetic`: ignored).
         windows: what `score` scores when no other windows are named.
-        kind: one of `ENGINE_KINDS`.
+        kind: a key of `registry.ENGINE_KINDS`: `transformers`, `vllm` or `synthetic`.
         dtype: `float32`, `bfloat16` or `float16`.
         device: `auto`, `cpu` or a torch device such as `cuda:0`.
-        options: of the kind; see `engine.hf.TransformersEngine`, `engine.vllm.VllmEngine` and
-            `engine.synthetic.SyntheticEngine`.
+        options: of the kind; see `engine.hf.engine.TransformersEngine`,
+            `engine.vllm.engine.VllmEngine` and `engine.synthetic.SyntheticEngine`.
 
     Raises:
         InputError: the model, windows or options cannot be used.
@@ -40,27 +38,7 @@ def open_engine(
 
 
 def build_engine(spec: EngineSpec, windows: TokenWindows) -> Engine:
-    """Build the engine that a spec describes."""
-    if spec.kind == "transformers":
-        from lpserve.engine.hf.engine import TransformersEngine
-
-        return _build(TransformersEngine, spec, windows)
-    if spec.kind == "vllm":
-        from lpserve.engine.vllm.engine import VllmEngine
-
-        return VllmEngine(spec, windows)  # its options are vLLM's: checked there
-    if spec.kind == "synthetic":
-        from lpserve.engine.synthetic import SyntheticEngine
-
-        return _build(SyntheticEngine, spec, windows)
-    raise InputError(f"unknown engine {spec.kind!r}: one of {', '.join(ENGINE_KINDS)}")
-
-
-def _build(engine: type, spec: EngineSpec, windows: TokenWindows) -> Engine:
-    known = engine.OPTIONS
-    unknown = sorted(set(spec.options) - set(known))
-    if unknown:
-        raise InputError(
-            f"engine {spec.kind!r} has no option {unknown[0]!r}: it knows {', '.join(known)}"
-        )
-    return engine(spec, windows)
+    """Open the engine that a spec describes; raises as `open_engine` does."""
+    kind = engine_kind(spec.kind)
+    kind.check_options(spec.options)
+    return kind.build(spec, windows)

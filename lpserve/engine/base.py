@@ -1,19 +1,19 @@
 """The two contracts of this package: what an engine does, and what the trie executor drives.
 
 Notation: M masks, P players, N windows, T tokens, B rows of a micro-batch (a multiple
-of N), d width, C metrics (NLL first).
+of N), d width, C metrics (NLL first), L = P + 1 places between players.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
-from lpserve.model.checkpoint import Checkpoint, position_limit
 from lpserve.types import (
     BoolArray,
     EngineInfo,
@@ -21,9 +21,8 @@ from lpserve.types import (
     IntArray,
     Scores,
     Work,
-    check_metric,
-    needs_whole_model,
 )
+from lpserve.utility import check_metric, needs_full_model
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +64,62 @@ class Engine(Protocol):
     def __enter__(self) -> Engine: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """An engine that continues texts under a mask."""
+
+    def generate(
+        self,
+        mask_P: BoolArray,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        end_ids: Sequence[int] = (),
+    ) -> list[list[int]]:
+        """Greedy continuations of prompts, as token ids.
+
+        Args:
+            mask_P: bool [P], True = kept.
+            prompts: token ids, at least one each.
+            max_new_tokens: upper bound on the tokens of a continuation.
+            end_ids: tokens that end a continuation; they are not part of it.
+
+        Raises:
+            InputError: a prompt is empty, or does not fit with its continuation.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """How hidden states turn on their way through the model."""
+
+    influence_P: FloatArray
+    """ShortGPT's block influence (arXiv 2403.03853, eq. 1): 1 - mean cosine of a player's input and
+    output, over all tokens."""
+    distance_LL: FloatArray
+    """Angular distance (arXiv 2403.17887, eq. 3) of the states entering players i and j (L - 1: the
+    state after the last), at each window's last token: mean of arccos(cosine) / pi."""
+
+
+@runtime_checkable
+class HasHiddenStates(Protocol):
+    """An engine that measures what layers do to the hidden states of the full model."""
+
+    def hidden_states(self, windows: str | None = None) -> HiddenStates:
+        """Measured on registered windows (None: those given at opening)."""
+        ...
+
+
+@runtime_checkable
+class HasTaylorImportance(Protocol):
+    """An engine that takes gradients of the full model's loss."""
+
+    def taylor_importance(self, windows: str | None = None) -> FloatArray:
+        """First-order importance of every layer's weights, `float64[P]`, on registered windows
+        (None: those given at opening)."""
+        ...
 
 
 class LayerStack(Protocol):
@@ -119,7 +174,7 @@ def check_extra_metrics(info: EngineInfo, extra_metrics: Sequence[str]) -> tuple
     """Raise InputError unless an engine has all these metrics beside the NLL."""
     for name in extra_metrics:
         check_metric(name)
-        if name == "nll" or ("kl" if needs_whole_model(name) else name) not in info.metrics:
+        if name == "nll" or ("kl" if needs_full_model(name) else name) not in info.metrics:
             raise InputError(
                 f"metric {name!r} cannot be had from engine {info.kind} ({info.path}) beside nll: "
                 f"it has {', '.join(info.metrics)}"
@@ -133,34 +188,3 @@ def scores_of(
     """Scores from metrics side by side, the NLL first."""
     others = {name: values_MNC[..., 1 + column] for column, name in enumerate(extra_metrics)}
     return Scores(nll_MN=values_MNC[..., 0], num_tokens_N=num_tokens_N, work=work, others=others)
-
-
-def check_decoder(checkpoint: Checkpoint) -> None:
-    """Raise InputError unless the config says decoder-only language model."""
-    names = checkpoint.config.get("architectures") or []
-    decoder = any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names)
-    if not decoder or checkpoint.config.get("is_encoder_decoder"):
-        raise InputError(
-            f"model {checkpoint.path} is not a decoder-only language model: architectures is "
-            f"{names}; a name ending in ForCausalLM is needed"
-        )
-
-
-def check_windows(checkpoint: Checkpoint, windows: TokenWindows) -> None:
-    """Raise InputError when windows do not fit the model's positions or vocabulary."""
-    config = checkpoint.config
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    found = position_limit(config)
-    if found is not None and windows.length > found[1]:
-        field, limit = found
-        raise InputError(
-            f"windows of {windows.length} tokens are longer than the model's {limit} positions "
-            f"({field}); use --length {limit} or less"
-        )
-    vocab = config.get("vocab_size") or (text or {}).get("vocab_size")
-    if isinstance(vocab, int) and int(windows.tokens_NT.max()) >= vocab:
-        raise InputError(
-            f"token id {int(windows.tokens_NT.max())} is outside the model's vocabulary of "
-            f"{vocab}: "
-            "the windows were made with another tokenizer"
-        )

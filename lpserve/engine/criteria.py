@@ -6,28 +6,15 @@ tokens, d width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.base import LayerStack
+from lpserve.engine.base import HiddenStates, LayerStack
 from lpserve.engine.head import on_device, plain_nll
 from lpserve.types import FloatArray
-
-
-@dataclass(frozen=True, slots=True)
-class HiddenStates:
-    """How hidden states turn on their way through the model."""
-
-    influence_P: FloatArray
-    """ShortGPT's block influence (arXiv 2403.03853, eq. 1): 1 - mean cosine of a player's input and
-    output, over all tokens."""
-    distance_LL: FloatArray
-    """Angular distance (arXiv 2403.17887, eq. 3) of the states entering players i and j (L - 1: the
-    state after the last), at each window's last token: mean of arccos(cosine) / pi."""
 
 
 def hidden_states(stack: LayerStack, blocks: list[TokenWindows]) -> HiddenStates:

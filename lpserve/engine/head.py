@@ -16,7 +16,7 @@ import torch
 
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
-from lpserve.types import top_of
+from lpserve.utility import top_of
 
 _MAX_CACHED = 64
 

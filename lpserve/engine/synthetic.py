@@ -10,15 +10,35 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.base import check_extra_metrics, check_masks
+from lpserve.engine.base import Engine, check_extra_metrics, check_masks
+from lpserve.engine.kind import EngineKind, EngineResources, check_known_options
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct, trie_layer_forwards
-from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
+from lpserve.model.players import layer_players
+from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores, Work
+
+OPTIONS = (
+    "num_players",
+    "game_seed",
+    "delay_s",
+    "poison",
+    "nan",
+    "kill",
+    "hang",
+    "break",
+    "slow_file",
+    "slow_s",
+    "tally",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+)
+DEFAULT_PLAYERS = 8
 
 
 class SyntheticEngine:
@@ -34,25 +54,9 @@ class SyntheticEngine:
     * `slow_file`, `slow_s`: the one engine that makes this file sleeps so long for each mask.
     """
 
-    OPTIONS = (
-        "num_players",
-        "game_seed",
-        "delay_s",
-        "poison",
-        "nan",
-        "kill",
-        "hang",
-        "break",
-        "slow_file",
-        "slow_s",
-        "tally",
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-    )
-
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
         options = spec.options
-        num_players = int(options.get("num_players", 8))
+        num_players = int(options.get("num_players", DEFAULT_PLAYERS))
         if num_players < 1:
             raise InputError(f"num_players must be at least 1: got {num_players}")
         rng = np.random.default_rng(int(options.get("game_seed", 0)))
@@ -73,7 +77,7 @@ class SyntheticEngine:
             path="synthetic",
             model=f"synthetic-{num_players}-{options.get('game_seed', 0)}",
             model_hash=f"synthetic-{num_players}-{options.get('game_seed', 0)}",
-            players=tuple(Player(index=i, layer=i) for i in range(num_players)),
+            players=layer_players(num_players),
             dtype="float32",
             device="cpu",
             vocab_size=int(np.iinfo(np.int32).max),
@@ -156,3 +160,36 @@ def _made_first(path: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise InputError for an option that the synthetic engine does not have."""
+    check_known_options("synthetic", options, OPTIONS)
+
+
+def _build(spec: EngineSpec, windows: TokenWindows) -> Engine:
+    return SyntheticEngine(spec, windows)
+
+
+def _num_players(_: str, options: Mapping[str, Any]) -> int:
+    return int(options.get("num_players", DEFAULT_PLAYERS))
+
+
+def _resources(spec: EngineSpec) -> EngineResources:
+    """A GPU only where the options ask for ranks, as an engine of a model would have them."""
+    return EngineResources(
+        ranks=int(spec.options.get("tensor_parallel_size", 1)),
+        stages=int(spec.options.get("pipeline_parallel_size", 1)),
+        may_use_gpu=spec.device != "cpu" and "tensor_parallel_size" in spec.options,
+    )
+
+
+SYNTHETIC = EngineKind(
+    name="synthetic",
+    build=_build,
+    check_options=check_options,
+    num_players=_num_players,
+    resources=_resources,
+    reads_checkpoint=False,
+    is_game=True,
+)

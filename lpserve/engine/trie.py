@@ -24,7 +24,8 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import LayerStack
 from lpserve.errors import InputError
 from lpserve.masks import sort_distinct
-from lpserve.types import BoolArray, FloatArray, Work, needs_whole_model
+from lpserve.types import BoolArray, FloatArray, Work
+from lpserve.utility import needs_full_model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,7 +191,7 @@ class _Walk:
     def run(self) -> FloatArray:
         """`float64[D, N, C]`."""
         embedded = self._stack.embed(self._block)
-        if any(needs_whole_model(name) for name in self._extra_metrics):
+        if any(needs_full_model(name) for name in self._extra_metrics):
             self._whole, self.layer_forwards = self._ex.whole(self._block, embedded)
         self._limit = self._ex.prepare(embedded.shape, embedded.dtype, embedded.device)
         self._per_batch = self._ex.states_per_batch(embedded.shape)

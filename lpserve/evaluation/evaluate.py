@@ -1,102 +1,35 @@
-"""What sets of layers do to a model: perplexity on any text, lm-eval's tasks; all sets at once.
+"""Measures what removing sets of layers does to a model: perplexity on texts, lm-eval's tasks.
 
-Masks are scored as they are in a run: prefixes shared, every score durable before it counts, so an
-evaluation that was stopped goes on where it was, and one more set or task costs only itself.
+Masks are scored as they are in a run: all sets together, their prefixes shared, and every score is
+in the store before it counts. An evaluation that was stopped continues where it was, and a further
+set or task costs only itself.
 
 Everything is checked before an engine starts: sets, texts, tasks and their data.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
 from lpserve.config import EngineConfig
-from lpserve.data.protocols import Protocol, ProtocolWindows, protocol_windows
-from lpserve.data.tasks import TaskLoader
-from lpserve.data.windows import TokenWindows, load_tokenizer
-from lpserve.engine.base import check_windows
+from lpserve.data.prepare import check_windows
+from lpserve.data.protocols import ProtocolWindows, protocol_windows
+from lpserve.data.texts import load_tokenizer
+from lpserve.data.windows import TokenWindows
+from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
+from lpserve.evaluation.results import Evaluation, Result, write_results
+from lpserve.evaluation.settings import EvalConfig
+from lpserve.evaluation.task_evaluation import TaskEvaluation
 from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
 from lpserve.plan.layer_sets import LayerSet, masks_of, read_sets, whole_model
 from lpserve.runner.setup import num_players_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
-from lpserve.types import perplexity
-
-RESULTS_FORMAT = 1
-SERVED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
-"""Kinds of tasks that ask for likelihoods alone."""
-BOOTSTRAP_DRAWS = 1000
-"""For standard errors of metrics that are no means (lm-eval's perplexity): 2% of them is noise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig(EngineConfig):
-    """What to evaluate, and with which engines."""
-
-    sets: tuple[LayerSet, ...] = ()
-    """Beside the whole model, which is always evaluated."""
-    texts: dict[str, str] = field(default_factory=dict)
-    """Name -> text, folder of .txt or .jsonl, for perplexity."""
-    protocol: Protocol = field(default_factory=Protocol)
-    text_field: str = "text"
-    tasks: tuple[str, ...] = ()
-    include_path: str | None = None
-    """Folder of task files that lm-eval should know beside its own."""
-    num_fewshot: int | None = None
-    limit: int | None = None
-    """Most documents of each task."""
-    max_length: int | None = None
-    """Tokens of a request that the model is given; default: one less than its positions."""
-    out: str = "eval"
-    """Folder of the scores and results."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
-    """One figure of one set."""
-
-    layer_set: str
-    removed: tuple[int, ...]
-    measure: str
-    """`ppl NAME`, or `TASK METRIC`."""
-    value: float
-    stderr: float | None
-    """Of a task's metric, as lm-eval gives it (documents are the sampling unit)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """Every figure, and what it cost."""
-
-    results: tuple[Result, ...]
-    protocols: dict[str, str]
-    """Text -> how its perplexity was measured."""
-    masks_scored: int
-    masks_read: int
-    """Scores that the store held."""
-    layer_forwards: int
-    skip_layer_forwards: int
-    requests_cut: int
-    """Different requests of tasks that were longer than the model reads: they lost their
-    beginning."""
-
-    def value(self, layer_set: str, measure: str) -> float:
-        """One figure; raises KeyError."""
-        for result in self.results:
-            if (result.layer_set, result.measure) == (layer_set, measure):
-                return result.value
-        raise KeyError((layer_set, measure))
+from lpserve.types import BoolArray, perplexity
 
 
 def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation:
@@ -122,7 +55,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
     }
     for cut in cuts.values():
         check_windows(read_checkpoint(config.model), cut.windows)
-    tasks = _Tasks(config) if config.tasks else None
+    tasks = TaskEvaluation(config) if config.tasks else None
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     probe = TokenWindows.from_tokens(np.array([[0, 1]]), name="probe")
@@ -152,14 +85,14 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
             skip_layer_forwards=session.work.skip_layer_forwards,
             requests_cut=requests_cut,
         )
-        _write(folder, config, session, evaluation)
+        write_results(folder, config, session.info, evaluation)
     return evaluation
 
 
 def _perplexities(
     session: ScoringSession,
     sets: Sequence[LayerSet],
-    masks_MP: Any,
+    masks_MP: BoolArray,
     cuts: dict[str, ProtocolWindows],
 ) -> list[Result]:
     results = []
@@ -179,148 +112,28 @@ def _perplexities(
     return results
 
 
-class _Tasks:
-    """lm-eval's tasks, loaded with their data before an engine starts."""
-
-    def __init__(self, config: EvalConfig) -> None:
-        loader = TaskLoader(config.tasks, config.include_path)
-        from lpserve.data.task_requests import max_input_length
-        from lpserve.evaluation.lm_eval_model import CANNOT_GENERATE
-
-        self._config = config
-        self.max_length = config.max_length or max_input_length(config.model)
-        self._manager, loaded = loader.manager, loader.load(config.tasks)
-        for name, task in loaded.items():
-            kind = task.get_config("output_type")
-            if kind == "generate_until" and (config.engine, config.pool) == ("vllm", "local"):
-                continue
-            if kind == "generate_until":
-                raise InputError(f"task {name!r} generates text: {CANNOT_GENERATE}")
-            if kind not in SERVED:
-                raise InputError(
-                    f"task {name!r} is of kind {kind!r}: under masks only {', '.join(SERVED)} are "
-                    "served; export the checkpoint and evaluate it with lm-eval's own models"
-                )
-
-    def run(
-        self, session: ScoringSession, tokenizer: Any, sets: Sequence[LayerSet], masks_MP: Any
-    ) -> tuple[list[Result], int]:
-        """Figures, and how many different requests lost their beginning."""
-        import lm_eval
-
-        from lpserve.evaluation.lm_eval_model import NotFiniteError, SetsLM
-
-        lm = SetsLM(session, tokenizer, masks_MP, max_length=self.max_length)
-        results = []
-        for row, layer_set in enumerate(sets):
-            lm.current = row
-            try:
-                with _in_one_process(), redirect_stdout(io.StringIO()):
-                    found: Any = cast("Any", lm_eval.simple_evaluate)(
-                        lm,
-                        tasks=list(self._config.tasks),
-                        num_fewshot=self._config.num_fewshot,
-                        limit=self._config.limit,
-                        task_manager=self._manager,
-                        log_samples=False,
-                        bootstrap_iters=BOOTSTRAP_DRAWS,
-                    )
-            except NotFiniteError as error:
-                session.progress.note(f"{layer_set.name}: {error}; its tasks are left out")
-                continue
-            for task, metrics in found["results"].items():
-                results += _figures(layer_set, task, metrics)
-        return results, len(lm.cut)
-
-
-@contextmanager
-def _in_one_process() -> Iterator[None]:
-    """lm-eval forks for its bootstrap: beside an engine's threads, a fork may never end."""
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("DISABLE_MULTIPROC")
-        if before is not None:
-            os.environ["DISABLE_MULTIPROC"] = before
-
-
-def _figures(layer_set: LayerSet, task: str, metrics: dict[str, Any]) -> list[Result]:
-    """lm-eval names its metrics `acc,none` with `acc_stderr,none` beside."""
-    results = []
-    for key, value in metrics.items():
-        name, _, filtered = key.partition(",")
-        if not filtered or name.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        stderr = metrics.get(f"{name}_stderr,{filtered}")
-        results.append(
-            Result(
-                layer_set=layer_set.name,
-                removed=layer_set.removed,
-                measure=f"{task} {name}" + (f" ({filtered})" if filtered != "none" else ""),
-                value=float(value),
-                stderr=float(stderr) if isinstance(stderr, int | float) else None,
-            )
-        )
-    return results
-
-
-def _write(
-    folder: Path, config: EvalConfig, session: ScoringSession, evaluation: Evaluation
-) -> None:
-    import lpserve
-
-    info = session.info
-    about = {
-        "format": RESULTS_FORMAT,
-        "model": info.model,
-        "model_hash": info.model_hash,
-        "engine": {"kind": info.kind, "path": info.path, "dtype": info.dtype},
-        "protocols": evaluation.protocols,
-        "tasks": list(config.tasks),
-        "num_fewshot": config.num_fewshot,
-        "limit": config.limit,
-        "max_length": config.max_length,
-        "requests_cut": evaluation.requests_cut,
-        "versions": {"lpserve": lpserve.__version__, **info.versions},
-        "results": [
-            {
-                "set": r.layer_set,
-                "removed": list(r.removed),
-                "measure": r.measure,
-                "value": r.value,
-                "stderr": r.stderr,
-            }
-            for r in evaluation.results
-        ],
-    }
-    (folder / "results.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["set", "removed", "measure", "value", "stderr"])
-    for r in evaluation.results:
-        removed = " ".join(map(str, r.removed))
-        writer.writerow([r.layer_set, removed, r.measure, repr(r.value), r.stderr])
-    (folder / "results.csv").write_text(text.getvalue(), encoding="utf-8")
-
-
 def sets_from(
     paths: Sequence[str], config: EngineConfig, remove: Sequence[int] = ()
 ) -> list[LayerSet]:
-    """The sets of plans, run folders and other tools' files; of plans, only those that remove as
-    many layers as `remove` says, if it says anything."""
+    """The sets of plans, run folders and other tools' files.
+
+    Args:
+        remove: the numbers of removed layers to take; empty: all.
+
+    Raises:
+        InputError: a file cannot be read, is of another model, or has no set of these numbers.
+    """
     if not paths:
         return []
     num_players = num_players_of(config)
     model_hash = None
-    if config.engine != "synthetic":
+    if engine_kind(config.engine).reads_checkpoint:
         model_hash = checkpoint_hash(read_checkpoint(config.model))
     found: list[LayerSet] = []
     for path in paths:
-        some = read_sets(path, num_players, model_hash)
-        kept = [s for s in some if not remove or len(s.removed) in remove]
-        if not kept:
+        sets = read_sets(path, num_players, model_hash)
+        chosen = [s for s in sets if not remove or len(s.removed) in remove]
+        if not chosen:
             raise InputError(f"{path} has no set of {', '.join(map(str, remove))} layers")
-        found += kept
+        found += chosen
     return found

@@ -1,8 +1,8 @@
-"""Checkpoints in use: latency, throughput and memory, the dense model beside pruned ones.
+"""Checkpoints in use: latency, throughput and memory of a dense model and of pruned ones.
 
 Each checkpoint is measured in each engine in a fresh process (`speed_worker`), one after another,
-with the same prompts; figures are of this machine. The first checkpoint is what the others are
-compared with.
+with the same prompts; the figures hold for this machine. The first checkpoint is the baseline of
+the others.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.config import DTYPES
-from lpserve.engine.base import check_decoder
+from lpserve.engine.kind import InUse
+from lpserve.engine.registry import ENGINE_KINDS
 from lpserve.errors import EngineError, InputError
-from lpserve.model.checkpoint import position_limit, read_checkpoint
+from lpserve.model.architecture import check_decoder, read_architecture
+from lpserve.model.checkpoint import read_checkpoint
 
-ENGINES = ("transformers", "vllm")
+ENGINES = tuple(name for name, kind in ENGINE_KINDS.items() if kind.in_use)
+"""Engine kinds that can be measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +41,9 @@ class SpeedConfig:
     batch: int = 16
     """Requests of the batch that throughput is measured on."""
     repeats: int = 3
-    """Timed repeats, after one to warm up; medians are told."""
+    """Timed repeats, after one to warm up; medians are reported."""
     seed: int = 0
-    """Of the prompts."""
+    """Seed of the random prompts."""
     vllm_options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of `vllm.LLM`."""
 
@@ -65,25 +68,26 @@ class Speed:
     model: str
     engine: str
     version: str
-    """Of the engine."""
+    """Version of the engine."""
     device: str
     threads: int
     num_layers: int
     weight_bytes: int
-    """Of the checkpoint's tensors, as stored."""
+    """Bytes of the checkpoint's tensors, as stored."""
     load_s: float
+    """Seconds to open the checkpoint in the engine."""
     first_token_s: float
-    """From a prompt to its first new token, one request."""
+    """Seconds from a prompt to its first new token, for a single request."""
     decode_s: float
-    """A further token of one request."""
+    """Seconds for each further token of a single request."""
     batch_tokens_per_s: float
-    """New tokens of the batch over the time from its prompts to its end."""
+    """New tokens of a batch divided by the seconds from its prompts to its end."""
     batch_tokens_per_s_range: tuple[float, float]
     """Slowest and fastest repeat."""
     peak_bytes: int
-    """GPU: most that torch had allocated. CPU: most memory of the process beyond what it took
-    before the model was loaded. Summed over the ranks. vLLM's cache of keys and values is part of
-    it."""
+    """Peak memory, summed over the ranks; it includes vLLM's cache of keys and values. GPU: the
+    peak that torch allocated. CPU: the peak of the process above its memory before the model was
+    loaded."""
 
 
 def measure(config: SpeedConfig) -> list[Speed]:
@@ -91,29 +95,23 @@ def measure(config: SpeedConfig) -> list[Speed]:
 
     Raises:
         InputError: a checkpoint cannot be used, or has too few positions; before anything loads.
-        EngineError: a process failed; its last line is told.
+        EngineError: a process failed; the message is the last line that it printed.
     """
     weights = {}
     for model in config.models:
         checkpoint = read_checkpoint(model)
         check_decoder(checkpoint)
         length = config.prompt_tokens + config.new_tokens
-        found = position_limit(checkpoint.config)
-        if found is not None and length > found[1]:
+        architecture = read_architecture(checkpoint)
+        limit = architecture.max_positions
+        if limit is not None and length > limit:
             raise InputError(
-                f"model {model} has {found[1]} positions ({found[0]}): prompt_tokens + new_tokens "
-                f"is {length}"
+                f"model {model} has {limit} positions ({architecture.positions_key}): "
+                f"prompt_tokens + new_tokens is {length}"
             )
         weights[model] = sum(entry.num_bytes for entry in checkpoint.tensors)
-    if "vllm" in config.engines:
-        from importlib.util import find_spec
-
-        if find_spec("vllm") is None:
-            raise InputError("engine vllm needs vLLM: install lpserve[vllm]")
-        import torch
-
-        if config.device == "cpu" and torch.cuda.is_available():
-            raise InputError("engine vllm takes the GPU where there is one: leave --device out")
+    for engine in config.engines:
+        _in_use(engine).check(config.device)
     return [
         _measured(config, model, engine, weights[model])
         for engine in config.engines
@@ -121,8 +119,15 @@ def measure(config: SpeedConfig) -> list[Speed]:
     ]
 
 
+def _in_use(engine: str) -> InUse:
+    in_use = ENGINE_KINDS[engine].in_use
+    assert in_use is not None
+    return in_use
+
+
 def _measured(config: SpeedConfig, model: str, engine: str, weight_bytes: int) -> Speed:
-    task = asdict(config) | {"model": str(Path(model).resolve()), "engine": engine}
+    script = str(_in_use(engine).script)
+    task = asdict(config) | {"model": str(Path(model).resolve()), "script": script}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("speed_worker.py")), json.dumps(task)],
         capture_output=True,

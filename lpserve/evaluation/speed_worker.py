@@ -1,6 +1,6 @@
 """Measures one checkpoint in one engine, in a process of its own. Run as a script.
 
-    python speed_worker.py '{"model": ..., "engine": "transformers" | "vllm", ...}'
+    python speed_worker.py '{"model": ..., "script": ..., ...}'
 
 Prints one JSON line. Imports nothing of lpserve: what it measures is what users run. Prompts are
 random tokens, generation is greedy and runs to its full length.
@@ -15,26 +15,27 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
 import numpy as np
 
 Generate = Callable[[Any, int], int]
-"""(prompts int [B, P], new tokens of each) -> tokens generated in all."""
+"""(prompts int [B, P], new tokens of each) -> total number of generated tokens."""
 Held = tuple[int, int, int]
-"""Id of a process, the most bytes that torch had allocated on its GPU, and the most it took."""
+"""Id of a process, the peak bytes that torch allocated on its GPU, and its own peak bytes."""
 Opened = tuple[Generate, Callable[[], list[Held]], dict[str, Any]]
-"""What generates, what its worker processes held, and what is told of the engine."""
+"""A function that generates, one that gives its workers' memory, and facts about the engine."""
 
 
 def main(task: dict[str, Any]) -> dict[str, Any]:
+    """Measure; returns the fields of `lpserve.evaluation.speed.Speed` that are known here."""
     import torch
 
     on_gpu = task["device"] != "cpu" and torch.cuda.is_available()
     before = _resident_bytes()
     started = time.perf_counter()
-    opened = _transformers if task["engine"] == "transformers" else _vllm
-    generate, workers, about = opened(task, "cuda" if on_gpu else "cpu")
+    generate, workers, about = _opened(task, "cuda" if on_gpu else "cpu")
     load_s = time.perf_counter() - started
     rng = np.random.default_rng(task["seed"])
     prompts_BP = rng.integers(0, about.pop("vocab_size"), (task["batch"], task["prompt_tokens"]))
@@ -73,78 +74,14 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _transformers(task: dict[str, Any], device: str) -> Opened:
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        task["model"], dtype=getattr(torch, task["dtype"]), local_files_only=True
-    )
-    model = model.to(device).eval()
-
-    @torch.inference_mode()
-    def generate(prompts: Any, new: int) -> int:
-        ids = torch.from_numpy(prompts).to(device)
-        made = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        return int(made.shape[0] * (made.shape[1] - ids.shape[1]))
-
-    config = model.config.get_text_config()
-    about = {
-        "num_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-        "version": transformers.__version__,
-    }
-    return generate, list, about
-
-
-def _vllm(task: dict[str, Any], device: str) -> Opened:
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-    }
-    import vllm
-    from transformers import AutoConfig
-
-    length = task["prompt_tokens"] + task["new_tokens"]
-    arguments = {
-        "model": task["model"],
-        "dtype": task["dtype"],
-        "max_model_len": length,
-        "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        "max_num_seqs": task["batch"],
-    } | task["vllm_options"]
-    llm: Any = vllm.LLM(**arguments)
-
-    def generate(prompts: Any, new: int) -> int:
-        parameters = vllm.SamplingParams(
-            max_tokens=new, min_tokens=new, ignore_eos=True, temperature=0, detokenize=False
-        )
-        requests = [{"prompt_token_ids": row.tolist()} for row in prompts]
-        outputs = llm.generate(requests, parameters, use_tqdm=False)
-        return sum(len(output.outputs[0].token_ids) for output in outputs)
-
-    config = AutoConfig.from_pretrained(task["model"], local_files_only=True).get_text_config()
-    about = {
-        "num_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-        "version": vllm.__version__,
-    }
-    return generate, lambda: llm.collective_rpc(_held), about
+def _opened(task: dict[str, Any], device: str) -> Opened:
+    """What `open_checkpoint(task, device, _held)` of the engine's script gives."""
+    spec = spec_from_file_location("in_use", task["script"])
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.open_checkpoint(task, device, _held)
 
 
 def _resident_bytes() -> int:

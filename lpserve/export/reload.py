@@ -23,6 +23,7 @@ ROWS_TOKENS = 4096
 def main(
     checkpoint: str, windows: str, dtype: str, device: str, attention: str | None = None
 ) -> None:
+    """Score a checkpoint; see the module for the arguments and the output."""
     with np.load(windows, allow_pickle=False) as data:
         tokens_NT, scored_NT = data["tokens"].astype(np.int64), data["scored"]
     model: Any = AutoModelForCausalLM.from_pretrained(

@@ -1,7 +1,9 @@
 """A checkpoint folder on disk: its config, shards, tensor headers and content hash.
 
 Reads the safetensors format directly (an 8-byte little-endian header length, a JSON header, raw
-data), so that a checkpoint is judged and copied without loading a tensor. Imports no torch.
+data), so that a checkpoint is checked and copied without loading a tensor. A shard's header is read
+once for each state of its file: reading the same checkpoint again costs its config.json alone.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SAMPLE_BYTES = 4096
 MAX_HEADER_BYTES = 512 << 20
+_CACHED_SHARDS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +55,7 @@ class Checkpoint:
         return sum(math.prod(entry.shape) for entry in self.tensors)
 
     def largest_tensor_bytes(self) -> int:
+        """Bytes of the largest tensor, as stored."""
         return max(entry.num_bytes for entry in self.tensors)
 
 
@@ -71,32 +75,18 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
     shards = _shards(path)
     tensors: list[TensorEntry] = []
     for shard in shards:
-        tensors.extend(_read_header(shard))
+        state = shard.stat()
+        tensors.extend(_read_header(shard, state.st_size, state.st_mtime_ns))
     if not tensors:
         raise InputError(f"model {path}: its safetensors files hold no tensors")
     return Checkpoint(path=path, config=config, shards=shards, tensors=tuple(tensors))
-
-
-def position_limit(config: dict[str, Any]) -> tuple[str, int] | None:
-    """The config field that bounds a model's positions, and its value; the lowest, if several."""
-    inner = config.get("text_config")
-    text = inner if isinstance(inner, dict) else {}
-    limits = [
-        (limit, name)
-        for name in ("max_position_embeddings", "n_positions")
-        if isinstance(limit := config.get(name) or text.get(name), int)
-    ]
-    if not limits:
-        return None
-    limit, name = min(limits)
-    return name, limit
 
 
 def checkpoint_hash(checkpoint: Checkpoint) -> str:
     """SHA-256 over the config, every tensor's header and at least 4 KiB sampled of every tensor.
 
     Samples come from the start, the middle and the end; a tensor up to three samples long is read
-    whole. Shard boundaries and file names do not matter.
+    in full. Shard boundaries and file names do not matter.
     """
     digest = hashlib.sha256()
     skipped = {"transformers_version", "_name_or_path"}
@@ -109,31 +99,6 @@ def checkpoint_hash(checkpoint: Checkpoint) -> str:
                 file.seek(entry.offset + start)
                 digest.update(file.read(size))
     return digest.hexdigest()
-
-
-def find_layer_prefix(checkpoint: Checkpoint, num_layers: int, list_name: str) -> str:
-    """The tensor-name prefix of the decoder layers, such as `model.layers.`.
-
-    Found by structure: the names `<prefix><i>.<rest>` must exist for exactly i = 0..L-1, and the
-    prefix must end in `list_name`, the last word of the layer list's module path.
-
-    Raises:
-        InputError: no prefix, or several, fit.
-    """
-    pattern = re.compile(r"^(?P<prefix>(?:[^0-9.][^.]*\.)*)(?P<index>\d+)\.")
-    found: dict[str, set[int]] = {}
-    for entry in checkpoint.tensors:
-        match = pattern.match(entry.name)
-        if match:
-            found.setdefault(match["prefix"], set()).add(int(match["index"]))
-    wanted = set(range(num_layers))
-    fitting = [p for p, i in found.items() if i == wanted and p.split(".")[-2:-1] == [list_name]]
-    if len(fitting) != 1:
-        raise InputError(
-            f"model {checkpoint.path}: {len(fitting)} tensor-name prefixes fit a list of "
-            f"{num_layers} decoder layers named {list_name!r}; need exactly one"
-        )
-    return fitting[0]
 
 
 def _samples(num_bytes: int) -> list[tuple[int, int]]:
@@ -180,8 +145,9 @@ def _shards(path: Path) -> tuple[Path, ...]:
     return tuple(path / name for name in names)
 
 
-def _read_header(shard: Path) -> list[TensorEntry]:
-    size = shard.stat().st_size
+@lru_cache(maxsize=_CACHED_SHARDS)
+def _read_header(shard: Path, size: int, modified_ns: int) -> tuple[TensorEntry, ...]:
+    """The tensors of a shard file of this size and time of change, by offset."""
     try:
         with shard.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -209,17 +175,4 @@ def _read_header(shard: Path) -> list[TensorEntry]:
             f"shard {shard} is corrupt: {size} bytes where its header says {end}; "
             "copy the checkpoint again"
         )
-    return entries
-
-
-def attention_needed(config: dict[str, Any]) -> str | None:
-    """The attention implementation of transformers that a config needs; None: any.
-
-    Soft-capped attention scores (Gemma-2) exist in transformers' `eager` attention only: its SDPA
-    takes the argument and drops it without a word (seen in 5.19 and 5.23).
-    """
-    inner = config.get("text_config")
-    for values in (config, inner if isinstance(inner, dict) else {}):
-        if values.get("attn_logit_softcapping"):
-            return "eager"
-    return None
+    return tuple(entries)

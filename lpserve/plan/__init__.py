@@ -1,1 +1,1 @@
-"""Sets of players to remove: proposed, compared, chosen. Nothing here scores."""
+"""Sets of players to remove: found by search, compared, chosen and written. Nothing here scores."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from lpserve.errors import InputError
 from lpserve.masks import without
+from lpserve.model.players import players_from, removed_layers
 from lpserve.plan.plan import load_plan
 from lpserve.types import BoolArray
 
@@ -114,6 +115,8 @@ def _from_json(path: Path, num_players: int, model_hash: str | None) -> list[Lay
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if isinstance(data, dict) and "plans" in data:
         plan = load_plan(path)
+        players = players_from(plan.players)
+        removed_by = {e.num_removed: removed_layers(players, e.removed) for e in plan.plans}
         if plan.num_players != num_players:
             raise InputError(
                 f"{path} is a plan for a model of {plan.num_players} layers; this one has "
@@ -124,8 +127,8 @@ def _from_json(path: Path, num_players: int, model_hash: str | None) -> list[Lay
                 f"{path} is a plan for another model ({plan.model}), or for other weights of it"
             )
         return [
-            layer_set(f"plan -{entry.num_removed}", entry.removed, num_players, str(path))
-            for entry in plan.plans
+            layer_set(f"plan -{num_removed}", removed, num_players, str(path))
+            for num_removed, removed in removed_by.items()
         ]
     if isinstance(data, dict):
         return [

@@ -1,135 +1,20 @@
-"""Choosing sets: the greedy step, the ranking, and the plan itself.
+"""The pruning plan: the content of `plan.json`, written and read.
 
-Proposes and judges, never scores. A set is given by the mask that keeps the rest. Everything is
-deterministic; ties go to the smaller mask key.
-
-Notation: M masks, P players, r = number removed.
+Knows nothing about how a plan comes about (`lpserve.analysis.analyse`); perplexities are of the
+windows that the run scored. Field names are the keys of the file.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lpserve.errors import InputError
-from lpserve.masks import drop_one, keys, removed_players, without
-from lpserve.types import BoolArray, FloatArray, has_perplexity, is_task_utility
+from lpserve.utility import utility_named
 
 PLAN_FORMAT = 1
-_PASS_BY = 4.0  # standard deviations of how losses change from step to step
-_LEAST_CHANGES = 8  # with fewer known changes no set of a step is passed by
-
-
-def best_row(masks_MP: BoolArray, utilities_M: FloatArray) -> int | None:
-    """Row of the highest finite utility, ties to the smaller key; None when none is finite."""
-    rows = np.flatnonzero(np.isfinite(utilities_M))
-    if not len(rows):
-        return None
-    best = utilities_M[rows].max()
-    tied = rows[utilities_M[rows] == best]
-    tied_keys = keys(masks_MP[tied])
-    return int(tied[tied_keys.index(min(tied_keys))])
-
-
-def ranking_mask(values_P: FloatArray, num_removed: int) -> BoolArray:
-    """Drop the players of the lowest values (ties to the earlier player), `bool[P]`."""
-    order = np.argsort(values_P, kind="stable")
-    return without(len(values_P), [int(i) for i in order[:num_removed]])
-
-
-def greedy_path(
-    masks_MP: BoolArray,
-    utilities_M: FloatArray,
-    max_removed: int,
-    passed_by: Collection[bytes] = (),
-) -> list[BoolArray]:
-    """Drop the player whose loss costs least, again and again, among scored masks (SLEB's rule).
-
-    Stops where a step's masks were not all asked for: the path is then shorter than `max_removed`.
-
-    Args:
-        passed_by: keys of masks that a step need not score, since they had no chance to be best.
-    """
-    row_of = {key: row for row, key in enumerate(keys(masks_MP))}
-    current = np.ones(masks_MP.shape[1], dtype=bool)
-    path: list[BoolArray] = []
-    for _ in range(max_removed):
-        options = drop_one(current)
-        found = [(key, row_of.get(key)) for key in keys(options)]
-        if any(row is None and key not in passed_by for key, row in found):
-            break
-        rows = np.array([row for _, row in found if row is not None], dtype=np.int64)
-        best = best_row(masks_MP[rows], utilities_M[rows])
-        if best is None:
-            break
-        current = masks_MP[rows[best]]
-        path.append(current)
-    return path
-
-
-def can_be_best(
-    path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
-) -> BoolArray:
-    """Which sets of the next greedy step may be its best, `bool[Q]` in the order of `drop_one`.
-
-    What a player's drop costs changes little from one step to the next: what it cost last predicts
-    what it costs now (as in the lazy greedy of Minoux 1978, but layer games are not submodular, so
-    no old loss is a bound). How far losses move, and together drift, is read off the changes of the
-    cheaper half of the players from the last step to the one before. A set is passed by when it
-    lies behind the least by more than 4 standard deviations of what both may have moved since they
-    were scored; never while fewer than 8 changes are known.
-
-    Args:
-        path: the steps so far, at least one.
-    """
-    loss_SP = _losses([np.ones(masks_MP.shape[1], dtype=bool), *path], masks_MP, utilities_M)
-    options = np.flatnonzero(path[-1])
-    change = _last_changes(loss_SP)
-    if len(change) < _LEAST_CHANGES:
-        return np.ones(len(options), dtype=bool)
-    steps = len(loss_SP)
-    known_SQ = np.isfinite(loss_SP[:, options])
-    age_Q = known_SQ[::-1].argmax(axis=0)
-    predicted_Q = loss_SP[steps - 1 - age_Q, options] + change.mean() * age_Q
-    predicted_Q[~known_SQ.any(axis=0)] = -np.inf  # nothing is known of it
-    if not np.isfinite(predicted_Q).any():
-        return np.ones(len(options), dtype=bool)
-    least = int(np.argmin(np.where(np.isfinite(predicted_Q), predicted_Q, np.inf)))
-    moved_Q = change.std(ddof=1) * np.sqrt(age_Q + age_Q[least])
-    return np.asarray(predicted_Q - predicted_Q[least] <= _PASS_BY * moved_Q)
-
-
-def _losses(path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray) -> FloatArray:
-    """What dropping a player cost at each mask of a path, `float64[S, P]`; NaN: not scored."""
-    row_of = {key: row for row, key in enumerate(keys(masks_MP))}
-    loss_SP = np.full((len(path), masks_MP.shape[1]), np.nan)
-    for step, mask_P in enumerate(path):
-        here = row_of.get(keys(mask_P[None])[0])
-        for player, key in zip(np.flatnonzero(mask_P), keys(drop_one(mask_P)), strict=True):
-            row = row_of.get(key)
-            if here is not None and row is not None:
-                loss_SP[step, player] = utilities_M[here] - utilities_M[row]
-    return loss_SP
-
-
-def _last_changes(loss_SP: FloatArray) -> FloatArray:
-    """How losses changed from step to step, of the cheaper half of the players; the last steps
-    first, until they are enough."""
-    found: list[FloatArray] = []
-    for step in range(len(loss_SP) - 1, 0, -1):
-        before_P = loss_SP[step - 1]
-        both = np.flatnonzero(np.isfinite(before_P) & np.isfinite(loss_SP[step]))
-        both = both[np.argsort(before_P[both], kind="stable")]
-        cheap = both[: max(_LEAST_CHANGES, len(both) // 2)]
-        found.append(loss_SP[step, cheap] - before_P[cheap])
-        if sum(map(len, found)) >= _LEAST_CHANGES:
-            break
-    return np.concatenate([np.empty(0), *found])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +29,7 @@ class Candidate:
     """The surrogate's prediction from all other scores."""
     heldout_ppl: float | None = None
     heldout_delta: float | None = None
-    """Held-out mean loss minus the chosen set's, in `types.loss_unit`; below 0 it does better
+    """Held-out mean loss minus the chosen set's, in `Utility.loss_unit`; below 0 it does better
     there. Of NLLs where the utility is not defined on the held-out windows."""
     heldout_delta_stderr: float | None = None
     """Its standard error, paired over windows (questions)."""
@@ -217,12 +102,13 @@ class Plan:
     @property
     def tells_utility(self) -> bool:
         """Whether its figures are the utility's, since no perplexity says what that is."""
-        return not has_perplexity(self.utility) and self.full_calibration_utility is not None
+        of_ppl = utility_named(self.utility).reports_perplexity
+        return not of_ppl and self.full_calibration_utility is not None
 
     @property
     def perplexity_of(self) -> str:
         """Whose perplexity it tells."""
-        if not is_task_utility(self.utility):
+        if utility_named(self.utility).item == "window":
             return ""
         text = self.heldout_drawn == "windows"
         return "of right answers" + (" (held out: of the text)" if text else "")
@@ -268,42 +154,3 @@ def load_plan(path: str | Path) -> Plan:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not an lpserve plan ({error})") from None
-
-
-def choose_candidates(
-    masks_MP: BoolArray,
-    utilities_M: FloatArray,
-    num_removed: int,
-    *,
-    greedy: Sequence[BoolArray],
-    ranking: BoolArray | None,
-    sources: dict[bytes, str],
-    protected: Sequence[int] = (),
-) -> list[tuple[int, str]]:
-    """Rows of the candidates for one r, the best first, with how each was found.
-
-    The two best scored sets, the greedy set and the ranking's, where they were scored and keep the
-    protected players.
-    """
-    kept = masks_MP.shape[1] - num_removed
-    allowed = (masks_MP.sum(axis=1) == kept) & masks_MP[:, list(protected)].all(axis=1)
-    rows = np.flatnonzero(allowed & np.isfinite(utilities_M))
-    if not len(rows):
-        return []
-    mask_keys = keys(masks_MP[rows])
-    order = sorted(range(len(rows)), key=lambda i: (-utilities_M[rows[i]], mask_keys[i]))
-    wanted: dict[bytes, str] = {}
-    if len(greedy) >= num_removed:
-        wanted[keys(greedy[num_removed - 1][None])[0]] = "greedy"
-    if ranking is not None:
-        wanted.setdefault(keys(ranking[None])[0], "ranking")
-    chosen: list[tuple[int, str]] = []
-    for place, i in enumerate(order):
-        key = mask_keys[i]
-        if place < 2 or key in wanted:
-            chosen.append((int(rows[i]), wanted.get(key) or sources.get(key, "design")))
-    return chosen
-
-
-def removed_list(mask_P: BoolArray) -> list[int]:
-    return list(removed_players(mask_P))

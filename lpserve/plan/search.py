@@ -24,9 +24,6 @@ from lpserve.masks import add_one, all_masks, drop_one, keys, pack, sort_distinc
 from lpserve.surrogate import KernelSurrogate, Surrogate, acquisition_model, kernel_of
 from lpserve.types import BoolArray, FloatArray
 
-UTILITY = "ppl_ratio"
-"""Sets are searched on perplexity ratios: they flatten collapsed masks, whose large losses would
-otherwise rule the fit."""
 MAX_EXHAUSTIVE = 20_000
 """Strata up to this size are searched whole; larger ones by beam search over swaps."""
 STD_INFLATION = 2.0

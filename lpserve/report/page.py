@@ -15,7 +15,7 @@ from lpserve.analysis.record import write_record_file
 from lpserve.analysis.stability import SETTLED, Stability
 from lpserve.plan.plan import Plan, PlanEntry
 from lpserve.store.run_folder import RunFolder
-from lpserve.types import Z90, loss_unit, units_in_words
+from lpserve.types import Z90
 
 SHOWN_PAIRS = 8
 SVG_WIDTH, SVG_HEIGHT, SVG_PAD = 640, 260, 48
@@ -110,11 +110,11 @@ def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
         quarantined=outcome.quarantined,
         pairs=_strongest_pairs(outcome)[:SHOWN_PAIRS],
         stability=stability_rows(outcome.plan),
-        num_windows=len(outcome.scored.num_tokens_N),
+        num_windows=len(outcome.scored.num_tokens_I),
         screen_windows=len(outcome.scored.screen),
         settled_share=SETTLED,
-        drawn=units_in_words(outcome.scored.utility),
-        unit=loss_unit(outcome.scored.utility),
+        drawn=outcome.scored.objective.items,
+        unit=outcome.scored.objective.loss_unit,
         z90=Z90,
         width=SVG_WIDTH,
         height=SVG_HEIGHT,

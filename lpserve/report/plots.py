@@ -13,7 +13,7 @@ import numpy as np
 from lpserve.errors import InputError
 from lpserve.plan.plan import Plan
 from lpserve.types import Z90, FloatArray
-from lpserve.values.shapley import ShapleyValues
+from lpserve.values.result import ShapleyValues
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,7 +25,7 @@ from typing import Any
 from lpserve.errors import InputError
 from lpserve.plan.plan import Plan
 from lpserve.store.filesystem import is_shared
-from lpserve.values.shapley import ShapleyValues
+from lpserve.values.result import ShapleyValues
 
 FOLDER_TAG, ID_TAG = "lpserve.folder", "lpserve.id"
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lpserve.masks import keys, trie_layer_forwards
-from lpserve.rivals.baselines import Ask
+from lpserve.rivals.proposer import Ask
 from lpserve.rounds.acquisition import HEAD_COST
 from lpserve.types import BoolArray, IntArray
 

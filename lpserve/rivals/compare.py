@@ -1,6 +1,6 @@
 """Rivals on the same engines and windows, in one table: what each found, and what it cost.
 
-Every rival proposes masks (`lpserve.rivals.baselines`), the session scores them through one store,
+Every rival proposes masks (`lpserve.rivals.registry`), the session scores them through one store,
 and costs are counted for each as if it were alone (`lpserve.rivals.accounting`). A rival's set of a
 size is the best that it scored on all calibration windows; held-out windows report, they never
 choose. Sets from files are scored beside them.
@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +24,23 @@ from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, removed_players
 from lpserve.plan.layer_sets import LayerSet, masks_of
-from lpserve.rivals import baselines
 from lpserve.rivals.accounting import Spent
-from lpserve.rivals.baselines import Answer, Ask, Proposer, best_sets, drive
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rivals.proposer import Answer, Ask, SearchSetting, best_sets, drive
+from lpserve.rivals.registry import RIVALS, Measurement
 from lpserve.runner.setup import num_players_of, windows_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
+from lpserve.store.files import write_text
 from lpserve.types import BoolArray, FloatArray, perplexity
 
 RESULTS_FORMAT = 1
-SOURCES = {
-    "lpserve": "this project, --goal plan",
-    "random": "uniform sets of every size in turn",
-    "last": "the last layers (arXiv 2411.15558)",
-    "shortgpt": "block influence (ShortGPT, arXiv 2403.03853)",
-    "angular": "most alike ends of a block (arXiv 2403.17887)",
-    "oneshot": "perplexity without one layer (Shortened-LLaMA, arXiv 2402.02834)",
-    "taylor": "Taylor+ (Shortened-LLaMA, arXiv 2402.02834)",
-    "greedy": "greedy, re-evaluated at every step (SLEB, arXiv 2402.09025)",
-    "evopress": "evolution, few windows first (EvoPress, arXiv 2410.14649)",
-    "paper": "8,000 random masks, a network, values (arXiv 2602.07804)",
-}
-"""Rivals by name, and where each comes from."""
-NEEDS_ENGINE = ("shortgpt", "angular", "taylor")
-"""Rivals that look inside the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(WindowConfig):
     """Whom to compare, on what, with which engines."""
 
-    rivals: tuple[str, ...] = tuple(SOURCES)
+    rivals: tuple[str, ...] = tuple(RIVALS)
     sets: tuple[LayerSet, ...] = ()
     """Sets from elsewhere, scored beside the rivals'."""
     max_removed: int | None = None
@@ -67,12 +52,12 @@ class CompareConfig(WindowConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.rivals:
-            if name not in SOURCES:
-                raise InputError(f"rivals must be of {', '.join(SOURCES)}: got {name!r}")
+            if name not in RIVALS:
+                raise InputError(f"rivals must be of {', '.join(RIVALS)}: got {name!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class FoundSet:
     """What a rival found for one number of removed layers."""
 
     rival: str
@@ -83,7 +68,7 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cost:
+class RivalCost:
     """What a rival's masks cost, as if it were alone."""
 
     rival: str
@@ -99,8 +84,8 @@ class Cost:
 class Comparison:
     """Everything that was found, and its cost."""
 
-    found: tuple[Found, ...]
-    costs: tuple[Cost, ...]
+    found: tuple[FoundSet, ...]
+    costs: tuple[RivalCost, ...]
     full_calibration_ppl: float
     full_heldout_ppl: float
     masks_scored: int
@@ -119,7 +104,7 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
     num_players = num_players_of(config)
     most = resolved_max_removed(config.max_removed, num_players)
     calibration, heldout = windows_of(config)
-    _check_budget(config, num_players, most)
+    _check_start(config, num_players, most, calibration.num_windows)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     with ScoringSession(
@@ -135,47 +120,27 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
     return comparison
 
 
-def _check_budget(config: CompareConfig, num_players: int, most: int) -> None:
-    """Refuse what a rival cannot begin with."""
-    if "lpserve" in config.rivals:
-        least = _our_settings(config, num_players, most).minimum_budget()
-        if config.budget < least:
-            raise InputError(f"budget must be at least {least} for lpserve: got {config.budget}")
-    if "paper" in config.rivals:
-        with closing(_proposer("paper", config, num_players, most, 1)) as proposer:
-            next(proposer)
+def _check_start(
+    config: CompareConfig, num_players: int, max_removed: int, num_windows: int
+) -> None:
+    """Start every rival that needs nothing but scores: what one of them refuses is raised here."""
+    setting = _setting(config, num_players, max_removed, num_windows)
+    for name in config.rivals:
+        if RIVALS[name].needs is None:
+            with closing(RIVALS[name].make(setting)) as proposer:
+                next(proposer)
 
 
-def _our_settings(config: CompareConfig, num_players: int, most: int) -> RoundSettings:
-    return RoundSettings(
+def _setting(
+    config: CompareConfig, num_players: int, max_removed: int, num_windows: int
+) -> SearchSetting:
+    return SearchSetting(
         num_players=num_players,
-        max_removed=most,
-        sizes=(num_players - most, num_players - 1),
+        max_removed=max_removed,
+        num_windows=num_windows,
+        budget=config.budget,
         seed=config.seed,
-        surrogate="auto",
-        round_size=num_players,
-        goal="plan",
     )
-
-
-def _proposer(
-    name: str, config: CompareConfig, players: int, most: int, num_windows: int
-) -> Proposer:
-    """A rival that needs nothing but scores."""
-    if name == "lpserve":
-        return baselines.ours(_our_settings(config, players, most))
-    if name == "random":
-        return baselines.random_search(players, most, config.seed)
-    if name == "last":
-        return baselines.last_layers(players, most)
-    if name == "oneshot":
-        return baselines.one_shot(players, most)
-    if name == "greedy":
-        return baselines.greedy(players, most)
-    if name == "evopress":
-        return baselines.evolutionary(players, most, num_windows=num_windows, seed=config.seed)
-    assert name == "paper"
-    return baselines.paper(players, most, budget=config.budget, seed=config.seed)
 
 
 class _Comparing:
@@ -190,7 +155,8 @@ class _Comparing:
         self._config, self._session, self._most = config, session, most
         self._calibration, self._heldout = calibration, heldout
         self._players = session.info.num_players
-        self._states: Any = None
+        self._setting = _setting(config, self._players, most, calibration.num_windows)
+        self._measurements: dict[str, Any] = {}
 
     def run(self) -> Comparison:
         sets: list[tuple[str, BoolArray, float]] = []
@@ -208,13 +174,13 @@ class _Comparing:
         return self._comparison(sets, costs)
 
     def _comparison(
-        self, sets: Sequence[tuple[str, BoolArray, float]], costs: list[Cost]
+        self, sets: Sequence[tuple[str, BoolArray, float]], costs: list[RivalCost]
     ) -> Comparison:
         masks_MP = np.array([full_mask(self._players), *(mask_P for _, mask_P, _ in sets)])
         heldout_M = self._mean("held-out", masks_MP, self._heldout)
         full = self._mean("whole model", masks_MP[:1], self._calibration)[0]
         found = [
-            Found(
+            FoundSet(
                 rival=name,
                 num_removed=len(removed_players(mask_P)),
                 removed=removed_players(mask_P),
@@ -233,40 +199,28 @@ class _Comparing:
         )
 
     def _driven(self, name: str) -> tuple[list[Answer], str]:
-        """What a rival scored, and what it did beside."""
-        note = ""
-        if name in NEEDS_ENGINE:
-            proposer, note = self._inside(name)
-            if proposer is None:
-                return [], note
-        else:
-            proposer = _proposer(
-                name, self._config, self._players, self._most, self._calibration.num_windows
-            )
+        """All that a rival scored, and a note on what else it did or why it did not run."""
+        rival, setting, note = RIVALS[name], self._setting, ""
+        if rival.needs is not None:
+            measured = self._measured(rival.needs)
+            if measured is None:
+                return [], rival.needs.refusal
+            setting, note = replace(setting, measured=measured), rival.needs.cost
         record = drive(
-            proposer,
+            rival.make(setting),
             lambda ask: self._score(name, ask),
-            self._config.budget,
-            self._calibration.num_windows,
+            setting.budget,
+            setting.num_windows,
         )
         return record, note
 
-    def _inside(self, name: str) -> tuple[Proposer | None, str]:
-        """A rival that looks inside the model, where the engine lets it."""
-        if name == "taylor":
-            values_P = self._session.with_engine(_if_it_can("taylor_importance"))
-            if values_P is None:
-                return None, "not run: gradients need engine transformers in this process"
-            note = "one forward and backward pass over the calibration windows"
-            return baselines.taylor(values_P, self._most), note
-        if self._states is None:
-            self._states = self._session.with_engine(_if_it_can("hidden_states"))
-        if self._states is None:
-            return None, "not run: hidden states need engine transformers in this process"
-        note = "one forward pass over the calibration windows"
-        if name == "shortgpt":
-            return baselines.block_influence(self._states.influence_P, self._most), note
-        return baselines.contiguous_layers(self._states.distance_LL, self._most), note
+    def _measured(self, needs: Measurement) -> Any:
+        """The measurement inside the model, made once; None where the engine cannot make it."""
+        if needs.method not in self._measurements:
+            self._measurements[needs.method] = self._session.with_engine(
+                _call_if_present(needs.method)
+            )
+        return self._measurements[needs.method]
 
     def _score(self, stage: str, ask: Ask) -> FloatArray:
         windows = self._calibration
@@ -278,11 +232,11 @@ class _Comparing:
         nll_MN = self._session.score(masks_MP, windows, stage=stage)["nll"].astype(np.float64)
         return np.asarray(nll_MN.sum(axis=1) / windows.num_tokens_N.sum(), dtype=np.float64)
 
-    def _cost(self, name: str, record: Sequence[Answer], note: str) -> Cost:
+    def _cost(self, name: str, record: Sequence[Answer], note: str) -> RivalCost:
         spent = Spent(self._calibration.num_windows)
         for scored in record:
             spent.add(scored.ask)
-        return Cost(
+        return RivalCost(
             rival=name,
             masks=spent.masks,
             tokens=spent.tokens(self._calibration.lengths_N),
@@ -291,7 +245,7 @@ class _Comparing:
         )
 
 
-def _if_it_can(method: str) -> Callable[[Any], Any]:
+def _call_if_present(method: str) -> Callable[[Any], Any]:
     return lambda engine: getattr(engine, method)() if hasattr(engine, method) else None
 
 
@@ -318,7 +272,7 @@ def _write(
     writer.writerow(["rival", "source", "masks", "tokens", "layer_forwards", "note"])
     for c in comparison.costs:
         writer.writerow(
-            [c.rival, SOURCES[c.rival], c.masks, c.tokens, repr(c.layer_forwards), c.note]
+            [c.rival, RIVALS[c.rival].source, c.masks, c.tokens, repr(c.layer_forwards), c.note]
         )
     about = {
         "format": RESULTS_FORMAT,
@@ -336,6 +290,6 @@ def _write(
         "full_heldout_ppl": comparison.full_heldout_ppl,
         "versions": {"lpserve": lpserve.__version__, **info.versions},
     }
-    (folder / "results.csv").write_text(found.getvalue(), encoding="utf-8")
-    (folder / "costs.csv").write_text(costs.getvalue(), encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "results.csv", found.getvalue())
+    write_text(folder / "costs.csv", costs.getvalue())
+    write_text(folder / "results.json", json.dumps(about, indent=1) + "\n")

@@ -25,22 +25,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from lpserve.analysis.analyse import Outcome, analyse, candidate_masks, make_plan
 from lpserve.analysis.record import RunRecord
 from lpserve.config import RunConfig, as_json
-from lpserve.data.items import ItemSet, write_item_sets
+from lpserve.data.items import ItemSet
 from lpserve.engine.base import check_extra_metrics
 from lpserve.errors import LpserveError
 from lpserve.masks import from_keys, key_text, keys
-from lpserve.plan import search
 from lpserve.report.page import write_outputs
 from lpserve.report.tracking import Tracking, log_finished_run
-from lpserve.rounds.history import History, Round
+from lpserve.rounds.history import CompletedRound, Round, latest_scores
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.screening import screen_rows
 from lpserve.runner.background import in_background
+from lpserve.runner.manifest import write_windows_file
 from lpserve.runner.setup import (
     check_model,
     check_same_game,
@@ -49,27 +48,19 @@ from lpserve.runner.setup import (
     item_sets_of,
     round_settings,
 )
-from lpserve.scoring.dispatcher import GivenUp
-from lpserve.scoring.open import engine_spec, open_pool
-from lpserve.scoring.pool import EnginePool, UnitResult
+from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.progress import Progress
-from lpserve.scoring.session import POLL_S, Scoring
-from lpserve.scoring.signals import Signals, trap_signals
-from lpserve.scoring.tracker import Request, ScoreTracker
+from lpserve.scoring.session import POLL_S, ScoringSession
+from lpserve.scoring.tracker import ScoreRequest, ScoreTracker
+from lpserve.scoring.units import GivenUp
 from lpserve.store.run_folder import RunFolder
-from lpserve.store.store import Store
 from lpserve.types import (
     BoolArray,
-    FloatArray,
     IntArray,
     Work,
-    has_perplexity,
-    known_utilities,
-    loss_scale,
-    loss_weights,
-    metric_of,
     perplexity,
 )
+from lpserve.utility import utility_named
 
 _PROPOSAL_POLL_S = 0.01
 
@@ -106,34 +97,27 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     with ExitStack() as stack:
         folder = stack.enter_context(closing(RunFolder(config.out)))
         stored = _same_run(folder, config, calibration, heldout)
-        signals = stack.enter_context(trap_signals())
-        store = stack.enter_context(Store(config.store_path, holder=f"a run in {config.out}"))
-        longest = max(calibration.windows.length, heldout.windows.length)
-        spec = engine_spec(config, stored, longest)
-        pool = open_pool(config, spec, calibration.windows, progress.note)
-        stack.callback(pool.close)
-        seat = Seat(store=store, pool=pool, signals=signals)
-        result = _at_work(config, folder, stored, (calibration, heldout), seat, progress, None, ())
+        session = ScoringSession(
+            config,
+            calibration.windows,
+            store=config.store_path,
+            holder=f"a run in {config.out}",
+            longest=heldout.windows.length,
+            stored=stored,
+            progress=progress,
+        )
+        stack.callback(session.close)
+        result = _at_work(config, folder, stored, (calibration, heldout), session, None, ())
         if tracking is not None:
             plan, values = result.outcome.plan, result.outcome.analysis.values
             log_finished_run(tracking, as_json(config), result.folder, plan, values, progress.note)
         return result
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seat:
-    """What runs that follow one another share: an open store, engines, and signals to heed."""
-
-    store: Store
-    pool: EnginePool
-    signals: Signals
-
-
 def run_at(
     config: RunConfig,
     samples: tuple[ItemSet, ItemSet],
-    seat: Seat,
-    progress: Progress,
+    session: ScoringSession,
     *,
     masks_of: RunRecord | None = None,
     extra_metrics: tuple[str, ...] = (),
@@ -148,9 +132,10 @@ def run_at(
 
     Raises: as `run`.
     """
+    session.progress = Progress(interval_s=config.progress_s)
     with closing(RunFolder(config.out)) as folder:
         stored = _same_run(folder, config, samples[0], None)
-        return _at_work(config, folder, stored, samples, seat, progress, masks_of, extra_metrics)
+        return _at_work(config, folder, stored, samples, session, masks_of, extra_metrics)
 
 
 def _same_run(
@@ -172,28 +157,27 @@ def _at_work(
     folder: RunFolder,
     stored: dict[str, Any] | None,
     samples: tuple[ItemSet, ItemSet],
-    seat: Seat,
-    progress: Progress,
+    session: ScoringSession,
     masks_of: RunRecord | None,
     extra_metrics: tuple[str, ...],
 ) -> RunResult:
     if stored is not None:
-        check_same_game(folder, stored, seat.pool.info)
-    metric = metric_of(config.utility)
+        check_same_game(folder, stored, session.info)
+    metric = utility_named(config.utility).metric
     metrics = tuple(dict.fromkeys(m for m in (metric, *extra_metrics) if m != "nll"))
-    check_extra_metrics(seat.pool.info, metrics)  # before the folder is this run's
+    check_extra_metrics(session.info, metrics)  # before the folder is this run's
     folder.begun = True
-    job = _Job(config, folder, seat, *samples, progress, metrics)
-    seat.signals.at_work = True
+    job = _Job(config, folder, session, *samples, metrics)
+    session.signals.at_work = True
     job.write_config(stored)
-    with progress, threadpool_limits(1, user_api="blas"):
+    with session.at_work():
         if masks_of is None:
             job.score_rounds()
         else:
             job.adopt(masks_of)
         outcome = job.conclude()
     return RunResult(
-        folder=folder.path, outcome=outcome, scores_new=job.scores_new, work=progress.state.work
+        folder=folder.path, outcome=outcome, scores_new=job.scores_new, work=session.work
     )
 
 
@@ -202,7 +186,7 @@ class _Asked:
     """A round that is being scored."""
 
     round: Round
-    requests: list[Request]
+    requests: list[ScoreRequest]
     """New masks, and promoted ones if there are any."""
 
     @property
@@ -225,44 +209,30 @@ class _Job:
         self,
         config: RunConfig,
         folder: RunFolder,
-        seat: Seat,
+        session: ScoringSession,
         calibration: ItemSet,
         heldout: ItemSet,
-        progress: Progress,
         metrics: tuple[str, ...],
     ) -> None:
         """
         Args:
             metrics: scored beside the NLL.
         """
-        store, pool = seat.store, seat.pool
+        store, pool = session.store, session.pool
         self.config, self.folder, self.store, self.pool = config, folder, store, pool
-        self.calibration, self.heldout, self.progress = calibration, heldout, progress
+        self.calibration, self.heldout, self.progress = calibration, heldout, session.progress
         self.metrics = metrics
-        self.scoring = Scoring(store, pool, seat.signals, progress, config.grace_s)
-        self.dispatcher, self.game = self.scoring.dispatcher, self.scoring.game
+        self.session, self.dispatcher, self.game = session, session.dispatcher, session.game
         screened = config.screen_windows
         self.screen = screen_rows(calibration.corpora, screened) if screened else None
         self.board = self._board(calibration, self.screen)
         self.settings = round_settings(config, pool.info.num_players)
+        self.utility = utility_named(config.utility)
         self.planner = RoundPlanner(
-            self.settings,
-            lambda loss_MI: self.utility(config.utility, loss_MI),
-            None
-            if config.utility == search.UTILITY
-            else lambda loss_MI: self.utility(search.UTILITY, loss_MI),
-            None
-            if self.screen is None
-            else lambda loss_MI: self.utility(search.UTILITY, loss_MI, self.screen),
+            self.settings, self.utility, calibration.num_tokens_I, screen=self.screen
         )
-        self.weight_I = loss_weights(config.utility, calibration.num_tokens_I)
-        scale = loss_scale(config.utility, calibration.num_tokens_I)
-        self.search_weight_I = (self.weight_I * scale).astype(np.float64)
-        self.history = History()
-        """Losses, which decide."""
-        self.told = History()
-        """NLLs, which perplexities are told from; the same where the utility is `neg_nll`."""
-        self._full_loss_I: NDArray[np.float32] | None = None
+        self.rounds: list[CompletedRound] = []
+        """Complete rounds in order; only ever appended to, since a thread reads them."""
         self._ended, self._noise = "", 0.0
         self.scores_new = 0
 
@@ -270,14 +240,6 @@ class _Job:
         rows = None if screen is None else sample.window_rows(screen)
         where = (self.store, self.game, sample.windows, self.dispatcher)
         return ScoreTracker(*where, screen=rows, extra_metrics=self.metrics)
-
-    def utility(
-        self, name: str, loss_MI: NDArray[np.float32], units: IntArray | None = None
-    ) -> FloatArray:
-        """See `types.known_utilities`."""
-        assert self._full_loss_I is not None
-        weight_I = self.weight_I if name == self.config.utility else self.search_weight_I
-        return known_utilities(name, loss_MI, weight_I, self._full_loss_I, units)
 
     # -- scoring -------------------------------------------------------------------------------
 
@@ -288,9 +250,9 @@ class _Job:
         proposal: Future[Round] | None = None
         next_round, asked, exhausted = 0, 0, False
         while pending or not exhausted:
-            due = not exhausted and next_round <= len(self.history.masks) + 1
+            due = not exhausted and next_round <= len(self.rounds) + 1
             if due and proposal is None:
-                proposal = in_background(self.planner.propose, next_round, self.history)
+                proposal = in_background(self.planner.propose, next_round, tuple(self.rounds))
             if proposal is not None and proposal.done():
                 found = proposal.result().first(self.config.budget - asked)
                 proposal = None
@@ -303,8 +265,8 @@ class _Job:
                         round=next_round,
                         masks=len(found),
                         asked=asked,
-                        screened=int((~found.whole_M).sum()),
-                        promoted=len(found.promoted_QP),
+                        screened=int((~found.full_M).sum()),
+                        promoted=len(found.promoted_MP),
                     )
                     next_round += 1
             elif proposal is not None and self.dispatcher.idle:
@@ -318,52 +280,51 @@ class _Job:
 
     def _settle(self, pending: deque[_Asked]) -> None:
         """Promotions that are still due once no new mask is asked for."""
-        while len((found := self.planner.settle(self.history)).promoted_QP):
+        while len((found := self.planner.settle(self.rounds)).promoted_MP):
             pending.append(self._ask(found))
-            self.folder.event("round", promoted=len(found.promoted_QP))
+            self.folder.event("round", promoted=len(found.promoted_MP))
             while pending:
                 self._drain(POLL_S)
                 self._complete(pending)
                 self._check_signals()
 
     def _ask(self, asked: Round) -> _Asked:
-        requests = [self.board.request(asked.masks_MP, asked.whole_M)]
-        if len(asked.promoted_QP):
-            requests.append(self.board.request(asked.promoted_QP, again=True))
+        requests = [self.board.request(asked.masks_MP, asked.full_M)]
+        if len(asked.promoted_MP):
+            requests.append(self.board.request(asked.promoted_MP, promoted=True))
         return _Asked(asked, requests)
 
     def _complete(self, pending: deque[_Asked]) -> None:
-        """Move rounds that are complete, in order, to the history."""
+        """Move rounds that are complete, in order, to `rounds`."""
         while pending and pending[0].complete:
             asked = pending.popleft()
             self._take(asked.round.all_masks, asked.values)
-            self._show_best(asked.round.all_masks, self.told.loss[-1])
+            self._show_best(self.rounds[-1])
         self._show()
 
     def _take(self, masks_MP: BoolArray, values: dict[str, NDArray[np.float32]]) -> None:
-        """Masks and their sums `[M, N]` into the history; the first of all is the whole model."""
-        nll_MI = self.calibration.told(values)
-        loss_MI = self.calibration.losses(self.config.utility, values)
-        if self._full_loss_I is None:
-            self._full_loss_I = loss_MI[0]
-            of_nll, utility = self.pool.info.noise_nll, self.config.utility
-            self._noise = self.calibration.noise(utility, of_nll, values["nll"][0])
+        """Add a complete round, from its sums `[M, N]`; the first mask of all is the full model."""
+        nll_MI = self.calibration.ppl_nll(values)
+        loss_MI = nll_MI
+        if not self.utility.reports_perplexity:
+            loss_MI = self.calibration.losses(self.utility, values)
+        if not self.rounds:
+            of_nll = self.pool.info.noise_nll
+            self._noise = self.calibration.noise(self.utility, of_nll, values["nll"][0])
             if not np.isfinite([nll_MI[0], loss_MI[0]]).all():
                 what = "the whole model's own score is not finite"
                 raise LpserveError(f"{what}: check the model and the dtype")
-        # the planner reads rounds by the number of mask arrays: losses come first
-        for history, values_MI in ((self.told, nll_MI), (self.history, loss_MI)):
-            history.loss.append(values_MI)
-            history.masks.append(masks_MP)
+        self.rounds.append(CompletedRound(masks_MP, nll_MI, loss_MI))
 
     def adopt(self, other: RunRecord) -> None:
         """Take the first `budget` masks of another run, with their scores on these windows.
 
-        Greedy steps that the other passed by are not: what was hopeless there may be best here.
+        Greedy steps that the other run pruned are not taken over: a set that could not be the best
+        there may be the best here.
         """
         asked = other.masks_MP[: self.config.budget]
         # perhaps on some windows; of questions, perhaps on those of wrong answers
-        given_up_M = np.isnan(other.nll_MN + other.loss_MN)[: len(asked)].any(axis=1)
+        given_up_M = np.isnan(other.nll_MI + other.loss_MI)[: len(asked)].any(axis=1)
         values, windows = {}, self.calibration.windows
         for metric in ("nll", *self.metrics):
             values[metric], known_MN = self.store.get(self.game, windows, asked, metric)
@@ -377,7 +338,7 @@ class _Job:
         self.folder.event("masks read again", masks=len(asked))
 
     def _drain(self, timeout_s: float) -> None:
-        self.scoring.drain(timeout_s, self.accept)
+        self.session.drain(timeout_s, self.accept)
 
     def accept(self, result: UnitResult | GivenUp) -> None:
         self.board.accept(result)
@@ -390,7 +351,7 @@ class _Job:
             self.progress.state.work += result.scores.work
 
     def _check_signals(self) -> None:
-        self.scoring.check_signals(self.accept, self._interrupted)
+        self.session.check_signals(self.accept, self._interrupted)
 
     def _interrupted(self) -> int:
         self.folder.event("interrupted", scored=self.board.scored)
@@ -403,17 +364,18 @@ class _Job:
         state.done = self.board.scored
         state.reused = self.board.reused
         state.quarantined = len(self.board.quarantined)
-        heldout = getattr(self.planner.surrogate, "heldout", None)
-        if heldout is not None:
-            state.surrogate = self.planner.surrogate.name
+        surrogate = self.planner.model.surrogate
+        heldout = getattr(surrogate, "heldout", None)
+        if surrogate is not None and heldout is not None:
+            state.surrogate = surrogate.name
             state.heldout_r2, state.heldout_spearman = heldout.r2, heldout.spearman
         if self.progress.update():
             self.pool.publish(state)
 
-    def _show_best(self, masks_MP: BoolArray, nll_MI: NDArray[np.float32]) -> None:
-        removed_M = (~masks_MP).sum(axis=1)
+    def _show_best(self, done: CompletedRound) -> None:
+        removed_M = (~done.masks_MP).sum(axis=1)
         total = self.calibration.num_tokens_I.sum()
-        ppl_M = perplexity(nll_MI.astype(np.float64).sum(axis=1) / total)
+        ppl_M = perplexity(done.nll_MI.astype(np.float64).sum(axis=1) / total)
         best = self.progress.state.best
         for removed, ppl in zip(removed_M.tolist(), ppl_M.tolist(), strict=True):
             if 1 <= removed <= self.settings.max_removed and ppl < best.get(removed, np.inf):
@@ -423,7 +385,7 @@ class _Job:
 
     def conclude(self) -> Outcome:
         """Values, plan, held-out check of the candidates; writes every file of the folder."""
-        scored = self._scored_run()
+        scored = self._record()
         analysis = analyse(scored)
         wanted = candidate_masks(scored, analysis)
         calibration, self.board = self.board, self._board(self.heldout, None)
@@ -437,8 +399,8 @@ class _Job:
         scored = replace(
             scored,
             heldout_masks_MP=wanted,
-            heldout_nll_MN=self.heldout.told(request.values),
-            heldout_loss_MN=self.heldout.other_losses(self.config.utility, request.values),
+            heldout_nll_MI=(nll_MI := self.heldout.ppl_nll(request.values)),
+            heldout_loss_MI=self._heldout_losses(nll_MI, request.values),
         )
         outcome = Outcome(
             scored=scored,
@@ -453,9 +415,18 @@ class _Job:
         self.folder.event("finished", masks_scored=outcome.plan.masks_scored)
         return outcome
 
-    def _scored_run(self) -> RunRecord:
-        masks_MP, loss_MI = self.history.upto(len(self.history.masks))
-        _, nll_MI = self.told.upto(len(self.history.masks))
+    def _heldout_losses(
+        self, nll_MI: NDArray[np.float32], values: dict[str, NDArray[np.float32]]
+    ) -> NDArray[np.float32] | None:
+        """Losses on held-out items; None where the utility is about items of the other kind."""
+        if self.utility.reports_perplexity:
+            return nll_MI
+        if not self.heldout.serves(self.utility):
+            return None
+        return self.heldout.losses(self.utility, values)
+
+    def _record(self) -> RunRecord:
+        latest = latest_scores(self.rounds)
         info, config = self.pool.info, self.config
         return RunRecord(
             model=info.model,
@@ -467,18 +438,18 @@ class _Job:
             max_removed=self.settings.max_removed,
             seed=config.seed,
             noise_nll=self._noise,
-            masks_MP=masks_MP,
-            nll_MN=nll_MI,
-            other_loss_MN=None if has_perplexity(config.utility) else loss_MI,
-            num_tokens_N=self.calibration.num_tokens_I,
+            masks_MP=latest.masks_MP,
+            nll_MI=latest.nll_MI,
+            loss_MI=latest.loss_MI,
+            num_tokens_I=self.calibration.num_tokens_I,
             corpora=self.calibration.corpora,
-            sources=tuple(self.planner.sources[key] for key in keys(masks_MP)),
-            passed_by_MP=from_keys(sorted(self.planner.passed_by), info.num_players),
-            stopped=self._why_ended(len(masks_MP)),
+            sources=tuple(self.planner.sources[key] for key in keys(latest.masks_MP)),
+            pruned_MP=from_keys(sorted(self.planner.pruned), info.num_players),
+            stopped=self._why_ended(len(latest.masks_MP)),
             screen=() if self.screen is None else tuple(self.screen.tolist()),
-            heldout_masks_MP=masks_MP[:0],
-            heldout_nll_MN=np.empty((0, self.heldout.num_items), dtype=np.float32),
-            heldout_num_tokens_N=self.heldout.num_tokens_I,
+            heldout_masks_MP=latest.masks_MP[:0],
+            heldout_nll_MI=np.empty((0, self.heldout.num_items), dtype=np.float32),
+            heldout_num_tokens_I=self.heldout.num_tokens_I,
         )
 
     def _why_ended(self, num_masks: int) -> str:
@@ -496,5 +467,5 @@ class _Job:
         self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
         path = self.folder.path / "windows.npz"
         if not path.exists() or (stored or {}).get("windows") != self.described["windows"]:
-            write_item_sets(path, self.calibration, self.heldout)
+            write_windows_file(path, self.calibration, self.heldout)
         self.folder.event("started", config=as_json(self.config), pid=os.getpid())

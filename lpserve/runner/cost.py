@@ -15,39 +15,27 @@ Notation: M masks, P players (layers), N windows, T tokens.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lpserve.config import resolved_max_removed
 from lpserve.errors import InputError
-from lpserve.masks import full_mask, keys, sort_distinct, trie_player_forwards
-from lpserve.model.checkpoint import Checkpoint, TensorEntry, find_layer_prefix, read_checkpoint
-from lpserve.plan.plan import ranking_mask
-from lpserve.rounds.history import History
-from lpserve.rounds.planner import RoundPlanner, RoundSettings
-from lpserve.types import BoolArray, FloatArray, IntArray
+from lpserve.masks import full_mask, sort_distinct, trie_player_forwards
+from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.size import ITEM_BYTES, ModelSize, model_size
+from lpserve.plan.sets import ranking_mask
+from lpserve.rounds.history import AskedMasks, CompletedRound, KnownUtilities
+from lpserve.rounds.planner import RoundPlanner
+from lpserve.rounds.settings import RoundSettings
+from lpserve.scoring.pace import TARGET_UNIT_S
+from lpserve.types import BoolArray, FloatArray
+from lpserve.utility import utility_named
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TARGET_UNIT_S = 2.0
-"""Seconds of work in a unit, as the dispatcher aims for (held equal by test)."""
 HELDOUT_CANDIDATES = 4
 """Sets of each size that held-out windows check: greedy, ranking, search and the best."""
 _PROPOSALS = 16  # stand-in sets of each size for a round of proposals
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
-_WIDTH = ("hidden_size", "n_embd", "d_model")
-_ACTIVE = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "moe_top_k",
-    "moe_topk",
-    "top_k_experts",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,32 +83,6 @@ class CostSettings:
                 raise InputError(f"{name} must be a number above 0: got {value}")
         if self.dtype not in ITEM_BYTES:
             raise InputError(f"dtype must be one of {', '.join(ITEM_BYTES)}: got {self.dtype!r}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ModelSize:
-    """What config and headers say of a model."""
-
-    parameters: int
-    """All of them, embeddings included."""
-    layer_parameters_P: IntArray
-    """Matrix entries that a token meets in each layer: of experts the active ones only."""
-    head_parameters: int
-    """Entries of the output projection; tied to the embedding or not."""
-    attention_width: int
-    """Heads x head size."""
-    hidden_size: int
-    experts: str
-    """How experts were counted, "" where there are none."""
-
-    def layer_flop_P(self, length: int) -> FloatArray:
-        """FLOP of one token in each layer: 2 a parameter, 4 T d for attention over T tokens."""
-        parameters_P = self.layer_parameters_P.astype(np.float64)
-        return 2.0 * parameters_P + 4.0 * length * self.attention_width
-
-    def head_flop(self) -> float:
-        """FLOP of one token in the output projection."""
-        return 2.0 * self.head_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,168 +186,85 @@ def cost(settings: CostSettings) -> Cost:
     )
 
 
-# -- the model ---------------------------------------------------------------------------------
-
-
-def model_size(checkpoint: Checkpoint) -> ModelSize:
-    """Parameters by structure: the layers are a numbered list, the head has a row for each token.
-
-    Raises:
-        InputError: the config or the tensors do not say enough.
-    """
-    config = _text_config(checkpoint.config)
-    players = _first(config, _LAYERS)
-    vocab = _first(config, ("vocab_size",))
-    hidden = _first(config, _WIDTH)
-    heads = _first(config, _HEADS)
-    prefix = _layer_prefix(checkpoint, players)
-    layer_P: list[list[TensorEntry]] = [[] for _ in range(players)]
-    others: list[TensorEntry] = []
-    for entry in checkpoint.tensors:
-        if entry.name.startswith(prefix):
-            layer_P[int(entry.name[len(prefix) :].split(".")[0])].append(entry)
-        else:
-            others.append(entry)
-    _refuse_packed(checkpoint)
-    outputs = [entry for entry in others if len(entry.shape) == 2 and vocab in entry.shape]
-    if not outputs:
-        raise InputError(
-            f"model {checkpoint.path}: no tensor outside the layers has {vocab} rows (vocab_size), "
-            "so the output projection cannot be found"
-        )
-    active = next((config[name] for name in _ACTIVE if isinstance(config.get(name), int)), None)
-    counted = [_layer_parameters(entries, active) for entries in layer_P]
-    has_experts = any(experts for _, experts in counted)
-    head_dim = config.get("head_dim")
-    width = heads * (head_dim if isinstance(head_dim, int) else hidden // heads)
-    return ModelSize(
-        parameters=sum(int(np.prod(entry.shape)) for entry in checkpoint.tensors),
-        layer_parameters_P=np.array([parameters for parameters, _ in counted], dtype=np.int64),
-        head_parameters=max(int(np.prod(entry.shape)) for entry in outputs),
-        attention_width=width,
-        hidden_size=hidden,
-        experts="" if not has_experts else _expert_note(active),
-    )
-
-
-def _layer_parameters(entries: list[TensorEntry], active: int | None) -> tuple[int, int]:
-    """Matrix entries that a token meets in a layer, and how many experts the layer has."""
-    plain, experts, indices, stacked = 0, 0, set[str](), 0
-    for entry in entries:
-        if len(entry.shape) < 2:
-            continue
-        parameters = int(np.prod(entry.shape))
-        found = re.search(r"\.experts\.(?:(\d+)\.)?", entry.name)
-        if not found:
-            plain += parameters
-            continue
-        experts += parameters
-        if found[1] is not None:
-            indices.add(found[1])
-        elif len(entry.shape) == 3:
-            stacked = entry.shape[0]
-    number = len(indices) or stacked
-    if number and active is not None:
-        experts = experts * min(active, number) // number
-    return plain + experts, number
-
-
-def _expert_note(active: int | None) -> str:
-    if active is None:
-        return "experts: the config does not say how many a token meets; ALL are counted"
-    return f"experts: {active} of a layer's are met by a token (config), the others not counted"
-
-
-def _refuse_packed(checkpoint: Checkpoint) -> None:
-    packed = [e for e in checkpoint.tensors if e.dtype[0] in "IU" and len(e.shape) >= 2]
-    if packed:
-        raise InputError(
-            f"model {checkpoint.path}: {packed[0].name} is packed in integers ({packed[0].dtype}), "
-            "so parameters cannot be read from its headers; give the checkpoint that was quantized"
-        )
-
-
-def _layer_prefix(checkpoint: Checkpoint, players: int) -> str:
-    words = {
-        match[1]
-        for entry in checkpoint.tensors
-        if (match := re.match(r"(?:[^0-9.][^.]*\.)*?([^0-9.][^.]*)\.\d+\.", entry.name))
-    }
-    found = []
-    for word in sorted(words):
-        try:
-            found.append(find_layer_prefix(checkpoint, players, word))
-        except InputError:
-            continue
-    if len(found) != 1:
-        raise InputError(
-            f"model {checkpoint.path}: {len(found)} numbered lists of tensors have {players} "
-            "entries (num_hidden_layers); need exactly one"
-        )
-    return found[0]
-
-
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    inner = config.get("text_config")
-    return {**config, **inner} if isinstance(inner, dict) else dict(config)
-
-
-def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
-    for name in names:
-        if type(config.get(name)) is int and config[name] > 0:
-            return config[name]
-    raise InputError(f"the model's config.json names no {names[0]}")
-
-
 # -- the masks ---------------------------------------------------------------------------------
 
 
-class _StandIn(RoundPlanner):
-    """The rounds of a run with nothing fitted: proposals are sets of low stand-in loss."""
+class StandInModel:
+    """Proposes sets of low stand-in loss, in place of what a fit would propose (`RoundModel`)."""
+
+    surrogate = None
 
     def __init__(self, settings: RoundSettings, loss_P: FloatArray) -> None:
-        super().__init__(settings, lambda nll_MN: -nll_MN.mean(axis=1, dtype=np.float64))
-        self._most, self._loss_P = settings.max_removed, loss_P
+        self._sizes, self._loss_P = settings.max_removed, loss_P
         self._rng = np.random.default_rng([settings.seed, settings.num_players])
 
-    def _fit(self, *args: Any, **kwargs: Any) -> bool:
+    def fit(self, known: KnownUtilities) -> bool:
         return True
 
-    def _can_be_best(
-        self, path: list[BoolArray], masks_MP: BoolArray, path_M: FloatArray
+    def may_be_best(
+        self, path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
     ) -> BoolArray:
-        return path[-1][path[-1]]  # all of them: a run asks for fewer
+        """All of them: a run asks for fewer."""
+        return path[-1][path[-1]]
 
-    def _rankings(self, index: int) -> list[BoolArray]:
-        return [ranking_mask(self._loss_P, (r + index) % self._most + 1) for r in range(self._most)]
+    def rankings(self, index: int) -> list[BoolArray]:
+        sizes = self._sizes
+        return [ranking_mask(self._loss_P, (r + index) % sizes + 1) for r in range(sizes)]
 
-    def _hopes(
-        self, masks_MP: BoolArray, search_M: FloatArray, count: int, batch: Sequence[BoolArray]
+    def by_improvement(
+        self, known: KnownUtilities, asked: AskedMasks, count: int, pending_MP: BoolArray
     ) -> BoolArray:
         sets = [
             ranking_mask(self._loss_P * self._rng.lognormal(0.0, 0.5, len(self._loss_P)), r)
             for _ in range(_PROPOSALS)
-            for r in range(1, self._most + 1)
+            for r in range(1, self._sizes + 1)
         ]
-        distinct, _ = sort_distinct(np.array(sets))
-        fresh = distinct[[key not in self._seen for key in keys(distinct)]]
+        fresh = asked.unseen(sort_distinct(np.array(sets))[0])
         return fresh[self._rng.permutation(len(fresh))[:count]]
+
+    def promotions(
+        self, known: KnownUtilities, waiting_MP: BoolArray, asked: AskedMasks, gain: float
+    ) -> BoolArray:
+        """None: a count screens nothing."""
+        return waiting_MP[:0]
+
+    def for_values(
+        self, index: int, asked: AskedMasks, count: int, pending_MP: BoolArray
+    ) -> BoolArray:
+        """None: the sampled design stands for them."""
+        return pending_MP[:0]
+
+    def settled(
+        self,
+        known: KnownUtilities,
+        waiting_MP: BoolArray,
+        asked: AskedMasks,
+        *,
+        chance: float,
+        gain: float,
+    ) -> bool:
+        return False
+
+    def narrow(self, width: float) -> bool:
+        return False
 
 
 def sample_rounds(settings: RoundSettings, budget: int) -> list[BoolArray]:
-    """The masks of every round, `bool[M, P]` each, up to the budget in all."""
+    """The masks of every round, `bool[M, P]` each, up to the budget in total."""
     rng = np.random.default_rng([settings.seed, settings.num_players, 1])
     loss_P = rng.gamma(1.0, 1.0, settings.num_players)
-    planner, history, asked = _StandIn(settings, loss_P), History(), 0
+    model = StandInModel(settings, loss_P)
+    planner = RoundPlanner(settings, utility_named("neg_nll"), np.ones(1, np.int64), model=model)
+    rounds: list[CompletedRound] = []
+    asked = 0
     while asked < budget:
-        masks_MP = planner.propose(len(history.masks), history).masks_MP[: budget - asked]
+        masks_MP = planner.propose(len(rounds), rounds).masks_MP[: budget - asked]
         if not len(masks_MP):
             break
         asked += len(masks_MP)
-        loss_M = 1.0 + (~masks_MP) @ loss_P
-        history.masks.append(masks_MP)
-        history.loss.append(loss_M[:, None].astype(np.float32))
-    return history.masks
+        loss_M1 = (1.0 + (~masks_MP) @ loss_P)[:, None].astype(np.float32)
+        rounds.append(CompletedRound(masks_MP, loss_M1, loss_M1))
+    return [done.masks_MP for done in rounds]
 
 
 def split_units(masks_MP: BoolArray, most: int, engines: int) -> list[BoolArray]:

@@ -7,29 +7,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from lpserve.config import EngineConfig, RunConfig, WindowConfig, as_json, is_task
-from lpserve.data.items import ItemSet, check_disjoint
-from lpserve.data.tasks import cut_item_sets
-from lpserve.data.windows import TokenWindows, WindowRequest, cut_windows
-from lpserve.engine.vllm.options import check_options as check_vllm_options
+from lpserve.config import EngineConfig, RunConfig, WindowConfig, as_json
+from lpserve.data.items import ItemSet
+from lpserve.data.prepare import check_disjoint, check_windows, cut_run_items, cut_run_windows
+from lpserve.data.windows import TokenWindows
+from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import read_checkpoint
-from lpserve.rounds.planner import RoundSettings, StopRules
+from lpserve.rounds.settings import RoundSettings, StopRules
 from lpserve.store.run_folder import CONFIG_FORMAT, RunFolder
 from lpserve.types import EngineInfo
 
 
 def num_players_of(config: EngineConfig) -> int:
     """The model's number of players, after its headers and the engine's options are checked."""
-    if config.engine == "vllm":
-        check_vllm_options(config.engine_options)
-    if config.engine == "synthetic":
-        return int(config.engine_options.get("num_players", 8))
-    from lpserve.engine.base import check_decoder
-
-    checkpoint = read_checkpoint(config.model)
-    check_decoder(checkpoint)
-    return num_layers(checkpoint.config)
+    kind = engine_kind(config.engine)
+    kind.check_options(config.engine_options)
+    return kind.num_players(config.model, config.engine_options)
 
 
 def check_model(config: RunConfig) -> RunConfig:
@@ -45,37 +39,27 @@ def check_model(config: RunConfig) -> RunConfig:
     return config
 
 
-def num_layers(config: dict[str, Any]) -> int:
-    """Decoder layers that a config.json speaks of; raises InputError."""
-    inner = config.get("text_config")
-    for values in (config, inner if isinstance(inner, dict) else {}):
-        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            if isinstance(values.get(name), int):
-                return values[name]
-    raise InputError("the model's config.json names no number of layers")
-
-
 def item_sets_of(config: RunConfig) -> tuple[ItemSet, ItemSet]:
-    """What a run is played on, and what is held out; raises InputError where windows or questions
-    cannot be had, do not fit the model, or are on both sides."""
-    config.check_unused_keys(num_fewshot=True)
-    parts = cut_item_sets(
-        _request(config),
-        config.model,
-        include_path=config.include_path,
-        num_fewshot=config.num_fewshot,
-    )
-    calibration, heldout = (ItemSet.concatenate(side) for side in parts)
-    check_utility(config.utility, calibration, heldout)
+    """The calibration and held-out items of a run.
+
+    Raises:
+        InputError: texts or tasks cannot be used, do not fit the model or the utility, or the two
+            sides share items.
+    """
+    calibration, heldout = cut_run_items(config)
     check_sides(config, calibration, heldout)
     return calibration, heldout
 
 
-def check_utility(utility: str, *samples: ItemSet) -> None:
-    """Raise InputError where a utility is not defined on questions."""
-    for sample in samples:
-        if sample.questions is not None:
-            sample.questions.check(utility)
+def windows_of(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:
+    """The calibration and held-out windows of a config whose corpora are texts.
+
+    Raises:
+        InputError: a corpus is a task, or a text cannot be used or does not fit the model.
+    """
+    sides = cut_run_windows(config)
+    check_windows_of(config, *sides)
+    return sides
 
 
 def check_sides(config: EngineConfig, calibration: ItemSet, heldout: ItemSet) -> None:
@@ -84,35 +68,9 @@ def check_sides(config: EngineConfig, calibration: ItemSet, heldout: ItemSet) ->
     check_disjoint(calibration, heldout)
 
 
-def windows_of(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:
-    """The calibration and held-out windows of a config of texts; raises InputError where they do
-    not fit the model."""
-    for name, path in [*config.calibration.items(), *config.heldout.items()]:
-        if is_task(path):
-            raise InputError(f"{name!r} is a task: only lpserve run and lpserve sweep take tasks")
-    sides = cut_windows(_request(config), config.model)
-    check_windows_of(config, *sides)
-    return sides
-
-
-def _request(config: WindowConfig) -> WindowRequest:
-    return WindowRequest(
-        calibration=config.calibration,
-        heldout=config.heldout,
-        num_windows=config.num_windows,
-        heldout_windows=config.heldout_windows,
-        length=config.length,
-        seed=config.window_seed,
-        bos=config.bos,
-        field=config.text_field,
-    )
-
-
 def check_windows_of(config: EngineConfig, *sides: TokenWindows) -> None:
-    """Raise InputError where windows do not fit the model."""
-    if config.engine != "synthetic":
-        from lpserve.engine.base import check_windows
-
+    """Raise InputError where windows do not fit the config's model."""
+    if engine_kind(config.engine).reads_checkpoint:
         checkpoint = read_checkpoint(config.model)
         for windows in sides:
             check_windows(checkpoint, windows)

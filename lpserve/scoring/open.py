@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from lpserve.config import EngineConfig
 from lpserve.data.windows import TokenWindows
+from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
-from lpserve.scoring.pool import EnginePool, LocalPool, pinned
+from lpserve.scoring.local import LocalPool
+from lpserve.scoring.pool import EnginePool
 from lpserve.types import EngineSpec
 
 
@@ -40,7 +41,7 @@ def engine_spec(config: EngineConfig, stored: dict[str, Any] | None, longest: in
         device=config.device,
         options=dict(config.engine_options),
     )
-    if config.engine == "vllm":
-        spec = replace(spec, options={"max_model_len": longest + 1, **spec.options})
+    kind = engine_kind(config.engine)
+    spec = kind.for_length(spec, longest)
     engine = (stored or {}).get("engine", {})
-    return pinned(spec, engine["settings"]) if engine.get("kind") == spec.kind else spec
+    return kind.pinned(spec, engine["settings"]) if engine.get("kind") == spec.kind else spec

@@ -8,22 +8,17 @@ Notation: M masks, P players, N windows.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine import build_engine
 from lpserve.engine.base import Engine
-from lpserve.errors import EngineError
 from lpserve.scoring.progress import RunState
-from lpserve.store.store import WindowBlock
-from lpserve.types import BoolArray, EngineInfo, EngineSpec, Scores
+from lpserve.store.blocks import WindowBlock
+from lpserve.types import BoolArray, EngineInfo, Scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -51,25 +46,6 @@ class UnitResult:
     node left."""
     lost: bool = False
     """Whether the engine was lost while it worked on the unit."""
-
-
-def pinned(spec: EngineSpec, settings: Mapping[str, Any]) -> EngineSpec:
-    """A spec with the path, micro-batch and memory settings that an engine of it resolved: what
-    every engine of a run uses, and a resumed run again."""
-    options = dict(spec.options)
-    if "state_budget_bytes" in settings:
-        options["state_budget_mb"] = settings["state_budget_bytes"] / 2**20
-    if settings.get("pack_states"):
-        options["micro_batch_tokens"] = settings["micro_batch_tokens"]
-    if "path" in settings:  # half precision: scores of two paths do not mix
-        options["path"] = settings["path"]
-    return replace(spec, options=options)
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line: its type and the first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def still_works(engine: Engine, windows: str) -> bool:
@@ -119,75 +95,3 @@ class EnginePool(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-class LocalPool:
-    """One engine in this process. An engine that cannot start raises its own error here; one that
-    stops working ends the run, since it cannot be replaced.
-    """
-
-    engines = MappingProxyType({"local": "local"})
-
-    def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
-        self._engine = build_engine(spec, windows)
-        self.info = self._engine.info
-        self._todo: queue.SimpleQueue[WorkUnit | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[UnitResult | EngineError] = queue.SimpleQueue()
-        self._busy = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="lpserve-engine", daemon=True)
-        self._thread.start()
-
-    def register(self, windows: TokenWindows) -> str:
-        with self._busy:
-            return self._engine.register(windows)
-
-    def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
-        self._todo.put(unit)
-
-    def cancel(self, unit: WorkUnit, engine: str) -> None:
-        """Nobody else would score it."""
-
-    def next(self, timeout_s: float) -> UnitResult | None:
-        try:
-            result = self._done.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        if isinstance(result, EngineError):
-            raise result
-        return result
-
-    def with_engine(self, call: Callable[[Engine], Any]) -> Any:
-        """Call something on the engine itself, while it scores nothing."""
-        with self._busy:
-            return call(self._engine)
-
-    def publish(self, state: RunState) -> None:
-        """The progress line is all there is."""
-
-    def close(self, timeout_s: float = 1.0) -> None:
-        """Stop after the unit in hand, waiting for it at most `timeout_s`; the thread dies with
-        the process."""
-        self._todo.put(None)
-        self._thread.join(timeout_s)
-        if not self._thread.is_alive():
-            self._engine.close()
-
-    def _work(self) -> None:
-        while (unit := self._todo.get()) is not None:
-            with self._busy:
-                self._done.put(self._scored(unit))
-
-    def _score(self, unit: WorkUnit) -> Scores:
-        return self._engine.score(unit.masks_MP, unit.windows, unit.extra_metrics)
-
-    def _scored(self, unit: WorkUnit) -> UnitResult | EngineError:
-        result = UnitResult(unit=unit, scores=None, engine="local")
-        try:
-            return replace(result, scores=self._score(unit))
-        except Exception as error:  # the failure policy is the dispatcher's
-            reason = first_line(error)
-        if still_works(self._engine, unit.windows):
-            return replace(result, error=reason)
-        return EngineError(
-            f"the engine stopped working: {reason}; scores are kept: give the same command again"
-        )

@@ -1,8 +1,8 @@
-"""Masks scored on windows, durably: what a run, an evaluation and a comparison of rivals share.
+"""A scoring session: engines, the store that keeps their scores, and what connects the two.
 
-`Scoring` is a dispatcher with its store and signals: results that came together are committed
-together, then counted. `ScoringSession` opens all of it for a job that is no run: it scores
-whatever it is asked, in the store first, so that the same job resumes and no score is made twice.
+`run`, `sweep`, `evaluate` and `compare` each score through one session. Results that arrive
+together are committed together, then counted. Every mask is looked up in the store first, so a job
+that is started again resumes, and no score is made twice.
 
 Notation: M masks, P players, N windows.
 """
@@ -10,8 +10,9 @@ Notation: M masks, P players, N windows.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,112 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine, check_extra_metrics
 from lpserve.errors import EngineError, LpserveError, RunInterrupted
 from lpserve.masks import key_text, keys, sort_distinct
-from lpserve.scoring.dispatcher import Dispatcher, GivenUp
+from lpserve.scoring.dispatcher import Dispatcher
+from lpserve.scoring.local import LocalPool
 from lpserve.scoring.open import engine_spec, open_pool
-from lpserve.scoring.pool import EnginePool, LocalPool, UnitResult
+from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.signals import Signals, trap_signals
 from lpserve.scoring.tracker import ScoreTracker
+from lpserve.scoring.units import GivenUp
 from lpserve.store.store import Store
 from lpserve.types import BoolArray, EngineInfo, Work
 
 POLL_S = 0.2
+"""Seconds to wait for a result before progress and signals are looked at again."""
 _COMMIT_TOGETHER = 64
 
 
-class Scoring:
-    """Engines at work for a job, and the store that takes what they find."""
+class ScoringSession:
+    """Engines and a store, open for one job or for several that follow one another.
+
+    The constructor opens the store, starts the engines and traps signals; `close` ends all of it.
+    `at_work` surrounds one job: it shows the job's progress. Used as a context manager the session
+    is at work from beginning to end.
+
+    Args:
+        windows: what the engines are opened with.
+        store: the score store's path, or an open store, which stays open.
+        holder: who has the store open, for those whom its lock refuses.
+        longest: tokens of the longest window that will be scored.
+        stored: config.json of an earlier run, whose engine settings are used again.
+        progress: where the job is shown; None: a new one.
+        signals: signals that are trapped already; None: trap them here.
+        log: called with each message about the engines; None: the progress shows it.
+
+    Raises:
+        InputError, EngineError, StoreBusyError: the model, the store or the pool cannot be used.
+        RunInterrupted: a signal came before the engines had started.
+    """
 
     def __init__(
-        self, store: Store, pool: EnginePool, signals: Signals, progress: Progress, grace_s: float
+        self,
+        config: EngineConfig,
+        windows: TokenWindows,
+        *,
+        store: str | Path | Store,
+        holder: str = "an lpserve process",
+        longest: int | None = None,
+        stored: dict[str, Any] | None = None,
+        progress: Progress | None = None,
+        signals: Signals | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
-        self.store, self.pool = store, pool
-        self.dispatcher = Dispatcher(pool)
-        self.game = store.game_id(pool.info.game)
-        self._signals, self._progress, self._grace_s = signals, progress, grace_s
+        self.progress = progress or Progress(interval_s=config.progress_s)
+        """Where the job at work is shown."""
+        self._grace_s = config.grace_s
+        with ExitStack() as stack:
+            self.signals = signals or stack.enter_context(trap_signals())
+            self.signals.at_work = False  # loading a model may be broken off
+            opened = store
+            if not isinstance(opened, Store):
+                opened = stack.enter_context(Store(opened, holder=holder))
+            self.store = opened
+            spec = engine_spec(config, stored, max(windows.length, longest or 0))
+            self.pool = open_pool(config, spec, windows, log or self.progress.note)
+            stack.callback(self.pool.close)
+            self._stack = stack.pop_all()
+        self.dispatcher = Dispatcher(self.pool)
+        self.masks_scored = 0
+        """Masks that engines scored for `score`, over all windows that were asked for."""
+        self.masks_read = 0
+        """Masks that `score` found in the store."""
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Show the progress of one job; a signal now waits for `check_signals`."""
+        self.signals.at_work = True
+        with self.progress, threadpool_limits(1, user_api="blas"):
+            yield
+
+    def close(self) -> None:
+        """Stop the engines; close the store and restore signal handlers if opened here."""
+        self._stack.close()
+
+    def __enter__(self) -> ScoringSession:
+        self._stack.enter_context(self.at_work())
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @cached_property
+    def game(self) -> int:
+        """The store's number of the game that the engines play."""
+        return self.store.game_id(self.info.game)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.pool.info
+
+    @property
+    def work(self) -> Work:
+        """What the engines have done for the job so far."""
+        return self.progress.state.work
+
+    def with_engine(self, call: Callable[[Engine], Any]) -> Any:
+        """Call something on the engine itself; None where engines are in other processes."""
+        return self.pool.with_engine(call) if isinstance(self.pool, LocalPool) else None
 
     def drain(self, timeout_s: float, accept: Callable[[UnitResult | GivenUp], None]) -> None:
         """Store the results that are there, waiting at most `timeout_s` for the first.
@@ -81,76 +165,20 @@ class Scoring:
         Args:
             interrupted: called then; says how many masks are scored.
         """
-        if not self._signals.count:
+        if not self.signals.count:
             return
         self.dispatcher.stop()
         deadline = time.monotonic() + self._grace_s
-        self._progress.note(f"stopping: up to {self._grace_s:g} s for scores in flight")
+        self.progress.note(f"stopping: up to {self._grace_s:g} s for scores in flight")
         with suppress(EngineError):  # engines lost meanwhile are not what ended the run
             while (
-                self.dispatcher.in_flight
-                and time.monotonic() < deadline
-                and self._signals.count < 2
+                self.dispatcher.in_flight and time.monotonic() < deadline and self.signals.count < 2
             ):
                 self.drain(POLL_S, accept)
         raise RunInterrupted(
             f"interrupted; {interrupted()} masks are scored and kept in "
             f"{self.store.path}: give the same command again to resume"
         )
-
-
-class ScoringSession:
-    """Engines and a store, open for a job. Use as a context manager.
-
-    Args:
-        windows: what the engines are opened with.
-        store: the score store's path.
-        longest: tokens of the longest window that will be scored.
-
-    Raises:
-        InputError, EngineError, StoreBusyError: as a run does.
-    """
-
-    def __init__(
-        self,
-        config: EngineConfig,
-        windows: TokenWindows,
-        *,
-        store: str | Path,
-        holder: str,
-        longest: int | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        self.progress = progress or Progress(interval_s=config.progress_s)
-        with ExitStack() as stack:
-            signals = stack.enter_context(trap_signals())
-            opened = stack.enter_context(Store(store, holder=holder))
-            spec = engine_spec(config, None, max(windows.length, longest or 0))
-            pool = open_pool(config, spec, windows, self.progress.note)
-            stack.callback(pool.close)
-            self._scoring = Scoring(opened, pool, signals, self.progress, config.grace_s)
-            signals.at_work = True
-            stack.enter_context(self.progress)
-            stack.enter_context(threadpool_limits(1, user_api="blas"))
-            self._stack = stack.pop_all()
-        self.masks_scored = 0
-        """Masks that engines scored, over all windows that were asked for."""
-        self.masks_read = 0
-        """Masks that the store held."""
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._scoring.pool.info
-
-    @property
-    def work(self) -> Work:
-        """What the engines did so far."""
-        return self.progress.state.work
-
-    def with_engine(self, call: Callable[[Engine], Any]) -> Any:
-        """Call something on the engine itself; None where engines are in other processes."""
-        pool = self._scoring.pool
-        return pool.with_engine(call) if isinstance(pool, LocalPool) else None
 
     def score(
         self,
@@ -172,10 +200,9 @@ class ScoringSession:
             RunInterrupted: a signal came; what was scored is kept.
         """
         check_extra_metrics(self.info, extra_metrics)
-        scoring = self._scoring
         distinct_DP, inverse_M = sort_distinct(masks_MP)
         board = ScoreTracker(
-            scoring.store, scoring.game, windows, scoring.dispatcher, extra_metrics=extra_metrics
+            self.store, self.game, windows, self.dispatcher, extra_metrics=extra_metrics
         )
 
         def accept(result: UnitResult | GivenUp) -> None:
@@ -189,9 +216,9 @@ class ScoringSession:
         self.progress.begin(stage, len(distinct_DP))
         request = board.request(distinct_DP)
         while not request.complete:
-            scoring.drain(POLL_S, accept)
+            self.drain(POLL_S, accept)
             self._show(board)
-            scoring.check_signals(accept, lambda: board.scored)
+            self.check_signals(accept, lambda: board.scored)
         self._show(board)
         self.masks_scored += board.scored - board.reused
         self.masks_read += board.reused
@@ -202,13 +229,4 @@ class ScoringSession:
         state.done, state.reused = board.scored, board.reused
         state.quarantined = len(board.quarantined)
         if self.progress.update():
-            self._scoring.pool.publish(state)
-
-    def close(self) -> None:
-        self._stack.close()
-
-    def __enter__(self) -> ScoringSession:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+            self.pool.publish(state)

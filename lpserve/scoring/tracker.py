@@ -1,7 +1,9 @@
-"""What a run knows of one set of windows: scores read from the store, and what is still missing.
+"""The scores of one set of windows: those read from the store, and those that are still missing.
 
-Every score passes through the store before it counts here, as float32. Only masks that are not
-whole yet are kept track of one by one; a request's scores are one array, dropped with the request.
+A score counts here once the store holds it, and as the store holds it: in float32. Masks are
+tracked one by one only while a score of theirs is missing. A request keeps the scores of its masks
+in one array for each metric, which is freed with the request.
+
 Notation: M masks, P players, N windows.
 """
 
@@ -14,48 +16,58 @@ from numpy.typing import NDArray
 
 from lpserve.data.windows import TokenWindows
 from lpserve.masks import keys
-from lpserve.scoring.dispatcher import Dispatcher, GivenUp
+from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.pool import UnitResult
-from lpserve.store.store import Store, WindowBlock
+from lpserve.scoring.units import GivenUp
+from lpserve.store.blocks import WindowBlock
+from lpserve.store.store import Store
 from lpserve.types import BoolArray, IntArray
 
 
 @dataclass(slots=True, eq=False)
-class Request:
-    """Masks that were asked for together."""
+class ScoreRequest:
+    """Masks that were asked for together, and the scores that have come of them."""
 
     masks_MP: BoolArray
     values: dict[str, NDArray[np.float32]]
-    """Metric -> stored sums `[M, N]`; NaN where a mask was given up, or is not scored yet."""
+    """Metric -> stored sums over a window, `float32[M, N]`; NaN where a mask was given up or is
+    not scored yet."""
     known: dict[str, BoolArray]
-    """Which of them the store held before."""
+    """Metric -> which of these the store held before, `bool[M, N]`."""
     missing: int = 0
     """Masks that lack a score that was asked for, and are not given up."""
 
     @property
     def nll_MN(self) -> NDArray[np.float32]:
-        """Stored NLLs in nats."""
+        """Stored NLLs in nats, `float32[M, N]`."""
         return self.values["nll"]
 
     @property
     def complete(self) -> bool:
+        """Whether every mask is scored or given up."""
         return not self.missing
 
 
 @dataclass(slots=True, eq=False)
-class _Open:
+class _OpenMask:
     """A mask of which a score is missing."""
 
-    request: Request
+    request: ScoreRequest
     row: int
     blocks: int
     """Blocks still to score."""
-    again: bool
-    """Whether it counted as scored before."""
+    promoted: bool
+    """Already counted when scored on the screen; do not count twice."""
 
 
 class ScoreTracker:
-    """Scores of one game on one set of windows."""
+    """Scores of one game on one set of windows.
+
+    Args:
+        game: the store's number of the game.
+        screen: rows of the windows that a screened mask is scored on; None: no mask is screened.
+        extra_metrics: metrics that are scored and stored beside the NLL.
+    """
 
     def __init__(
         self,
@@ -67,11 +79,6 @@ class ScoreTracker:
         screen: IntArray | None = None,
         extra_metrics: tuple[str, ...] = (),
     ) -> None:
-        """
-        Args:
-            screen: rows of windows; masks may be scored on those alone.
-            extra_metrics: metrics that are scored and stored beside the NLL.
-        """
         self._extra_metrics = extra_metrics
         self._store = store
         self._game = game
@@ -92,32 +99,34 @@ class ScoreTracker:
         self._block_windows = {
             block.id: dispatcher.register(windows.select(block.rows)) for block in self._blocks
         }
-        self._open: dict[bytes, _Open] = {}
+        self._open: dict[bytes, _OpenMask] = {}
         blocks = {block.id for block in self._blocks}
         self._bad = {
             held: reason for held, reason in store.quarantined(game).items() if held[0] in blocks
         }
         self.quarantined: dict[bytes, str] = {}
-        """Masks given up: key -> reason. Their scores are NaN."""
+        """Masks that were given up: key -> reason. Their scores are NaN."""
         self.scored = 0
-        """Masks that have every score that they were first asked for."""
+        """Masks that have every score that was first asked of them."""
         self.reused = 0
-        """Those of them whose scores the store already held."""
+        """Masks of `scored` whose scores the store already held."""
 
     def request(
-        self, masks_MP: BoolArray, whole_M: BoolArray | None = None, *, again: bool = False
-    ) -> Request:
-        """Read what the store holds of these masks and have the rest scored.
+        self, masks_MP: BoolArray, whole_M: BoolArray | None = None, *, promoted: bool = False
+    ) -> ScoreRequest:
+        """Read what the store holds of these masks and queue the rest for the engines.
 
-        The masks are distinct, and none of them is still open. Nothing is said of windows that were
-        not asked for, whatever the store holds.
+        A screened mask's scores on windows beyond the screen stay NaN, also where the store holds
+        them: what a run decides does not depend on what others have scored.
 
         Args:
-            whole_M: which masks are wanted on all windows, the others on the screen; None: all.
-            again: they were asked for before, on the screen: they do not count as scored again.
+            masks_MP: bool [M, P], distinct, and none of an earlier request that is not complete.
+            whole_M: bool [M], which masks are wanted on all windows, the others on the screen;
+                None: all of them.
+            promoted: they are already counted, when scored on the screen; do not count them twice.
         """
         whole_M = np.ones(len(masks_MP), dtype=bool) if whole_M is None else whole_M
-        request = Request(masks_MP=masks_MP, values={}, known={})
+        request = ScoreRequest(masks_MP=masks_MP, values={}, known={})
         known_MN = np.ones((len(masks_MP), self._windows.num_windows), dtype=bool)
         for metric in ("nll", *self._extra_metrics):
             values_MN, held_MN = self._store.get(self._game, self._windows, masks_MP, metric)
@@ -140,9 +149,9 @@ class ScoreTracker:
             left_M[rows] += 1
             wanted.append((index, rows))
         for row in np.flatnonzero(left_M).tolist():
-            self._open[mask_keys[row]] = _Open(request, row, int(left_M[row]), again)
+            self._open[mask_keys[row]] = _OpenMask(request, row, int(left_M[row]), promoted)
         request.missing = int((left_M > 0).sum())
-        if not again:
+        if not promoted:
             known = np.flatnonzero(left_M == 0).tolist()
             whole = sum(mask_keys[row] not in self.quarantined for row in known)
             self.reused += whole
@@ -155,7 +164,7 @@ class ScoreTracker:
         return request
 
     def accept(self, result: UnitResult | GivenUp) -> None:
-        """Commit a result, then count it."""
+        """Commit a result of the dispatcher to the store, then count it."""
         unit = result.unit
         if isinstance(result, GivenUp):
             self._store.quarantine(self._game, unit.block, unit.masks_MP[0], result.reason)
@@ -183,4 +192,4 @@ class ScoreTracker:
         if not mask.blocks:
             del self._open[key]
             mask.request.missing -= 1
-            self.scored += key not in self.quarantined and not mask.again
+            self.scored += key not in self.quarantined and not mask.promoted

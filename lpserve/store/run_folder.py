@@ -7,17 +7,16 @@ that other hosts share, where another's run may have begun in it.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from lpserve.config import CHANGEABLE
-from lpserve.errors import DiskFullError, InputError
+from lpserve.errors import InputError
+from lpserve.store.files import space_checked, write_text
 from lpserve.store.filesystem import is_shared
 from lpserve.store.lock import PathLock
 
@@ -73,9 +72,9 @@ class RunFolder:
                 )
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file whole or not at all."""
+        """Write a text file into the folder, completely or not at all."""
         path = self.path / name
-        write_whole(path, text)
+        write_text(path, text)
         return path
 
     def event(self, kind: str, **details: Any) -> None:
@@ -99,28 +98,3 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; raises DiskFullError, InputError."""
-    with space_checked(path):
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-
-@contextmanager
-def space_checked(path: Path) -> Iterator[None]:
-    """Turn errors of writing `path` into ours: DiskFullError, InputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(
-                f"no space to write {path}; scores are kept: free space and give the same command "
-                "again"
-            ) from None
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None

@@ -1,26 +1,18 @@
 """Durable scores in SQLite: one row for each (game, block of windows, metric, mask).
 
-A score exists once it is committed and synced. NLLs are kept per window, so any subset or mixture
-of windows, and any utility derived from NLL, is read back without scoring again. A block is an
-immutable list of windows, fixed when it is first asked for. Writing a score twice keeps the first.
-Every score carries a checksum, and a file is read through before it is written to: a damaged one
-is refused untouched.
-
-One writer at a time. On a local filesystem a lock that dies with its process sees to that, and
-SQLite keeps a write-ahead log. On one that other hosts may share, a lease does
-(`lpserve.store.lease`), and SQLite keeps a rollback journal: the log's index is memory that hosts
-cannot share.
+A score exists once it is committed and synced. Sums are kept for each window, so any subset or
+mixture of windows, and any utility derived from them, is read back without scoring again. A block
+is an immutable list of windows, made when it is first asked for. Of two scores of the same row the
+first is kept. Every score carries a checksum.
 
 Notation: M masks, N windows, P players.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,42 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.data.windows import TokenWindows
-from lpserve.errors import (
-    DiskFullError,
-    InputError,
-    LpserveError,
-    StoreBusyError,
-    StoreCorruptError,
-)
 from lpserve.masks import keys
-from lpserve.store.filesystem import is_shared
-from lpserve.store.lease import Lease, has_lease, writing
-from lpserve.store.lock import PathLock
-from lpserve.store.schema import checksum, connect, create, game_of, is_empty, problem, reading
-from lpserve.types import BoolArray, FloatArray, Game, IntArray
-
-MAX_BLOCK_WINDOWS = 64
-_KEYS_PER_QUERY = 500
-# A filesystem that cannot do these gives no store its durability, or its one writer.
-_LACKS = {
-    sqlite3.SQLITE_IOERR_LOCK: "locks no files",
-    sqlite3.SQLITE_IOERR_RDLOCK: "locks no files",
-    sqlite3.SQLITE_IOERR_CHECKRESERVEDLOCK: "locks no files",
-    sqlite3.SQLITE_IOERR_DIR_FSYNC: "syncs no folders",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class StoredWindows:
-    """Windows known by hash alone."""
-
-    window_hashes: tuple[str, ...]
-    num_tokens_N: IntArray
+from lpserve.store.blocks import KEYS_PER_QUERY, StoredWindows, WindowBlock, WindowBlocks
+from lpserve.store.connection import StoreConnection
+from lpserve.store.schema import checksum, game_of
+from lpserve.types import BoolArray, FloatArray, Game
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredScores:
-    """Scores of one game, block and metric, as `Store.read_all` finds them."""
+    """Scores of one game, block and metric, as `Store.read_all` yields them."""
 
     game: str
     """The game's hash."""
@@ -72,25 +38,21 @@ class StoredScores:
     windows: StoredWindows
     mask_keys: list[bytes]
     nll_MN: NDArray[np.float32]
+    """Sums of the metric over each window; of the NLL, in nats."""
     first_MN: BoolArray
     """False where an older block holds a score of the same mask and window."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WindowBlock:
-    """Windows that are scored and stored together."""
-
-    id: int
-    rows: IntArray
-    """Their rows in the windows it was asked for, in stored order."""
 
 
 class Store:
     """An open score store. Use as a context manager.
 
-    Whether other hosts may share the file is what its filesystem says, unless `shared` does.
+    Args:
+        path: the file; made if it is not there.
+        holder: who has it open, for those whom the lock refuses.
+        shared: whether other hosts may write to the file; None: decided by its filesystem.
 
     Raises:
+        InputError: the path, or its filesystem, cannot hold a store.
         StoreBusyError: another process has it open for writing; or, from any later write, another
             writer took over a shared store because this process had shown no sign of life.
         StoreCorruptError: the file is not a readable lpserve store; it is left as it is.
@@ -104,37 +66,17 @@ class Store:
         holder: str = "an lpserve process",
         shared: bool | None = None,
     ) -> None:
-        self.path = Path(path)
-        self._together = False
-        if not self.path.parent.is_dir():
-            raise InputError(f"store {self.path}: folder {self.path.parent} does not exist")
-        if self.path.is_dir():
-            raise InputError(f"store {self.path} is a folder; name a file")
-        self._shared = is_shared(self.path) if shared is None else shared
-        self._lock = None if self._shared else PathLock(self.path, holder=holder)
-        if self._lock is not None and not self._lock.held:
-            self._shared = True  # no filesystem of this host alone is without locks
-        self._lease = Lease(self.path, holder=holder)
-        try:
-            with self._translated():
-                new = self._verify()
-                self._db = connect(self.path, "rwc")
-                try:
-                    self._prepare(new)
-                except BaseException:
-                    self._lease.release(self._db)
-                    self._db.close()
-                    raise
-        except BaseException:
-            if self._lock is not None:
-                self._lock.release()
-            raise
+        self._file = StoreConnection(Path(path), holder=holder, shared=shared)
+        self._blocks = WindowBlocks(self._file)
+
+    @property
+    def path(self) -> Path:
+        """The store's file."""
+        return self._file.path
 
     def close(self) -> None:
-        self._lease.release(self._db)
-        self._db.close()
-        if self._lock is not None:
-            self._lock.release()
+        """Close the file and let others write to it."""
+        self._file.close()
 
     def __enter__(self) -> Store:
         return self
@@ -145,63 +87,44 @@ class Store:
     # -- registering ---------------------------------------------------------------------------
 
     def game_id(self, game: Game) -> int:
+        """The store's number of a game, registered if it is new."""
         description = {
             "model": game.model_hash,
             "numerics": game.numerics,
             "players": [[p.layer, p.part] for p in game.players],
         }
-        with self._transaction():
-            self._db.execute(
+        with self._file.transaction():
+            self._file.db.execute(
                 "INSERT OR IGNORE INTO games (hash, description) VALUES (?, ?)",
                 (game.content_hash, json.dumps(description)),
             )
-        return self._id("games", game.content_hash)
+        with self._file.translated():
+            query = "SELECT id FROM games WHERE hash = ?"
+            return int(self._file.db.execute(query, (game.content_hash,)).fetchone()[0])
 
     def games(self) -> dict[str, Game]:
         """Every game held, by hash."""
-        with self._translated():
-            rows = self._db.execute("SELECT hash, description FROM games")
+        with self._file.translated():
+            rows = self._file.db.execute("SELECT hash, description FROM games")
             return {content_hash: game_of(description) for content_hash, description in rows}
 
     def blocks_for(self, windows: TokenWindows | StoredWindows) -> list[WindowBlock]:
-        """Blocks that cover these windows, each once.
+        """Blocks that cover these windows, each window once.
 
-        Blocks already held whose windows are all wanted come first (largest first); the rest are
-        made new, at most `MAX_BLOCK_WINDOWS` windows each. So a larger number of windows scores
-        only what a smaller one has not.
+        Blocks that the store holds and whose windows are all wanted come first, the largest before
+        others; the remaining windows are put into new blocks of at most
+        `lpserve.store.blocks.MAX_BLOCK_WINDOWS`. So a run on more windows scores only those that
+        an earlier one on fewer has not.
         """
-        row_of = self._register_windows(windows)
-        chosen: list[WindowBlock] = []
-        with self._translated():
-            held: dict[int, list[int]] = {}
-            for block, window in self._db.execute(
-                "SELECT block, window FROM block_windows ORDER BY block, position"
-            ):
-                held.setdefault(block, []).append(window)
-        for block, members in sorted(held.items(), key=lambda item: (-len(item[1]), item[0])):
-            if all(window in row_of for window in members):
-                rows = [row_of.pop(window) for window in members]
-                chosen.append(WindowBlock(id=block, rows=np.array(rows, dtype=np.int64)))
-        rest = list(row_of.items())
-        for start in range(0, len(rest), MAX_BLOCK_WINDOWS):
-            part = rest[start : start + MAX_BLOCK_WINDOWS]
-            block = self._make_block([window for window, _ in part])
-            chosen.append(
-                WindowBlock(id=block, rows=np.array([row for _, row in part], dtype=np.int64))
-            )
-        return chosen
+        return self._blocks.covering(windows)
 
     # -- scores --------------------------------------------------------------------------------
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Commit what is put in the block at its end, at once: one wait for the disk."""
-        with self._transaction():
-            self._together = True
-            try:
-                yield
-            finally:
-                self._together = False
+        """Commit everything that is put inside the `with` in one transaction, at its end."""
+        with self._file.together():
+            yield
 
     def put(
         self,
@@ -211,7 +134,16 @@ class Store:
         nll_MN: FloatArray,
         metric: str = "nll",
     ) -> int:
-        """Commit scores; returns how many were new. Non-finite values are stored as they are."""
+        """Commit scores; returns how many (block, mask) rows were new.
+
+        Args:
+            nll_MN: sums over each of the block's windows, in the block's order; non-finite values
+                are stored as they are, and values beyond float32 as infinity.
+
+        Raises:
+            DiskFullError: no space; nothing of this call is stored.
+            StoreBusyError: another writer took over a shared store.
+        """
         with np.errstate(over="ignore"):  # beyond float32 is inf
             values_MN = np.asarray(nll_MN).astype("<f4")
         if values_MN.shape != (len(masks_MP), len(block.rows)):
@@ -221,10 +153,12 @@ class Store:
             (game, block.id, metric, key, value, checksum(game, block.id, metric, key, value))
             for key, value in zip(keys(masks_MP), values, strict=True)
         ]
-        with self._transaction():
-            before = self._db.total_changes
-            self._db.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?)", rows)
-            return self._db.total_changes - before
+        with self._file.transaction():
+            before = self._file.db.total_changes
+            self._file.db.executemany(
+                "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?)", rows
+            )
+            return self._file.db.total_changes - before
 
     def get(
         self,
@@ -233,24 +167,24 @@ class Store:
         masks_MP: BoolArray,
         metric: str = "nll",
     ) -> tuple[NDArray[np.float32], BoolArray]:
-        """What is known of these masks: NLL in nats `float32[M, N]` and `known bool[M, N]`.
+        """What is known of these masks: sums `float32[M, N]`, and which are known, `bool[M, N]`.
 
-        A window's score is found in whatever block holds it.
+        A window's score is found in whatever block holds it. Where it is not known the sum is NaN.
         """
-        ids = self._window_ids(windows)
+        ids = self._blocks.ids(windows)
         mask_keys = keys(masks_MP)
         row_of = {key: row for row, key in enumerate(dict.fromkeys(mask_keys))}
         nll_DN = np.full((len(row_of), len(ids)), np.nan, dtype=np.float32)
         known_DN = np.zeros(nll_DN.shape, dtype=bool)
-        for block, size, positions, columns in self._blocks_holding(ids):
-            for key, value in self._rows(game, block, metric, list(row_of)):
+        for held in self._blocks.holding(ids):
+            for key, value in self._rows(game, held.block, metric, list(row_of)):
                 value_N = np.frombuffer(value, dtype="<f4")
-                if len(value_N) != size:
-                    raise self._refused(
-                        f"is corrupt (a score of {len(value_N)} windows in a block of {size})"
+                if len(value_N) != held.size:
+                    raise self._file.refused(
+                        f"is corrupt (a score of {len(value_N)} windows in a block of {held.size})"
                     )
-                nll_DN[row_of[key], columns] = value_N[positions]
-                known_DN[row_of[key], columns] = True
+                nll_DN[row_of[key], held.columns] = value_N[held.positions]
+                known_DN[row_of[key], held.columns] = True
         rows_M = [row_of[key] for key in mask_keys]
         return nll_DN[rows_M], known_DN[rows_M]
 
@@ -258,8 +192,8 @@ class Store:
         """Every score held, by game, block, metric and mask, at most `masks` masks at once."""
         after = (0, 0, "", b"")
         while True:
-            with self._translated():
-                page = self._db.execute(
+            with self._file.translated():
+                page = self._file.db.execute(
                     "SELECT game, block, metric, mask, value FROM scores "
                     "WHERE (game, block, metric, mask) > (?, ?, ?, ?) "
                     "ORDER BY game, block, metric, mask LIMIT ?",
@@ -273,8 +207,8 @@ class Store:
 
     def count(self) -> int:
         """Scores held, over all games, blocks and metrics."""
-        with self._translated():
-            return int(self._db.execute("SELECT COUNT(*) FROM scores").fetchone()[0])
+        with self._file.translated():
+            return int(self._file.db.execute("SELECT COUNT(*) FROM scores").fetchone()[0])
 
     # -- quarantine ----------------------------------------------------------------------------
 
@@ -282,16 +216,16 @@ class Store:
         self, game: int, block: WindowBlock, mask_P: BoolArray, reason: str, metric: str = "nll"
     ) -> None:
         """Mark one mask as impossible to score on a block."""
-        with self._transaction():
-            self._db.execute(
+        with self._file.transaction():
+            self._file.db.execute(
                 "INSERT OR IGNORE INTO quarantine VALUES (?, ?, ?, ?, ?)",
                 (game, block.id, metric, keys(mask_P[None])[0], reason),
             )
 
     def quarantined(self, game: int, metric: str = "nll") -> dict[tuple[int, bytes], str]:
-        """(block id, mask key) -> reason."""
-        with self._translated():
-            rows = self._db.execute(
+        """Masks that cannot be scored: (block id, mask key) -> reason."""
+        with self._file.translated():
+            rows = self._file.db.execute(
                 "SELECT block, mask, reason FROM quarantine WHERE game = ? AND metric = ?",
                 (game, metric),
             )
@@ -302,10 +236,11 @@ class Store:
     def _stored(
         self, game: int, block: int, metric: str, values: dict[bytes, bytes]
     ) -> StoredScores:
-        with self._translated():
-            name = self._db.execute("SELECT hash FROM games WHERE id = ?", (game,)).fetchone()[0]
+        with self._file.translated():
+            query = "SELECT hash FROM games WHERE id = ?"
+            name = self._file.db.execute(query, (game,)).fetchone()[0]
             ids, hashes, num_tokens = zip(
-                *self._db.execute(
+                *self._file.db.execute(
                     "SELECT id, hash, num_tokens FROM block_windows JOIN windows ON id = window "
                     "WHERE block = ? ORDER BY position",
                     (block,),
@@ -315,10 +250,10 @@ class Store:
         nll_MN = np.frombuffer(b"".join(values.values()), dtype="<f4").reshape(-1, len(ids))
         first_MN = np.ones(nll_MN.shape, dtype=bool)
         row_of = {key: row for row, key in enumerate(values)}
-        for older, _, _, columns in self._blocks_holding(ids):
-            if older < block:
-                for key, _ in self._rows(game, older, metric, list(values)):
-                    first_MN[row_of[key], columns] = False
+        for older in self._blocks.holding(ids):
+            if older.block < block:
+                for key, _ in self._rows(game, older.block, metric, list(values)):
+                    first_MN[row_of[key], older.columns] = False
         return StoredScores(
             game=name,
             metric=metric,
@@ -328,181 +263,15 @@ class Store:
             windows=StoredWindows(hashes, np.array(num_tokens, dtype=np.int64)),
         )
 
-    def _verify(self) -> bool:
-        """Read the file through; returns whether it is still to be made a store.
-
-        Not while another host writes to it: reading for long would keep that from committing.
-        """
-        if not self.path.exists():
-            return True
-        try:
-            found, new = self._read_through()
-        except sqlite3.OperationalError as error:
-            # a writer was killed, and left its journal, after `reading` had looked for one
-            if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_READONLY_ROLLBACK:
-                raise
-            found, new = self._read_through()
-        if found:
-            raise self._refused(found)
-        return new
-
-    def _read_through(self) -> tuple[str | None, bool]:
-        """What is wrong with the file, if anything, and whether it is empty."""
-        with reading(self.path) as db:
-            self._lease.await_free(db)
-            found = problem(db)
-            return found, not found and is_empty(db)
-
-    def _prepare(self, new: bool) -> None:
-        if self._shared:
-            self._set_journal("delete")
-            # FULL alone may lose a commit with the power: the journal's removal, which commits,
-            # is an entry of the folder, and only EXTRA syncs that
-            self._db.execute("PRAGMA synchronous = EXTRA")
-            if new:
-                self._create()
-            self._lease.take(self._db)
-            self._lease.keep()
-        else:
-            # another host may see a disk of this one, and be at work there
-            if has_lease(self._db):
-                self._lease.take(self._db)
-            self._set_journal("wal")
-            self._db.execute("PRAGMA synchronous = FULL")
-            if new:
-                self._create()
-            self._lease.release(self._db)
-
-    def _set_journal(self, mode: str) -> None:
-        got = self._db.execute(f"PRAGMA journal_mode = {mode}").fetchone()[0]
-        if got != mode:
-            raise InputError(
-                f"store {self.path} cannot be kept here: its filesystem allows the journal mode "
-                f"{got!r} where {mode!r} is needed; name a file on another"
-            )
-
-    def _create(self) -> None:
-        with writing(self._db):
-            if not is_empty(self._db):
-                raise StoreBusyError(
-                    f"{self.path} is in use by another process, which has just made it; wait for "
-                    "it to end, or stop it"
-                )
-            create(self._db)
-
-    def _refused(self, problem: str) -> StoreCorruptError:
-        return StoreCorruptError(
-            f"store {self.path} {' '.join(problem.split())}; it is left as it is: restore a copy, "
-            "or name another file"
-        )
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """SQLite's errors as ours, in one line."""
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            extended = getattr(error, "sqlite_errorcode", 0)
-            code = extended & 0xFF
-            # no room for the shared memory file beside it is reported as its own kind of I/O error
-            if code == sqlite3.SQLITE_FULL or extended == sqlite3.SQLITE_IOERR_SHMSIZE:
-                raise DiskFullError(
-                    f"no space to write store {self.path}; what was committed is kept: free space "
-                    "and give the same command again"
-                ) from None
-            if code == sqlite3.SQLITE_BUSY:
-                raise StoreBusyError(
-                    f"store {self.path} is locked by another program that reads or writes it; what "
-                    "was committed is kept: wait for it to end, or stop it, and give the same "
-                    "command again"
-                ) from None
-            if extended in _LACKS:
-                raise InputError(
-                    f"store {self.path} cannot be kept here: its filesystem {_LACKS[extended]}; "
-                    "name a file on another"
-                ) from None
-            if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT):
-                raise self._refused(f"is corrupt ({error})") from None
-            if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-                raise InputError(f"store {self.path} cannot be written: {error}") from None
-            raise LpserveError(f"store {self.path}: {error}") from error
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._translated(), nullcontext() if self._together else writing(self._db):
-            if self._shared and not self._together:
-                self._lease.renew(self._db)
-            yield
-
-    def _id(self, table: str, content_hash: str) -> int:
-        with self._translated():
-            row = self._db.execute(f"SELECT id FROM {table} WHERE hash = ?", (content_hash,))
-            return int(row.fetchone()[0])
-
-    def _register_windows(self, windows: TokenWindows | StoredWindows) -> dict[int, int]:
-        """Window id -> row."""
-        with self._transaction():
-            self._db.executemany(
-                "INSERT OR IGNORE INTO windows (hash, num_tokens) VALUES (?, ?)",
-                zip(windows.window_hashes, windows.num_tokens_N.tolist(), strict=True),
-            )
-        ids = self._window_ids(windows)
-        return {window: row for row, window in enumerate(ids) if window is not None}
-
-    def _window_ids(self, windows: TokenWindows | StoredWindows) -> list[int | None]:
-        with self._translated():
-            found: dict[str, int] = {}
-            for start in range(0, len(windows.window_hashes), _KEYS_PER_QUERY):
-                part = windows.window_hashes[start : start + _KEYS_PER_QUERY]
-                marks = ",".join("?" * len(part))
-                found.update(
-                    self._db.execute(f"SELECT hash, id FROM windows WHERE hash IN ({marks})", part)
-                )
-            return [found.get(h) for h in windows.window_hashes]
-
-    def _make_block(self, members: Sequence[int]) -> int:
-        content_hash = hashlib.sha256(np.array(members, dtype="<i8").tobytes()).hexdigest()
-        with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO blocks (hash) VALUES (?)", (content_hash,))
-            block = self._db.execute(
-                "SELECT id FROM blocks WHERE hash = ?", (content_hash,)
-            ).fetchone()[0]
-            self._db.executemany(
-                "INSERT OR IGNORE INTO block_windows VALUES (?, ?, ?)",
-                [(block, position, window) for position, window in enumerate(members)],
-            )
-        return int(block)
-
-    def _blocks_holding(
-        self, ids: Sequence[int | None]
-    ) -> Iterator[tuple[int, int, IntArray, IntArray]]:
-        """(block, its size, positions in it, their wanted columns) for blocks with wanted ids."""
-        columns: dict[int, list[int]] = {}
-        for column, window in enumerate(ids):
-            if window is not None:
-                columns.setdefault(window, []).append(column)
-        with self._translated():
-            sizes = dict(
-                self._db.execute("SELECT block, COUNT(*) FROM block_windows GROUP BY block")
-            )
-            pairs: dict[int, list[tuple[int, int]]] = {}
-            for window, wanted in columns.items():
-                for block, position in self._db.execute(
-                    "SELECT block, position FROM block_windows WHERE window = ?", (window,)
-                ):
-                    pairs.setdefault(block, []).extend((position, column) for column in wanted)
-        for block in sorted(pairs, reverse=True):  # where blocks overlap, the oldest is read last
-            positions, taken = np.array(pairs[block], dtype=np.int64).T
-            yield block, sizes[block], positions, taken
-
     def _rows(
         self, game: int, block: int, metric: str, mask_keys: list[bytes]
     ) -> Iterator[tuple[bytes, bytes]]:
-        for start in range(0, len(mask_keys), _KEYS_PER_QUERY):
-            part = mask_keys[start : start + _KEYS_PER_QUERY]
+        """(mask key, stored values) of those masks that have a row."""
+        for start in range(0, len(mask_keys), KEYS_PER_QUERY):
+            part = mask_keys[start : start + KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
-            with self._translated():
-                yield from self._db.execute(
+            with self._file.translated():
+                yield from self._file.db.execute(
                     "SELECT mask, value FROM scores WHERE game = ? AND block = ? AND metric = ? "
                     f"AND mask IN ({marks})",
                     (game, block, metric, *part),

@@ -13,21 +13,22 @@ Knows pyarrow and the store, no run and no engine.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
-from lpserve.errors import DiskFullError, InputError
+from lpserve.errors import InputError, first_line
 from lpserve.masks import from_keys
-from lpserve.store.store import Store, StoredScores, StoredWindows
+from lpserve.store.blocks import StoredWindows
+from lpserve.store.files import write_whole
+from lpserve.store.store import Store, StoredScores
 from lpserve.types import Game, Player
 
 SCHEMA = pa.schema(
@@ -46,25 +47,18 @@ def export_scores(store: Store, path: str | Path) -> int:
         DiskFullError: no space.
     """
     path = _checked(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     games, rows = store.games(), 0
-    try:
-        with temporary.open("wb") as file:
-            make = csv.CSVWriter if path.suffix == ".csv" else parquet.ParquetWriter
-            with make(file, SCHEMA) as writer:
-                for scores in store.read_all():
-                    batch = _table_rows(games[scores.game], scores)
-                    writer.write_batch(batch)
-                    rows += batch.num_rows
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(f"no space to write {path}; free space and export again") from None
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def write(file: BinaryIO) -> None:
+        nonlocal rows
+        make = csv.CSVWriter if path.suffix == ".csv" else parquet.ParquetWriter
+        with make(file, SCHEMA) as writer:
+            for scores in store.read_all():
+                batch = _table_rows(games[scores.game], scores)
+                writer.write_batch(batch)
+                rows += batch.num_rows
+
+    write_whole(path, write, advice="free space and export again")
     return rows
 
 
@@ -182,7 +176,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
                 raise InputError(f"{path} has empty cells in column {', '.join(empty)}")
             yield batch
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def _open_csv(path: Path) -> tuple[list[str], Iterator[pa.RecordBatch]]:

@@ -13,6 +13,7 @@ import csv
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pyarrow import parquet
 from lpserve.plan.plan import Plan, load_plan
 from lpserve.report.page import page
 from lpserve.report.tracking import Metric, Tracking, log_run
-from lpserve.store.run_folder import space_checked, write_whole
+from lpserve.store.files import write_text, write_whole
 from lpserve.study.agreement import LEVEL, Choice, Estimate, PointAnswer, choices, tau
 from lpserve.study.study import DIMENSIONS
 from lpserve.study.sweep import Finished, SweepResult
@@ -78,7 +79,7 @@ def write_sweep(result: SweepResult) -> None:
     sets = [row for run in result.points for row in _set_rows(run, plans, result.study.removed)]
     _write_table(out / "sets", sets, _SETS)
     _write_table(out / "values", [row for rows in values.values() for row in rows], _VALUES)
-    write_whole(out / "sweep.html", render(result, plans, values))
+    write_text(out / "sweep.html", render(result, plans, values))
 
 
 def _read(result: SweepResult) -> tuple[dict[str, Plan], dict[str, list[dict[str, Any]]]]:
@@ -322,11 +323,7 @@ def _times(twice: int) -> str:
 def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     table = pa.Table.from_pylist(rows, schema=schema)
     for suffix, write in ((".parquet", parquet.write_table), (".csv", pa_csv.write_csv)):
-        target = path.with_suffix(suffix)
-        temporary = target.with_name(f".{target.name}.tmp")
-        with space_checked(target):
-            write(table, temporary)
-            temporary.replace(target)
+        write_whole(path.with_suffix(suffix), partial(write, table))
 
 
 def write_record(result: SweepResult) -> None:
@@ -353,4 +350,4 @@ def write_record(result: SweepResult) -> None:
         "scores_read": result.scores_read,
         "versions": {"lpserve": lpserve.__version__},
     }
-    write_whole(study.out / "sweep.json", json.dumps(record, indent=1) + "\n")
+    write_text(study.out / "sweep.json", json.dumps(record, indent=1) + "\n")

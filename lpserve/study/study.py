@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.config import RunConfig, as_json, config_from, corpora
+from lpserve.data.corpora import WindowRequest
 from lpserve.data.items import ItemSet
+from lpserve.data.prepare import check_utility
 from lpserve.data.tasks import cut_item_sets
-from lpserve.data.windows import TokenWindows, WindowRequest
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
-from lpserve.runner.setup import check_model, check_sides, check_utility
-from lpserve.types import is_task_utility, metric_of
+from lpserve.runner.setup import check_model, check_sides
+from lpserve.utility import utility_named
 
 DIMENSIONS = (
     "model",
@@ -102,7 +104,7 @@ class Study:
     @property
     def metrics(self) -> tuple[str, ...]:
         """What the utilities are made of: every mask is scored for all of them at once."""
-        return tuple(dict.fromkeys(metric_of(p.config.utility) for p in self.points))
+        return tuple(dict.fromkeys(utility_named(p.config.utility).metric for p in self.points))
 
     @property
     def num_runs(self) -> int:
@@ -124,7 +126,7 @@ class Study:
             shared = REREAD if self.masks == "shared" else ()
             config = as_json(point.config)
             kept = {k: v for k, v in config.items() if k not in (*shared, *_WHERE)}
-            kept["tasks"] = is_task_utility(point.config.utility)
+            kept["tasks"] = utility_named(point.config.utility).item == "question"
             members.setdefault(_digest(kept), []).append(point)
         return [self._family(points) for points in members.values()]
 
@@ -425,7 +427,7 @@ def study_windows(study: Study, configs: Sequence[RunConfig]) -> StudyWindows:
     for config in configs:
         config.check_unused_keys(num_fewshot=False)
         calibration, held = windows.of(config)
-        check_utility(config.utility, calibration, held)
+        check_utility(utility_named(config.utility), calibration, held)
         if calibration.content_hash not in told:
             check_sides(base, calibration, held)
         told.add(calibration.content_hash)

@@ -28,13 +28,11 @@ from lpserve.errors import (
     StoreBusyError,
     StoreCorruptError,
 )
-from lpserve.runner.coordinator import RunResult, Seat, run_at
-from lpserve.scoring.open import engine_spec, open_pool
-from lpserve.scoring.pool import EnginePool
-from lpserve.scoring.progress import Progress
+from lpserve.runner.coordinator import RunResult, run_at
+from lpserve.scoring.session import ScoringSession
 from lpserve.scoring.signals import Signals, trap_signals
+from lpserve.store.files import write_text
 from lpserve.store.lock import PathLock
-from lpserve.store.run_folder import write_whole
 from lpserve.store.store import Store
 from lpserve.study.study import Family, Point, Study, StudyWindows, study_windows
 
@@ -160,12 +158,12 @@ class _Sweep:
     signals: Signals
     log: Callable[[str], None]
     found: list[Finished] = field(default_factory=list)
-    _pool: EnginePool | None = None
+    _session: ScoringSession | None = None
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
     def run(self, group: Sequence[Family]) -> None:
         """The families of one model and dtype; its engines are closed at the end."""
@@ -215,12 +213,10 @@ class _Sweep:
         started = time.monotonic()
         try:
             calibration, heldout = windows.of(point.config)
-            seat = Seat(store=self.store, pool=self._opened(point, windows), signals=self.signals)
             result = run_at(
                 point.config,
                 (calibration, heldout),
-                seat,
-                Progress(interval_s=point.config.progress_s),
+                self._opened(point, windows),
                 masks_of=masks_of[1] if masks_of else None,
                 extra_metrics=self.study.metrics,
             )
@@ -245,14 +241,17 @@ class _Sweep:
         _write(run, calibration, heldout, self.study.metrics)
         return self._add(run)
 
-    def _opened(self, point: Point, windows: StudyWindows) -> EnginePool:
-        if self._pool is None:
-            config = point.config
-            longest = windows.longest
-            spec = engine_spec(config, self._settings_before(config), longest.length)
-            self.signals.at_work = False  # loading a model may be broken off
-            self._pool = open_pool(config, spec, longest, self.log)
-        return self._pool
+    def _opened(self, point: Point, windows: StudyWindows) -> ScoringSession:
+        if self._session is None:
+            self._session = ScoringSession(
+                point.config,
+                windows.longest,
+                store=self.store,
+                stored=self._settings_before(point.config),
+                signals=self.signals,
+                log=self.log,
+            )
+        return self._session
 
     def _settings_before(self, config: RunConfig) -> dict[str, Any] | None:
         """config.json of a finished run of this model and dtype, whose settings engines keep."""
@@ -321,7 +320,7 @@ def _write(run: Finished, calibration: ItemSet, heldout: ItemSet, metrics: Seque
         "calibration": calibration.content_hash,
         "heldout": heldout.content_hash,
     }
-    write_whole(run.folder / "point.json", json.dumps(record, indent=1) + "\n")
+    write_text(run.folder / "point.json", json.dumps(record, indent=1) + "\n")
     (run.folder / "failure.txt").unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from lpserve.masks import all_masks, draw, drop_one, full_mask, without
 from lpserve.types import BoolArray, FloatArray, IntArray
-from lpserve.values.shapley import exact_values
+from lpserve.values.exact import exact_values
 
 _LISTED = 5000  # masks of a stratum
 _CORRELATED = 200  # masks of a stratum whose losses are correlated over windows

@@ -12,9 +12,10 @@ from lpserve.config import RunConfig
 from lpserve.data.windows import TokenWindows
 from lpserve.masks import keys
 from lpserve.runner.coordinator import RunResult, run
-from lpserve.scoring.dispatcher import Dispatcher, GivenUp
+from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.pool import EnginePool
-from lpserve.store.store import WindowBlock
+from lpserve.scoring.units import GivenUp
+from lpserve.store.blocks import WindowBlock
 from lpserve.testing.runs import NUM_PLAYERS, make_config, stored_scores
 from lpserve.types import EngineSpec
 

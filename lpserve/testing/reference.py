@@ -222,13 +222,20 @@ FAMILIES = ("llama", "qwen3", "mistral-window", "gemma2", "gpt2")
 
 
 def save_model(config: PretrainedConfig, path: Path, seed: int, **save: object) -> Path:
-    """A random float32 model on disk. Norm weights are drawn too, so that they matter."""
+    """A random float32 model on disk. Norm weights are drawn too, so that they matter.
+
+    So is the padding token's embedding, which transformers makes zero: a window that begins with
+    that token would have a state of zero after any layers: no direction, and all logits equal.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.normal_(1.0, 0.2)
+        embeddings: Any = model.get_input_embeddings()
+        if embeddings.padding_idx is not None:
+            embeddings.weight[embeddings.padding_idx].normal_(0.0, float(embeddings.weight.std()))
     model.save_pretrained(path, **save)
     return path
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 
 from lpserve.types import BoolArray, FloatArray, IntArray
-from lpserve.values.shapley import ShapleyValues
+from lpserve.values.result import ShapleyValues
 
 _FOLDS = 5
 _LEAST_MASKS = 20

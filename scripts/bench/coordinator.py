@@ -35,16 +35,17 @@ import ray
 from probes import MIB, machine_lines, publish
 
 import lpserve.runner.coordinator
-import lpserve.scoring.dispatcher
+import lpserve.scoring.pace
 import lpserve.scoring.ray.pool
 from lpserve.config import config_from
 from lpserve.data.windows import TokenWindows
 from lpserve.rounds.history import Round
 from lpserve.runner.coordinator import run
-from lpserve.scoring.dispatcher import Dispatcher, GivenUp
+from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.pool import WorkUnit
 from lpserve.scoring.ray.pool import RayPool
-from lpserve.scoring.tracker import Request, ScoreTracker
+from lpserve.scoring.tracker import ScoreRequest, ScoreTracker
+from lpserve.scoring.units import GivenUp
 from lpserve.store.store import Store
 from lpserve.testing.pools import distinct_masks
 from lpserve.types import BoolArray, EngineSpec
@@ -149,7 +150,7 @@ def windows() -> TokenWindows:
 
 def stream(engines: int, masks: int, delay_s: float, batch_s: float) -> Stream:
     """Score distinct masks; at most two requests of `REQUEST_MASKS` masks are open."""
-    lpserve.scoring.dispatcher.TARGET_UNIT_S = batch_s
+    lpserve.scoring.pace.TARGET_UNIT_S = batch_s
     options = {"num_players": NUM_PLAYERS, "delay_s": delay_s}
     spec = EngineSpec(kind="synthetic", model="", options=options)
     TimedPool.lags = Lags()
@@ -172,7 +173,7 @@ def _pump(
     source: Iterator[BoolArray],
     engines: int,
 ) -> Stream:
-    done, pending = Stream(), list[Request]()
+    done, pending = Stream(), list[ScoreRequest]()
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     busy: dict[str, float] = {}
@@ -230,7 +231,7 @@ class Refits:
 
 def refits(*, in_loop: bool, budget: int) -> Refits:
     """A run of 4 engines; how long submits wait, and how long proposing a round takes."""
-    lpserve.scoring.dispatcher.TARGET_UNIT_S = BATCH_S
+    lpserve.scoring.pace.TARGET_UNIT_S = BATCH_S
     spent: list[float] = []
     plain_propose = lpserve.runner.coordinator.RoundPlanner.propose
     on_thread = lpserve.runner.coordinator.in_background
@@ -345,7 +346,7 @@ def batch_lines(args: argparse.Namespace) -> list[str]:
         "| masks a batch | batches | batches/s | wall clock a batch, ms | driver CPU a batch, ms |",
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
-    least, lpserve.scoring.dispatcher.LEAST_UNIT_S = lpserve.scoring.dispatcher.LEAST_UNIT_S, 1e-3
+    least, lpserve.scoring.pace.LEAST_UNIT_S = lpserve.scoring.pace.LEAST_UNIT_S, 1e-3
     for delay_s in (0.005, 0.002):
         done = stream(8, args.batch_masks, delay_s, 0.02)
         lines.append(
@@ -353,7 +354,7 @@ def batch_lines(args: argparse.Namespace) -> list[str]:
             f"{done.batches / done.wall_s:.0f} | {1e3 * done.wall_s / done.batches:.2f} | "
             f"{1e3 * done.cpu_s / done.batches:.2f} |"
         )
-    lpserve.scoring.dispatcher.LEAST_UNIT_S = least
+    lpserve.scoring.pace.LEAST_UNIT_S = least
     return [*lines, ""]
 
 

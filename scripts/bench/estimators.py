@@ -51,12 +51,13 @@ from lpserve.masks import (
     paper_kept_counts,
     trie_layer_forwards,
 )
-from lpserve.rivals.baselines import PAPER_COALITIONS, PAPER_DRAWS, paper_draws
+from lpserve.rivals.paper import PAPER_COALITIONS, PAPER_DRAWS, paper_draws
 from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, select_for_values
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.surrogate import QUICK_TUNING_MASKS, AutoSurrogate, PaperSurrogate
 from lpserve.types import UTILITIES, Z90, BoolArray, FloatArray, utilities
-from lpserve.values.shapley import exact_values, monte_carlo_values
+from lpserve.values.exact import exact_values
+from lpserve.values.sampling import monte_carlo_values
 
 BUDGETS = (60, 100, 200, 400, 800)
 PLAN_BUDGETS = (60, 90, 120, 160, 200, 300)

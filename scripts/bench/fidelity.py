@@ -24,14 +24,15 @@ from pathlib import Path
 import numpy as np
 from estimators import ExactGame, read_game
 from plan_rivals import Arena
-from played_rounds import Utility, played_rounds
+from played_rounds import played_rounds
 from probes import machine_lines, publish
 from threadpoolctl import threadpool_limits
 
 from lpserve.rivals.accounting import Spent
-from lpserve.rivals.baselines import Ask
-from lpserve.rounds.planner import RoundSettings
-from lpserve.types import BoolArray, FloatArray, known_utilities
+from lpserve.rivals.proposer import Ask
+from lpserve.rounds.settings import RoundSettings
+from lpserve.types import BoolArray, FloatArray
+from lpserve.utility import utility_named
 
 BUDGETS = (90, 120, 160, 200, 300)
 
@@ -61,25 +62,20 @@ def spend(
         round_size=players,
         goal=goal,
     )
-    full_N = game.nll_of(np.ones((1, players), dtype=bool))[0]
     few, others = range(screen), range(screen, arena.num_windows)
-
-    def of(name: str, windows: range | None = None) -> Utility:
-        return lambda nll_MN: known_utilities(name, nll_MN, game.tokens_N, full_N, windows)
-
     rounds = played_rounds(
         settings,
         game.nll_of,
-        of("neg_nll"),
-        of("ppl_ratio"),
+        utility_named("neg_nll"),
+        game.tokens_N,
         budget,
-        screen=(np.array(few), of("ppl_ratio", few)) if screen else None,
+        screen=np.array(few) if screen else None,
     )
     spent = Spent(arena.num_windows)
     whole: list[BoolArray] = []
     masks = mask_windows = 0
     for asked in rounds:
-        new_whole_MP = np.concatenate([asked.masks_MP[asked.whole_M], asked.promoted_QP])
+        new_whole_MP = np.concatenate([asked.masks_MP[asked.full_M], asked.promoted_MP])
         masks += len(asked)
         whole.append(new_whole_MP)
         for masks_MP, windows in ((asked.masks_MP, few), (new_whole_MP, others)):

@@ -33,8 +33,10 @@ from threadpoolctl import threadpool_limits
 import lpserve
 from lpserve.analysis.resample import mean_nll, window_weights
 from lpserve.masks import StratifiedDesign, full_mask, keys
-from lpserve.rivals.baselines import PAPER_DRAWS, Proposer, drive, greedy, paper
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rivals.greedy import greedy
+from lpserve.rivals.paper import PAPER_DRAWS, paper
+from lpserve.rivals.proposer import Proposer, drive
+from lpserve.rounds.settings import RoundSettings
 from lpserve.surrogate import make_surrogate
 from lpserve.testing.layer_games import NUM_TOKENS, ProductGame, layer_game, reference_best
 from lpserve.types import Z90, BoolArray, FloatArray

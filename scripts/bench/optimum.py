@@ -23,7 +23,7 @@ from lpserve.demo import demo_values
 from lpserve.masks import all_masks
 from lpserve.scoring.progress import Progress
 from lpserve.types import Z90
-from lpserve.values.shapley import exact_values
+from lpserve.values.exact import exact_values
 
 
 def main() -> None:

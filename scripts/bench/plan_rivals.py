@@ -29,20 +29,12 @@ from threadpoolctl import threadpool_limits
 
 from lpserve.masks import all_masks, paper_kept_counts
 from lpserve.rivals.accounting import Spent, within
-from lpserve.rivals.baselines import (
-    PAPER_DRAWS,
-    PAPER_LEAST_DRAWS,
-    Ask,
-    Proposer,
-    drive,
-    evolutionary,
-    greedy,
-    one_shot,
-    paper,
-    random_search,
-)
+from lpserve.rivals.evopress import evolutionary
+from lpserve.rivals.paper import PAPER_DRAWS, PAPER_LEAST_DRAWS, paper
+from lpserve.rivals.proposer import Ask, Proposer, SearchSetting, drive
+from lpserve.rivals.registry import RIVALS
 from lpserve.rounds.acquisition import HEAD_COST
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rounds.settings import RoundSettings
 from lpserve.types import BoolArray, FloatArray
 
 BUDGETS = (60, 90, 120, 160, 200, 400, 800)
@@ -142,17 +134,27 @@ def our_batches(game: Game, max_removed: int, seed: int, budget: int) -> list[Bo
 def rivals(
     players: int, max_removed: int, num_windows: int
 ) -> dict[str, Callable[[int], Proposer]]:
-    """Seed -> proposer, of those that need not know their budget."""
-    return {
-        "random sets": lambda seed: random_search(players, max_removed, seed),
-        "one-shot (Shortened-LLaMA)": lambda seed: one_shot(players, max_removed),
-        "greedy (SLEB)": lambda seed: greedy(players, max_removed),
-        "EvoPress": lambda seed: evolutionary(
-            players, max_removed, num_windows=num_windows, seed=seed
-        ),
-        "EvoPress, all windows": lambda seed: evolutionary(
+    """Seed -> proposer, of the registry's rivals that need neither an engine nor their budget, and
+    EvoPress with every selection on all windows."""
+
+    def setting(seed: int) -> SearchSetting:
+        return SearchSetting(
+            num_players=players,
+            max_removed=max_removed,
+            num_windows=num_windows,
+            budget=2**players,
+            seed=seed,
+        )
+
+    found: dict[str, Callable[[int], Proposer]] = {
+        name: lambda seed, rival=rival: rival.make(setting(seed))
+        for name, rival in RIVALS.items()
+        if rival.needs is None and not rival.plans_its_budget
+    }
+    return found | {
+        "evopress, all windows": lambda seed: evolutionary(
             players, max_removed, num_windows=num_windows, seed=seed, first_share=1.0
-        ),
+        )
     }
 
 

@@ -6,21 +6,21 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lpserve.rounds.history import History, Round
-from lpserve.rounds.planner import RoundPlanner, RoundSettings
-from lpserve.types import BoolArray, FloatArray
-
-Utility = Callable[[np.ndarray], FloatArray]
+from lpserve.rounds.history import CompletedRound, Round
+from lpserve.rounds.planner import RoundPlanner
+from lpserve.rounds.settings import RoundSettings
+from lpserve.types import BoolArray, IntArray
+from lpserve.utility import Utility
 
 
 def played_rounds(
     settings: RoundSettings,
     nll_of: Callable[[BoolArray], np.ndarray],
     utility: Utility,
-    search_utility: Utility | None,
+    num_tokens_N: IntArray,
     budget: int,
     *,
-    screen: tuple[np.ndarray, Utility] | None = None,
+    screen: IntArray | None = None,
 ) -> Iterator[Round]:
     """One round after another, cut where the budget ends.
 
@@ -28,24 +28,22 @@ def played_rounds(
 
     Args:
         nll_of: masks -> `float32[M, N]`, nats.
-        utility, search_utility: see `RoundPlanner`.
-        screen: rows of the screen's windows, and the search utility on them.
+        utility, num_tokens_N, screen: see `RoundPlanner`.
     """
-    rows, of_screen = screen or (None, None)
-    planner, history = RoundPlanner(settings, utility, search_utility, of_screen), History()
+    planner = RoundPlanner(settings, utility, num_tokens_N, screen=screen)
+    rounds: list[CompletedRound] = []
 
     def score(asked: Round) -> None:
         nll_MN = nll_of(asked.all_masks)
-        if rows is not None:
-            others_N = ~np.isin(np.arange(nll_MN.shape[1]), rows)
-            screened = np.flatnonzero(~asked.whole_M)
+        if screen is not None:
+            others_N = ~np.isin(np.arange(nll_MN.shape[1]), screen)
+            screened = np.flatnonzero(~asked.full_M)
             nll_MN[np.ix_(screened, np.flatnonzero(others_N))] = np.nan
-        history.masks.append(asked.all_masks)
-        history.loss.append(nll_MN)
+        rounds.append(CompletedRound(asked.all_masks, nll_MN, nll_MN))
 
     index, left, last = 0, budget, None
     while left:
-        asked = planner.propose(index, history).first(left)
+        asked = planner.propose(index, rounds).first(left)
         if not len(asked.all_masks):
             break
         if last is not None:
@@ -54,6 +52,6 @@ def played_rounds(
         yield asked
     if last is not None:
         score(last)
-    while len((asked := planner.settle(history)).promoted_QP):
+    while len((asked := planner.settle(rounds)).promoted_MP):
         score(asked)
         yield asked

@@ -32,9 +32,10 @@ import numpy as np
 from probes import publish
 
 from lpserve.data.windows import TokenWindows
-from lpserve.scoring.dispatcher import Dispatcher, GivenUp
-from lpserve.scoring.ray.pool import DEADLINE_FACTOR, LEAST_DEADLINE_S
-from lpserve.store.store import WindowBlock
+from lpserve.scoring.dispatcher import Dispatcher
+from lpserve.scoring.ray.fleet import DEADLINE_FACTOR, LEAST_DEADLINE_S
+from lpserve.scoring.units import GivenUp
+from lpserve.store.blocks import WindowBlock
 from lpserve.testing.pools import SimulatedPool, SimulationSetting, distinct_masks
 from lpserve.types import BoolArray
 

@@ -33,12 +33,8 @@ from scoring import paper_masks  # noqa: E402
 from lpserve.masks import StratifiedDesign, draw, paper_kept_counts  # noqa: E402
 from lpserve.surrogate import KernelSurrogate, PaperSurrogate  # noqa: E402
 from lpserve.types import BoolArray, FloatArray  # noqa: E402
-from lpserve.values.shapley import (  # noqa: E402
-    kernel_values,
-    monte_carlo_values,
-    paper_values,
-    toggle_differences,
-)
+from lpserve.values.closed_form import kernel_values  # noqa: E402
+from lpserve.values.sampling import monte_carlo_values, paper_values, toggle_differences  # noqa: E402
 
 TARGET_S = 2.0
 TARGET_TAKE = 1e6

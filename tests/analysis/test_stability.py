@@ -81,12 +81,12 @@ def test_a_clear_winner_is_settled(rng):
     assert found.num_sets == 4
 
 
-def test_a_tie_within_window_noise_is_told_with_the_windows_that_would_settle_it(rng):
+def test_a_tie_within_window_noise_is_told_with_the_windows_that_would_settle_it(statistical_rng):
     """The rival is a known gap behind; noise that both share cancels."""
     num_windows, gap = 16, 0.02
-    own = rng.normal(0, 0.1, num_windows)
+    own = statistical_rng.normal(0, 0.1, num_windows)
     own -= own.mean()
-    shared = rng.normal(0, 5.0, num_windows)
+    shared = statistical_rng.normal(0, 5.0, num_windows)
     noise = np.array([shared, shared + own, shared])
     masks, nll, tokens = sets_with(np.array([3.0, 3.0 + gap, 9.0]), noise)
     found = set_stability(masks, nll, tokens, [("a", num_windows)], 0, 1)

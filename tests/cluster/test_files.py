@@ -17,7 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from lpserve.cli.entry import _parser, main
+from lpserve.cli.entry import main, make_parser
 from lpserve.config import config_from
 from lpserve.engine.vllm.options import check_options
 from lpserve.testing.checkpoints import llama_headers
@@ -124,7 +124,7 @@ def rayjob() -> dict[str, Any]:
 
 @pytest.mark.parametrize(("where", "words"), commands(), ids=lambda v: " ".join(v)[:60])
 def test_every_command_is_one_that_lpserve_takes(where, words):
-    arguments = vars(_parser().parse_args(words))
+    arguments = vars(make_parser().parse_args(words))
     if words[0] == "run" and arguments["model"] and arguments["calibration"]:
         options = dict(arguments["engine_option"] or [])
         check_options(options)
@@ -213,13 +213,13 @@ def test_the_ray_job_has_4_nodes_of_8_gpus_and_engines_that_fit():
     gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
     assert (workers["replicas"], gpus) == (4, 8)
     ((_, words),) = (found for found in commands() if found[0] == "rayjob.yaml")
-    options = dict(_parser().parse_args(words).engine_option)
+    options = dict(make_parser().parse_args(words).engine_option)
     assert gpus % options["tensor_parallel_size"] == 0
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
     assert mounts["/models"]["readOnly"]
     assert "/dev/shm" in mounts
     head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    grace_s = _parser().parse_args(words).grace_s
+    grace_s = make_parser().parse_args(words).grace_s
     assert head["terminationGracePeriodSeconds"] > grace_s
     env = {entry["name"]: entry["value"] for entry in head["containers"][0]["env"]}
     assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) > grace_s

@@ -49,12 +49,11 @@ def free_ports(rng: np.random.Generator, count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
+def jobs(tmp_path_factory, module_rng):
     """A head node with a dashboard; returns a function that runs `ray job ...` against it."""
-    rng = np.random.default_rng()
-    port, dashboard, client, agent = free_ports(rng, 4)
+    port, dashboard, client, agent = free_ports(module_rng, 4)
     token = tmp_path_factory.mktemp("ray") / "token"
-    token.write_text(rng.bytes(16).hex())
+    token.write_text(module_rng.bytes(16).hex())
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),

@@ -11,6 +11,7 @@ import csv
 import json
 import shutil
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,16 +29,13 @@ from lpserve.data.questions import Questions
 from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
-from lpserve.evaluation.evaluate import EvalConfig, evaluate
+from lpserve.evaluation.evaluate import evaluate
+from lpserve.evaluation.settings import EvalConfig
 from lpserve.masks import all_masks, full_mask, key_text, keys
 from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
 from lpserve.runner.coordinator import run
 from lpserve.runner.setup import check_model, item_sets_of
-from lpserve.scoring.open import engine_spec
-from lpserve.scoring.pool import LocalPool
-from lpserve.scoring.progress import Progress
-from lpserve.scoring.signals import trap_signals
-from lpserve.store.store import Store
+from lpserve.scoring.session import ScoringSession
 from lpserve.testing.games import shapley_by_hand
 from lpserve.testing.reference import save_model
 from lpserve.testing.runs import stored_scores
@@ -167,7 +165,7 @@ def test_noise_of_a_loss_is_that_of_its_answers(utility, rng):
     questions, _ = some_questions(rng, 60)
     questions = replace(questions, chars_QC=np.where(questions.answers_QC >= 0, 10, 0))
     if "margin" not in utility:  # without a choice, misses are not made of NLLs
-        questions = questions.select(np.flatnonzero(~questions.open_Q))
+        questions = questions.select(np.flatnonzero(~questions.open_ended_Q))
     num_tokens_N = questions.windows.num_tokens_N
     full_N = rng.gamma(2.0, 5.0, len(num_tokens_N)).astype(np.float32)
     of_token = 0.5
@@ -320,7 +318,7 @@ def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path,
             gap = held[keys(mask_P[None])[0]] - held[key]
             assert other.heldout_delta == pytest.approx(gap, abs=2 * TOLERANCE)
     again = read_record(result.folder)
-    assert np.array_equal(again.loss_MN, outcome.scored.loss_MN)
+    assert np.array_equal(again.loss_MN, outcome.scored.loss_MI)
     assert main(["plan", str(result.folder), "--max-removed", "2"]) == 0
     printed = capsys.readouterr().out
     assert utility in printed
@@ -395,9 +393,9 @@ def test_few_questions_may_screen_sets(small_model, tmp_path):
         pytest.fail("no run left a screened set")
     assert scored.screen == (0, 1, 2)
     for row in np.flatnonzero(screened_M):
-        assert np.isfinite(scored.loss_MN[row, :3]).all()
-        assert np.isnan(scored.loss_MN[row, 3:]).all()
-    whole_M = np.isfinite(scored.loss_MN).all(axis=1)
+        assert np.isfinite(scored.loss_MI[row, :3]).all()
+        assert np.isnan(scored.loss_MI[row, 3:]).all()
+    whole_M = np.isfinite(scored.loss_MI).all(axis=1)
     assert (whole_M | screened_M).all()
     # and the store holds no score of the other questions' windows
     calibration, _ = item_sets_of(config_from(values, "test"))
@@ -635,35 +633,28 @@ def test_what_one_seed_holds_out_no_other_calibrates_on(small_model, tmp_path):
 
 def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model, tmp_path):
     """A study whose leader was given up on one window of a wrong answer."""
-    from lpserve.runner.coordinator import Seat, run_at
+    from lpserve.runner.coordinator import run_at
 
     config = config_from(
         task_run_values(tmp_path, small_model, CHOICE, "task_margin", budget=40, sizes=None), "test"
     )
     result = run(config)
     scored = result.outcome.scored
-    loss_MN = scored.loss_MN.copy()
-    loss_MN[5, 3] = np.nan  # the right answers' NLLs are all there
+    loss_MI = scored.loss_MI.copy()
+    loss_MI[5, 3] = np.nan  # the right answers' NLLs are all there
     with sqlite3.connect(tmp_path / "run" / "scores.sqlite") as db:
         db.execute("DELETE FROM scores WHERE mask = ?", (keys(scored.masks_MP)[5],))
     follower = replace(config, seed=1, out=str(tmp_path / "follower"))
-    with Store(tmp_path / "run" / "scores.sqlite", holder="a test") as store:
-        samples = item_sets_of(config)
-        spec = engine_spec(config, None, samples[0].windows.length)
-        pool = LocalPool(spec, samples[0].windows)
-        try:
-            with trap_signals() as signals:
-                seat = Seat(store=store, pool=pool, signals=signals)
-                told = run_at(
-                    check_model(follower),
-                    samples,
-                    seat,
-                    Progress(interval_s=100.0),
-                    masks_of=replace(scored, other_loss_MN=loss_MN),
-                )
-        finally:
-            pool.close()
-    assert np.isnan(told.outcome.scored.loss_MN[5]).any()
+    samples = item_sets_of(config)
+    store = tmp_path / "run" / "scores.sqlite"
+    with closing(ScoringSession(config, samples[0].windows, store=store)) as session:
+        told = run_at(
+            check_model(follower),
+            samples,
+            session,
+            masks_of=replace(scored, loss_MI=loss_MI),
+        )
+    assert np.isnan(told.outcome.scored.loss_MI[5]).any()
 
 
 def test_shares_of_a_margin_are_for_each_token(small_model, tmp_path):
@@ -737,7 +728,7 @@ def test_a_question_that_comes_twice_is_asked_once(small_model, tmp_path, rng):
         ({"num_windows": 81}, "too few questions: 80 different ones, 81 are asked for"),
         ({"heldout_windows": 21}, "too few questions: 20 different ones held out, 21"),
         ({"heldout": {"a": f"task:{LAST_WORD}", "b": "x.txt"}}, "held-out 'a' is a task beside"),
-        ({"calibration": f"task:{LAST_WORD}", "utility": "task_acc_norm"}, "without a choice"),
+        ({"calibration": f"task:{LAST_WORD}", "utility": "task_acc_norm"}, "open-ended"),
         ({"num_fewshot": -1}, "num_fewshot must be a whole number, at least 0"),
         ({"screen_windows": 8}, "screen_windows must be below the number of windows"),
         ({"length": 64}, "length is about texts, and there are tasks alone"),
@@ -861,8 +852,8 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
     told = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
     loss_MQ = calibration.losses(scored.utility, told)
     mine, theirs = (
-        utilities(scored.utility, l_MQ.astype(np.float64), scored.weight_N, l_MQ[0])
-        for l_MQ in (loss_MQ, scored.loss_MN)
+        utilities(scored.utility, l_MQ.astype(np.float64), scored.view.weight_I, l_MQ[0])
+        for l_MQ in (loss_MQ, scored.loss_MI)
     )
     assert mine == pytest.approx(theirs, abs=TOLERANCE)
 

@@ -10,14 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lpserve.data.windows import (
-    TokenStream,
-    TokenWindows,
-    WindowRequest,
-    check_no_overlap,
-    cut_windows,
-    load_tokenizer,
-)
+from lpserve.data.corpora import WindowRequest, check_no_overlap, cut_windows
+from lpserve.data.texts import load_tokenizer
+from lpserve.data.windows import TokenStream, TokenWindows
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
 

@@ -2,17 +2,19 @@
 
 Tolerance: 1e-5 relative for divergences, as for the NLL (float32 sums of some hundred terms;
 divergences here are of the same size). Misses are counts: equal, but where the two highest logits
-are within rounding of each other (1e-5; of random models, less than one target in a hundred).
+are within rounding of each other.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
 import lpserve
+import lpserve.engine.vllm as vllm_engine
 from lpserve.engine.head import WholeVocabulary
 from lpserve.errors import InputError
 from lpserve.testing.parity import (
@@ -21,7 +23,6 @@ from lpserve.testing.parity import (
     edge_masks,
     metrics_by_hand,
     some_windows,
-    without_padding_token,
 )
 from lpserve.testing.reference import relative
 from lpserve.types import check_metric, top_of
@@ -32,7 +33,7 @@ TOLERANCE = 1e-5
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("pack", [False, True])
 def test_metrics_equal_those_of_the_model_without_the_layers(family, pack, model_dir, rng):
-    folder, windows = model_dir(family), without_padding_token(some_windows(rng, num=4))
+    folder, windows = model_dir(family), some_windows(rng, num=4)
     masks = np.concatenate([edge_masks(), rng.random((6, NUM_LAYERS)) < 0.6])
     expected, close_MN = metrics_by_hand(folder, masks, windows)
     options: dict[str, Any] = {"micro_batch_tokens": 500} if pack else {}
@@ -70,7 +71,7 @@ def test_targets_are_worked_on_in_chunks_of_bounded_memory(model_dir, rng):
 @pytest.mark.vllm
 @pytest.mark.parametrize("path", ["scoring", "requests"])
 def test_vllm_gives_the_same_metrics(path, model_dir, rng):
-    folder, windows = model_dir("llama"), without_padding_token(some_windows(rng))
+    folder, windows = model_dir("llama"), some_windows(rng)
     masks = np.concatenate([edge_masks(), rng.random((4, NUM_LAYERS)) < 0.6])
     expected, close_MN = metrics_by_hand(folder, masks, windows)
     with lpserve.open_engine(folder, windows, kind="vllm", path=path) as engine:
@@ -85,6 +86,28 @@ def test_vllm_gives_the_same_metrics(path, model_dir, rng):
     assert (np.abs(scores.of("misses") - expected["misses"]) <= close_MN).all()
     for name in ("kl", f"kl_top{TOP}"):
         assert np.abs(scores.of(name) - expected[name]).max() < TOLERANCE * expected[name].max()
+
+
+def test_of_equal_tokens_vllms_first_choice_is_the_first(rng):
+    """Logits of few values, as in half precision: up to three tokens share the highest."""
+    from vllm.logprobs import Logprob
+
+    logits = rng.integers(0, 3, (200, 9)).astype(float)
+    highest = logits.max(axis=1, keepdims=True)
+    logits[(logits == highest) & ((logits == highest).cumsum(axis=1) > 3)] = -1.0
+    tokens, scored = rng.integers(0, 9, 200), rng.random(200) < 0.8
+    found = []
+    for row, token in zip(logits, tokens, strict=True):  # the token, and the likeliest four
+        likeliest = rng.permutation(9)
+        likeliest = likeliest[np.argsort(-row[likeliest], kind="stable")][:4]
+        ranks = {int(token): int((row >= row[token]).sum())}
+        ranks |= {int(other): place for place, other in enumerate(likeliest, 1)}
+        found.append({other: Logprob(row[other], rank) for other, rank in ranks.items()})
+    output = SimpleNamespace(prompt_token_ids=tokens.tolist(), prompt_logprobs=found)
+    nll, misses = vllm_engine._prompt_metrics(output, scored, ("misses",))
+    assert nll == -logits[np.arange(200), tokens][scored].sum()
+    assert misses == (logits.argmax(axis=1) != tokens)[scored].sum()
+    assert vllm_engine._prompt_metrics(output, scored, ()) == [nll]
 
 
 @pytest.mark.parametrize("name", ["bleu", "kl_top", "kl_top0", "kl_top-3", "kl_topx", ""])

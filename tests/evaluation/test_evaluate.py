@@ -26,11 +26,13 @@ import lpserve
 from lpserve.cli.entry import main
 from lpserve.config import EngineConfig
 from lpserve.data.protocols import PROTOCOLS, Protocol
-from lpserve.data.windows import TokenWindows, load_tokenizer
+from lpserve.data.texts import load_tokenizer
+from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
-from lpserve.evaluation.evaluate import EvalConfig, evaluate, sets_from
+from lpserve.evaluation.evaluate import evaluate, sets_from
 from lpserve.evaluation.lm_eval_model import SetsLM, max_input_length
+from lpserve.evaluation.settings import EvalConfig
 from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
 from lpserve.scoring.session import ScoringSession
 from lpserve.testing.reference import window_nll
@@ -122,7 +124,7 @@ def test_rolling_loglikelihoods_are_those_of_lm_evals_own_model(lm, pruned, rng)
 def test_greedy_is_seen(lm):
     """A continuation that the model would choose itself, token by token."""
     tokens = lm.tok_encode("It was a dark night, and the wind")
-    model = lm._session._scoring.pool._engine._model
+    model = lm._session.pool._engine._model
     import torch
 
     with torch.inference_mode():

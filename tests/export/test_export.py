@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import lpserve
 from lpserve.errors import ExportError, InputError
-from lpserve.export.export import export_checkpoint, prune_config, reloaded_nll
+from lpserve.export.export import export_checkpoint
+from lpserve.export.verify import reloaded_nll
 from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.pruned_config import prune_config
 from lpserve.testing.reference import (
     FAMILIES,
     reference_model,
@@ -55,15 +57,15 @@ def test_the_export_scores_what_the_skip_engine_scores(family, model_dir, rng, t
 
 @pytest.mark.process
 def test_a_wrong_export_is_refused_and_leaves_nothing(model_dir, rng, tmp_path, monkeypatch):
-    import lpserve.export.export
+    import lpserve.export.writer
 
-    plain = lpserve.export.export._new_name
+    plain = lpserve.export.writer.new_tensor_name
 
     def swapped(name, pruned):  # the tensors of two layers change places
         renamed = plain(name, pruned)
         return renamed and renamed.replace(".0.", ".X.").replace(".1.", ".0.").replace(".X.", ".1.")
 
-    monkeypatch.setattr(lpserve.export.export, "_new_name", swapped)
+    monkeypatch.setattr(lpserve.export.writer, "new_tensor_name", swapped)
     with pytest.raises(ExportError, match="off the skip engine"):
         export_checkpoint(model_dir("llama"), [3], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from lpserve.errors import InputError
-from lpserve.export.export import mergekit_yaml, prune_config
+from lpserve.export.mergekit import mergekit_yaml
 from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.pruned_config import prune_config
 from lpserve.plan.layer_sets import LayerSet, layer_set, mask_set, masks_of, read_sets
 from lpserve.testing.reference import save_model, small_config
 

@@ -15,18 +15,10 @@ import pytest
 
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, drop_one, keys, removed_players, without
-from lpserve.plan.plan import (
-    Candidate,
-    Plan,
-    PlanEntry,
-    best_row,
-    can_be_best,
-    choose_candidates,
-    greedy_path,
-    load_plan,
-    ranking_mask,
-    removed_list,
-)
+from lpserve.plan.candidates import choose_candidates
+from lpserve.plan.greedy import greedy_path, unpruned_options
+from lpserve.plan.plan import Candidate, Plan, PlanEntry, load_plan
+from lpserve.plan.sets import best_row, ranking_mask, removed_list
 from lpserve.testing.games import mask_text, table_game
 from lpserve.types import BoolArray, FloatArray
 
@@ -335,7 +327,7 @@ def test_removed_players_are_plain_numbers():
     assert json.dumps(removed) == "[1, 3]"
 
 
-# -- can_be_best -------------------------------------------------------------------------------
+# -- unpruned_options --------------------------------------------------------------------------
 
 
 def walked(
@@ -402,7 +394,7 @@ def test_what_can_be_best_is_what_the_rule_says(pairs, rng):
         some = rng.permutation(len(scored))[: int(0.9 * len(scored))]
         masks = np.unique(np.array([*path, scored[0], *(scored[i] for i in some)]), axis=0)
         told = {mask_text(mask): float(u) for mask, u in zip(masks, game(masks), strict=True)}
-        got = can_be_best(path, masks, game(masks))
+        got = unpruned_options(path, masks, game(masks))
         assert got.tolist() == rule_by_hand(path, told, 14)
         passed += int((~got).sum())
         if steps == 1:
@@ -424,7 +416,7 @@ def test_the_best_of_a_step_is_not_passed_by(rng):
         for steps in (2, 4, 6, 8):
             path, scored = walked(game, 24, steps)
             masks = np.unique(np.array(scored), axis=0)
-            chance = can_be_best(path, masks, game(masks))
+            chance = unpruned_options(path, masks, game(masks))
             missed += not chance[int(np.argmax(game(drop_one(path[-1]))))]
             passed += int((~chance).sum())
     assert missed <= 1

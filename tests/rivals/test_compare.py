@@ -19,19 +19,14 @@ from lpserve.errors import InputError
 from lpserve.masks import removed_players
 from lpserve.plan.layer_sets import LayerSet
 from lpserve.rivals.accounting import Spent
-from lpserve.rivals.baselines import (
-    Ask,
-    best_sets,
-    contiguous_layers,
-    drive,
-    last_layers,
-    ours,
-    taylor,
-)
-from lpserve.rivals.compare import SOURCES, CompareConfig, compare
-from lpserve.rounds.planner import RoundSettings
+from lpserve.rivals.compare import CompareConfig, compare
+from lpserve.rivals.criteria import contiguous_layers, last_layers, taylor
+from lpserve.rivals.ours import ours
+from lpserve.rivals.proposer import Ask, best_sets, drive
+from lpserve.rivals.registry import RIVALS
+from lpserve.rounds.settings import RoundSettings
 from lpserve.runner.setup import windows_of
-from lpserve.testing.parity import NUM_LAYERS, some_windows, without_padding_token
+from lpserve.testing.parity import NUM_LAYERS, some_windows
 from lpserve.testing.reference import decoder_list, reference_model
 from lpserve.testing.runs import known_game, make_config
 
@@ -72,7 +67,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_hidden_states_turn_as_in_transformers(family, model_dir, rng):
-    folder, windows = model_dir(family), without_padding_token(some_windows(rng, num=4))
+    folder, windows = model_dir(family), some_windows(rng, num=4)
     with lpserve.open_engine(folder, windows) as engine:
         got = cast("Any", engine).hidden_states()
     states = states_by_hand(folder, windows)
@@ -210,15 +205,15 @@ def table(tmp_path_factory):
 
 def test_every_rival_is_in_the_table_with_its_cost(table):
     config, comparison = table
-    assert {c.rival for c in comparison.costs} == set(SOURCES)
-    assert {f.rival for f in comparison.found} == {*SOURCES, "theirs"}
+    assert {c.rival for c in comparison.costs} == set(RIVALS)
+    assert {f.rival for f in comparison.found} == {*RIVALS, "theirs"}
     for cost in comparison.costs:
         assert cost.masks > 0
         assert cost.tokens <= config.budget * 2 * 48
         assert cost.layer_forwards > 0
     text = (Path(config.out) / "results.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
-    assert len(rows) == len(comparison.found) == 2 * len(SOURCES) + 1
+    assert len(rows) == len(comparison.found) == 2 * len(RIVALS) + 1
     best = {
         r: min(f.calibration_ppl for f in comparison.found if f.num_removed == r) for r in (1, 2)
     }

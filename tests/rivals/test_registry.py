@@ -18,32 +18,30 @@ import pytest
 
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, full_mask, keys, paper_kept_counts, removed_players, without
-from lpserve.rivals.baselines import (
+from lpserve.rivals.evopress import (
     EVOPRESS_INITIAL,
     EVOPRESS_MOST_SWAPS,
     EVOPRESS_OFFSPRING,
     EVOPRESS_SURVIVORS,
+    evolutionary,
+    evopress_generations,
+    offspring,
+)
+from lpserve.rivals.greedy import greedy
+from lpserve.rivals.one_shot import one_shot
+from lpserve.rivals.paper import (
     PAPER_COALITIONS,
     PAPER_DRAWS,
     PAPER_LEAST_DRAWS,
-    Answer,
-    Ask,
-    Proposer,
-    _brood,
-    best_sets,
-    drive,
-    evolutionary,
-    evopress_generations,
-    greedy,
-    one_shot,
     paper,
     paper_draws,
-    random_search,
 )
+from lpserve.rivals.proposer import Answer, Ask, Proposer, best_sets, drive
+from lpserve.rivals.random_sets import random_search
 from lpserve.surrogate import PaperSurrogate
 from lpserve.testing.games import NUM_WINDOWS, TableGame
 from lpserve.types import BoolArray
-from lpserve.values.shapley import paper_values
+from lpserve.values.sampling import paper_values
 from tests.conftest import SEED
 
 Rival = Callable[[int, int, int], Proposer]
@@ -264,7 +262,7 @@ def test_a_brood_is_lambda_distinct_neighbours_or_all_there_are(players, removed
         for mask in all_masks(players, players - removed)
         if 1 <= swaps(parent, mask) <= EVOPRESS_MOST_SWAPS
     ]
-    brood = _brood(parent, rng)
+    brood = offspring(parent, rng)
     assert len(brood) == len(set(keys(brood))) == min(EVOPRESS_OFFSPRING, len(near))
     assert set(keys(brood)) <= set(keys(np.array(near)))
 
@@ -273,7 +271,7 @@ def test_small_steps_are_the_likelier(rng):
     """Of a thousand offspring in a wide game: 5/9, 3/9 and 1/9 make 1, 2 and 3 switches, of which
     one in 20 or so leads back. Bounds: 5 standard deviations and that."""
     parent = without(80, range(40))
-    steps = [swaps(parent, mask) for _ in range(40) for mask in _brood(parent, rng)]
+    steps = [swaps(parent, mask) for _ in range(40) for mask in offspring(parent, rng)]
     shares = np.bincount(steps, minlength=4)[1:] / len(steps)
     np.testing.assert_allclose(shares, [5 / 9, 3 / 9, 1 / 9], atol=5 * 0.5 / 1280**0.5 + 0.05)
 

@@ -56,9 +56,9 @@ def test_a_pool_is_the_same_for_the_same_seed(num_players, sizes, rng):
     assert one.shape != unlike.shape or (one != unlike).any()
 
 
-def test_a_pool_shares_prefixes_that_independent_masks_do_not(rng):
-    pool = candidate_pool(64, (31, 31), rng, 600)
-    alone = np.concatenate([draw(64, kept, 300, rng) for kept in (31, 32)])
+def test_a_pool_shares_prefixes_that_independent_masks_do_not(statistical_rng):
+    pool = candidate_pool(64, (31, 31), statistical_rng, 600)
+    alone = np.concatenate([draw(64, kept, 300, statistical_rng) for kept in (31, 32)])
     # half the masks run half of their layers again at a mean cut: a quarter is shared
     layers = trie_layer_forwards(pool) / len(pool)
     assert layers < 0.87 * trie_layer_forwards(alone) / len(alone)

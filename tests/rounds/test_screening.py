@@ -46,13 +46,14 @@ def test_a_screen_that_says_everything_is_believed(rng):
     assert np.sqrt(variance.max()) < 1e-2 * truth.std()
 
 
-def test_what_few_windows_get_wrong_is_learned_and_its_rest_is_honest(rng):
+def test_what_few_windows_get_wrong_is_learned_and_its_rest_is_honest(statistical_rng):
     """The screen errs alike on like masks, and a little of its own on each."""
     errors, standard = [], []
     for _ in range(4):
-        masks = masks_of(160, rng)
-        truth = utility(pair_utility(rng, 0.1), masks)
-        wrong = utility(pair_utility(rng, 0.04), masks) + rng.normal(0, 0.004, 160)
+        masks = masks_of(160, statistical_rng)
+        truth = utility(pair_utility(statistical_rng, 0.1), masks)
+        wrong = utility(pair_utility(statistical_rng, 0.04), masks)
+        wrong += statistical_rng.normal(0, 0.004, 160)
         whole = np.arange(160) < 80
         value, variance = estimated(masks, np.where(whole, truth, np.nan), truth + wrong)
         error = (value - truth)[~whole]

@@ -23,7 +23,7 @@ from lpserve.masks import all_masks, keys, without
 from lpserve.runner.coordinator import run
 from lpserve.testing.runs import NUM_PLAYERS as P
 from lpserve.testing.runs import known_game, make_config, stored_count, stored_scores
-from lpserve.values.shapley import exact_values
+from lpserve.values.exact import exact_values
 
 
 def test_a_run_finds_the_best_sets_and_writes_everything(tmp_path, texts):
@@ -271,7 +271,7 @@ def test_a_screen_asks_for_the_same_whatever_a_store_holds(tmp_path, texts):
     fresh = run(make_config(tmp_path, texts, screen_windows=2, out=str(tmp_path / "fresh")))
     run(make_config(tmp_path, texts, budget=256, store=store, out=str(tmp_path / "all")))
     known = run(make_config(tmp_path, texts, screen_windows=2, store=store))
-    np.testing.assert_array_equal(known.outcome.scored.nll_MN, fresh.outcome.scored.nll_MN)
+    np.testing.assert_array_equal(known.outcome.scored.nll_MI, fresh.outcome.scored.nll_MI)
     np.testing.assert_array_equal(known.outcome.scored.masks_MP, fresh.outcome.scored.masks_MP)
     assert known.outcome.plan == fresh.outcome.plan
 
@@ -280,7 +280,7 @@ def test_a_larger_budget_goes_on_from_a_screened_run(tmp_path, texts):
     run(make_config(tmp_path, texts, screen_windows=1, budget=60))
     extended = run(make_config(tmp_path, texts, screen_windows=1, budget=90))
     fresh = run(make_config(tmp_path, texts, screen_windows=1, out=str(tmp_path / "fresh")))
-    np.testing.assert_array_equal(extended.outcome.scored.nll_MN, fresh.outcome.scored.nll_MN)
+    np.testing.assert_array_equal(extended.outcome.scored.nll_MI, fresh.outcome.scored.nll_MI)
     assert extended.outcome.plan == fresh.outcome.plan
 
 

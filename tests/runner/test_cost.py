@@ -12,17 +12,15 @@ from lpserve.demo import FOLDER
 from lpserve.errors import InputError
 from lpserve.masks import StratifiedDesign, keys
 from lpserve.model.checkpoint import read_checkpoint
-from lpserve.rounds.planner import RoundSettings
+from lpserve.model.size import model_size
+from lpserve.rounds.settings import RoundSettings
 from lpserve.runner.coordinator import run
 from lpserve.runner.cost import (
-    TARGET_UNIT_S,
     CostSettings,
     cost,
-    model_size,
     sample_rounds,
     split_units,
 )
-from lpserve.scoring import dispatcher
 from lpserve.scoring.progress import Progress
 from lpserve.testing.checkpoints import llama_headers, write_headers
 from lpserve.testing.runs import make_config
@@ -143,7 +141,6 @@ def test_a_time_is_told_for_a_named_rate_only(tmp_path, capsys):
 
 
 def test_a_unit_is_two_seconds_of_an_engine_and_never_starves_one(tmp_path):
-    assert TARGET_UNIT_S == dispatcher.TARGET_UNIT_S
     model = str(llama_headers(tmp_path / "m", 12, 64, 96, 101, 4, 2))
     slow = cost(CostSettings(model=model, tflops_per_gpu=1e-5))
     fast = cost(CostSettings(model=model, tflops_per_gpu=1e3))

@@ -14,9 +14,10 @@ import pytest
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import EngineError
 from lpserve.masks import keys
-from lpserve.scoring.dispatcher import Dispatcher, GivenUp
+from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.pool import UnitResult
-from lpserve.store.store import WindowBlock
+from lpserve.scoring.units import GivenUp
+from lpserve.store.blocks import WindowBlock
 from lpserve.testing.pools import SimulatedPool, SimulationSetting, distinct_masks
 
 

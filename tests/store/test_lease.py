@@ -70,12 +70,12 @@ WITHOUT_END = """
 # with so small a cache the transaction is on its way to the file before it is committed
 DYING_IN_A_TRANSACTION = """
     import os, signal
-    store._db.execute("PRAGMA cache_size = 1")
-    with store._transaction():
+    store._file.db.execute("PRAGMA cache_size = 1")
+    with store._file.transaction():
         for number in range(2000):
             value = np.random.default_rng(number).bytes(400)
             row = (game, block.id, "torn", number.to_bytes(2, "little"), value, 0)
-            store._db.execute("INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?)", row)
+            store._file.db.execute("INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?)", row)
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -316,7 +316,7 @@ def test_a_reader_that_stays_is_told_of_in_one_line_and_nothing_is_lost(tmp_path
     path = tmp_path / "a"
     windows, masks, nll = filled(path, rng, shared=True)
     with Store(path, shared=True) as store:
-        store._db.execute("PRAGMA busy_timeout = 200")
+        store._file.db.execute("PRAGMA busy_timeout = 200")
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
             db.execute("BEGIN")
             db.execute("SELECT COUNT(*) FROM scores").fetchone()
@@ -337,8 +337,8 @@ def test_a_store_changes_its_journal_with_the_place_it_is_opened_at(tmp_path, rn
     order = [bool(shared) for shared in rng.permutation([True, True, False, False])]
     for shared in [True, *order]:
         with Store(path, shared=shared) as store:
-            journal = store._db.execute("PRAGMA journal_mode").fetchone()
-            synchronous = store._db.execute("PRAGMA synchronous").fetchone()
+            journal = store._file.db.execute("PRAGMA journal_mode").fetchone()
+            synchronous = store._file.db.execute("PRAGMA synchronous").fetchone()
             assert (journal, synchronous) == ((("delete",), (3,)) if shared else (("wal",), (2,)))
             assert (tmp_path / "a-wal").exists() is not shared
             assert same_bits(known_nll(store, windows, masks), nll)
@@ -422,7 +422,7 @@ def test_a_path_that_this_host_alone_has_is_local_and_a_kernel_interface_is_not(
     assert not is_shared(tmp_path / "a")
     assert is_shared(Path("/proc/self/a"))
     with Store(tmp_path / "a") as store:
-        assert store._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert store._file.db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -18,7 +18,8 @@ from lpserve.data.windows import TokenWindows
 from lpserve.errors import DiskFullError, InputError, StoreBusyError, StoreCorruptError
 from lpserve.masks import full_mask, keys
 from lpserve.store import lease
-from lpserve.store.store import MAX_BLOCK_WINDOWS, Store
+from lpserve.store.blocks import MAX_BLOCK_WINDOWS
+from lpserve.store.store import Store
 from lpserve.testing.stores import (
     GAME,
     NUM_PLAYERS,
@@ -314,8 +315,8 @@ def test_a_full_disk_loses_nothing_and_the_store_goes_on_once_there_is_space(tmp
     nll = random_nll(rng, 2000, 20)
     with Store(tmp_path / "a", shared=shared) as store:
         game, (block,) = store.game_id(GAME), store.blocks_for(windows)
-        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
-        store._db.execute(f"PRAGMA max_page_count = {pages + 10}")
+        pages = store._file.db.execute("PRAGMA page_count").fetchone()[0]
+        store._file.db.execute(f"PRAGMA max_page_count = {pages + 10}")
         committed = 0
 
         def put_by_and_by() -> None:
@@ -332,7 +333,7 @@ def test_a_full_disk_loses_nothing_and_the_store_goes_on_once_there_is_space(tmp
         assert same_bits(known_nll(store, windows, masks[:committed]), nll[:committed])
         with pytest.raises(DiskFullError):
             store.put(game, block, masks[committed:], nll[committed:])
-        store._db.execute("PRAGMA max_page_count = 1000000")
+        store._file.db.execute("PRAGMA max_page_count = 1000000")
         assert store.put(game, block, masks, nll) == 2000 - committed
     with Store(tmp_path / "a", shared=shared) as store:
         assert same_bits(known_nll(store, windows, masks), nll)
@@ -377,14 +378,18 @@ def assert_refused_untouched(path: Path, words: str, *, shared: bool | None = No
     assert path.read_bytes() == before
 
 
-def foreign(path: Path) -> None:
+Damage = Callable[[Path, np.random.Generator], object]
+
+
+def foreign(path: Path, _: np.random.Generator) -> None:
+    path.unlink()
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE scores (game INTEGER)")
     db.close()
 
 
-def pragma(statement: str) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
+def pragma(statement: str) -> Damage:
+    def change(path: Path, _: np.random.Generator) -> None:
         db = sqlite3.connect(path)
         db.execute(statement)
         db.commit()
@@ -393,18 +398,18 @@ def pragma(statement: str) -> Callable[[Path], None]:
     return change
 
 
-def cut(share: float) -> Callable[[Path], None]:
-    return lambda path: os.truncate(path, int(path.stat().st_size * share))
+def cut(share: float) -> Damage:
+    return lambda path, _: os.truncate(path, int(path.stat().st_size * share))
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda path: path.write_bytes(os.urandom(20_000)), "is corrupt"),
-        (lambda path: path.write_bytes(os.urandom(7)), "is corrupt"),
-        (lambda path: path.write_text("a text, not a store\n" * 40), "is corrupt"),
-        (lambda path: path.write_bytes(bytes(8192)), "is corrupt"),
-        (lambda path: path.unlink() or foreign(path), "is not an lpserve store"),
+        (lambda path, rng: path.write_bytes(rng.bytes(20_000)), "is corrupt"),
+        (lambda path, rng: path.write_bytes(rng.bytes(7)), "is corrupt"),
+        (lambda path, _: path.write_text("a text, not a store\n" * 40), "is corrupt"),
+        (lambda path, _: path.write_bytes(bytes(8192)), "is corrupt"),
+        (foreign, "is not an lpserve store"),
         (pragma("PRAGMA application_id = 7"), "is not an lpserve store"),
         (pragma("PRAGMA user_version = 99"), "has format 99"),
         (pragma("DROP TABLE quarantine"), "tables are not those of a store"),
@@ -422,7 +427,7 @@ def test_a_file_that_is_no_whole_store_is_refused_and_not_touched(
     damage, words, tmp_path, rng, shared
 ):
     filled(tmp_path / "a", rng, shared=shared)
-    damage(tmp_path / "a")
+    damage(tmp_path / "a", rng)
     assert_refused_untouched(tmp_path / "a", words, shared=shared)
 
 

@@ -129,7 +129,7 @@ def test_importing_gives_the_same_store_and_again_adds_nothing(suffix, tmp_path,
 
 
 def num_blocks(store: Store) -> int:
-    return store._db.execute("SELECT COUNT(*) FROM blocks").fetchone()[0]
+    return store._file.db.execute("SELECT COUNT(*) FROM blocks").fetchone()[0]
 
 
 def as_text(row: dict[str, Any]) -> dict[str, str]:

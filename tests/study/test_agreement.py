@@ -93,14 +93,14 @@ def test_intervals_need_seeds_and_stay_within_what_is_possible(rng):
                 assert least <= estimate.low <= estimate.mean <= estimate.high <= 1.0
 
 
-def test_the_interval_covers_as_it_says(rng):
+def test_the_interval_covers_as_it_says(statistical_rng):
     """Random answers do not depend on the utility: the true mean of every difference is 0.
 
     200 studies; a 90% interval's hits are binomial, four standard deviations are 8.5%.
     """
     hits = []
     for _ in range(200):
-        choice = choices(answers_of(rng, seeds=tuple("0123")), ("utility",))[0]
+        choice = choices(answers_of(statistical_rng, seeds=tuple("0123")), ("utility",))[0]
         estimate = choice.pairs[0].heldout[2]
         assert estimate.low is not None
         assert estimate.high is not None

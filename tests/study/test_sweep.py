@@ -77,8 +77,8 @@ def test_points_tell_what_their_windows_score(finished_study, rng):
     with lpserve.open_engine(study.base.model, calibration) as engine:
         again = engine.score(scored.masks_MP).nll_MN
         held = engine.score(scored.heldout_masks_MP, engine.register(heldout)).nll_MN
-    assert np.abs(scored.nll_MN / again - 1).max() < TOLERANCE
-    assert np.abs(scored.heldout_nll_MN / held - 1).max() < TOLERANCE
+    assert np.abs(scored.nll_MI / again - 1).max() < TOLERANCE
+    assert np.abs(scored.heldout_nll_MI / held - 1).max() < TOLERANCE
     assert (scored.utility, scored.seed) == (point.config.utility, point.config.seed)
     assert scored.corpora == calibration.corpora
 
@@ -108,7 +108,7 @@ def test_a_point_that_chose_masks_is_the_run_that_lpserve_run_gives(tmp_path, fi
         )
         got = read_record(finished.folder)
         assert (got.masks_MP == alone.outcome.scored.masks_MP).all()
-        assert np.abs(got.nll_MN / alone.outcome.scored.nll_MN - 1).max() < TOLERANCE
+        assert np.abs(got.nll_MN / alone.outcome.scored.nll_MI - 1).max() < TOLERANCE
         plan = lpserve.load_plan(finished.folder / "plan.json")
         assert [e.removed for e in plan.plans] == [e.removed for e in alone.outcome.plan.plans]
 

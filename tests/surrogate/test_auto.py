@@ -453,12 +453,12 @@ def test_additive_games_are_reproduced(kind, rng):
 
 
 @pytest.mark.parametrize("kind", TRAINS)
-def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, rng):
+def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, statistical_rng):
     squares, inside = [], []
     for make in (exception_game, threshold_game, pair_game):
-        masks = some_masks(9, 150, rng)
+        masks = some_masks(9, 150, statistical_rng)
         unseen = unseen_masks(masks)
-        game = make(9, rng)
+        game = make(9, statistical_rng)
         surrogate = make_surrogate(kind)
         surrogate.fit(masks, game(masks))
         mean, std = surrogate.predict(unseen)
@@ -474,17 +474,17 @@ def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, rng):
 
 
 @pytest.mark.parametrize("kind", TRAINS)
-def test_scores_said_to_be_noise_change_little(kind, rng):
+def test_scores_said_to_be_noise_change_little(kind, statistical_rng):
     """Medians of five games: in one game of twenty either kind may miss such a bound."""
     shares, ratios, misses = [], [], []
     for _ in range(5):
-        masks = some_masks(8, 120, rng)
-        game = pair_game(8, rng)
+        masks = some_masks(8, 120, statistical_rng)
+        game = pair_game(8, statistical_rng)
         utilities = game(masks)
         noise = np.zeros(120)
-        wrong = rng.choice(120, 12, replace=False)
+        wrong = statistical_rng.choice(120, 12, replace=False)
         noise[wrong] = 1e4 * utilities.var()
-        utilities[wrong] += rng.normal(0, 10 * utilities.std(), 12)
+        utilities[wrong] += statistical_rng.normal(0, 10 * utilities.std(), 12)
         told, untold = make_surrogate(kind), make_surrogate(kind)
         told.fit(masks, utilities, noise)
         untold.fit(masks, utilities)
@@ -649,12 +649,12 @@ def test_a_stack_weighs_means_and_deviations_and_judges_itself_by_other_folds(rn
 # -- auto ------------------------------------------------------------------------------------------
 
 
-def test_another_than_a_kernel_answers_where_it_predicts_better(rng):
+def test_another_than_a_kernel_answers_where_it_predicts_better(statistical_rng):
     """A jump that no smooth kernel has: the other's true error is smaller."""
     shares = []
     for _ in range(2):
-        masks = some_masks(11, 300, rng)
-        game = threshold_game(11, rng)
+        masks = some_masks(11, 300, statistical_rng)
+        game = threshold_game(11, statistical_rng)
         surrogate = make_surrogate("auto")
         assert isinstance(surrogate, AutoSurrogate)
         surrogate.fit(masks, game(masks))

@@ -11,7 +11,7 @@ import pytest
 from lpserve.masks import all_masks, draw, full_mask, swap_one
 from lpserve.testing.game_statistics import statistics
 from lpserve.testing.layer_games import NUM_TOKENS, layer_game, reference_best
-from lpserve.values.shapley import exact_values
+from lpserve.values.exact import exact_values
 
 ROUNDING = 1e-10  # nats: sums of some thousand products near 1, each good to 1e-16
 STRAY = 6.0  # standard errors: one draw in 5e8 lies farther out

@@ -28,7 +28,7 @@ from lpserve.testing.kernels import (
     scored_covariance,
     weight_matrix,
 )
-from lpserve.values.shapley import kernel_values, value_calibration
+from lpserve.values.closed_form import kernel_values, value_calibration
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
@@ -193,7 +193,7 @@ def test_value_calibration_equals_really_leaving_every_fold_out(kind, sizes, wit
 
 
 def test_value_calibration_takes_evenly_spaced_masks_of_many(rng, monkeypatch):
-    monkeypatch.setattr("lpserve.values.shapley._CALIBRATION_MASKS", 30)
+    monkeypatch.setattr("lpserve.values.closed_form._CALIBRATION_MASKS", 30)
     every = all_masks(7)
     masks = rng.permutation(every[np.isin(every.sum(axis=1), [3, 4])])[:40]
     surrogate = KernelSurrogate("ridge")

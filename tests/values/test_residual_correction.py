@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from lpserve.masks import all_masks, draw
+from lpserve.values.exact import exact_values
 from lpserve.values.residual_correction import corrected, correction
-from lpserve.values.shapley import ShapleyValues, exact_values
+from lpserve.values.result import ShapleyValues
 
 P = 8
 

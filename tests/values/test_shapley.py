@@ -18,18 +18,11 @@ from lpserve.masks import all_masks
 from lpserve.surrogate import KernelSurrogate, PaperSurrogate
 from lpserve.testing.kernels import KINDS, as_dict, naive_values, pair_game
 from lpserve.types import Z90
-from lpserve.values.shapley import (
-    ShapleyValues,
-    exact_noise,
-    exact_values,
-    is_enumerated,
-    kernel_values,
-    monte_carlo_values,
-    paper_values,
-    shapley_values,
-    toggle_differences,
-    value_calibration,
-)
+from lpserve.values.closed_form import kernel_values, value_calibration
+from lpserve.values.exact import exact_noise, exact_values, is_enumerated
+from lpserve.values.result import ShapleyValues
+from lpserve.values.sampling import monte_carlo_values, paper_values, toggle_differences
+from lpserve.values.shapley import shapley_values
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
@@ -172,7 +165,7 @@ def test_too_few_coalitions_are_refused(rng):
 
 def test_toggle_differences_equal_toggling_one_by_one(rng, monkeypatch):
     monkeypatch.setattr(
-        "lpserve.values.shapley._TOGGLE_ROWS", 40
+        "lpserve.values.sampling._TOGGLE_ROWS", 40
     )  # several chunks, the last one short
     masks = rng.random((23, 6)) < rng.random((23, 1))
     utility = pair_game(6, rng, triples=0.1)

@@ -18,15 +18,15 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
+from lpserve.data.prepare import check_windows
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import (
-    check_decoder,
+    HiddenStates,
     check_extra_metrics,
     check_masks,
-    check_windows,
     scores_of,
 )
-from lpserve.engine.criteria import HiddenStates, hidden_states, taylor_importance
+from lpserve.engine.criteria import hidden_states, taylor_importance
 from lpserve.engine.hf.stack import RecordedStack
 from lpserve.engine.scorer import (
     HEAD_CHUNK_BYTES,
@@ -37,8 +37,11 @@ from lpserve.engine.scorer import (
     trie_settings,
 )
 from lpserve.errors import EngineError, InputError
-from lpserve.model.checkpoint import Checkpoint, attention_needed, checkpoint_hash, read_checkpoint
-from lpserve.types import METRICS, BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores
+from lpserve.model.architecture import check_decoder, read_architecture
+from lpserve.model.checkpoint import Checkpoint, checkpoint_hash, read_checkpoint
+from lpserve.model.players import layer_players
+from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores
+from lpserve.utility import METRICS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,8 +59,6 @@ class TransformersEngine:
     * `compile_layers`: run the layers, and the reduction of logits, through `torch.compile`, which
       fuses norms, rotary and gates (default: on a GPU). Layers of one shape share what is compiled.
     """
-
-    OPTIONS = ("state_budget_mb", "micro_batch_tokens", "attn_implementation", "compile_layers")
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
         if spec.dtype not in DTYPES:
@@ -83,7 +84,7 @@ class TransformersEngine:
             + ("/compiled" if compiled else ""),
             model=str(Path(spec.model).resolve()),
             model_hash=checkpoint_hash(checkpoint),
-            players=tuple(Player(index=i, layer=i) for i in range(stack.num_players)),
+            players=layer_players(stack.num_players),
             dtype=spec.dtype,
             device=str(device),
             noise_nll=self._scorer.batch_noise(self._default) if settings.pack_states else 0.0,
@@ -160,7 +161,7 @@ def _padded_step(model: Any) -> int:
 
 
 def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any:
-    attention = spec.options.get("attn_implementation") or attention_needed(checkpoint.config)
+    attention = spec.options.get("attn_implementation") or read_architecture(checkpoint).attention
     kwargs: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     with _quiet_transformers():
         try:

@@ -17,6 +17,8 @@ from typing import Any
 
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
+from lpserve.model.architecture import Architecture
+from lpserve.model.size import ITEM_BYTES
 from lpserve.types import EngineSpec
 
 OWN_OPTIONS = ("path", "state_budget_mb", "micro_batch_tokens")
@@ -173,25 +175,12 @@ def kv_cache_bytes(
 ) -> int:
     """Bytes of KV cache on each rank: room for the windows of one mask, at most
     `MAX_BATCHED_TOKENS`, and always for two requests of the greatest length."""
-    inner = config.get("text_config")
-    text = {**config, **inner} if isinstance(inner, dict) else dict(config)
-
-    def first(*names: str) -> int:
-        values = [text[name] for name in names if isinstance(text.get(name), int)]
-        return int(values[0]) if values else 1
-
-    layers = first("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    heads = first("num_attention_heads", "n_head", "num_heads", "n_heads")
-    head_size = (
-        first("head_dim")
-        if isinstance(text.get("head_dim"), int)
-        else (first("hidden_size", "n_embd", "d_model") // heads)
-    )
-    kv_heads = first("num_key_value_heads", "num_attention_heads", "n_head", "num_heads")
+    architecture = Architecture.from_config(config)
+    kv_heads = architecture.num_kv_heads or 1
     shards = int(spec.options.get("tensor_parallel_size", 1))
-    itemsize = 4 if spec.dtype == "float32" else 2
-    latent = int(text.get("kv_lora_rank") or 0) + int(text.get("qk_rope_head_dim") or 0)
-    per_token = max(2 * -(-kv_heads // shards) * head_size, latent) * layers * itemsize
+    values = 2 * -(-kv_heads // shards) * (architecture.head_size or 1)
+    layers = architecture.num_layers or 1
+    per_token = max(values, architecture.latent_size) * layers * ITEM_BYTES[spec.dtype]
     blocks = -(-length // KV_BLOCK_TOKENS)
     wanted = min(windows.num_windows, max(1, MAX_BATCHED_TOKENS // length))
     # twice: layers with and without a sliding window get pools of their own

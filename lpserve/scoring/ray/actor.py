@@ -10,8 +10,8 @@ import ray
 from lpserve.data.windows import TokenWindows
 from lpserve.engine import build_engine
 from lpserve.engine.base import Engine
-from lpserve.errors import LpserveError
-from lpserve.scoring.pool import first_line, still_works
+from lpserve.errors import LpserveError, typed_first_line
+from lpserve.scoring.pool import still_works
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, Scores
 
 
@@ -61,14 +61,14 @@ class EngineActor:
         except LpserveError as error:
             return Failure(type(error).__name__, str(error))
         except Exception as error:  # of a library, out of memory, ...
-            return Failure(type(error).__name__, first_line(error))
+            return Failure(type(error).__name__, typed_first_line(error))
         return self._engine.info
 
     def register(self, windows: TokenWindows) -> None:
         try:
             self._engine.register(windows)
         except Exception as error:  # nobody waits for this call: told when they are scored
-            failure = Failure(type(error).__name__, first_line(error), refused=True)
+            failure = Failure(type(error).__name__, typed_first_line(error), refused=True)
             self._refused[windows.content_hash] = failure
 
     def score(
@@ -80,4 +80,4 @@ class EngineActor:
             return self._engine.score(masks_MP, windows, extra_metrics)
         except Exception as error:
             broken = not still_works(self._engine, windows)
-            return Failure(type(error).__name__, first_line(error), broken)
+            return Failure(type(error).__name__, typed_first_line(error), broken)

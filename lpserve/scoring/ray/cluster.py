@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lpserve.errors import InputError, RunInterrupted
-from lpserve.model.checkpoint import read_checkpoint
-from lpserve.scoring.pool import first_line
+from lpserve.engine.registry import engine_kind
+from lpserve.errors import InputError, RunInterrupted, typed_first_line
 from lpserve.types import EngineSpec
 
 WATCH_S = 2.0
@@ -36,7 +35,6 @@ WATCH_S = 2.0
 _ANSWER_S = 5.0  # for a cluster to take a connection
 _PROCESS_BYTES = 1 << 30
 _WEIGHTS_FACTOR = 1.3
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,11 +95,11 @@ def _join(quiet: dict[str, Any]) -> None:
     except Exception as error:
         if named:
             raise InputError(
-                f"no Ray cluster at RAY_ADDRESS={named}: {first_line(error)}"
+                f"no Ray cluster at RAY_ADDRESS={named}: {typed_first_line(error)}"
             ) from None
         if not isinstance(error, ConnectionError):
             raise InputError(
-                f"the Ray cluster here cannot be joined: {first_line(error)}"
+                f"the Ray cluster here cannot be joined: {typed_first_line(error)}"
             ) from None
         ray.init(include_dashboard=False, **quiet)
 
@@ -123,15 +121,13 @@ def _left_behind() -> bool:
 
 def needs_of(spec: EngineSpec) -> Needs:
     """What an engine of this spec takes of the cluster that is joined."""
-    ranks = int(spec.options.get("tensor_parallel_size", 1))
-    stages = int(spec.options.get("pipeline_parallel_size", 1))
-    on_gpu = _most("GPU") > 0 and spec.device != "cpu"
-    if spec.kind == "synthetic":
-        on_gpu = on_gpu and "tensor_parallel_size" in spec.options
-        return _placed(ranks, stages, on_gpu=on_gpu, memory_bytes=0)
-    weights = read_checkpoint(spec.model).num_parameters * _ITEM_BYTES[spec.dtype]
-    memory_bytes = int(_WEIGHTS_FACTOR * weights) + ranks * stages * _PROCESS_BYTES
-    return _placed(ranks, stages, on_gpu=on_gpu, memory_bytes=memory_bytes)
+    wants = engine_kind(spec.kind).resources(spec)
+    memory_bytes = 0
+    if wants.weight_bytes:
+        workers = wants.ranks * wants.stages
+        memory_bytes = int(_WEIGHTS_FACTOR * wants.weight_bytes) + workers * _PROCESS_BYTES
+    on_gpu = wants.may_use_gpu and _most("GPU") > 0
+    return _placed(wants.ranks, wants.stages, on_gpu=on_gpu, memory_bytes=memory_bytes)
 
 
 def _placed(ranks: int, stages: int, *, on_gpu: bool, memory_bytes: int) -> Needs:
@@ -202,13 +198,6 @@ class Place:
     def release(self) -> None:
         if self._group is not None:
             remove_placement_group(self._group)
-
-
-def engine_spec(spec: EngineSpec, needs: Needs) -> EngineSpec:
-    """The spec as an actor gets it: an engine over several nodes runs vLLM's Ray executor."""
-    if not needs.spread or spec.kind != "vllm":
-        return spec
-    return replace(spec, options={"distributed_executor_backend": "ray", **spec.options})
 
 
 class Watcher:

@@ -21,13 +21,14 @@ import numpy as np
 import psutil
 import pytest
 
-import lpserve.scoring.dispatcher
+import lpserve.scoring.pace
 from lpserve.config import as_json, config_from
 from lpserve.errors import DiskFullError, EngineError
 from lpserve.masks import keys
 from lpserve.runner.coordinator import run
 from lpserve.scoring.dispatcher import Dispatcher
-from lpserve.scoring.pool import LocalPool, UnitResult, WorkUnit
+from lpserve.scoring.local import LocalPool
+from lpserve.scoring.pool import UnitResult, WorkUnit
 from lpserve.store.store import Store
 from lpserve.testing.ray_pools import THREE_WINDOWS, pool_of, ray_config, score_all, undisturbed
 from lpserve.testing.runs import NUM_PLAYERS as P
@@ -208,7 +209,7 @@ class Recording:
 
 
 def test_a_mask_is_split_over_windows_when_engines_outnumber_masks(rng, monkeypatch):
-    monkeypatch.setattr(lpserve.scoring.dispatcher, "LEAST_UNIT_S", 0.05)
+    monkeypatch.setattr(lpserve.scoring.pace, "LEAST_UNIT_S", 0.05)
     masks = np.unique(rng.random((20, P)) < 0.6, axis=0)
     plain, windows = pool_of(4, delay_s=0.3)
     pool = Recording(plain)
@@ -217,7 +218,8 @@ def test_a_mask_is_split_over_windows_when_engines_outnumber_masks(rng, monkeypa
             plain.next(0.2)
         dispatcher = Dispatcher(pool)  # pyright: ignore[reportArgumentType]
         key = dispatcher.register(windows)
-        dispatcher._pace = dict.fromkeys(plain._members, 0.3 / (3 * 16))  # it is known
+        known = dict.fromkeys(plain.engines, 0.3 / (3 * 16))
+        dispatcher.paces.seconds_per_token.update(known)
         dispatcher.add(masks[-2:], THREE_WINDOWS, key)
         results = []
         while not dispatcher.idle:

@@ -20,7 +20,6 @@ from lpserve.testing.parity import (
     edge_masks,
     metrics_by_hand,
     some_windows,
-    without_padding_token,
 )
 from lpserve.testing.reference import reference_model, relative, window_nll, with_layers_deleted
 
@@ -86,7 +85,7 @@ def run(folder, windows, masks, tmp_path, dtype: str = "float32", **options):
     ids=str,
 )
 def test_two_ranks_equal_deleting_layers_on_both_paths(family, options, model_dir, tmp_path, rng):
-    folder, windows = model_dir(family), without_padding_token(some_windows(rng))
+    folder, windows = model_dir(family), some_windows(rng)
     masks = np.concatenate([edge_masks(), rng.random((6, NUM_LAYERS)) < 0.6])
     half = NUM_LAYERS // 2
     masks = np.concatenate([masks, [np.arange(NUM_LAYERS) < half, np.arange(NUM_LAYERS) >= half]])

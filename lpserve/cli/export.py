@@ -1,0 +1,71 @@
+"""`lpserve export`: the pruned checkpoint, checked in a fresh process."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_export(commands: Any) -> None:
+    """Define `lpserve export`."""
+    export = commands.add_parser(
+        "export",
+        help="write the pruned checkpoint and check it in a fresh process",
+        description="Write the model without the layers that the plan removes for r. The result is "
+        "reloaded with transformers alone in a fresh process and must score what the run scored. "
+        "A mergekit recipe of the same pruning lies beside it.",
+    )
+    export.set_defaults(run=_export)
+    export.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    export.add_argument("--remove", type=int, required=True, metavar="R", help="how many layers")
+    export.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
+    export.add_argument("--plan", metavar="FILE", help="a plan of `lpserve plan` (RUN/plan.json)")
+    export.add_argument("--model", metavar="DIR", help="the model, if it moved since the run")
+    export.add_argument("--device", default="auto", help="where to check (auto)")
+    export.add_argument(
+        "--no-verify", action="store_true", help="skip the check; marked unverified"
+    )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    return export_and_report(
+        arguments.folder,
+        arguments.remove,
+        arguments.out,
+        plan_path=arguments.plan,
+        model=arguments.model,
+        device=arguments.device,
+        verify=not arguments.no_verify,
+    )
+
+
+def export_and_report(
+    folder: str | Path,
+    num_removed: int,
+    out: str | Path,
+    *,
+    plan_path: str | None = None,
+    model: str | None = None,
+    device: str = "auto",
+    verify: bool = True,
+) -> int:
+    """Export a run's pruned checkpoint and print what was checked; returns the exit code.
+
+    The arguments are those of `lpserve.export.export.export_run`.
+    """
+    from lpserve.export.export import export_run
+
+    report = export_run(
+        folder, num_removed, out, plan_path=plan_path, model=model, device=device, verify=verify
+    )
+    removed = ", ".join(map(str, report.removed))
+    if not report.verified:
+        print(f"exported without layers {removed} to {out}, NOT VERIFIED")
+        return 0
+    print(
+        f"exported without layers {removed} to {out}; reloaded in a fresh process: "
+        f"perplexity {report.ppl:.4f} on {report.num_windows} calibration windows, within "
+        f"{report.worst_relative_difference:.1e} of the run's scores"
+    )
+    return 0

@@ -1,0 +1,71 @@
+"""`lpserve plan`: another plan from a finished run's scores."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lpserve.cli.arguments import numbers
+
+
+def add_plan(commands: Any) -> None:
+    """Define `lpserve plan`."""
+    plan = commands.add_parser(
+        "plan",
+        help="another plan from a finished run's scores, without scoring",
+        description="Choose again from the sets that a run scored, under constraints. Prints the "
+        "plan; --out writes it as JSON. Nothing is scored.",
+    )
+    plan.set_defaults(run=_plan)
+    plan.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    plan.add_argument(
+        "--protect", metavar="I,J,...", type=numbers, default=[], help="layers that must stay"
+    )
+    plan.add_argument("--max-removed", type=int, help="stop at this many removed layers")
+    plan.add_argument("--out", metavar="FILE", help="write the plan here, as plan.json is written")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from lpserve.analysis.analyse import analyse, make_plan
+    from lpserve.analysis.record import read_record
+    from lpserve.store.files import write_text
+
+    scored = read_record(arguments.folder)
+    plan = make_plan(
+        scored, analyse(scored), max_removed=arguments.max_removed, protected=arguments.protect
+    )
+    print_plan(plan)
+    if arguments.out:
+        write_text(Path(arguments.out), plan.to_json())
+        print(f"written: {arguments.out}")
+    return 0
+
+
+def print_plan(plan: Any) -> None:
+    """Print a plan as a table: a row for each number of removed layers, with its warnings."""
+    kinds = ["utility", "ppl"] if plan.tells_utility else ["ppl"]
+    names = {"utility": plan.utility, "ppl": f"perplexity {plan.perplexity_of}".strip()}
+
+    def figures(of: Any, kind: str, prefix: str = "") -> list[float | None]:
+        return [getattr(of, f"{prefix}{side}_{kind}") for side in ("calibration", "heldout")]
+
+    whole = []
+    for kind in kinds:
+        mine, heldout = figures(plan, kind, "full_")
+        held = f", held out {heldout:.4g}" if heldout is not None else ""
+        whole.append(f"{names[kind]} {mine:.4g}{held}")
+    print(f"\n{plan.masks_scored} masks scored; all {plan.num_players} layers: {'; '.join(whole)}")
+    columns = ["calibration", "held out"]
+    if plan.tells_utility:
+        print(f"{'':>6}  {plan.utility:^24}  {names['ppl']:^24}".rstrip())
+        columns *= 2
+    header = "  ".join(f"{name:>11}" for name in columns)
+    print(f"{'remove':>6}  {header}  layers")
+    for entry in plan.plans:
+        values = [value for kind in kinds for value in figures(entry, kind)]
+        told = "  ".join(f"{v:>11.4g}" if v is not None else f"{'-':>11}" for v in values)
+        print(f"{entry.num_removed:>6}  {told}  {', '.join(map(str, entry.removed))}")
+        for warning in entry.warnings:
+            print(f"{'':>6}  note: {warning}")
+    print()

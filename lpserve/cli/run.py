@@ -1,0 +1,136 @@
+"""`lpserve run`: score masks, estimate values, choose and check a plan."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lpserve.cli.arguments import (
+    ENGINE_OPTION_FLAGS,
+    add_engine_flags,
+    add_task_flags,
+    add_tracking_flags,
+    add_window_flags,
+    engine_options,
+    size_range,
+)
+from lpserve.cli.export import export_and_report
+from lpserve.cli.plan import print_plan
+
+_HELP = """\
+Score layer masks of a model on a text and find out which layers can go.
+
+A mask says which layers run. The run scores up to --budget masks on the calibration windows
+(dropped layers are skipped, shared prefixes computed once), estimates every layer's Shapley value
+with its error, searches for the best set to remove for every r = 1..--max-removed, scores those
+sets for real and checks them on held-out windows. Everything lands in --out; killing the run loses
+nothing, and the same command resumes it. A larger --budget extends a finished run.
+
+  lpserve run --model Llama-2-7b --calibration c4.txt --heldout wiki.txt --max-removed 12 --out run
+  lpserve run --config run.toml --budget 2000
+  lpserve run --demo                      the bundled model and text, in under a minute
+
+then:
+
+  lpserve plan run --protect 0,1          another plan from the same scores
+  lpserve export run --remove 6 --out pruned
+"""
+
+
+def add_run(commands: Any) -> None:
+    """Define `lpserve run`."""
+    run = commands.add_parser(
+        "run",
+        help="score masks, estimate values, choose and check a plan",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.set_defaults(run=_run)
+    add = run.add_argument
+    add("--demo", action="store_true", help="the bundled 12-layer model and texts, export included")
+    add("--config", metavar="FILE", help="TOML or YAML with the same keys; flags win over it")
+    add("--model", metavar="DIR", help="checkpoint folder: config.json, *.safetensors, tokenizer")
+    add_window_flags(run, tasks=True)
+    add_task_flags(run)
+    add(
+        "--screen-windows",
+        type=int,
+        metavar="N",
+        help="score sets that the search wants on the "
+        "first N windows of each corpus first (0: on all at once)",
+    )
+    add("--budget", type=int, help="most masks scored on calibration windows (400)")
+    add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
+    add(
+        "--sizes",
+        metavar="K_MIN,K_MAX",
+        type=size_range,
+        help="Shapley coalition sizes before a layer joins (P - max_removed, P - 1)",
+    )
+    add(
+        "--utility",
+        help="what a coalition is worth: neg_nll (default), ppl_ratio (the paper's), "
+        "neg_kl or neg_kl_topK (divergence from the whole model), accuracy (of the next token); of "
+        "tasks: task_acc, task_acc_norm, task_margin, task_margin_norm",
+    )
+    add("--surrogate", help="auto (default), gp, ridge, gp+ridge, or paper (with ppl_ratio)")
+    add("--goal", help="what masks are chosen for: both (default), plan, or values alone")
+    add("--round-size", type=int, help="masks of a search round, at least (number of layers)")
+    add(
+        "--stop-chance",
+        type=float,
+        metavar="X",
+        help="stop before the budget once no unseen set "
+        "has a higher probability than X of beating the plan by more than --stop-gain",
+    )
+    add("--stop-gain", type=float, metavar="Y", help="share of perplexity (0.001)")
+    add(
+        "--stop-width",
+        type=float,
+        metavar="Z",
+        help="stop once every value's 90%% interval is within +-Z of the utility",
+    )
+    add_engine_flags(run)
+    add("--seed", type=int, help="seed of the sampled masks (0)")
+    add("--store", metavar="FILE", help="score store to share between runs (OUT/scores.sqlite)")
+    add("--out", metavar="DIR", help="run folder (run)")
+    add_tracking_flags(run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from lpserve.config import config_from, load_config_file
+
+    values: dict[str, Any] = {}
+    if arguments.demo:
+        from lpserve.demo import demo_values
+
+        values = demo_values()
+    source = "flags"
+    if arguments.config:
+        source = f"config {arguments.config}"
+        values |= load_config_file(arguments.config)
+    skipped = {"run", "demo", "config", *ENGINE_OPTION_FLAGS}
+    flags = {k: v for k, v in vars(arguments).items() if k not in skipped and v is not None}
+    options = engine_options(arguments)
+    if options:
+        flags["engine_options"] = {**values.get("engine_options", {}), **options}
+    config = config_from(values | flags, source)
+    from lpserve.runner.coordinator import run
+
+    result = run(config)
+    print_plan(result.outcome.plan)
+    print(f"plan, values, report: {result.folder / 'plan.json'}, shapley.csv, report.html")
+    if arguments.demo:
+        removed = result.outcome.plan.plans[-1].num_removed
+        return _demo_export(result.folder, removed)
+    print(f"export a pruned model: lpserve export {result.folder} --remove R --out DIR")
+    return 0
+
+
+def _demo_export(folder: Path, removed: int) -> int:
+    target = folder / f"pruned-{removed}"
+    if target.exists():
+        print(f"exported before: {target}")
+        return 0
+    return export_and_report(folder, removed, target)

@@ -1,0 +1,162 @@
+"""What a checkpoint's config.json says of the architecture, under one name for each quantity.
+
+Model families name the same quantity differently (`num_hidden_layers`, `n_layer`, ...), and models
+of several modalities keep the language model's fields under `text_config`, as transformers does.
+All of that is known here and nowhere else: the rest of the package reads `Architecture`. Quantities
+that a config leaves out are None; `required` turns that into an error where one is needed.
+
+Imports no torch and no transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lpserve.errors import InputError
+from lpserve.model.checkpoint import Checkpoint
+
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Config keys that hold the number of decoder layers."""
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+_WIDTH = ("hidden_size", "n_embd", "d_model")
+_POSITIONS = ("max_position_embeddings", "n_positions")
+_ACTIVE_EXPERTS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "top_k_experts",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """The sizes of a language model, as its config.json gives them."""
+
+    num_layers: int | None
+    """Decoder layers."""
+    num_heads: int | None
+    """Attention heads of a layer."""
+    num_kv_heads: int | None
+    """Heads whose keys and values are stored; the attention heads where none are named."""
+    head_size: int | None
+    """Width of one head: as named, or else width / heads."""
+    width: int | None
+    """Size of a hidden state."""
+    vocab_size: int | None
+    """Tokens of the vocabulary."""
+    max_positions: int | None
+    """The most tokens that the model reads at once; the lowest, if several keys bound it."""
+    positions_key: str
+    """The config key of that bound, "" where there is none."""
+    latent_size: int
+    """Values cached for a token and layer by latent attention (DeepSeek); 0: not of this kind."""
+    active_experts: int | None
+    """Experts of a layer that compute one token, in a mixture of experts."""
+    attention: str | None
+    """The attention implementation of transformers that the model needs; None: any.
+
+    Soft-capped attention scores (Gemma-2) exist in transformers' `eager` attention only: its SDPA
+    accepts the argument and silently ignores it (seen in 5.19 and 5.23).
+    """
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Architecture:
+        """Read the content of a config.json."""
+        text = text_section(dict(config))
+
+        def first(*keys: str) -> int | None:
+            for section in (text, config):
+                for key in keys:
+                    value = section.get(key)
+                    if type(value) is int and value > 0:
+                        return value
+            return None
+
+        heads, width = first(*_HEADS), first(*_WIDTH)
+        bounds = [(bound, key) for key in _POSITIONS if (bound := first(key)) is not None]
+        max_positions, positions_key = min(bounds, default=(None, ""))
+        softcapped = any(section.get("attn_logit_softcapping") for section in (text, config))
+        return cls(
+            num_layers=first(*LAYER_COUNT_KEYS),
+            num_heads=heads,
+            num_kv_heads=first("num_key_value_heads") or heads,
+            head_size=first("head_dim") or (width // heads if width and heads else None),
+            width=width,
+            vocab_size=first("vocab_size"),
+            max_positions=max_positions,
+            positions_key=positions_key,
+            latent_size=(first("kv_lora_rank") or 0) + (first("qk_rope_head_dim") or 0),
+            active_experts=first(*_ACTIVE_EXPERTS),
+            attention="eager" if softcapped else None,
+        )
+
+
+def read_architecture(checkpoint: Checkpoint) -> Architecture:
+    """The architecture of a checkpoint."""
+    return Architecture.from_config(checkpoint.config)
+
+
+def text_section(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that describes the language model: `text_config`, or all of it."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def required(value: int | None, name: str) -> int:
+    """A quantity that the caller cannot do without; raises InputError where the config lacks it."""
+    if value is None:
+        raise InputError(f"the model's config.json names no {name}")
+    return value
+
+
+def check_decoder(checkpoint: Checkpoint) -> None:
+    """Raise InputError unless the config says decoder-only language model."""
+    names = checkpoint.config.get("architectures") or []
+    decoder = any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names)
+    if not decoder or checkpoint.config.get("is_encoder_decoder"):
+        raise InputError(
+            f"model {checkpoint.path} is not a decoder-only language model: architectures is "
+            f"{names}; a name ending in ForCausalLM is needed"
+        )
+
+
+def find_layer_prefix(checkpoint: Checkpoint, num_layers: int, list_name: str | None = None) -> str:
+    """The tensor-name prefix of the decoder layers, such as `model.layers.`.
+
+    Found by structure: the names `<prefix><i>.<rest>` must exist for exactly i = 0..L-1.
+
+    Args:
+        list_name: the last word of the layer list's module path, in which the prefix must end;
+            None: any word.
+
+    Raises:
+        InputError: no prefix, or several, fit.
+    """
+    pattern = re.compile(r"^(?P<prefix>(?:[^0-9.][^.]*\.)+)(?P<index>\d+)\.")
+    found: dict[str, set[int]] = {}
+    for entry in checkpoint.tensors:
+        match = pattern.match(entry.name)
+        if match:
+            found.setdefault(match["prefix"], set()).add(int(match["index"]))
+    all_layers = set(range(num_layers))
+    fitting = [
+        prefix
+        for prefix, indices in found.items()
+        if indices == all_layers and list_name in (None, prefix.split(".")[-2])
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    if list_name is None:
+        raise InputError(
+            f"model {checkpoint.path}: {len(fitting)} numbered lists of tensors have {num_layers} "
+            "entries (num_hidden_layers); need exactly one"
+        )
+    raise InputError(
+        f"model {checkpoint.path}: {len(fitting)} tensor-name prefixes fit a list of "
+        f"{num_layers} decoder layers named {list_name!r}; need exactly one"
+    )

@@ -1,0 +1,140 @@
+"""EvoPress for depth pruning (Sieberling et al., arXiv 2410.14649, algorithm 1).
+
+Notation: M masks, P players.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from lpserve.masks import draw, removed_players
+from lpserve.rivals.proposer import KnownScores, Proposer, SearchSetting
+from lpserve.types import BoolArray, FloatArray, IntArray
+
+EVOPRESS_OFFSPRING = 32
+EVOPRESS_INITIAL = 64
+EVOPRESS_SURVIVORS = 2
+EVOPRESS_MOST_SWAPS = 3
+EVOPRESS_FIRST_SHARE = 2048 / 32768
+"""Tokens of the first selection over those of the last."""
+EVOPRESS_DIVISOR = 1.5
+"""Generations for r removed of P are r (P - r) over this, rounded down."""
+
+
+def evolutionary(
+    num_players: int,
+    max_removed: int,
+    *,
+    num_windows: int,
+    seed: int,
+    first_share: float = EVOPRESS_FIRST_SHARE,
+) -> Proposer:
+    """EvoPress for depth pruning (Sieberling et al., arXiv 2410.14649, algorithm 1).
+
+    A (1+lambda) evolution at a fixed number removed: the best of 64 random sets is the first
+    parent; each generation makes 32 distinct offspring by level switches (a kept and a dropped
+    player change places; 1 to 3 times, the smaller of two uniform draws), keeps the 2 best of them
+    on few tokens, and of those and the parent the best on all. These numbers, and r (P - r) / 1.5
+    generations, are its published script's; where a size has fewer sets, all are asked for.
+
+    It searches one size a run. Here the runs for r = 1..max_removed go side by side, a generation
+    of each in one `Ask`, so that every size has had as many generations as any other until its
+    published number is reached: the budget is shared evenly.
+
+    Players move whole (attention and MLP together: its `drop_entire_block`), fitness is the NLL
+    (its `ppl`), the few tokens are other windows in each generation, drawn as a block, and the last
+    selection is on all windows: the published code draws others there, too.
+
+    Args:
+        num_windows: windows of the game.
+        first_share: windows of the first selection over all; 1: the first selection decides.
+    """
+    rng = np.random.default_rng(seed)
+    known = KnownScores()
+
+    def few() -> range | None:
+        count = max(1, round(first_share * num_windows))
+        start = int(rng.integers(num_windows - count + 1))
+        return range(start, start + count) if count < num_windows else None
+
+    sizes = range(1, min(max_removed, num_players) + 1)
+    initial = []
+    for r in sizes:
+        count = min(EVOPRESS_INITIAL, math.comb(num_players, r))
+        initial.append(_distinct(lambda r=r: draw(num_players, num_players - r, 1, rng)[0], count))
+    scores = yield from known.groups(initial, few())
+    parents = {
+        r: group_MP[_best(nll_M, 1)[0]]
+        for r, group_MP, nll_M in zip(sizes, initial, scores, strict=True)
+    }
+    generation = 0
+    while True:
+        alive = [r for r in sizes if generation < evopress_generations(num_players, r)]
+        if not alive:
+            return
+        broods = [offspring(parents[r], rng) for r in alive]
+        scores = yield from known.groups(broods, few())
+        finals = [
+            np.concatenate([brood_MP[_best(nll_M, EVOPRESS_SURVIVORS)], parents[r][None]])
+            for r, brood_MP, nll_M in zip(alive, broods, scores, strict=True)
+        ]
+        scores = yield from known.groups(finals, None)
+        for r, finals_MP, nll_M in zip(alive, finals, scores, strict=True):
+            parents[r] = finals_MP[_best(nll_M, 1)[0]]
+        generation += 1
+
+
+def evopress_generations(num_players: int, num_removed: int) -> int:
+    """Its published number of generations for one size."""
+    return int(num_removed * (num_players - num_removed) / EVOPRESS_DIVISOR)
+
+
+def _best(nll_M: FloatArray, count: int) -> IntArray:
+    """Rows of the lowest NLLs, ties to the earlier row; failed masks last."""
+    return np.argsort(np.where(np.isfinite(nll_M), nll_M, np.inf), kind="stable")[:count]
+
+
+def offspring(parent_P: BoolArray, rng: np.random.Generator) -> BoolArray:
+    """Distinct offspring that differ from the parent, `bool[<=32, P]`."""
+    kept, dropped = int(parent_P.sum()), int((~parent_P).sum())
+    within_reach = sum(
+        math.comb(kept, swaps) * math.comb(dropped, swaps)
+        for swaps in range(1, EVOPRESS_MOST_SWAPS + 1)
+    )
+    count = min(EVOPRESS_OFFSPRING, within_reach)
+    return _distinct(lambda: _mutant(parent_P, rng), count, other_than=parent_P)
+
+
+def _mutant(parent_P: BoolArray, rng: np.random.Generator) -> BoolArray:
+    child_P = parent_P.copy()
+    for _ in range(rng.integers(1, EVOPRESS_MOST_SWAPS + 1, size=2).min()):
+        out = rng.choice(np.flatnonzero(child_P))
+        back = rng.choice(np.flatnonzero(~child_P))
+        child_P[out], child_P[back] = False, True
+    return child_P
+
+
+def _distinct(
+    make: Callable[[], BoolArray], count: int, other_than: BoolArray | None = None
+) -> BoolArray:
+    """`count` different masks from a random source, in the order in which they came up."""
+    made: dict[tuple[int, ...], BoolArray] = {}
+    avoided = removed_players(other_than) if other_than is not None else None
+    while len(made) < count:
+        mask_P = make()
+        if (removed := removed_players(mask_P)) != avoided:
+            made.setdefault(removed, mask_P)
+    return np.array(list(made.values()))
+
+
+def propose(setting: SearchSetting) -> Proposer:
+    """The proposer of the registry."""
+    return evolutionary(
+        setting.num_players,
+        setting.max_removed,
+        num_windows=setting.num_windows,
+        seed=setting.seed,
+    )

@@ -1,0 +1,30 @@
+"""Shortened-LLaMA's perplexity criterion (Kim et al., arXiv 2402.02834)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lpserve.masks import drop_one, full_mask
+from lpserve.plan.sets import ranking_mask
+from lpserve.rivals.proposer import Ask, Proposer, SearchSetting
+
+
+def one_shot(num_players: int, max_removed: int) -> Proposer:
+    """Shortened-LLaMA's perplexity criterion (Kim et al., arXiv 2402.02834).
+
+    Every player is dropped alone; the set of size r are the r players whose loss cost least. Sets
+    that would hold a player without a finite score are not asked for. Published on 10 windows of
+    128 tokens; here on the run's.
+    """
+    singles_PP = drop_one(full_mask(num_players))
+    nll_P = yield Ask(singles_PP)
+    cost_P = np.where(np.isfinite(nll_P), nll_P, np.inf)
+    most = min(max_removed, int(np.isfinite(nll_P).sum()))
+    sets = [ranking_mask(cost_P, r) for r in range(2, most + 1)]
+    if sets:
+        yield Ask(np.array(sets))
+
+
+def propose(setting: SearchSetting) -> Proposer:
+    """The proposer of the registry."""
+    return one_shot(setting.num_players, setting.max_removed)

@@ -1,0 +1,52 @@
+"""lpserve's own search, the rounds of `lpserve run --goal plan`, as a proposer."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from lpserve.errors import InputError
+from lpserve.rivals.proposer import Ask, Proposer, SearchSetting
+from lpserve.rounds.history import CompletedRound
+from lpserve.rounds.planner import RoundPlanner
+from lpserve.rounds.settings import RoundSettings
+from lpserve.utility import utility_named
+
+
+def propose(setting: SearchSetting) -> Proposer:
+    """The proposer of the registry.
+
+    Raises:
+        InputError: the budget is smaller than lpserve's own smallest.
+    """
+    players, most = setting.num_players, setting.max_removed
+    settings = RoundSettings(
+        num_players=players,
+        max_removed=most,
+        sizes=(players - most, players - 1),
+        seed=setting.seed,
+        surrogate="auto",
+        round_size=players,
+        goal="plan",
+    )
+    least = settings.minimum_budget()
+    if setting.budget < least:
+        raise InputError(f"budget must be at least {least} for lpserve: got {setting.budget}")
+    return ours(settings)
+
+
+def ours(settings: RoundSettings) -> Proposer:
+    """lpserve's own rounds, as a run plays them: round n is chosen from rounds up to n - 2."""
+    planner = RoundPlanner(settings, utility_named("neg_nll"), np.ones(1, dtype=np.int64))
+    rounds: list[CompletedRound] = []
+    last: CompletedRound | None = None
+    for index in itertools.count():
+        asked = planner.propose(index, rounds)
+        if not len(asked.all_masks):
+            return
+        if last is not None:
+            rounds.append(last)
+        nll_M = yield Ask(asked.all_masks)
+        nll_M1 = nll_M[:, None]  # means, not rounded as a store would round them
+        last = CompletedRound(asked.all_masks, nll_M1, nll_M1)

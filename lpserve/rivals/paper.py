@@ -1,0 +1,98 @@
+"""The pipeline of arXiv 2602.07804: random masks, a network, values, the lowest values removed.
+
+Notation: P players, D random draws, Q coalitions of the paper's second stage, S strata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lpserve.errors import InputError
+from lpserve.masks import draw, full_mask, keys, paper_kept_counts
+from lpserve.plan.sets import ranking_mask
+from lpserve.rivals.proposer import KnownScores, Proposer, SearchSetting
+from lpserve.surrogate import PaperSurrogate
+from lpserve.types import BoolArray, IntArray
+from lpserve.values.sampling import paper_values
+
+PAPER_DRAWS = 8_000
+PAPER_COALITIONS = 80_000
+PAPER_LEAST_DRAWS = 5
+"""The fewest distinct draws that its surrogate is trained on."""
+
+
+def paper(
+    num_players: int,
+    max_removed: int,
+    *,
+    budget: int,
+    seed: int,
+    strata: Sequence[int] | None = None,
+) -> Proposer:
+    """The pipeline of arXiv 2602.07804: random masks, a network, values, the r lowest removed.
+
+    Masks are drawn with replacement, as many from each stratum (`paper_kept_counts`); the published
+    8,000, or as many as leave masks of the budget for the rest of the pipeline. A repeated draw
+    counts as one of the 8,000 and trains the network again, as published, but is scored once.
+    Utility is the perplexity ratio; failed masks train nothing. Values come from 80,000 coalitions
+    of the same strata, and their ranking is scored for every r last.
+
+    Args:
+        strata: kept counts to draw from, where the published ones are not all to be had.
+
+    Raises:
+        InputError: the budget does not hold all kept, `PAPER_LEAST_DRAWS` draws and a set for every
+            r; raised at the first step.
+    """
+    room = budget - 1 - max_removed
+    if room < PAPER_LEAST_DRAWS:
+        raise InputError(
+            f"the paper's pipeline removing up to {max_removed} needs a budget of at least "
+            f"{1 + PAPER_LEAST_DRAWS + max_removed} masks: got {budget}"
+        )
+    rng = np.random.default_rng(seed)
+    draws_DP = paper_draws(num_players, PAPER_DRAWS, rng, strata)
+    coalitions_QP = paper_draws(num_players, PAPER_COALITIONS, rng, strata)
+    draws_DP = draws_DP[_distinct_so_far(draws_DP) <= room]
+    known = KnownScores()
+    nll_M = yield from known.score(np.concatenate([full_mask(num_players)[None], draws_DP]))
+    finite_D = np.isfinite(nll_M[1:])
+    if not np.isfinite(nll_M[0]) or finite_D.sum() < 2:
+        return
+    surrogate = PaperSurrogate(seed)
+    # not `fit`, which refuses repeated masks and measures a held-out error that nobody asks for
+    surrogate.train(draws_DP[finite_D], np.exp(nll_M[0] - nll_M[1:][finite_D]))
+    values_P = paper_values(surrogate.mean, coalitions_QP).values_P
+    sets_MP = np.array([ranking_mask(values_P, r) for r in range(1, max_removed + 1)])
+    yield from known.score(sets_MP)
+
+
+def paper_draws(
+    num_players: int,
+    count: int,
+    rng: np.random.Generator,
+    strata: Sequence[int] | None = None,
+) -> BoolArray:
+    """Random masks of strata (None: the paper's), dealt in turn, with replacement,
+    `bool[count, P]`."""
+    strata = paper_kept_counts(num_players) if strata is None else strata
+    share = -(-count // len(strata))
+    masks_SDP = np.array([draw(num_players, kept, share, rng) for kept in strata])
+    return masks_SDP.swapaxes(0, 1).reshape(-1, num_players)[:count]
+
+
+def _distinct_so_far(masks_DP: BoolArray) -> IntArray:
+    """How many different masks there are up to each, `int64[D]`."""
+    seen: set[bytes] = set()
+    counts = []
+    for key in keys(masks_DP):
+        seen.add(key)
+        counts.append(len(seen))
+    return np.array(counts, dtype=np.int64)
+
+
+def propose(setting: SearchSetting) -> Proposer:
+    """The proposer of the registry."""
+    return paper(setting.num_players, setting.max_removed, budget=setting.budget, seed=setting.seed)

@@ -1,0 +1,161 @@
+"""Searches for sets of players to remove, as proposers: they never score anything themselves.
+
+A proposer is a coroutine. It yields an `Ask` and is sent the mean NLL of each of its masks,
+`float64[M]` in nats per token, lower is better, non-finite where scoring failed; any driver can run
+it (`drive` runs one on a function). It never asks twice for a mask on the same windows, and the
+same arguments give the same sequence. The result of a search at any moment is the best set of each
+size that was scored on all windows (`best_sets`): every scored set counts, the published answer
+among them.
+
+Notation: M masks, P players.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lpserve.masks import keys
+from lpserve.plan.sets import best_row, ranking_mask
+from lpserve.types import BoolArray, FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Masks whose mean NLLs a proposer wants."""
+
+    masks_MP: BoolArray
+    """Distinct."""
+    windows: range | None = None
+    """On which windows, by index; None is all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An `Ask` with its answer."""
+
+    ask: Ask
+    nll_M: FloatArray
+    """Mean NLL over the asked windows in nats per token; non-finite where scoring failed."""
+
+
+Proposer = Generator[Ask, FloatArray, None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSetting:
+    """What a search is told about the game before it starts."""
+
+    num_players: int
+    max_removed: int
+    """Sets of 1 to so many removed players are looked for."""
+    num_windows: int
+    """Calibration windows of the game."""
+    budget: int
+    """Masks that the search may score; most searches are cut there and need not know it."""
+    seed: int
+    measured: Any = None
+    """What the engine method of `Measurement` returned, for searches that look inside the model."""
+
+
+def drive(
+    proposer: Proposer,
+    score: Callable[[Ask], FloatArray],
+    budget: int,
+    num_windows: int | None = None,
+) -> list[Answer]:
+    """Run a proposer to its end or to a number of masks; all that was scored, in order.
+
+    Args:
+        budget: distinct masks scored on any windows, as a run counts them. The `Ask` that would
+            exceed it is cut where it does, and the proposer is closed without its answer.
+        num_windows: of the game; a mask on some of them then counts for its share.
+    """
+    record: list[Answer] = []
+    seen: dict[bytes, set[int]] = {}
+    with closing(proposer), suppress(StopIteration):
+        ask = next(proposer)
+        while len(masks_MP := _within(ask, seen, budget, num_windows)):
+            part = Ask(masks_MP, ask.windows)
+            record.append(Answer(part, score(part)))
+            if len(masks_MP) < len(ask.masks_MP):
+                break
+            ask = proposer.send(record[-1].nll_M)
+    return record
+
+
+def _within(
+    ask: Ask, seen: dict[bytes, set[int]], budget: int, num_windows: int | None
+) -> BoolArray:
+    """The masks before the first one that a budget does not allow; they are added to `seen`, with
+    the windows that they were scored on."""
+    parts = num_windows or 1
+    windows = range(parts) if num_windows is None or ask.windows is None else ask.windows
+    used = sum(map(len, seen.values()))
+    for row, key in enumerate(keys(ask.masks_MP)):
+        new = set(windows) - seen.get(key, set())
+        used += len(new)
+        if used > budget * parts:
+            return ask.masks_MP[:row]
+        seen.setdefault(key, set()).update(new)
+    return ask.masks_MP
+
+
+def best_sets(record: Sequence[Answer]) -> dict[int, tuple[BoolArray, float]]:
+    """Number removed -> the best mask scored on all windows and its NLL, ties to the smaller key.
+
+    Sizes without a finite score are not in it.
+    """
+    whole = [scored for scored in record if scored.ask.windows is None]
+    if not whole:
+        return {}
+    masks_MP = np.concatenate([scored.ask.masks_MP for scored in whole])
+    nll_M = np.concatenate([scored.nll_M for scored in whole])
+    removed_M = (~masks_MP).sum(axis=1)
+    found = {}
+    for r in np.unique(removed_M):
+        rows = np.flatnonzero(removed_M == r)
+        best = best_row(masks_MP[rows], -nll_M[rows])
+        if best is not None:
+            found[int(r)] = masks_MP[rows[best]], float(nll_M[rows[best]])
+    return found
+
+
+def ranked_sets(values_P: FloatArray, max_removed: int) -> Proposer:
+    most = min(max_removed, len(values_P))
+    yield Ask(np.array([ranking_mask(values_P, r) for r in range(1, most + 1)]))
+
+
+class KnownScores:
+    """The scores that a proposer was sent, so that it asks for nothing twice."""
+
+    def __init__(self) -> None:
+        self._nll: dict[tuple[range | None, bytes], float] = {}
+
+    def score(
+        self, masks_MP: BoolArray, windows: range | None = None
+    ) -> Generator[Ask, FloatArray, FloatArray]:
+        """NLLs of any masks; what is not known is asked for in one `Ask`."""
+        mask_keys = [(windows, key) for key in keys(masks_MP)]
+        fresh: dict[tuple[range | None, bytes], BoolArray] = {}
+        for key, mask_P in zip(mask_keys, masks_MP, strict=True):
+            if key not in self._nll:
+                fresh.setdefault(key, mask_P)
+        if fresh:
+            nll_M = yield Ask(np.array(list(fresh.values())), windows)
+            self._nll.update(zip(fresh, nll_M.tolist(), strict=True))
+        return np.array([self._nll[key] for key in mask_keys], dtype=np.float64)
+
+    def groups(
+        self, groups: Sequence[BoolArray], windows: range | None
+    ) -> Generator[Ask, FloatArray, list[FloatArray]]:
+        """The same for several groups, dealt in turn: a budget's end cuts all of them alike."""
+        place_M = np.concatenate([np.arange(len(group)) for group in groups])
+        turn_M = np.argsort(place_M, kind="stable")
+        nll_M = np.empty(len(turn_M))
+        nll_M[turn_M] = yield from self.score(np.concatenate(groups)[turn_M], windows)
+        return np.split(nll_M, np.cumsum([len(group) for group in groups])[:-1])

@@ -1,0 +1,92 @@
+"""Every rival by name: its source, what it needs, and the function that makes its proposer.
+
+A new rival is one file in this folder with a function `propose(setting) -> Proposer`, and one line
+here. Proposers are named as "module:function" and imported when they are made, so that the command
+line can list the names without loading a numeric library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lpserve.rivals.proposer import Proposer, SearchSetting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """What an engine measures inside the model for a rival, beside scoring masks."""
+
+    method: str
+    """Of the engine; engines without it cannot measure this."""
+    cost: str
+    """What it takes, in words."""
+    refusal: str
+    """Why the rival did not run where the engine lacks the method."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A search for sets of players to remove."""
+
+    source: str
+    """Where it comes from, in words."""
+    proposer: str
+    """"module:function" in this folder; the function takes a `SearchSetting`."""
+    needs: Measurement | None = None
+    """What `SearchSetting.measured` has to hold; None: the rival needs nothing but scores."""
+    plans_its_budget: bool = False
+    """Whether the search depends on the budget; others are cut wherever it ends."""
+
+    def make(self, setting: SearchSetting) -> Proposer:
+        """The rival's proposer for a game.
+
+        Raises:
+            InputError: the rival cannot begin with this setting (some raise at the first step).
+        """
+        module, _, function = self.proposer.partition(":")
+        return getattr(import_module(f"lpserve.rivals.{module}"), function)(setting)
+
+
+HIDDEN_STATES = Measurement(
+    method="hidden_states",
+    cost="one forward pass over the calibration windows",
+    refusal="not run: hidden states need engine transformers in this process",
+)
+GRADIENTS = Measurement(
+    method="taylor_importance",
+    cost="one forward and backward pass over the calibration windows",
+    refusal="not run: gradients need engine transformers in this process",
+)
+
+RIVALS: dict[str, Rival] = {
+    "lpserve": Rival("this project, --goal plan", "ours:propose", plans_its_budget=True),
+    "random": Rival("uniform sets of every size in turn", "random_sets:propose"),
+    "last": Rival("the last layers (arXiv 2411.15558)", "criteria:propose_last"),
+    "shortgpt": Rival(
+        "block influence (ShortGPT, arXiv 2403.03853)", "criteria:propose_shortgpt", HIDDEN_STATES
+    ),
+    "angular": Rival(
+        "most alike ends of a block (arXiv 2403.17887)", "criteria:propose_angular", HIDDEN_STATES
+    ),
+    "oneshot": Rival(
+        "perplexity without one layer (Shortened-LLaMA, arXiv 2402.02834)", "one_shot:propose"
+    ),
+    "taylor": Rival(
+        "Taylor+ (Shortened-LLaMA, arXiv 2402.02834)", "criteria:propose_taylor", GRADIENTS
+    ),
+    "greedy": Rival(
+        "greedy, re-evaluated at every step (SLEB, arXiv 2402.09025)", "greedy:propose"
+    ),
+    "evopress": Rival(
+        "evolution, few windows first (EvoPress, arXiv 2410.14649)", "evopress:propose"
+    ),
+    "paper": Rival(
+        "8,000 random masks, a network, values (arXiv 2602.07804)",
+        "paper:propose",
+        plans_its_budget=True,
+    ),
+}
+"""In the order of the tables."""

@@ -1,0 +1,244 @@
+"""What a planner asks of a model of the utility: which sets may be better, which masks say most.
+
+`FittedModel` answers with surrogates that are refitted to every round's scores. A count of a run's
+work, which has no scores, answers with a stand-in (`lpserve.runner.cost`).
+
+Notation: M masks, P players, r = number removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from lpserve.masks import without
+from lpserve.plan.greedy import unpruned_options
+from lpserve.plan.search import (
+    best_predicted_sets,
+    probability_of_improvement,
+    select_by_expected_improvement,
+    starts,
+)
+from lpserve.plan.sets import ranking_mask
+from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, select_for_values
+from lpserve.rounds.history import AskedMasks, KnownUtilities
+from lpserve.rounds.settings import RoundSettings
+from lpserve.surrogate import Surrogate, acquisition_model, make_surrogate
+from lpserve.types import Z90, BoolArray, FloatArray
+from lpserve.values.closed_form import kernel_values, value_calibration
+
+_REFIT_GROWTH = {"paper": 1.5, "boosting": 1.2, "ensemble": 1.2}
+"""Surrogates whose training takes seconds are refitted when the masks have grown by this factor."""
+_NUM_WARM_STARTS = 4  # best predicted sets of the round before that a beam search starts from
+_MIN_FINITE = 3  # with fewer finite scores nothing is fitted
+
+
+class RoundModel(Protocol):
+    """What the planner needs; every method is about the masks of the last `fit`."""
+
+    surrogate: Surrogate | None
+    """Whose held-out error progress shows; None: there is none."""
+
+    def fit(self, known: KnownUtilities) -> bool:
+        """Take in the scores; False where they are too few to say anything."""
+        ...
+
+    def may_be_best(
+        self, path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
+    ) -> BoolArray:
+        """Which sets of the next greedy step may be its best, in the order of `masks.drop_one`."""
+        ...
+
+    def rankings(self, index: int) -> list[BoolArray]:
+        """The sets of lowest values for every r; another r comes first in every round."""
+        ...
+
+    def by_improvement(
+        self, known: KnownUtilities, asked: AskedMasks, count: int, pending_MP: BoolArray
+    ) -> BoolArray:
+        """Sets of all sizes that may beat the best scored one of their size, `bool[<=count, P]`."""
+        ...
+
+    def promotions(
+        self, known: KnownUtilities, waiting_MP: BoolArray, asked: AskedMasks, gain: float
+    ) -> BoolArray:
+        """Screened sets whose expected improvement on all items is above `gain`."""
+        ...
+
+    def for_values(
+        self, index: int, asked: AskedMasks, count: int, pending_MP: BoolArray
+    ) -> BoolArray:
+        """Masks that reduce the variance of the values most, for what they cost."""
+        ...
+
+    def settled(
+        self,
+        known: KnownUtilities,
+        waiting_MP: BoolArray,
+        asked: AskedMasks,
+        *,
+        chance: float,
+        gain: float,
+    ) -> bool:
+        """Whether no unscored set beats the best of its size by a share `gain` with a higher
+        probability than `chance`."""
+        ...
+
+    def narrow(self, width: float) -> bool:
+        """Whether every value's 90% interval reaches at most `width` to either side."""
+        ...
+
+
+class FittedModel:
+    """Surrogates of a run's utility and of the utility that sets are searched on."""
+
+    def __init__(self, settings: RoundSettings, *, own_search_fit: bool) -> None:
+        """
+        Args:
+            own_search_fit: the search has another utility, or other masks, than the values.
+        """
+        self._settings = settings
+        fitted = make_surrogate(settings.surrogate, settings.seed, quick=True)
+        self.surrogate: Surrogate | None = fitted
+        self._values_model: Surrogate = fitted
+        self._searcher: Surrogate = fitted
+        if own_search_fit:
+            self._searcher = make_surrogate(settings.surrogate, settings.seed, quick=True)
+        self._fitted_masks = 0
+        self._best_predicted: dict[int, BoolArray] = {}
+        """For every r the sets of highest predicted utility, best first."""
+        self._best_predicted_is_current = False
+        self._values_P: FloatArray | None = None
+        """Values by the last fit; None: not asked for yet, or no closed form."""
+
+    def fit(self, known: KnownUtilities) -> bool:
+        self._best_predicted_is_current, self._values_P = False, None
+        finite_M = np.isfinite(known.utilities_M)
+        if finite_M.sum() < _MIN_FINITE:
+            return False
+        if self._is_due(int(finite_M.sum())):
+            self._values_model.fit(known.masks_MP[finite_M], known.utilities_M[finite_M])
+            if self._searcher is not self._values_model:
+                guessed_M = np.isfinite(known.guess_M)
+                noise = None if known.noise_M is None else known.noise_M[guessed_M]
+                self._searcher.fit(known.masks_MP[guessed_M], known.guess_M[guessed_M], noise)
+        return True
+
+    def _is_due(self, num_masks: int) -> bool:
+        """Whether to refit."""
+        if num_masks < _REFIT_GROWTH.get(self._settings.surrogate, 1.0) * self._fitted_masks:
+            return False
+        self._fitted_masks = num_masks
+        return True
+
+    def may_be_best(
+        self, path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
+    ) -> BoolArray:
+        return unpruned_options(path, masks_MP, utilities_M)
+
+    def rankings(self, index: int) -> list[BoolArray]:
+        values_P = self._current_values()
+        if values_P is None:
+            return []
+        sizes = self._settings.max_removed
+        return [ranking_mask(values_P, (r + index) % sizes + 1) for r in range(sizes)]
+
+    def by_improvement(
+        self, known: KnownUtilities, asked: AskedMasks, count: int, pending_MP: BoolArray
+    ) -> BoolArray:
+        candidates = self._unscored_candidates(known, asked)
+        return select_by_expected_improvement(
+            self._searcher,
+            np.concatenate(list(candidates.values())),
+            known.best_by_size(self._settings.max_removed),
+            count,
+            pending_MP=pending_MP,
+        )
+
+    def promotions(
+        self, known: KnownUtilities, waiting_MP: BoolArray, asked: AskedMasks, gain: float
+    ) -> BoolArray:
+        return select_by_expected_improvement(
+            self._searcher,
+            waiting_MP,
+            known.best_by_size(self._settings.max_removed),
+            self._settings.round_size,
+            pending_MP=asked.last_MP,
+            min_improvement=gain,
+        )
+
+    def for_values(
+        self, index: int, asked: AskedMasks, count: int, pending_MP: BoolArray
+    ) -> BoolArray:
+        kernel = acquisition_model(self._values_model)
+        if kernel is None or kernel.kernel is None or count < 1:
+            return pending_MP[:0]
+        settings = self._settings
+        rng = np.random.default_rng([settings.seed, index])
+        pool_MP = asked.unseen(candidate_pool(settings.num_players, settings.sizes, rng))
+        return select_for_values(
+            kernel, settings.sizes, pool_MP, count, pending_MP=pending_MP, head_cost=HEAD_COST
+        )
+
+    def settled(
+        self,
+        known: KnownUtilities,
+        waiting_MP: BoolArray,
+        asked: AskedMasks,
+        *,
+        chance: float,
+        gain: float,
+    ) -> bool:
+        best_of = known.best_by_size(self._settings.max_removed)
+        waiting_removed_M = (~waiting_MP).sum(axis=1)
+        for r, sets_MP in self._unscored_candidates(known, asked).items():
+            if not np.isfinite(best_of[r]):
+                return False
+            open_MP = np.concatenate([sets_MP, waiting_MP[waiting_removed_M == r]])
+            chance_M = probability_of_improvement(self._searcher, open_MP, best_of[r], gain)
+            if chance_M.max(initial=0.0) > chance:
+                return False
+        return True
+
+    def narrow(self, width: float) -> bool:
+        kernel = acquisition_model(self._values_model)
+        if kernel is None:
+            return False
+        sizes = self._settings.sizes
+        if Z90 * kernel_values(kernel, sizes).stderr_P.max() > width:
+            return False  # calibration by folds takes time and would hardly narrow it
+        values = kernel_values(kernel, sizes, calibration=value_calibration(kernel, sizes))
+        return bool(Z90 * values.stderr_P.max() <= width)
+
+    def _unscored_candidates(
+        self, known: KnownUtilities, asked: AskedMasks
+    ) -> dict[int, BoolArray]:
+        """For every r the best predicted sets that were never asked for.
+
+        Searched for once a fit, from the best scored sets and the best predicted of the fit before.
+        """
+        if not self._best_predicted_is_current:
+            for r in range(1, self._settings.max_removed + 1):
+                near_MP = starts(known.masks_MP, known.search_M, r)
+                self._best_predicted[r] = self._search(r, near_MP)
+            self._best_predicted_is_current = True
+        return {r: asked.unseen(sets_MP) for r, sets_MP in self._best_predicted.items()}
+
+    def _search(self, num_removed: int, near_MP: BoolArray) -> BoolArray:
+        """The sets of one size of highest predicted utility, best first."""
+        players = self._settings.num_players
+        begin = [without(players, range(num_removed)), *near_MP]
+        values_P = self._current_values()
+        if values_P is not None:
+            begin.append(ranking_mask(values_P, num_removed))
+        begin += list(self._best_predicted.get(num_removed, [])[:_NUM_WARM_STARTS])
+        return best_predicted_sets(self._searcher, players, num_removed, np.array(begin))
+
+    def _current_values(self) -> FloatArray | None:
+        """Values from the surrogate as it stands, where it has a closed form."""
+        kernel = acquisition_model(self._values_model)
+        if self._values_P is None and kernel is not None:
+            self._values_P = kernel_values(kernel, self._settings.sizes).values_P
+        return self._values_P

@@ -1,0 +1,72 @@
+"""What the sequence of rounds depends on, besides the scores.
+
+Notation: P players, r = number removed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lpserve.config import STOP_GAIN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StopRules:
+    """When a run may end before its budget: every rule that is given must hold."""
+
+    chance: float | None = None
+    """No unseen set has a higher probability than this of beating the plan by more than `gain`."""
+    gain: float = STOP_GAIN
+    """Share of perplexity."""
+    width: float | None = None
+    """Every value's 90% interval reaches at most this far to either side, in the utility's units;
+    masks that were not scored alone, not other windows."""
+
+    @property
+    def given(self) -> bool:
+        return self.chance is not None or self.width is not None
+
+    def __str__(self) -> str:
+        said = []
+        if self.chance is not None:
+            said.append(
+                f"no unseen set has a higher probability than {self.chance:g} of beating the plan "
+                f"by more than {100 * self.gain:g}%"
+            )
+        if self.width is not None:
+            said.append(f"every value's 90% interval is within +- {self.width:g}")
+        return " and ".join(said)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundSettings:
+    """What the sequence of rounds depends on, besides the scores."""
+
+    num_players: int
+    max_removed: int
+    sizes: tuple[int, int]
+    seed: int
+    surrogate: str
+    round_size: int
+    """Masks of a round from the second on, at least; fewer while the greedy path is walked."""
+    stop: StopRules = StopRules()
+    goal: str = "both"
+    """What masks are for: `plan`, `values` (no path is walked, no set is searched), or `both`."""
+
+    def minimum_budget(self) -> int:
+        """Masks of rounds 0 to 2 up to the first scored set for every r."""
+        first = 1 + self.num_players + (self.sizes[0] == 0 and self.num_players > 1)
+        return first + self.round_size + self.max_removed - 1
+
+
+def design_strata(settings: RoundSettings) -> list[list[int]]:
+    """Kept counts of the design, and those of the design that follows where it is exhausted.
+
+    The first are what the values need, k_min..k_max+1; the others what the plan needs besides:
+    a run must not end before every number removed had its masks. The full set is in neither.
+    """
+    low, high = settings.sizes
+    players = settings.num_players
+    values = [k for k in range(high + 1, low - 1, -1) if k < players]
+    plan = range(players - 1, players - settings.max_removed - 1, -1)
+    return [strata for strata in (values, [k for k in plan if k not in values]) if strata]

@@ -1,0 +1,97 @@
+"""How long work takes at each engine, and how large its next unit should be.
+
+An engine's pace is measured: seconds for a token of a mask, a moving average over its units. Units
+then aim at `TARGET_UNIT_S`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lpserve.data.windows import TokenWindows
+from lpserve.scoring.pool import UnitResult, WorkUnit
+
+TARGET_UNIT_S = 2.0
+"""Seconds that a unit should take."""
+ANSWER_S = 0.004
+"""Units last at least this long for each engine: an answer costs the driver about half of it
+(`scripts/bench/results/coordinator.md`), so it keeps pace with any number of engines."""
+LEAST_UNIT_S = 0.2
+"""Masks are not spread over more engines, nor split over windows, below this time a unit."""
+_FIRST_UNIT_MASKS = 2
+_PACE_MEMORY = 0.5
+"""Weight of an engine's earlier pace against its latest unit's."""
+
+
+class EnginePaces:
+    """The measured pace of every engine.
+
+    Args:
+        windows_of: the registered windows of a hash.
+    """
+
+    def __init__(self, windows_of: Callable[[str], TokenWindows]) -> None:
+        self._windows_of = windows_of
+        self.seconds_per_token: dict[str, float] = {}
+        """Engine -> seconds for a token of a mask."""
+
+    def learn(self, result: UnitResult) -> None:
+        """Take a scored unit's time into its engine's pace."""
+        assert result.scores is not None
+        measured = max(result.scores.work.seconds, 1e-6) / self._tokens(result.unit)
+        before = self.seconds_per_token.get(result.engine, measured)
+        self.seconds_per_token[result.engine] = (
+            _PACE_MEMORY * before + (1 - _PACE_MEMORY) * measured
+        )
+
+    def expected_s(self, unit: WorkUnit, engine: str) -> float | None:
+        """Seconds that a unit should take at an engine; None while no engine has scored any.
+
+        From the engine's own pace; from the mean of the others' as long as it has none.
+        """
+        pace = self.seconds_per_token.get(engine)
+        if pace is None:
+            if not self.seconds_per_token:
+                return None
+            pace = sum(self.seconds_per_token.values()) / len(self.seconds_per_token)
+        return pace * self._tokens(unit)
+
+    def _tokens(self, unit: WorkUnit) -> int:
+        return len(unit.masks_MP) * self._windows_of(unit.windows).tokens_NT.size
+
+
+def target_unit_s(num_engines: int) -> float:
+    """Seconds that a unit should take so that the driver keeps pace with all engines."""
+    return max(TARGET_UNIT_S, ANSWER_S * num_engines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitSize:
+    """How much of the queue goes to an engine next."""
+
+    masks: int
+    window_parts: int
+    """Parts that a unit of one mask may be split into, over its windows; 1 where engines do not
+    outnumber masks or the mask is quick."""
+
+
+def unit_size(
+    *, mask_s: float | None, masks_waiting: int, num_engines: int, target_s: float
+) -> UnitSize:
+    """The size of the next unit.
+
+    About `target_s` of work, less where few masks are left so that all engines end together, but
+    not less than `LEAST_UNIT_S` unless the queue is shorter.
+
+    Args:
+        mask_s: seconds that one mask should take at the engine; None: not known.
+        masks_waiting: masks in the queue, those of this unit included.
+    """
+    share = -(-masks_waiting // num_engines)
+    if mask_s is None:
+        return UnitSize(masks=min(_FIRST_UNIT_MASKS, share), window_parts=1)
+    share = max(share, int(LEAST_UNIT_S / mask_s))
+    masks = max(1, min(int(target_s / mask_s), share))
+    parts = min(num_engines // masks_waiting, int(mask_s / LEAST_UNIT_S))
+    return UnitSize(masks=masks, window_parts=max(1, parts))

@@ -1,0 +1,70 @@
+"""Values by enumeration: the definition itself, for games of which every mask was scored.
+
+For `sizes = (k_min, k_max)`, the size of a coalition before player i joins,
+
+    phi_i = mean over k = k_min..k_max of the mean over all S without i, |S| = k, of u(S+i) - u(S)
+
+Notation: M masks, P players, J columns of utilities.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from lpserve.types import BoolArray, FloatArray
+
+MAX_EXACT_PLAYERS = 24
+
+
+def is_enumerated(masks_MP: BoolArray, sizes: tuple[int, int]) -> bool:
+    """Whether distinct masks hold every mask with k_min..k_max+1 kept."""
+    num_players = masks_MP.shape[1]
+    kept_M = masks_MP.sum(axis=1)
+    have = int(((kept_M >= sizes[0]) & (kept_M <= sizes[1] + 1)).sum())
+    need = sum(math.comb(num_players, k) for k in range(sizes[0], sizes[1] + 2))
+    return num_players <= MAX_EXACT_PLAYERS and have == need
+
+
+def exact_values(
+    masks_MP: BoolArray, utilities_MJ: FloatArray, sizes: tuple[int, int]
+) -> FloatArray:
+    """The definition, by enumeration, for J utilities at once: `float64[P, J]`."""
+    num_players = masks_MP.shape[1]
+    code_M = masks_MP @ (1 << np.arange(num_players, dtype=np.int64))
+    row_of = np.full(1 << num_players, -1, dtype=np.int64)
+    row_of[code_M] = np.arange(len(code_M))
+    kept_M = masks_MP.sum(axis=1)
+    values_PJ = np.empty((num_players, utilities_MJ.shape[1]))
+    # every coalition of size k without i weighs 1 / (number of sizes * C(P-1, k))
+    num_sizes = sizes[1] - sizes[0] + 1
+    weight_K = np.array(
+        [1.0 / (num_sizes * math.comb(num_players - 1, k)) for k in range(num_players)]
+    )
+    in_range_M = (kept_M >= sizes[0]) & (kept_M <= sizes[1])
+    for player in range(num_players):
+        without = np.flatnonzero(in_range_M & ~masks_MP[:, player])
+        joined = row_of[code_M[without] | (1 << player)]
+        gain = utilities_MJ[joined] - utilities_MJ[without]
+        values_PJ[player] = weight_K[kept_M[without]] @ gain
+    return values_PJ
+
+
+def exact_noise(
+    masks_MP: BoolArray, noise_M: FloatArray | None, sizes: tuple[int, int]
+) -> FloatArray:
+    """Standard error of `exact_values` from independent noise of variance `noise_M`: every mask
+    enters a value once, with the weight of its coalition size, so variances add with its square."""
+    num_players = masks_MP.shape[1]
+    if noise_M is None:
+        return np.zeros(num_players)
+    kept_M = masks_MP.sum(axis=1)
+    num_sizes = sizes[1] - sizes[0] + 1
+    variance_P = np.zeros(num_players)
+    for player in range(num_players):
+        before_M = kept_M - masks_MP[:, player]  # size before the player joins
+        inside = (before_M >= sizes[0]) & (before_M <= sizes[1])
+        ways_M = np.array([math.comb(num_players - 1, int(k)) for k in before_M[inside]])
+        variance_P[player] = (noise_M[inside] / (num_sizes * ways_M.astype(np.float64)) ** 2).sum()
+    return np.sqrt(variance_P)

@@ -1,0 +1,94 @@
+"""Values of any surrogate by sampled coalitions, and the estimator of arXiv 2602.07804.
+
+Notation: P players, Q sampled coalitions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from lpserve.errors import InputError
+from lpserve.masks import draw
+from lpserve.types import BoolArray, FloatArray
+from lpserve.values.result import ShapleyValues
+
+_TOGGLE_ROWS = 1 << 15  # surrogate rows evaluated at once: keeps the hidden layer in the cache
+
+
+def monte_carlo_values(
+    mean: Callable[[BoolArray], FloatArray],
+    num_players: int,
+    sizes: tuple[int, int],
+    num_coalitions: int,
+    seed: int,
+) -> ShapleyValues:
+    """Values of any surrogate by stratified sampling; `stderr_P` is the sampling error.
+
+    For every k, `num_coalitions` / (number of sizes) sets of size k+1 or k are toggled at every
+    player: dropping a member of a (k+1)-set and adding to a k-set both estimate size k.
+    """
+    rng = np.random.default_rng(seed)
+    low, high = sizes
+    per_size = max(2, -(-num_coalitions // (high - low + 2)))
+    shape = (num_players, num_players + 1)
+    count, total, square = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    for kept in range(low, high + 2):
+        sets_QP = draw(num_players, kept, per_size, rng)
+        gain_QP = toggle_differences(mean, sets_QP)
+        for member, k in ((True, kept - 1), (False, kept)):
+            if low <= k <= high:
+                chosen = sets_QP == member
+                count[:, k] += chosen.sum(axis=0)
+                total[:, k] += np.where(chosen, gain_QP, 0.0).sum(axis=0)
+                square[:, k] += np.where(chosen, gain_QP**2, 0.0).sum(axis=0)
+    use = slice(low, high + 1)
+    if (count[:, use] < 2).any():
+        raise InputError(f"{num_coalitions} coalitions are too few for {high - low + 1} sizes")
+    mean_PK = total[:, use] / count[:, use]
+    spread_PK = np.maximum(square[:, use] / count[:, use] - mean_PK**2, 0.0)
+    error_PK = spread_PK / (count[:, use] - 1)
+    return ShapleyValues(
+        values_P=mean_PK.mean(axis=1),
+        stderr_P=np.sqrt(error_PK.sum(axis=1)) / (high - low + 1),
+        sizes=sizes,
+        estimator=f"Monte Carlo, {per_size * (high - low + 2)} coalitions",
+    )
+
+
+def paper_values(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray) -> ShapleyValues:
+    """arXiv 2602.07804, stage 2: phi_i = mean over q of f(m_q + i) - f(m_q - i).
+
+    The masks weigh sizes k-1 and k of each stratum k alike; it is not a Shapley value, and its
+    `sizes` say which coalition sizes it mixes. `stderr_P` is the sampling error.
+    """
+    gain_QP = toggle_differences(mean, masks_QP)
+    kept = masks_QP.sum(axis=1)
+    num_players = masks_QP.shape[1]
+    sizes = (max(int(kept.min()) - 1, 0), min(int(kept.max()), num_players - 1))
+    return ShapleyValues(
+        values_P=gain_QP.mean(axis=0),
+        stderr_P=gain_QP.std(axis=0, ddof=1) / math.sqrt(len(gain_QP)),
+        sizes=sizes,
+        estimator=f"paper, {len(masks_QP)} masks",
+    )
+
+
+def toggle_differences(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray) -> FloatArray:
+    """u(m + i) - u(m - i) for every mask and player, `float64[Q, P]`.
+
+    One of the two is the mask itself, so P + 1 evaluations answer for 2P.
+    """
+    num_masks, num_players = masks_QP.shape
+    gain_QP = np.empty((num_masks, num_players))
+    step = max(1, _TOGGLE_ROWS // (num_players + 1))
+    flips = np.concatenate([np.zeros((1, num_players), bool), np.eye(num_players, dtype=bool)])
+    for start in range(0, num_masks, step):
+        part = masks_QP[start : start + step]
+        rows = (part[:, None, :] ^ flips[None]).reshape(-1, num_players)
+        value = mean(rows).reshape(len(part), num_players + 1)
+        change = value[:, :1] - value[:, 1:]
+        gain_QP[start : start + step] = np.where(part, change, -change)
+    return gain_QP
