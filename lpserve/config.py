@@ -18,7 +18,16 @@ from lpserve.utility import TASK_UTILITIES, utility_named
 
 POOLS = ("local", "ray")
 DTYPES = ("float32", "bfloat16", "float16")
-SURROGATES = ("auto", "ridge", "gp", "gp+ridge", "boosting", "ensemble", "paper")
+SURROGATES = {
+    "auto": "lpserve.surrogate.auto",
+    "ridge": "lpserve.surrogate.gaussian",
+    "gp": "lpserve.surrogate.gaussian",
+    "gp+ridge": "lpserve.surrogate.gaussian",
+    "boosting": "lpserve.surrogate.boosting",
+    "ensemble": "lpserve.surrogate.ensemble",
+    "paper": "lpserve.surrogate.paper",
+}
+"""Name -> the module whose `build` makes it (`lpserve.surrogate.base.Surrogate`)."""
 GOALS = ("both", "plan", "values")
 TASK_PREFIX = "task:"
 """Begins a corpus that is a task of lm-eval, not a path."""

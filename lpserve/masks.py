@@ -1,9 +1,11 @@
-"""Mask arrays, keys, strata and sampling designs. Pure numpy, seeded.
+"""Masks of players: keys, strata, random designs, neighbours. Pure numpy, seeded.
 
-Notation: M masks, P players. A mask is `bool[P]`, True = kept; a set of masks `bool[M, P]`.
-Masks of one stratum (same number kept) are numbered by rank in lexicographic order, so that
-sampling without replacement is drawing distinct integers and an exhausted stratum is exactly
-enumerated.
+A mask is `bool[P]`, True = kept; several masks are `bool[M, P]`. A stratum is the set of all masks
+that keep the same number of players. The masks of a stratum are numbered by rank in lexicographic
+order, so that sampling without replacement draws distinct integers, and a stratum that is drawn to
+its end is enumerated exactly.
+
+Notation: M masks, P players, D distinct masks, C masks of a chunk.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from lpserve.types import BoolArray, IntArray
 PAPER_DEPTH = 32
 PAPER_KEPT = (30, 27, 24, 21, 18)
 _MAX_RANK = 1 << 62
-_PERMUTED = 1 << 22  # strata up to this size are shuffled whole; larger ones are drawn in chunks
+_PERMUTED = 1 << 22  # larger strata are drawn in chunks instead of being permuted
 _CHUNK = 4096
 _MAX_CHUNK = 1 << 20
 _UNRANK_CHUNK = 1 << 14  # masks unranked at once: keeps the working set in the cache
 
 
 def full_mask(num_players: int) -> BoolArray:
-    """All kept, `bool[P]`."""
+    """The mask that keeps every player, `bool[P]`."""
     return np.ones(num_players, dtype=bool)
 
 
@@ -43,12 +45,13 @@ def removed_players(mask_P: BoolArray) -> tuple[int, ...]:
 
 
 def pack(masks_MP: BoolArray) -> np.ndarray:
-    """Keys as `uint8[M, ceil(P/8)]`, player 0 in the highest bit: byte order = mask order."""
+    """Mask keys as `uint8[M, ceil(P/8)]`, player 0 in the highest bit of the first byte, so that
+    the order of bytes is that of masks."""
     return np.packbits(np.asarray(masks_MP, dtype=bool), axis=1)
 
 
 def keys(masks_MP: BoolArray) -> list[bytes]:
-    """One `bytes` key for each mask; sorts as the masks do, player 0 first, dropped before kept."""
+    """One `bytes` key for each mask. Keys sort as masks do: player 0 first, dropped before kept."""
     packed = pack(masks_MP)
     width = packed.shape[1]
     data = packed.tobytes()
@@ -56,19 +59,19 @@ def keys(masks_MP: BoolArray) -> list[bytes]:
 
 
 def from_keys(mask_keys: Sequence[bytes], num_players: int) -> BoolArray:
-    """Inverse of `keys`, `bool[M, P]`."""
+    """The masks of some keys, `bool[M, P]`; inverse of `keys`."""
     width = (num_players + 7) // 8
     packed = np.frombuffer(b"".join(mask_keys), dtype=np.uint8).reshape(len(mask_keys), width)
     return np.unpackbits(packed, axis=1, count=num_players).astype(bool)
 
 
 def key_text(key: bytes, num_players: int) -> str:
-    """A mask key as 0 and 1, player 0 first."""
+    """A mask key written as digits 0 and 1, player 0 first, 1 = kept."""
     return "".join("01"[int(bit)] for bit in from_keys([key], num_players)[0])
 
 
 def sort_distinct(masks_MP: BoolArray) -> tuple[BoolArray, IntArray]:
-    """Distinct masks in key order `bool[D, P]`, and for each input mask its row among them."""
+    """Distinct masks in key order, `bool[D, P]`, and the row of each input mask, `int64[M]`."""
     masks_MP = np.asarray(masks_MP, dtype=bool)
     packed = np.ascontiguousarray(pack(masks_MP))
     void_M = packed.view(np.dtype((np.void, packed.shape[1]))).ravel()
@@ -77,19 +80,20 @@ def sort_distinct(masks_MP: BoolArray) -> tuple[BoolArray, IntArray]:
 
 
 def paper_kept_counts(num_players: int) -> tuple[int, ...]:
-    """The strata of arXiv 2602.07804 for any depth, largest first.
+    """Kept counts of the strata of arXiv 2602.07804, for any number of players, largest first.
 
-    Its kept counts 30, 27, 24, 21, 18 of 32 are scaled, rounded half up, clipped to 1..P-1, and
-    repeats dropped.
+    The paper's 30, 27, 24, 21, 18 of 32 are scaled, rounded half up and clipped to 1..P-1; repeats
+    are dropped.
     """
     scaled = [(2 * kept * num_players + PAPER_DEPTH) // (2 * PAPER_DEPTH) for kept in PAPER_KEPT]
     return tuple(dict.fromkeys(min(max(kept, 1), num_players - 1) for kept in scaled))
 
 
 def unrank(ranks_M: IntArray, num_players: int, kept: int) -> BoolArray:
-    """Masks of the stratum `kept` by lexicographic rank (kept sorts first), `bool[M, P]`.
+    """Masks of the stratum `kept` by lexicographic rank, `bool[M, P]`; kept sorts before dropped.
 
-    Ranks run over 0..C(P, kept)-1; C(P, kept) must be below 2**62.
+    Raises:
+        ValueError: a rank is not in 0..C(P, kept)-1, or C(P, kept) is 2**62 or more.
     """
     total = math.comb(num_players, kept)
     if total >= _MAX_RANK:
@@ -128,7 +132,7 @@ def _with_next_kept(num_players: int, kept: int) -> IntArray:
 
 
 def draw(num_players: int, kept: int, count: int, rng: np.random.Generator) -> BoolArray:
-    """Uniform masks of one stratum, with replacement, `bool[count, P]`."""
+    """Random masks of one stratum, uniform, with replacement, `bool[count, P]`."""
     total = math.comb(num_players, kept)
     if total < _MAX_RANK:
         return unrank(rng.integers(total, size=count), num_players, kept)
@@ -148,10 +152,10 @@ def _select(num_players: int, kept: int, count: int, rng: np.random.Generator) -
 
 
 def stratum_stream(num_players: int, kept: int, seed: int) -> Iterator[BoolArray]:
-    """One stratum in a seeded random order without repeats, in chunks `bool[n, P]`.
+    """All masks of one stratum in a seeded random order without repeats, in chunks `bool[C, P]`.
 
-    Ends when the stratum is exhausted. The first n masks do not depend on how many are taken.
-    Chunks double in size, so that telling new masks from seen ones stays n log n over all.
+    The first n masks do not depend on how many are taken. Chunks double in size, so that finding
+    out which drawn masks are new takes n log n time over all chunks.
     """
     rng = np.random.default_rng([seed, num_players, kept])
     total = math.comb(num_players, kept)
@@ -177,7 +181,8 @@ def stratum_stream(num_players: int, kept: int, seed: int) -> Iterator[BoolArray
 
 
 def _unseen(labels_M: np.ndarray, seen: np.ndarray) -> tuple[IntArray, np.ndarray]:
-    """Where labels that the sorted `seen` lacks come first, ascending, and `seen` with them."""
+    """Positions of the first occurrence of labels not in the sorted `seen`, ascending, and `seen`
+    merged with these labels."""
     order = np.argsort(labels_M, kind="stable")
     sorted_M = labels_M[order]
     new_M = np.ones(len(sorted_M), dtype=bool)
@@ -191,10 +196,13 @@ def _unseen(labels_M: np.ndarray, seen: np.ndarray) -> tuple[IntArray, np.ndarra
 
 
 class StratifiedDesign:
-    """Distinct masks dealt round-robin from several strata, the same order for the same seed.
+    """Distinct random masks dealt round-robin from several strata, reproducible by seed.
 
-    Mask j of stratum s is dealt in order (j, s); a stratum that is exhausted (then every one of
-    its masks has been dealt) is passed over.
+    Mask j of stratum s comes in the order of (j, s); a stratum is skipped once all its masks have
+    been dealt.
+
+    Raises:
+        ValueError: kept counts repeat, are none, or are not in 0..P.
     """
 
     def __init__(self, num_players: int, kept_counts: Sequence[int], seed: int) -> None:
@@ -237,6 +245,7 @@ class StratifiedDesign:
         return taken
 
     def _pull(self, stratum: int, count: int) -> BoolArray:
+        """The next `count` masks of one stratum."""
         parts, have = [self._ready[stratum]], len(self._ready[stratum])
         while have < count:
             parts.append(next(self._streams[stratum]))
@@ -255,7 +264,7 @@ def drop_one(mask_P: BoolArray) -> BoolArray:
 
 
 def add_one(mask_P: BoolArray) -> BoolArray:
-    """Every mask that brings one player back, `bool[dropped, P]`."""
+    """Every mask that keeps one more player, `bool[dropped, P]`."""
     dropped = np.flatnonzero(~mask_P)
     masks_MP = np.repeat(mask_P[None], len(dropped), axis=0)
     masks_MP[np.arange(len(dropped)), dropped] = True
@@ -263,7 +272,7 @@ def add_one(mask_P: BoolArray) -> BoolArray:
 
 
 def swap_one(mask_P: BoolArray) -> BoolArray:
-    """Every mask that exchanges one kept for one dropped player, `bool[kept * dropped, P]`."""
+    """Every mask with one kept player exchanged for a dropped one, `bool[kept * dropped, P]`."""
     kept, dropped = np.flatnonzero(mask_P), np.flatnonzero(~mask_P)
     out, back = np.repeat(kept, len(dropped)), np.tile(dropped, len(kept))
     masks_MP = np.repeat(mask_P[None], len(out), axis=0)
@@ -274,7 +283,7 @@ def swap_one(mask_P: BoolArray) -> BoolArray:
 
 
 def all_masks(num_players: int, kept: int | None = None) -> BoolArray:
-    """Every mask of a stratum, or of all strata in key order; for small P."""
+    """Every mask of a stratum by rank, or of all strata in key order, `bool[M, P]`; for small P."""
     if kept is not None:
         return unrank(np.arange(math.comb(num_players, kept)), num_players, kept)
     codes = np.arange(1 << num_players)[:, None]
@@ -282,10 +291,10 @@ def all_masks(num_players: int, kept: int | None = None) -> BoolArray:
 
 
 def trie_player_forwards(masks_MP: BoolArray) -> IntArray:
-    """Distinct (prefix, player) pairs of a set of masks, for every player, `int64[P]`.
+    """Forwards of each player in the trie of some masks: its distinct prefixes, `int64[P]`.
 
-    Counted from neighbours in key order: a mask repeats the kept layers of its common prefix with
-    the mask before it and adds the rest.
+    In key order a mask shares the kept players of its common prefix with the mask before it and
+    adds the others.
     """
     if not len(masks_MP):
         return np.zeros(np.asarray(masks_MP).shape[1], dtype=np.int64)
@@ -297,5 +306,5 @@ def trie_player_forwards(masks_MP: BoolArray) -> IntArray:
 
 
 def trie_layer_forwards(masks_MP: BoolArray) -> int:
-    """Layer-forwards that a shared run of these masks takes: all its (prefix, player) pairs."""
+    """Layer-forwards of the trie of some masks, the sum over players."""
     return int(trie_player_forwards(masks_MP).sum())

@@ -22,7 +22,7 @@ from lpserve.study.sweep import sweep
 from lpserve.testing.games import shapley_by_hand
 from lpserve.testing.parity import NUM_LAYERS, some_windows
 from lpserve.testing.runs import make_config, stored_scores
-from lpserve.types import METRICS, metric_of, utilities
+from lpserve.utility import METRICS, utility_named
 
 METRIC_OF = {"neg_kl": "kl", "neg_kl_top8": "kl_top8", "accuracy": "misses"}
 TOLERANCE = 1e-5
@@ -153,11 +153,15 @@ def test_utilities_by_definition(rng):
     tokens_N = rng.integers(1, 20, 4)
     mean_M = loss_MN.sum(axis=1) / tokens_N.sum()
     for name in ("neg_nll", "neg_kl", "neg_kl_top3"):
-        np.testing.assert_allclose(utilities(name, loss_MN, tokens_N, loss_MN[0]), -mean_M)
-    np.testing.assert_allclose(utilities("accuracy", loss_MN, tokens_N, loss_MN[0]), 1 - mean_M)
+        np.testing.assert_allclose(utility_named(name).of(loss_MN, tokens_N, loss_MN[0]), -mean_M)
+    np.testing.assert_allclose(
+        utility_named("accuracy").of(loss_MN, tokens_N, loss_MN[0]), 1 - mean_M
+    )
     ratio_M = np.exp(mean_M[0] - mean_M)
-    np.testing.assert_allclose(utilities("ppl_ratio", loss_MN, tokens_N, loss_MN[0]), ratio_M)
-    assert [metric_of(u) for u in ("neg_nll", "ppl_ratio", "neg_kl", "accuracy")] == [
+    np.testing.assert_allclose(
+        utility_named("ppl_ratio").of(loss_MN, tokens_N, loss_MN[0]), ratio_M
+    )
+    assert [utility_named(u).metric for u in ("neg_nll", "ppl_ratio", "neg_kl", "accuracy")] == [
         "nll",
         "nll",
         "kl",
@@ -169,7 +173,7 @@ def test_utilities_by_definition(rng):
 @pytest.mark.parametrize("name", ["kl", "neg_", "neg_kl_top", "neg_kl_top0", "neg_misses", "ppl"])
 def test_unknown_utilities_are_refused(name, tmp_path, capsys):
     with pytest.raises(InputError, match="utility must be one of neg_nll, ppl_ratio, neg_kl"):
-        metric_of(name)
+        utility_named(name)
     assert main(["run", "--demo", "--utility", name, "--out", str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "x").exists()

@@ -23,7 +23,7 @@ from lpserve.plan.greedy import greedy_path
 from lpserve.plan.plan import Candidate, Plan, PlanEntry, Unseen
 from lpserve.plan.sets import ranking_mask, removed_list
 from lpserve.rounds.screening import estimated
-from lpserve.surrogate import HeldOut, Surrogate, acquisition_model, make_surrogate
+from lpserve.surrogate import HeldOutError, Surrogate, acquisition_model, make_surrogate
 from lpserve.types import (
     Z90,
     BoolArray,
@@ -49,7 +49,7 @@ class Analysis:
 
     utilities_M: FloatArray
     surrogate_name: str
-    heldout: HeldOut
+    heldout: HeldOutError
     predicted_M: FloatArray
     """Each mask's utility as predicted from the other masks; NaN where unknown."""
     searcher: Surrogate
@@ -101,7 +101,7 @@ def analyse(scored: RunRecord) -> Analysis:
     return Analysis(
         utilities_M=utilities_M,
         surrogate_name=surrogate.name,
-        heldout=surrogate.heldout,
+        heldout=surrogate.heldout_error,
         predicted_M=predicted_M,
         searcher=searcher,
         guess_M=guess_M,
@@ -303,13 +303,13 @@ def _stability(scored: RunRecord, chosen: int, protected: Sequence[int]) -> Stab
     same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.loss_MI).all(axis=1)
     rows = np.flatnonzero(same_M & scored.masks_MP[:, list(protected)].all(axis=1))
     return set_stability(
-        scored.masks_MP[rows],
-        scored.loss_MI[rows].astype(np.float64),
-        scored.view.weight_I,
-        scored.corpora,
-        int(np.flatnonzero(rows == chosen)[0]),
-        scored.seed,
-        scored.objective.search_scale(scored.num_tokens_I),
+        masks_MP=scored.masks_MP[rows],
+        loss_MN=scored.loss_MI[rows].astype(np.float64),
+        num_tokens_N=scored.view.weight_I,
+        corpora=scored.corpora,
+        chosen=int(np.flatnonzero(rows == chosen)[0]),
+        seed=scored.seed,
+        scale=scored.objective.search_scale(scored.num_tokens_I),
     )
 
 

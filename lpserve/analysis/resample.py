@@ -1,10 +1,10 @@
-"""Other windows of the same source: paired bootstrap over stored per-window NLLs.
+"""Paired bootstrap over stored per-window losses: what other windows of the same source would give.
 
-Every draw weighs the windows; all masks share its weights, so that what two masks lose or gain
-together cancels (a paired comparison). Per corpus n - 1 of n windows are drawn with replacement
-and weigh n / (n - 1) each: for a mean that makes the variance over draws unbiased, which drawing n
-of n understates (Rao & Wu 1988, rescaling bootstrap). Corpora keep their shares; one with a single
-window says nothing of its spread, and then all windows are drawn as one corpus.
+Every draw gives the windows weights, which all masks share, so that common changes of two masks
+cancel (a paired comparison). For each corpus n - 1 of its n windows are drawn with replacement and
+weigh n / (n - 1) each, which makes the variance over draws unbiased for a mean; drawing n of n
+would understate it (Rao & Wu 1988, rescaling bootstrap). Corpora keep their shares. A corpus of a
+single window has no spread to estimate; then all windows are drawn as one corpus.
 
 Notation: M masks, N windows, B draws.
 """
@@ -35,5 +35,5 @@ def window_weights(corpus_sizes: Sequence[int], draws: int = DRAWS, seed: int = 
 
 
 def mean_nll(nll_MN: FloatArray, num_tokens_N: IntArray, weights_BN: FloatArray) -> FloatArray:
-    """Mean NLL in nats per token of every mask under every draw, `float64[M, B]`."""
+    """Mean loss per token of every mask under every draw, `float64[M, B]`; of NLLs in nats."""
     return (nll_MN @ weights_BN.T) / (weights_BN @ num_tokens_N)

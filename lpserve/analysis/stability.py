@@ -1,12 +1,12 @@
-"""Would other windows have chosen another set? From the stored per-window scores, nothing scored.
+"""Would other windows have chosen another set? Computed from stored per-window scores.
 
 Calibration matters more than the search (arXiv 2604.24938): with few windows the best scored set of
-a size is often best by luck. For the sets of one size this compares the plan's set with its scored
-rivals under paired draws of the windows (`lpserve.analysis.resample`), between disjoint halves of
-them, and between corpora. The winner was chosen on these very windows, so that the shares are
-rather too kind to it.
+a size is often best by luck. Among the scored sets of one size this compares the plan's set with
+the others under paired draws of the windows (`lpserve.analysis.resample`), between disjoint halves
+of them, and between corpora. The plan's set was chosen on these same windows, so that the shares of
+draws in which it is best are biased upwards.
 
-Notation: M masks of one size, P players, N windows, B draws.
+Notation: M masks of one size, P players, N windows (or questions), B draws.
 """
 
 from __future__ import annotations
@@ -29,42 +29,45 @@ _SPLITS = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stability:
-    """How the best scored set of one size depends on the windows."""
+    """How the best set of one size depends on the windows. Field names are keys in `plan.json`."""
 
     num_sets: int
     """Scored sets of this size."""
     stays_best: float
     """Share of draws of the windows in which the plan's set is the best of them."""
     regret: float
-    """Mean over draws of the plan's perplexity over the draw's best, minus 1; of other losses, of
-    their exponentials, for each token of an answer where they are nats of whole answers."""
+    """Mean over draws of (perplexity of the plan's set / best perplexity of the draw) - 1. Other
+    losses are divided by `scale` and exponentiated first."""
     rival: list[int] | None
-    """What is removed by the set that wins most of the other draws; None: no other ever wins."""
+    """The runner-up: what is removed by the set that is best in most of the other draws; None if no
+    other set ever is."""
     rival_gap: float | None
-    """The rival's mean loss minus the plan's on all windows (`types.loss_unit`)."""
+    """Mean loss of the runner-up minus the plan's on all windows (`types.loss_unit`)."""
     rival_gap_stderr: float | None
     """Its standard error over windows, paired."""
     windows_needed: int | None
-    """Windows of the same mixture that would make the gap 1.645 of its standard errors."""
+    """Number of windows of the same mixture for which the gap would be 1.645 standard errors; None
+    if the gap is not above 0."""
     halves_overlap: float | None
     """Share of removed players that the best sets of two disjoint halves of the windows have in
     common; mean over 100 splits. None with fewer than 4 windows."""
     halves_regret: float | None
-    """Perplexity on one half of what is best on the other, over that of the half's own best, minus
-    1; mean over both ways of the splits."""
+    """(Perplexity on one half of the other half's best set / that of the half's own best) - 1; mean
+    over splits and both directions."""
     corpora: dict[str, list[int]] = field(default_factory=dict)
-    """With several corpora: what each alone would remove."""
+    """Corpus -> what the set that is best on it alone removes; empty for a single corpus."""
 
     @property
     def settled(self) -> bool:
+        """Whether the plan's set is the best one in at least the share `SETTLED` of the draws."""
         return self.stays_best >= SETTLED
 
     def warning(self, drawn: str, unit: str) -> str:
-        """One line for a set that the windows do not settle.
+        """One line about a set that is not settled and has a runner-up.
 
         Args:
             drawn: what was drawn and how many: `10 windows`, `200 questions`.
-            unit: of the losses.
+            unit: unit of the losses (`types.loss_unit`).
         """
         kind = drawn.split()[-1]
         assert self.rival is not None
@@ -84,6 +87,7 @@ class Stability:
 
 
 def set_stability(
+    *,
     masks_MP: BoolArray,
     loss_MN: FloatArray,
     num_tokens_N: IntArray,
@@ -96,9 +100,12 @@ def set_stability(
 
     Args:
         masks_MP: masks of one size, distinct.
-        loss_MN: their summed losses (NLLs in nats, say), finite.
+        loss_MN: their summed losses (for example NLLs in nats), finite.
+        num_tokens_N: weight of each window: its tokens, or what else its loss is a sum over.
         corpora: name and number of windows of each corpus, in order.
-        scale: what mean losses are divided by where they become shares (`types.loss_scale`).
+        chosen: row of the plan's set.
+        seed: of the draws and splits.
+        scale: divisor of mean losses before they are exponentiated (`types.loss_scale`).
     """
     num_windows = len(num_tokens_N)
     if num_windows < 2:
@@ -111,18 +118,18 @@ def set_stability(
     wins_M = np.bincount(winner_B, minlength=len(masks_MP))
     stays_best = float(wins_M[chosen] / len(winner_B))
     wins_M[chosen] = 0
-    rival = int(np.argmax(wins_M)) if wins_M.any() else None
+    runner_up = int(np.argmax(wins_M)) if wins_M.any() else None
     gap, error, needed = (None, None, None)
-    if rival is not None:
-        gap = float((loss_MN[rival] - loss_MN[chosen]).sum() / num_tokens_N.sum())
-        error = float((drawn_MB[rival] - drawn_MB[chosen]).std(ddof=1))
+    if runner_up is not None:
+        gap = float((loss_MN[runner_up] - loss_MN[chosen]).sum() / num_tokens_N.sum())
+        error = float((drawn_MB[runner_up] - drawn_MB[chosen]).std(ddof=1))
         needed = _windows_needed(num_windows, gap, error)
     overlap, regret = _halves(masks_MP, loss_MN / scale, num_tokens_N, seed)
     return Stability(
         num_sets=len(masks_MP),
         stays_best=stays_best,
         regret=float(np.expm1((drawn_MB[chosen] - best_B) / scale).mean()),
-        rival=list(removed_players(masks_MP[rival])) if rival is not None else None,
+        rival=None if runner_up is None else list(removed_players(masks_MP[runner_up])),
         rival_gap=gap,
         rival_gap_stderr=error,
         windows_needed=needed,
@@ -133,7 +140,8 @@ def set_stability(
 
 
 def _windows_needed(num_windows: int, gap: float, error: float) -> int | None:
-    """A standard error falls with the root of the number of windows."""
+    """The number of windows at which the gap would be 1.645 standard errors, which fall with its
+    root."""
     if gap <= 0:
         return None
     return max(num_windows, math.ceil(num_windows * (Z90 * error / gap) ** 2))
@@ -142,7 +150,8 @@ def _windows_needed(num_windows: int, gap: float, error: float) -> int | None:
 def _halves(
     masks_MP: BoolArray, loss_MN: FloatArray, num_tokens_N: IntArray, seed: int
 ) -> tuple[float | None, float | None]:
-    """Overlap of the best sets of two disjoint halves, and what one's best costs on the other."""
+    """Mean overlap of the best sets of two disjoint halves, and the mean regret of one half's best
+    set on the other; None for fewer than 4 windows."""
     num_windows = len(num_tokens_N)
     if num_windows < 4:
         return None, None
@@ -166,6 +175,7 @@ def _halves(
 def _by_corpus(
     masks_MP: BoolArray, loss_MN: FloatArray, corpora: Sequence[tuple[str, int]]
 ) -> dict[str, list[int]]:
+    """Corpus -> what its own best set removes."""
     if len(corpora) < 2:
         return {}
     found, start = {}, 0

@@ -130,17 +130,21 @@ class LayerStack(Protocol):
     """
 
     num_players: int
+    state_dtype: torch.dtype
+    """Of what every player returns, measured on the model's layers before any window is scored. The
+    embedding may have another dtype: some models add their residuals in float32."""
 
     def state_bytes(self, length: int) -> int:
         """Bytes of the state of one window of this padded length."""
         ...
 
     def embed(self, block: TokenWindows) -> torch.Tensor:
-        """The state entering player 0, `[N, T, d]`."""
+        """The state entering player 0, `[N, T, d]`, in the embedding's own dtype."""
         ...
 
     def run_player(self, player: int, state_BTd: torch.Tensor) -> torch.Tensor:
-        """The state after one player, same shape."""
+        """The state after one player, same shape, of `state_dtype`; takes that or the embedding's
+        dtype."""
         ...
 
     def reduce(
@@ -148,13 +152,13 @@ class LayerStack(Protocol):
         state_BTd: torch.Tensor,
         block: TokenWindows,
         extra_metrics: Sequence[str] = (),
-        whole_NTd: torch.Tensor | None = None,
+        full_NTd: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Head and metrics: `float64[B, C]` on the state's device, B = k * N for k stacked masks.
 
         Args:
             extra_metrics: metrics beside the NLL, which comes first (`types.check_metric`).
-            whole_NTd: the state after all players, for metrics that compare with the whole model.
+            full_NTd: the state after all players, for metrics that compare with the whole model.
         """
         ...
 

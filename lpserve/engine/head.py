@@ -135,12 +135,12 @@ class Head:
         state_BTd: torch.Tensor,
         block: TokenWindows,
         extra_metrics: Sequence[str] = (),
-        whole_NTd: torch.Tensor | None = None,
+        full_NTd: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `lpserve.engine.base.LayerStack.reduce`."""
         vocabulary, targets = self._vocabulary, self._targets.of(block)
         tables = {
-            k: self._table(block, k, targets, whole_NTd)
+            k: self._table(block, k, targets, full_NTd)
             for name in extra_metrics
             if (k := top_of(name))
         }
@@ -155,8 +155,8 @@ class Head:
                 if name == "misses":
                     columns.append(vocabulary.misses(logits, ids_kn))
                 elif name == "kl":
-                    assert whole_NTd is not None
-                    rows_nd = whole_NTd.flatten(0, 1)[targets.flat_n[part]]
+                    assert full_NTd is not None
+                    rows_nd = full_NTd.flatten(0, 1)[targets.flat_n[part]]
                     found = vocabulary.divergence(vocabulary.logits(rows_nd), stacked)
                     columns.append(found.flatten())
                 else:
@@ -181,17 +181,17 @@ class Head:
         return max(1, self._chunk_bytes // target_bytes)
 
     def _table(
-        self, block: TokenWindows, k: int, targets: Targets, whole_NTd: torch.Tensor | None
+        self, block: TokenWindows, k: int, targets: Targets, full_NTd: torch.Tensor | None
     ) -> _TopTable:
         key = (block.content_hash, k)
         if key not in self._tables:
-            assert whole_NTd is not None
+            assert full_NTd is not None
             if len(self._tables) >= _MAX_CACHED:
                 self._tables.clear()
             if not isinstance(self._vocabulary, WholeVocabulary):
                 raise InputError("kl_topK needs tensor_parallel_size 1; kl does not")
-            rows = whole_NTd.flatten(0, 1)[targets.flat_n]
-            chunk, k = self._chunk(whole_NTd, block, 2), min(k, self._vocab_size)
+            rows = full_NTd.flatten(0, 1)[targets.flat_n]
+            chunk, k = self._chunk(full_NTd, block, 2), min(k, self._vocab_size)
             parts = [
                 self._vocabulary.logits(rows[start : start + chunk])
                 .log_softmax(-1, dtype=torch.float32)

@@ -7,10 +7,15 @@ from typing import Any
 import torch
 
 
+def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors agree in shape, dtype and every bit."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
 def same_value(a: Any, b: Any) -> bool:
     """Whether two recorded arguments are equal, tensors bit for bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a is b or (a.shape == b.shape and torch.equal(a, b))
+        return a is b or same_tensor(a, b)
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and (a is b or bool(a == b))

@@ -14,7 +14,7 @@ metrics (NLL first).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,10 +193,15 @@ class _Walk:
         embedded = self._stack.embed(self._block)
         if any(needs_full_model(name) for name in self._extra_metrics):
             self._whole, self.layer_forwards = self._ex.whole(self._block, embedded)
-        self._limit = self._ex.prepare(embedded.shape, embedded.dtype, embedded.device)
+        dtype = self._stack.state_dtype
+        self._limit = self._ex.prepare(embedded.shape, dtype, embedded.device)
         self._per_batch = self._ex.states_per_batch(embedded.shape)
-        root = self._ex.take()
-        root.copy_(embedded)
+        if embedded.dtype == dtype:
+            root = self._ex.take()
+            root.copy_(embedded)
+        else:  # kept as it is, beside the buffers, until the last mask has run a player
+            root = embedded
+            self._limit -= 1
         del embedded
         self._values_DNC = torch.empty(
             (len(self._bits_DP), self._block.num_windows, 1 + len(self._extra_metrics)),
@@ -240,20 +245,20 @@ class _Walk:
             if split < node.high:
                 inputs.append(node.state_NTd)
                 # without a zeros-child the parent's own buffer takes the result
-                outputs.append(self._ex.take() if split > node.low else node.state_NTd)
+                reused = split == node.low and self._is_buffer(node.state_NTd)
+                outputs.append(node.state_NTd if reused else self._ex.take())
                 children.append(_Node(split, node.high, outputs[-1]))
-        for start in range(0, len(inputs), self._per_batch):
-            batch = self._ex.stacked(inputs[start : start + self._per_batch])
-            result = self._stack.run_player(player, batch)
+        for part in self._batches(inputs):
+            result = self._stack.run_player(player, self._ex.stacked(inputs[part]))
             rows = result.split(self._block.num_windows)
-            for out, rows_NTd in zip(outputs[start : start + self._per_batch], rows, strict=True):
+            for out, rows_NTd in zip(outputs[part], rows, strict=True):
                 out.copy_(rows_NTd)
         self.layer_forwards += len(inputs)
         return children
 
     def _finish(self, nodes: list[_Node]) -> None:
-        for start in range(0, len(nodes), self._per_batch):
-            batch = nodes[start : start + self._per_batch]
+        for part in self._batches([node.state_NTd for node in nodes]):
+            batch = nodes[part]
             stacked = self._ex.stacked([node.state_NTd for node in batch])
             values_BC = self._stack.reduce(stacked, self._block, self._extra_metrics, self._whole)
             # leaves of a frontier are neighbours in key order
@@ -261,4 +266,18 @@ class _Walk:
                 len(batch), -1, values_BC.shape[1]
             )
         for node in nodes:
-            self._ex.give(node.state_NTd)
+            if self._is_buffer(node.state_NTd):
+                self._ex.give(node.state_NTd)
+
+    def _batches(self, states: list[torch.Tensor]) -> Iterator[slice]:
+        """Consecutive states that go together; an embedding of another dtype goes alone. It can
+        only be the first: the masks without a player so far are first in the order."""
+        start = 0
+        if states and not self._is_buffer(states[0]):
+            yield slice(0, 1)
+            start = 1
+        for low in range(start, len(states), self._per_batch):
+            yield slice(low, low + self._per_batch)
+
+    def _is_buffer(self, state_NTd: torch.Tensor) -> bool:
+        return state_NTd.dtype == self._stack.state_dtype

@@ -25,7 +25,7 @@ from lpserve.evaluation.results import Evaluation, Result, write_results
 from lpserve.evaluation.settings import EvalConfig
 from lpserve.evaluation.task_evaluation import TaskEvaluation
 from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
-from lpserve.plan.layer_sets import LayerSet, masks_of, read_sets, whole_model
+from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks, read_sets
 from lpserve.runner.setup import num_players_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
@@ -41,7 +41,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
         RunInterrupted: what was scored is kept, and the same call goes on from there.
     """
     num_players = num_players_of(config)
-    sets = [whole_model(), *(s for s in config.sets if s.removed)]
+    sets = [full_model(), *(s for s in config.sets if s.removed)]
     if not config.texts and not config.tasks:
         raise InputError("nothing to evaluate: name a text (--text) or a task (--tasks)")
     names = [s.name for s in sets]
@@ -70,7 +70,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
         longest=longest,
         progress=progress,
     ) as session:
-        masks_MP = masks_of(sets, num_players)
+        masks_MP = layer_set_masks(sets, num_players)
         results = _perplexities(session, sets, masks_MP, cuts)
         requests_cut = 0
         if tasks is not None:

@@ -36,7 +36,7 @@ from lpserve.data.texts import load_tokenizer
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Generates
 from lpserve.errors import EngineError, InputError
-from lpserve.plan.layer_sets import layer_set, read_sets, whole_model
+from lpserve.plan.layer_sets import full_model, layer_set, read_sets
 from lpserve.runner.setup import num_players_of
 from lpserve.scoring.session import ScoringSession
 from lpserve.types import BoolArray
@@ -265,7 +265,7 @@ class LpserveLM(SetsLM):
         num_players = num_players_of(config)
         if removed is not None and plan is not None:
             raise InputError("--model lpserve: give one of removed and plan")
-        chosen = whole_model()
+        chosen = full_model()
         if removed is not None:
             words = str(removed).split("+")
             if not all(word.strip().isdecimal() for word in words):

@@ -28,7 +28,7 @@ Opened = tuple[Generate, Callable[[], list[Held]], dict[str, Any]]
 """A function that generates, one that gives its workers' memory, and facts about the engine."""
 
 
-def main(task: dict[str, Any]) -> dict[str, Any]:
+def measure_checkpoint(task: dict[str, Any]) -> dict[str, Any]:
     """Measure; returns the fields of `lpserve.evaluation.speed.Speed` that are known here."""
     import torch
 
@@ -98,4 +98,4 @@ def _held(_worker: object = None) -> Held:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    print(json.dumps(measure_checkpoint(json.loads(sys.argv[1]))))

@@ -20,7 +20,7 @@ ROWS_TOKENS = 4096
 
 
 @torch.inference_mode()
-def main(
+def score_checkpoint(
     checkpoint: str, windows: str, dtype: str, device: str, attention: str | None = None
 ) -> None:
     """Score a checkpoint; see the module for the arguments and the output."""
@@ -47,4 +47,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:6])
+    score_checkpoint(*sys.argv[1:6])

@@ -1,10 +1,11 @@
 """Named sets of removed layers, from plans and from what other tools write.
 
-Read are: a plan (`plan.json`, or a run folder), EvoPress' `layer_drop_config.txt` (Sieberling et
-al., arXiv 2410.14649: one line a layer, `none` or `attn+mlp`), a mergekit recipe (passthrough
-slices of one model), and plain lists of layer numbers, one set a line.
+`read_sets` reads a plan (`plan.json`, or a run folder), EvoPress' `layer_drop_config.txt`
+(Sieberling et al., arXiv 2410.14649: one line for each layer, `none` or `attn+mlp`), a mergekit
+recipe (passthrough slices of one model), and plain lists of layer numbers, one set for each line.
 
-Knows no engine: numbers are 0-based layers of the original model.
+Numbers are 0-based layers of the original model, and every layer is one player: a plan whose
+players are parts of layers is refused. Knows no engine.
 """
 
 from __future__ import annotations
@@ -26,33 +27,38 @@ from lpserve.plan.plan import load_plan
 from lpserve.types import BoolArray
 
 DROP_WORDS = ("none", "attn", "mlp", "attn+mlp")
-"""What EvoPress writes for a layer."""
+"""The words of EvoPress, one for each layer: the parts that are removed."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSet:
-    """Layers to remove, under a name."""
+    """Named layers to remove."""
 
     name: str
     removed: tuple[int, ...]
     """0-based, sorted."""
 
     def mask(self, num_players: int) -> BoolArray:
-        """`bool[P]`, True = kept."""
+        """The mask that keeps all other layers, `bool[P]`, True = kept."""
         return without(num_players, self.removed)
 
 
-def masks_of(sets: Sequence[LayerSet], num_players: int) -> BoolArray:
-    """The masks of some sets, `bool[M, P]`."""
+def layer_set_masks(sets: Sequence[LayerSet], num_players: int) -> BoolArray:
+    """The mask of every set, `bool[M, P]`, True = kept."""
     return np.array([layer_set.mask(num_players) for layer_set in sets], dtype=bool)
 
 
-def whole_model() -> LayerSet:
+def full_model() -> LayerSet:
+    """The set that removes nothing."""
     return LayerSet("all layers", ())
 
 
 def layer_set(name: str, removed: Sequence[Any], num_players: int, source: str) -> LayerSet:
-    """A checked set; raises InputError, naming its source."""
+    """A set of checked layer numbers.
+
+    Raises:
+        InputError: something is no layer number of this model, or repeats; names `source`.
+    """
     numbers = []
     for item in removed:
         if isinstance(item, bool) or not isinstance(item, int):
@@ -68,7 +74,11 @@ def layer_set(name: str, removed: Sequence[Any], num_players: int, source: str) 
 
 
 def mask_set(text: str, num_players: int, source: str) -> LayerSet:
-    """A set from a mask written as 0 and 1, first layer first, 1 = kept."""
+    """A set from a mask written as 0 and 1, first layer first, 1 = kept.
+
+    Raises:
+        InputError: it is not one digit 0 or 1 for each layer; names `source`.
+    """
     if not re.fullmatch("[01]+", text) or len(text) != num_players:
         raise InputError(
             f"{source}: {text!r} is no mask of {num_players} layers: give one 0 (removed) or 1 "
@@ -82,10 +92,12 @@ def read_sets(path: str | Path, num_players: int, model_hash: str | None = None)
     """The sets of a plan, a run folder, or another tool's file.
 
     Args:
-        model_hash: of the model at hand, where it is known: a plan of another is refused.
+        num_players: number of layers of the model that the sets are for.
+        model_hash: of that model, where it is known: a plan for another model is refused.
 
     Raises:
-        InputError: unreadable, of another model, of another depth, or it removes parts of layers.
+        InputError: the file is missing or unreadable, is for another model or another number of
+            layers, or removes parts of layers.
     """
     path = Path(path)
     if path.is_dir():
@@ -107,6 +119,7 @@ def read_sets(path: str | Path, num_players: int, model_hash: str | None = None)
 
 
 def _from_json(path: Path, num_players: int, model_hash: str | None) -> list[LayerSet]:
+    """The sets of a plan, of an object name -> numbers, of a list of lists, or of one list."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -145,6 +158,7 @@ def _as_list(value: Any, path: Path) -> list[Any]:
 
 
 def _from_drop_words(words: list[str], num_players: int, path: Path) -> LayerSet:
+    """The set of EvoPress' `layer_drop_config.txt`."""
     if len(words) != num_players:
         raise InputError(f"{path} speaks of {len(words)} layers; the model has {num_players}")
     for layer, word in enumerate(words):
@@ -158,6 +172,7 @@ def _from_drop_words(words: list[str], num_players: int, path: Path) -> LayerSet
 
 
 def _from_mergekit(text: str, num_players: int, source: str) -> LayerSet:
+    """The layers that the slices of a mergekit recipe leave out."""
     import yaml
 
     try:
@@ -189,7 +204,8 @@ def _from_mergekit(text: str, num_players: int, source: str) -> LayerSet:
 
 
 def _from_lists(text: str, num_players: int, source: str) -> list[LayerSet]:
-    """One set a line: numbers between commas, spaces or brackets; `name:` before them if wished."""
+    """One set for each line: numbers separated by commas, spaces or brackets, after an optional
+    `name:`; `#` begins a comment."""
     sets = []
     for number, line in enumerate(text.splitlines(), start=1):
         content = line.split("#")[0].strip()
@@ -211,5 +227,5 @@ def _from_lists(text: str, num_players: int, source: str) -> list[LayerSet]:
 
 
 def set_name(removed: Sequence[int]) -> str:
-    """What a set is called where nobody named it: `-3,7`."""
+    """The name of a set that was given none: `-3,7`."""
     return "-" + ",".join(map(str, sorted(removed))) if removed else "all layers"

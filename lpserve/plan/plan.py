@@ -19,7 +19,8 @@ PLAN_FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A really scored set."""
+    """A scored set of one size; perplexities and utilities are on calibration windows unless named
+    held-out."""
 
     removed: list[int]
     source: str
@@ -29,8 +30,8 @@ class Candidate:
     """The surrogate's prediction from all other scores."""
     heldout_ppl: float | None = None
     heldout_delta: float | None = None
-    """Held-out mean loss minus the chosen set's, in `Utility.loss_unit`; below 0 it does better
-    there. Of NLLs where the utility is not defined on the held-out windows."""
+    """Held-out mean loss minus the chosen set's, in `Utility.loss_unit`; below 0 this set does
+    better there. NLLs are compared where the utility is not defined on the held-out windows."""
     heldout_delta_stderr: float | None = None
     """Its standard error, paired over windows (questions)."""
     calibration_utility: float | None = None
@@ -42,7 +43,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unseen:
-    """The set that was not scored and is likeliest to beat the plan's."""
+    """The unscored set with the highest probability of improvement over the plan's set."""
 
     removed: list[int]
     predicted_ppl: float | None
@@ -88,7 +89,7 @@ class Plan:
     full_heldout_ppl: float | None
     plans: list[PlanEntry]
     masks_screened: int = 0
-    """Those of `masks_scored` that were scored on a few windows alone
+    """The masks among `masks_scored` that were scored on the screen's few windows alone
     (`lpserve.rounds.screening`)."""
     stopped: str = ""
     """Why no more masks were scored."""
@@ -114,7 +115,7 @@ class Plan:
         return "of right answers" + (" (held out: of the text)" if text else "")
 
     def entry(self, num_removed: int) -> PlanEntry:
-        """The entry for r; raises InputError when the plan has none."""
+        """The entry for one number removed; raises InputError when the plan has none."""
         for entry in self.plans:
             if entry.num_removed == num_removed:
                 return entry
@@ -122,6 +123,7 @@ class Plan:
         raise InputError(f"the plan removes 1 to {most} players: got {num_removed}")
 
     def to_json(self) -> str:
+        """The content of `plan.json`."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
@@ -129,7 +131,7 @@ def load_plan(path: str | Path) -> Plan:
     """Read a `plan.json`.
 
     Raises:
-        InputError: missing, not a plan, or of another format.
+        InputError: the file is missing, is not a plan, or has another format version.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))

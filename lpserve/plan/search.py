@@ -1,13 +1,13 @@
-"""Which sets to remove may beat the best scored ones, and which of them to score next.
+"""Bayesian optimisation over sets to remove: propose sets by prediction, select a batch to score.
 
-`best_predicted_sets` finds the sets of one size that a surrogate likes best;
-`select_by_expected_improvement` picks a batch of unscored sets of all sizes by expected
-improvement; `probability_of_improvement` says how likely a set beats the best scored one of its
-size, which is when a search may end.
+`best_predicted_sets` finds the sets of one size with the highest predicted utility;
+`select_by_expected_improvement` selects a batch among unscored sets of all sizes by expected
+improvement (Jones, Schonlau & Welch 1998); `probability_of_improvement` (Kushner 1964) is the
+criterion by which a search may end.
 
-A set is given by the mask that keeps the rest. Improvements are shares of perplexity where the
-utility is a perplexity ratio (above 0), else plain differences. Deterministic; ties go to the
-smaller mask key.
+A set is given by the mask that keeps the rest. Improvements are relative where the best utility is
+above 0 (for a perplexity ratio: shares of perplexity), else plain differences. Deterministic; ties
+go to the smaller mask key.
 
 Notation: P players, Q queried masks, r = number removed.
 """
@@ -25,27 +25,28 @@ from lpserve.surrogate import KernelSurrogate, Surrogate, acquisition_model, ker
 from lpserve.types import BoolArray, FloatArray
 
 MAX_EXHAUSTIVE = 20_000
-"""Strata up to this size are searched whole; larger ones by beam search over swaps."""
+"""Sizes with at most this many sets are searched exhaustively, larger ones by beam search over
+swaps."""
 STD_INFLATION = 2.0
-"""The search's standard deviations are this much wider than leave-one-out says: on an exact game of
-12 layers the best unscored sets of 5 and 6 layers are missed by 1.3 to 2.5 of those (root mean
-square)."""
+"""Factor on the surrogate's standard deviations in the search. On an exact game of 12 layers the
+prediction errors of the best unscored sets of 5 and 6 layers are 1.3 to 2.5 of the deviations
+calibrated by leave-one-out (root mean square)."""
 MIN_EXPECTED_IMPROVEMENT = 1e-4
-"""Expected improvement that is worth a score."""
-_STARTS = 4  # best scored sets of a size that a beam search starts from or beside
-_BEAM = 8
+"""Sets of a smaller expected improvement (share of perplexity) are not scored."""
+_NUM_STARTS = 4  # best scored sets of each size that a beam search starts from
+_BEAM_WIDTH = 8
 _MAX_STEPS = 20
 _SHORTLIST = 64
-_MOST_JOINT = 512  # candidates of all sizes that a batch is picked from: their covariance is kept
-_LEAST_VARIANCE = 1e-14
+_MAX_JOINT = 512  # candidates of a batch: their joint covariance is held in memory
+_MIN_VARIANCE = 1e-14
 
 
 def starts(masks_MP: BoolArray, utilities_M: FloatArray, num_removed: int) -> BoolArray:
-    """Where a beam search for sets of one size begins, `bool[Q, P]`.
+    """Masks where a beam search for sets of one size starts, `bool[Q, P]`.
 
-    At the best scored sets of that size and, one player more or less removed, at those of the sizes
-    next to it: the best sets of two sizes may have no player in common, and no swap that helps
-    leads from one to the other.
+    These are the best scored sets of that size, and the best scored sets of the two neighbouring
+    sizes with every possible player removed or brought back. The latter matter because the best
+    sets of two sizes may have no player in common, with no improving swap from one to the other.
 
     Args:
         utilities_M: NaN where a mask was not scored.
@@ -54,7 +55,7 @@ def starts(masks_MP: BoolArray, utilities_M: FloatArray, num_removed: int) -> Bo
     found = [np.empty((0, masks_MP.shape[1]), dtype=bool)]
     for r in (num_removed - 1, num_removed, num_removed + 1):
         rows = np.flatnonzero((removed_M == r) & np.isfinite(utilities_M))
-        best_QP = masks_MP[rows[np.argsort(-utilities_M[rows], kind="stable")[:_STARTS]]]
+        best_QP = masks_MP[rows[np.argsort(-utilities_M[rows], kind="stable")[:_NUM_STARTS]]]
         if r == num_removed:
             found.append(best_QP)
         else:
@@ -67,11 +68,11 @@ def starts(masks_MP: BoolArray, utilities_M: FloatArray, num_removed: int) -> Bo
 def best_predicted_sets(
     surrogate: Surrogate, num_players: int, num_removed: int, starts_MP: BoolArray
 ) -> BoolArray:
-    """The sets of one size that a surrogate likes best, best first, `bool[<=64, P]`.
+    """The sets of one size with the highest predicted utility, best first, `bool[<=64, P]`.
 
-    Exhaustive where C(P, r) is small, else beam search over swaps from `starts_MP` (see `starts`).
-    Of `auto` the best kernel surrogate is asked, whoever answers: it knows a whole neighbourhood at
-    once.
+    Exhaustive where C(P, r) is at most `MAX_EXHAUSTIVE`, else beam search over swaps from
+    `starts_MP` (see `starts`). Predictions are those of the acquisition model where there is one: a
+    kernel surrogate predicts all swaps of a set at once (`KernelSurrogate.swap_means`).
     """
     surrogate = acquisition_model(surrogate) or surrogate
     if math.comb(num_players, num_removed) <= MAX_EXHAUSTIVE:
@@ -81,21 +82,21 @@ def best_predicted_sets(
     pool, value_Q = _top(pool, surrogate.mean(pool))
     expanded: set[bytes] = set()
     for _ in range(_MAX_STEPS):
-        fresh = [row for row, key in enumerate(keys(pool[:_BEAM])) if key not in expanded]
+        fresh = [row for row, key in enumerate(keys(pool[:_BEAM_WIDTH])) if key not in expanded]
         if not fresh:
             break
         expanded.update(keys(pool[fresh]))
         near = [_best_swaps(surrogate, pool[row]) for row in fresh]
         pool, place_Q = sort_distinct(np.concatenate([pool, *(masks for masks, _ in near)]))
-        said_Q = np.concatenate([value_Q, *(values for _, values in near)])
+        predicted_Q = np.concatenate([value_Q, *(values for _, values in near)])
         value_Q = np.empty(len(pool))
-        value_Q[place_Q[::-1]] = said_Q[::-1]  # what was said first stands
+        value_Q[place_Q[::-1]] = predicted_Q[::-1]  # of repeated sets the first prediction stays
         pool, value_Q = _top(pool, value_Q)
     return pool
 
 
 def _best_swaps(surrogate: Surrogate, mask_P: BoolArray) -> tuple[BoolArray, FloatArray]:
-    """The best of a set's swaps and their predicted utilities."""
+    """The swaps of a set with the highest predicted utilities, and these utilities."""
     near = swap_one(mask_P)
     if isinstance(surrogate, KernelSurrogate):
         return _top(near, surrogate.swap_means(mask_P).ravel())
@@ -103,13 +104,17 @@ def _best_swaps(surrogate: Surrogate, mask_P: BoolArray) -> tuple[BoolArray, Flo
 
 
 def _top(masks_QP: BoolArray, value_Q: FloatArray) -> tuple[BoolArray, FloatArray]:
-    """The highest values, ties to the smaller key."""
+    """The masks of the highest values and these values, best first, at most 64."""
     order = np.lexsort((*pack(masks_QP).T[::-1], -value_Q))[:_SHORTLIST]
     return masks_QP[order], value_Q[order]
 
 
 def expected_improvement(mean_Q: FloatArray, std_Q: FloatArray, best_Q: FloatArray) -> FloatArray:
-    """E max(u - best, 0) for u ~ N(mean, std^2) (Mockus 1975); infinite where nothing is scored."""
+    """Expected improvement, E max(u - best, 0) for u ~ N(mean, std^2), `float64[Q]`.
+
+    Mockus 1975; Jones, Schonlau & Welch 1998, eq. 15. Infinite where `best_Q` is -inf, since no set
+    of that size is scored.
+    """
     std_Q = np.maximum(std_Q, 1e-12)
     z_Q = (mean_Q - best_Q) / std_Q
     with np.errstate(invalid="ignore"):
@@ -126,18 +131,21 @@ def select_by_expected_improvement(
     pending_MP: BoolArray,
     min_improvement: float = MIN_EXPECTED_IMPROVEMENT,
 ) -> BoolArray:
-    """The most promising of some sets, in the order in which they were picked, `bool[<=count, P]`.
+    """A batch of sets by expected improvement, in the order of selection, `bool[<=count, P]`.
 
-    By expected improvement on the best scored set of the same size; sizes compete. Under a kernel
-    surrogate every pick, and what is being scored already, is taken as scored with the value that
-    is expected (Ginsbourger, Le Riche & Carraro 2010: kriging believer), so that a batch does not
-    ask for ten sets that would all say the same.
+    Improvement is over the best scored set of the same size; sets of all sizes compete. With a
+    kernel surrogate, pending and selected sets count as scored with their predicted utility
+    (kriging believer: Ginsbourger, Le Riche & Carraro 2010), which leaves the predictions as they
+    are and conditions the covariance, so that a batch does not hold ten sets of nearly the same
+    information. Other surrogates select one by one, without regard to pending sets.
 
     Args:
+        surrogate: fitted to search utilities.
         sets_QP: distinct sets, none scored or pending.
-        best_of: number removed -> best scored utility; -inf where none is.
+        best_of: number removed -> best scored utility; -inf where none is scored.
+        count: size of the batch.
         pending_MP: masks that are being scored.
-        min_improvement: expected improvement below which a set is left.
+        min_improvement: selection ends at a smaller expected improvement.
     """
     surrogate = kernel_of(surrogate) or surrogate
     if not len(sets_QP) or count < 1:
@@ -150,21 +158,21 @@ def select_by_expected_improvement(
         gain_Q = expected_improvement(mean_Q, STD_INFLATION * std_Q, best_Q) / share_Q
         order = np.argsort(-gain_Q, kind="stable")[:count]
         return sets_QP[order[gain_Q[order] > min_improvement]]
-    sets_QP, rows = _shortened(surrogate, sets_QP, best_Q)
+    sets_QP, rows = _shortlist(surrogate, sets_QP, best_Q)
     removed_Q, best_Q, share_Q = removed_Q[rows], best_Q[rows], share_Q[rows]
     mean_Q, cov_QQ = surrogate.joint(np.concatenate([pending_MP, sets_QP]))
     cov_QQ *= STD_INFLATION**2
     for row in range(len(pending_MP)):
-        _take_as_scored(cov_QQ, row)
+        _condition_on(cov_QQ, row)
     known = len(pending_MP)
     mean_Q, cov_QQ = mean_Q[known:], cov_QQ[known:, known:]
     free_Q = np.ones(len(sets_QP), dtype=bool)
     picked: list[int] = []
     for _ in range(min(count, len(sets_QP))):
-        std_Q = np.sqrt(np.maximum(cov_QQ.diagonal(), _LEAST_VARIANCE))
+        std_Q = np.sqrt(np.maximum(cov_QQ.diagonal(), _MIN_VARIANCE))
         gain_Q = expected_improvement(mean_Q, std_Q, best_Q) / share_Q
         unscored_Q = free_Q & ~np.isfinite(best_Q)
-        if unscored_Q.any():  # a size without any score: its likeliest set first
+        if unscored_Q.any():  # a size without any score: its best predicted set first
             pick = int(np.argmax(np.where(unscored_Q, mean_Q, -np.inf)))
             best_Q = np.where(removed_Q == removed_Q[pick], mean_Q[pick], best_Q)
         else:
@@ -173,25 +181,25 @@ def select_by_expected_improvement(
                 break
         picked.append(pick)
         free_Q[pick] = False
-        _take_as_scored(cov_QQ, pick)
+        _condition_on(cov_QQ, pick)
     return sets_QP[picked]
 
 
-def _shortened(
+def _shortlist(
     surrogate: KernelSurrogate, sets_QP: BoolArray, best_Q: FloatArray
 ) -> tuple[BoolArray, np.ndarray]:
-    """The most promising sets one by one, in the order given; all where they are few."""
+    """At most 512 sets, those of the highest expected improvement, and their rows; order kept."""
     rows = np.arange(len(sets_QP))
-    if len(sets_QP) > _MOST_JOINT:
+    if len(sets_QP) > _MAX_JOINT:
         mean_Q, std_Q = surrogate.predict(sets_QP)
         gain_Q = expected_improvement(mean_Q, STD_INFLATION * std_Q, best_Q)
-        rows = np.sort(np.argsort(-gain_Q, kind="stable")[:_MOST_JOINT])
+        rows = np.sort(np.argsort(-gain_Q, kind="stable")[:_MAX_JOINT])
     return sets_QP[rows], rows
 
 
-def _take_as_scored(cov_QQ: FloatArray, row: int) -> None:
-    """Condition a covariance on one of its masks, in place."""
-    if cov_QQ[row, row] > _LEAST_VARIANCE:
+def _condition_on(cov_QQ: FloatArray, row: int) -> None:
+    """Condition a covariance on the score of one of its masks, in place."""
+    if cov_QQ[row, row] > _MIN_VARIANCE:
         half_Q = cov_QQ[row] / math.sqrt(cov_QQ[row, row])
         cov_QQ -= np.outer(half_Q, half_Q)
 
@@ -199,12 +207,14 @@ def _take_as_scored(cov_QQ: FloatArray, row: int) -> None:
 def probability_of_improvement(
     surrogate: Surrogate, sets_QP: BoolArray, best: float, gain: float
 ) -> FloatArray:
-    """Probability of each unscored set of one size to beat the best by a share, `float64[Q]`.
+    """Probability that each unscored set of one size beats the best scored one, `float64[Q]`.
+
+    The probability of improvement of Kushner 1964, with `gain` as its margin.
 
     Args:
         best: best scored utility of that size.
-        gain: a set of utility u beats it if u (1 - gain) > best, which is a perplexity lower by the
-            share `gain` where the utility is a perplexity ratio; u - gain > best where best <= 0.
+        gain: a set of utility u beats it if u (1 - gain) > best, which for a perplexity ratio is a
+            perplexity lower by the share `gain`; if u - gain > best where best <= 0.
     """
     mean_Q, std_Q = surrogate.predict(sets_QP)
     target = best / (1.0 - gain) if best > 0 else best + gain

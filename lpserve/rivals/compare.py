@@ -23,7 +23,7 @@ from lpserve.config import WindowConfig, resolved_max_removed
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, removed_players
-from lpserve.plan.layer_sets import LayerSet, masks_of
+from lpserve.plan.layer_sets import LayerSet, layer_set_masks
 from lpserve.rivals.accounting import Spent
 from lpserve.rivals.proposer import Answer, Ask, SearchSetting, best_sets, drive
 from lpserve.rivals.registry import RIVALS, Measurement
@@ -168,7 +168,7 @@ class _Comparing:
             sets += [(name, *found[r]) for r in sorted(found) if 1 <= r <= self._most]
         given = [s for s in self._config.sets if s.removed]
         if given:
-            masks_MP = masks_of(given, self._players)
+            masks_MP = layer_set_masks(given, self._players)
             nll_M = self._score("sets", Ask(masks_MP))
             sets += [(s.name, m, float(v)) for s, m, v in zip(given, masks_MP, nll_M, strict=True)]
         return self._comparison(sets, costs)

@@ -1,17 +1,17 @@
-"""Which unscored masks say most about the values, for the layer-forwards that they cost.
+"""Acquisition for the values: the masks that reduce the values' variance most, for their cost.
 
-Under a kernel surrogate the variance of a value after a mask is scored does not depend on its
-score, so a whole batch can be chosen before any of it is (as in sequential A-optimal design): each
-pick conditions the next. With phi_i the values, u(q) a candidate's utility and everything scored,
-pending or picked as given, a pick maximises
+Under a kernel surrogate the variance of a value after a mask is scored does not depend on the
+score. So a batch is selected before any of its masks is scored, each pick conditioning the next
+(sequential A-optimal design). With phi_i the values, u(q) the utility of candidate q, and all
+scored, pending and picked masks given, a pick maximises
 
     sum_i Cov(phi_i, u(q))^2 / Var(u(q)) / cost(q)
 
-cost(q): layers that the batch's trie has not run yet (prefixes are shared), and the head. Masks
-drawn so are no random sample of their strata: the estimate is the surrogate's posterior, which
-knows how masks depend on each other, and never a mean over sampled masks.
+where cost(q) is the number of layers that the batch's trie has not run yet (masks share prefixes),
+plus the head. Masks chosen like this are no random sample of their strata: values are estimated by
+the surrogate's posterior, never by a mean over these masks.
 
-Notation: M scored masks, Q candidates, P players.
+Notation: M masks (pending ones, then candidates), Q candidates, P players, S scored masks.
 """
 
 from __future__ import annotations
@@ -27,18 +27,22 @@ from lpserve.types import BoolArray, IntArray
 from lpserve.values.semivalue import value_covariance
 
 HEAD_COST = 2.0
-"""The head in layer-forwards: 0.65 of Llama-2-7B's, 2.4 of Llama-3-8B's."""
-_POOL = 1536
-_LEAST_VARIANCE = 1e-12
+"""Cost of the head in layer-forwards; 0.65 for Llama-2-7B, 2.4 for Llama-3-8B."""
+_POOL_SIZE = 1536
+_MIN_VARIANCE = 1e-12
 
 
 def candidate_pool(
-    num_players: int, sizes: tuple[int, int], rng: np.random.Generator, count: int = _POOL
+    num_players: int, sizes: tuple[int, int], rng: np.random.Generator, count: int = _POOL_SIZE
 ) -> BoolArray:
-    """Distinct masks of every size that values over `sizes` need, `bool[<=count, P]`.
+    """Random distinct masks of every stratum that values over `sizes` need, `bool[<=count, P]`.
 
-    Small strata whole; of the others half are drawn alone and half branch off those at a random
-    player, so that a batch can share prefixes where independent masks share none.
+    Small strata are enumerated. Of a larger one half of the masks are drawn independently; the
+    other half share a prefix of random length with one of those, since independent masks share
+    none, and shared prefixes make a batch cheaper.
+
+    Args:
+        sizes: (k_min, k_max), sizes before a player joins; strata are k_min..k_max+1.
     """
     strata = list(range(sizes[0], sizes[1] + 2))
     strata.sort(key=lambda kept: math.comb(num_players, kept))
@@ -56,7 +60,7 @@ def candidate_pool(
 
 
 def _branches(masks_MP: BoolArray, rng: np.random.Generator) -> BoolArray:
-    """Each mask with the players after a random one shuffled, `bool[M, P]`."""
+    """Each mask with all players behind a random position shuffled, `bool[M, P]`."""
     num_players = masks_MP.shape[1]
     cut_M = rng.integers(1, num_players + 1, size=len(masks_MP))
     # players before the cut keep their places, the others get random ones behind them
@@ -75,32 +79,37 @@ def select_for_values(
     pending_MP: BoolArray,
     head_cost: float,
 ) -> BoolArray:
-    """The best `count` candidates, in the order in which they were picked, `bool[<=count, P]`.
+    """A batch of candidates by variance reduction for cost, see the module, `bool[<=count, P]`.
 
     Args:
-        pool_QP: distinct masks, none scored or pending.
-        pending_MP: masks that are being scored: their scores will be known.
-        head_cost: the head's share of a mask's cost, in layer-forwards.
+        surrogate: fitted to the scored masks.
+        sizes: (k_min, k_max) of the values, sizes before a player joins.
+        pool_QP: candidates: distinct masks, none scored or pending.
+        count: size of the batch; masks come in the order of selection.
+        pending_MP: masks that are being scored, conditioned on like scored ones.
+        head_cost: the head's part of a mask's cost, in layer-forwards.
     """
     masks_MP = np.concatenate([pending_MP, pool_QP])
-    left = _Posterior(surrogate, sizes, masks_MP, room=len(pending_MP) + count)
+    posterior = _Posterior(surrogate, sizes, masks_MP, room=len(pending_MP) + count)
     for row in range(len(pending_MP)):
-        left.score(row)
+        posterior.condition_on(row)
     free_M = np.arange(len(masks_MP)) >= len(pending_MP)
     cost_M = masks_MP.sum(axis=1) + head_cost
     picked: list[int] = []
     for _ in range(min(count, len(pool_QP))):
-        gain_M = (left.covariance_PM**2).sum(axis=0) / (left.variance_M * cost_M)
+        reduction_M = (posterior.covariance_PM**2).sum(axis=0)
+        gain_M = reduction_M / (posterior.variance_M * cost_M)
         pick = int(np.argmax(np.where(free_M, gain_M, -np.inf)))
         picked.append(pick)
         free_M[pick] = False
-        left.score(pick)
+        posterior.condition_on(pick)
         cost_M = np.minimum(cost_M, _new_layers(masks_MP, masks_MP[pick]) + head_cost)
     return masks_MP[picked]
 
 
 class _Posterior:
-    """What is left to learn of some masks and of the values, given those scored or picked."""
+    """Variance of candidate masks and their covariance with the values, conditioned on scored and
+    picked masks."""
 
     def __init__(
         self, surrogate: KernelSurrogate, sizes: tuple[int, int], masks_MP: BoolArray, room: int
@@ -108,7 +117,7 @@ class _Posterior:
         kernel = surrogate.kernel
         assert kernel is not None
         self._kernel, self._masks_MP = kernel, masks_MP
-        self._own_M = np.maximum(kernel.nugget_of(masks_MP), _LEAST_VARIANCE)
+        self._own_M = np.maximum(kernel.nugget_of(masks_MP), _MIN_VARIANCE)
         scored_SP, whiten_SS = surrogate.masks_MP, surrogate.whiten_MM
         self._known = len(scored_SP)
         # rows of the Cholesky factor: scored masks, then picks
@@ -117,14 +126,14 @@ class _Posterior:
         value_of = partial(
             value_covariance, kernel, sizes=sizes, empty_known=surrogate.empty is not None
         )
-        told_SP = whiten_SS @ value_of(scored_SP).T
+        whitened_SP = whiten_SS @ value_of(scored_SP).T
         explained_SM = self._rows_RM[: self._known]
-        self.covariance_PM = value_of(masks_MP) - told_SP.T @ explained_SM
+        self.covariance_PM = value_of(masks_MP) - whitened_SP.T @ explained_SM
         self.variance_M = kernel.variance(masks_MP) - (explained_SM**2).sum(axis=0)
         self.variance_M = np.maximum(self.variance_M, self._own_M)
 
-    def score(self, row: int) -> None:
-        """Take a mask as scored."""
+    def condition_on(self, row: int) -> None:
+        """Condition on the score of one of the masks, whatever it will be."""
         known_RM = self._rows_RM[: self._known]
         deviation = np.sqrt(self.variance_M[row])
         new_M = self._kernel.smooth(self._masks_MP[row : row + 1], self._masks_MP)[0]
@@ -138,7 +147,8 @@ class _Posterior:
 
 
 def _new_layers(masks_MP: BoolArray, run_P: BoolArray) -> IntArray:
-    """Layer-forwards of each mask once `run_P` has run: kept layers behind the common prefix."""
+    """Layer-forwards of each mask once `run_P` has run: its kept layers behind their common prefix,
+    `int64[M]`."""
     differs_MP = masks_MP != run_P
     behind_MP = np.arange(masks_MP.shape[1]) >= differs_MP.argmax(axis=1)[:, None]
     return (masks_MP & behind_MP).sum(axis=1)

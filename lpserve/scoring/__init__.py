@@ -1,1 +1,1 @@
-"""Engines kept busy, and their results committed before they count."""
+"""From masks to stored scores: a session opens engines and store, a dispatcher feeds them."""

@@ -81,7 +81,7 @@ class Dispatcher:
         self._slots = EngineSlots()
         self._windows: dict[str, TokenWindows] = {}
         self.paces = pace.EnginePaces(self._windows.__getitem__)
-        self._lost_in_a_row = self._most_engines = 0
+        self._lost_in_a_row = self._max_engines = 0
         self._next_backup = 0.0
         self.closed = False
         """Whether `stop` was called."""
@@ -155,7 +155,7 @@ class Dispatcher:
     def _take(self, result: UnitResult) -> UnitResult | GivenUp | None:
         self._slots.remove(result.unit, result.engine, self._clock())
         if result.scores is not None:
-            self._lost_in_a_row, self._most_engines = 0, len(self._slots.engines)
+            self._lost_in_a_row, self._max_engines = 0, len(self._slots.engines)
             self.paces.learn(result)
         if result.lost and result.blamed:
             self._count_loss(result)
@@ -190,7 +190,7 @@ class Dispatcher:
 
     def _count_loss(self, result: UnitResult) -> None:
         self._lost_in_a_row += 1
-        if self._lost_in_a_row > _SPARE_LOSSES + 2 * self._most_engines:
+        if self._lost_in_a_row > _SPARE_LOSSES + 2 * self._max_engines:
             raise EngineError(
                 f"{self._lost_in_a_row} engines were lost in a row while nothing was scored; the "
                 f"last: {result.error}; scores are kept: give the same command again"
@@ -209,7 +209,7 @@ class Dispatcher:
         engines = self._pool.engines
         if engines is not self._slots.engines:
             self._slots.update(engines)
-            self._most_engines = max(self._most_engines, len(engines))
+            self._max_engines = max(self._max_engines, len(engines))
         self._back_up_stragglers()
         while self._queue and (found := self._next_unit()):
             unit, engine = found
@@ -282,7 +282,7 @@ class Dispatcher:
         left = [finish for finish in finishes if len(self._copies[finish.unit].at) == 1]
         for engine, finish in zip(idle, left, strict=False):
             here_s = self.paces.expected_s(finish.unit, engine)
-            if here_s is None or _BACKUP_GAIN * here_s + pace.LEAST_UNIT_S > finish.remaining_s:
+            if here_s is None or _BACKUP_GAIN * here_s + pace.MIN_UNIT_S > finish.remaining_s:
                 return
             self._repeat(finish, engine)
 

@@ -19,8 +19,12 @@ from lpserve.types import EngineSpec, Scores
 
 
 class LocalPool:
-    """One engine in this process. An engine that cannot start raises its own error here; one that
-    stops working ends the run, since it cannot be replaced.
+    """One engine in this process; the contract is `lpserve.scoring.pool.EnginePool`.
+
+    An engine that stops working ends the run with an EngineError: it cannot be replaced.
+
+    Raises:
+        InputError, EngineError: the engine cannot start.
     """
 
     engines = MappingProxyType({"local": "local"})
@@ -42,7 +46,7 @@ class LocalPool:
         self._todo.put(unit)
 
     def cancel(self, unit: WorkUnit, engine: str) -> None:
-        """Nobody else would score it."""
+        """Does nothing: no other engine would score it."""
 
     def next(self, timeout_s: float) -> UnitResult | None:
         try:
@@ -59,11 +63,11 @@ class LocalPool:
             return call(self._engine)
 
     def publish(self, state: RunState) -> None:
-        """The progress line is all there is."""
+        """Does nothing: the progress line already shows them."""
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Stop after the unit in hand, waiting for it at most `timeout_s`; the thread dies with
-        the process."""
+        """Stop after the unit at work, waiting for it `timeout_s` at the longest; a thread that
+        still runs then ends with the process."""
         self._todo.put(None)
         self._thread.join(timeout_s)
         if not self._thread.is_alive():

@@ -1,4 +1,4 @@
-"""Engines opened as a config says: the engine's description, and the pool that runs it."""
+"""From a config to an open pool: the engine's spec, and the pool that runs it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from lpserve.types import EngineSpec
 def open_pool(
     config: EngineConfig, spec: EngineSpec, windows: TokenWindows, log: Callable[[str], None]
 ) -> EnginePool:
-    """The pool of a config, its engines started; raises InputError where Ray is missing."""
+    """Start the engines of a config.
+
+    Args:
+        windows: what the engines are opened with.
+        log: takes a line for the user when engines come, go or fail.
+
+    Raises:
+        InputError: pool ray needs Ray, which is not installed; or the engine refuses the spec.
+        EngineError: no engine can start.
+    """
     if config.pool == "local":
         return LocalPool(spec, windows)
     try:
@@ -29,9 +38,11 @@ def open_pool(
 
 
 def engine_spec(config: EngineConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:
-    """The engine, with the path, micro-batch and memory settings that the run began with.
+    """The spec of a config's engine.
 
     Args:
+        stored: config.json of the run that is resumed, whose engine had resolved its path,
+            micro-batch and memory settings: they are used again. None: a new run.
         longest: tokens of the longest window that will be scored.
     """
     spec = EngineSpec(

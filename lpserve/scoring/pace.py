@@ -17,7 +17,7 @@ TARGET_UNIT_S = 2.0
 ANSWER_S = 0.004
 """Units last at least this long for each engine: an answer costs the driver about half of it
 (`scripts/bench/results/coordinator.md`), so it keeps pace with any number of engines."""
-LEAST_UNIT_S = 0.2
+MIN_UNIT_S = 0.2
 """Masks are not spread over more engines, nor split over windows, below this time a unit."""
 _FIRST_UNIT_MASKS = 2
 _PACE_MEMORY = 0.5
@@ -82,7 +82,7 @@ def unit_size(
     """The size of the next unit.
 
     About `target_s` of work, less where few masks are left so that all engines end together, but
-    not less than `LEAST_UNIT_S` unless the queue is shorter.
+    not less than `MIN_UNIT_S` unless the queue is shorter.
 
     Args:
         mask_s: seconds that one mask should take at the engine; None: not known.
@@ -91,7 +91,7 @@ def unit_size(
     share = -(-masks_waiting // num_engines)
     if mask_s is None:
         return UnitSize(masks=min(_FIRST_UNIT_MASKS, share), window_parts=1)
-    share = max(share, int(LEAST_UNIT_S / mask_s))
+    share = max(share, int(MIN_UNIT_S / mask_s))
     masks = max(1, min(int(target_s / mask_s), share))
-    parts = min(num_engines // masks_waiting, int(mask_s / LEAST_UNIT_S))
+    parts = min(num_engines // masks_waiting, int(mask_s / MIN_UNIT_S))
     return UnitSize(masks=masks, window_parts=max(1, parts))

@@ -1,7 +1,8 @@
-"""Pools: many engines behind one queue. `EnginePool` is the contract; `LocalPool` runs one engine
-in this process on a thread of its own, so that the coordinator goes on meanwhile.
+"""The contract of a pool of engines, and the units of work that go through it.
 
-Which unit goes to whom, and what follows when one fails, is the dispatcher's.
+`lpserve.scoring.local` and `lpserve.scoring.ray.pool` implement it. A pool hands units to the
+engines named by its caller and reports what became of them; the dispatcher decides which unit goes
+to which engine, and what follows when one fails.
 
 Notation: M masks, P players, N windows.
 """
@@ -23,9 +24,13 @@ from lpserve.types import BoolArray, EngineInfo, Scores
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WorkUnit:
-    """Masks to score on the windows of a block, or one mask on some of them. Known by identity."""
+    """Masks to score on the windows of a block, or one mask on some of its windows.
+
+    Two units are the same only if they are the same object.
+    """
 
     masks_MP: BoolArray
+    """bool [M, P]; True: the player is kept."""
     block: WindowBlock
     windows: str
     """Hash under which the engines know the windows."""
@@ -39,18 +44,23 @@ class UnitResult:
 
     unit: WorkUnit
     scores: Scores | None
+    """None where it ended with an error."""
     engine: str
     error: str | None = None
+    """One line."""
     blamed: bool = True
-    """Whether the unit may be the cause of the error: not when its turn had not come, or when a
-    node left."""
+    """Whether the unit may have caused the error. False where the engine had not begun with it, or
+    a node left."""
     lost: bool = False
     """Whether the engine was lost while it worked on the unit."""
 
 
 def still_works(engine: Engine, windows: str) -> bool:
-    """Whether an engine that just raised can score the whole model: after some errors (a device's,
-    a lost worker's) nothing works any more, and no mask is to blame."""
+    """Whether an engine that just raised can score the full model.
+
+    After some errors (of a device, of a lost worker) an engine scores nothing any more, and no mask
+    is to blame.
+    """
     try:
         engine.score(np.ones((1, engine.info.num_players), dtype=bool), windows)
     except Exception:
@@ -59,9 +69,13 @@ def still_works(engine: Engine, windows: str) -> bool:
 
 
 class EnginePool(Protocol):
-    """Engines behind one queue."""
+    """Several engines of one game behind one queue of results.
+
+    Called from one thread only. `submit` never blocks; results come in any order.
+    """
 
     info: EngineInfo
+    """What the engines have in common."""
 
     @property
     def engines(self) -> Mapping[str, str]:
@@ -74,16 +88,17 @@ class EnginePool(Protocol):
         ...
 
     def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
-        """Hand a unit to an engine; it comes back from `next` once. Units of an engine are scored
-        in the order of their coming.
+        """Hand a unit to an engine; it comes back from `next` exactly once.
+
+        An engine scores its units in the order in which they were submitted.
 
         Args:
-            expected_s: how long it should take; None: not known.
+            expected_s: seconds that it should take; None: not known.
         """
         ...
 
     def cancel(self, unit: WorkUnit, engine: str) -> None:
-        """Have a unit come back without being scored, if it waits behind another."""
+        """Have a unit come back without scores if its engine has not begun with it."""
         ...
 
     def next(self, timeout_s: float) -> UnitResult | None:
@@ -91,7 +106,9 @@ class EnginePool(Protocol):
         ...
 
     def publish(self, state: RunState) -> None:
-        """Show a run's figures to whoever watches the pool."""
+        """Publish a run's figures, where the pool has a place for them."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop the engines; units in flight are dropped."""
+        ...

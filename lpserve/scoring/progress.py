@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live line in a terminal, else one plain line per interval."""
+"""The progress line: kept up to date in a terminal, else one plain line per interval."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ class RunState:
 
 
 class Progress:
-    """Renders a RunState; use as a context manager."""
+    """Shows a RunState; use as a context manager.
+
+    Args:
+        interval_s: seconds between two lines where the stream is no terminal.
+        stream: where to write; None: standard error.
+    """
 
     def __init__(self, *, interval_s: float, stream: TextIO | None = None) -> None:
         self.state = RunState()
@@ -62,8 +67,8 @@ class Progress:
         self._started = time.monotonic()
 
     def update(self, *, force: bool = False) -> bool:
-        """Show the state, at most every interval (a terminal: twice a second); returns whether it
-        was shown."""
+        """Show the state if the interval has passed (in a terminal, half a second); returns whether
+        it was shown."""
         now = time.monotonic()
         if not force and now - self._last < (0.5 if self._live else self._interval_s):
             return False
@@ -77,7 +82,7 @@ class Progress:
         return True
 
     def note(self, text: str) -> None:
-        """A line of its own."""
+        """Show a message on a line of its own."""
         if self._live:
             self._live.console.print(Text(text))
         else:
@@ -85,7 +90,7 @@ class Progress:
             self._stream.flush()
 
     def line(self, elapsed_s: float) -> str:
-        """The progress line."""
+        """The progress line as text, `elapsed_s` after the stage began."""
         state = self.state
         scored = state.done - state.reused
         speed = scored / elapsed_s if elapsed_s > 0 else 0.0

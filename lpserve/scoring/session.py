@@ -133,10 +133,16 @@ class ScoringSession:
         return self.pool.with_engine(call) if isinstance(self.pool, LocalPool) else None
 
     def drain(self, timeout_s: float, accept: Callable[[UnitResult | GivenUp], None]) -> None:
-        """Store the results that are there, waiting at most `timeout_s` for the first.
+        """Hand the results that have arrived to `accept`, waiting up to `timeout_s` for the first.
 
-        Those that came meanwhile share its commit: many engines do not wait for the disk one after
-        the other.
+        All of them share one commit: with many engines, results would otherwise wait for the disk
+        one after the other.
+
+        Args:
+            accept: stores a result and counts it.
+
+        Raises:
+            EngineError: the dispatcher's; results that came before it are stored.
         """
         results: list[UnitResult | GivenUp] = []
         ended: LpserveError | None = None
@@ -160,10 +166,13 @@ class ScoringSession:
         accept: Callable[[UnitResult | GivenUp], None],
         interrupted: Callable[[], int],
     ) -> None:
-        """After a signal: store what arrives within the grace time, then raise RunInterrupted.
+        """After a signal, store what arrives within the grace time, then raise RunInterrupted.
+
+        A second signal ends the grace time. Without a signal this returns at once.
 
         Args:
-            interrupted: called then; says how many masks are scored.
+            accept: as for `drain`.
+            interrupted: called at the end; returns how many masks are scored.
         """
         if not self.signals.count:
             return
@@ -188,12 +197,13 @@ class ScoringSession:
         *,
         stage: str = "scoring",
     ) -> dict[str, NDArray[np.float32]]:
-        """Metric -> sums `float32[M, N]` as stored: the NLL, and those of `extra_metrics`. NaN
-        where a mask could not be scored.
+        """Metric -> sums over each window, `float32[M, N]`: of the NLL and of `extra_metrics`.
+
+        They are as stored; NaN where a mask could not be scored.
 
         Args:
-            masks_MP: bool [M, P]; may repeat.
-            stage: what the progress line calls it.
+            masks_MP: bool [M, P]; rows may repeat.
+            stage: name of this step in the progress line.
 
         Raises:
             InputError: the engine has no such metric, or the windows do not fit the model.
@@ -201,12 +211,12 @@ class ScoringSession:
         """
         check_extra_metrics(self.info, extra_metrics)
         distinct_DP, inverse_M = sort_distinct(masks_MP)
-        board = ScoreTracker(
+        tracker = ScoreTracker(
             self.store, self.game, windows, self.dispatcher, extra_metrics=extra_metrics
         )
 
         def accept(result: UnitResult | GivenUp) -> None:
-            board.accept(result)
+            tracker.accept(result)
             if isinstance(result, GivenUp):
                 mask = key_text(keys(result.unit.masks_MP)[0], self.info.num_players)
                 self.progress.note(f"mask {mask} cannot be scored: {result.reason}")
@@ -214,19 +224,19 @@ class ScoringSession:
                 self.progress.state.work += result.scores.work
 
         self.progress.begin(stage, len(distinct_DP))
-        request = board.request(distinct_DP)
+        request = tracker.request(distinct_DP)
         while not request.complete:
             self.drain(POLL_S, accept)
-            self._show(board)
-            self.check_signals(accept, lambda: board.scored)
-        self._show(board)
-        self.masks_scored += board.scored - board.reused
-        self.masks_read += board.reused
+            self._show(tracker)
+            self.check_signals(accept, lambda: tracker.scored)
+        self._show(tracker)
+        self.masks_scored += tracker.scored - tracker.reused
+        self.masks_read += tracker.reused
         return {metric: values_DN[inverse_M] for metric, values_DN in request.values.items()}
 
-    def _show(self, board: ScoreTracker) -> None:
+    def _show(self, tracker: ScoreTracker) -> None:
         state = self.progress.state
-        state.done, state.reused = board.scored, board.reused
-        state.quarantined = len(board.quarantined)
+        state.done, state.reused = tracker.scored, tracker.reused
+        state.quarantined = len(tracker.quarantined)
         if self.progress.update():
             self.pool.publish(state)

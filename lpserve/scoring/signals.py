@@ -13,13 +13,14 @@ from lpserve.errors import RunInterrupted
 
 @dataclass(slots=True)
 class Signals:
-    """SIGINT and SIGTERM that have come."""
+    """Counts SIGINT and SIGTERM."""
 
     count: int = 0
     at_work: bool = False
-    """From here on the job looks at the count; before, a signal ends the start at once."""
+    """Whether the job looks at the count; until then a signal raises RunInterrupted at once."""
 
-    def come(self, number: int, frame: object) -> None:
+    def handle(self, number: int, frame: object) -> None:
+        """The signal handler."""
         self.count += 1
         if not self.at_work:
             raise RunInterrupted("interrupted before anything was scored")
@@ -27,13 +28,16 @@ class Signals:
 
 @contextmanager
 def trap_signals() -> Iterator[Signals]:
-    """Heed SIGINT and SIGTERM; the handlers before are put back."""
+    """Count SIGINT and SIGTERM instead of ending the process; the handlers are restored at the end.
+
+    Outside the main thread no signal is trapped.
+    """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, signals.come) for number in numbers}
+    before = {number: signal.signal(number, signals.handle) for number in numbers}
     try:
         yield signals
     finally:

@@ -112,7 +112,7 @@ class ScoreTracker:
         """Masks of `scored` whose scores the store already held."""
 
     def request(
-        self, masks_MP: BoolArray, whole_M: BoolArray | None = None, *, promoted: bool = False
+        self, masks_MP: BoolArray, full_M: BoolArray | None = None, *, promoted: bool = False
     ) -> ScoreRequest:
         """Read what the store holds of these masks and queue the rest for the engines.
 
@@ -121,16 +121,16 @@ class ScoreTracker:
 
         Args:
             masks_MP: bool [M, P], distinct, and none of an earlier request that is not complete.
-            whole_M: bool [M], which masks are wanted on all windows, the others on the screen;
+            full_M: bool [M], which masks are wanted on all windows, the others on the screen;
                 None: all of them.
             promoted: they are already counted, when scored on the screen; do not count them twice.
         """
-        whole_M = np.ones(len(masks_MP), dtype=bool) if whole_M is None else whole_M
+        full_M = np.ones(len(masks_MP), dtype=bool) if full_M is None else full_M
         request = ScoreRequest(masks_MP=masks_MP, values={}, known={})
         known_MN = np.ones((len(masks_MP), self._windows.num_windows), dtype=bool)
         for metric in ("nll", *self._extra_metrics):
             values_MN, held_MN = self._store.get(self._game, self._windows, masks_MP, metric)
-            values_MN[np.ix_(~whole_M, self._beyond)] = np.nan
+            values_MN[np.ix_(~full_M, self._beyond)] = np.nan
             request.values[metric], request.known[metric] = values_MN, held_MN
             known_MN &= held_MN
         mask_keys = keys(masks_MP)
@@ -138,7 +138,7 @@ class ScoreTracker:
         wanted: list[tuple[int, list[int]]] = []
         for index, block in enumerate(self._blocks):
             rows = []
-            wanted_M = whole_M | (block.id in self._screened_blocks)
+            wanted_M = full_M | (block.id in self._screened_blocks)
             unknown_M = ~known_MN[:, block.rows].all(axis=1)
             for row in np.flatnonzero(wanted_M & unknown_M).tolist():
                 reason = self._bad.get((block.id, mask_keys[row]))
@@ -153,9 +153,9 @@ class ScoreTracker:
         request.missing = int((left_M > 0).sum())
         if not promoted:
             known = np.flatnonzero(left_M == 0).tolist()
-            whole = sum(mask_keys[row] not in self.quarantined for row in known)
-            self.reused += whole
-            self.scored += whole
+            complete = sum(mask_keys[row] not in self.quarantined for row in known)
+            self.reused += complete
+            self.scored += complete
         for index, rows in wanted:
             if rows:
                 block = self._blocks[index]

@@ -1,1 +1,1 @@
-"""Durable files: the score store, its lock and lease, tables, run folders."""
+"""Durable files: the score store, its lock and lease, score tables, run folders."""

@@ -1,4 +1,4 @@
-"""Whether a path lies on a filesystem of this host alone, or on one that other hosts may share."""
+"""Tells filesystems of this host alone from those that other hosts may share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-# Their locks and their memory maps are seen by every process that can reach a file on them.
+# Every process that can reach a file on these sees its locks and its memory maps.
 _LOCAL = frozenset(
     [
         *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "nilfs2"),
@@ -18,9 +18,9 @@ _MOUNTINFO = Path("/proc/self/mountinfo")
 
 
 def is_shared(path: Path) -> bool:
-    """Whether other hosts may see `path`: its filesystem is none that is known to be local.
+    """Whether other hosts may see `path`, because its filesystem is not known to be local.
 
-    Where the system does not tell (no /proc), a path counts as local.
+    On a system without /proc/self/mountinfo every path counts as local.
     """
     try:
         mountinfo = _MOUNTINFO.read_text(encoding="utf-8", errors="surrogateescape")
@@ -31,10 +31,14 @@ def is_shared(path: Path) -> bool:
 
 
 def filesystem_type(mountinfo: str, path: str) -> str | None:
-    """Type of the mount that holds an absolute path without links; None where no mount does.
+    """The type of the filesystem that holds a path, such as "ext4"; None where it is not listed.
 
-    `mountinfo` is the text of /proc/self/mountinfo. Mounts are followed from the root down, as the
-    kernel does: the longest mount point alone could be one that a later mount has covered.
+    Mounts are followed from the root down, as the kernel does: the longest mount point that
+    matches could be hidden under a later mount.
+
+    Args:
+        mountinfo: the text of /proc/self/mountinfo.
+        path: absolute and without symbolic links.
     """
     mounts: dict[tuple[str, str], tuple[str, str]] = {}
     ids: set[str] = set()

@@ -1,9 +1,9 @@
 """One writer at a time for a store on a shared path, where a lock would hold on one host alone.
 
-The lease is a row of the store: a token, who holds it, and a beat that its holder counts up every
-`BEAT_S`. Where the beat stands still for `LEASE_S`, or the holder is a process of this host that
-has died, the next writer takes over. No clock is compared: those of two hosts disagree. Who lost
-the lease finds another token there at its next transaction, and writes nothing.
+The lease is a row of the store: a token, its holder, and a beat, a number that the holder increases
+every `BEAT_S`. Where the beat stands still for `LEASE_S`, or the holder is a process of this host
+that has died, the next writer takes over. The clocks of two hosts disagree, so none are compared. A
+writer that lost the lease finds another token at its next transaction, and writes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from typing import NamedTuple
 from lpserve.errors import StoreBusyError
 
 LEASE_S = 30.0
+"""Seconds without a beat after which a holder counts as gone."""
 BEAT_S = 5.0
+"""Seconds between two beats."""
 
 LEASE_TABLE = """\
 CREATE TABLE lease (
@@ -49,7 +51,11 @@ class _Held(NamedTuple):
 
 
 class Lease:
-    """The right to write to the store at `path`, once it is taken."""
+    """The right to write to the store at `path`: found free, taken, kept, released.
+
+    Args:
+        holder: who takes it, for those who are refused.
+    """
 
     def __init__(self, path: Path, *, holder: str) -> None:
         self._path = path
@@ -167,6 +173,7 @@ def writing(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def has_lease(db: sqlite3.Connection) -> bool:
+    """Whether the store has the table of leases: it was once opened on a shared path."""
     return db.execute("SELECT 1 FROM sqlite_master WHERE name = 'lease'").fetchone() is not None
 
 
@@ -202,7 +209,7 @@ def _has_died(held: _Held) -> bool:
 
 
 def _kernel() -> str:
-    """This boot of this host and the process numbers seen from here; empty where not told.
+    """Identifies this boot of this host and its process namespace; empty where it is not known.
 
     Containers share a kernel, and may share a host's name, but number their processes apart.
     """
@@ -214,7 +221,7 @@ def _kernel() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process started, in ticks since boot; "ended" for a zombie, empty where not told."""
+    """When a process started, in ticks since boot; "ended" for a zombie, empty if not known."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

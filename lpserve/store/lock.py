@@ -16,10 +16,13 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
 class PathLock:
-    """Exclusive lock on `path`, kept in the file `<path>.lock` beside it.
+    """An exclusive lock on `path`, kept in the file `<path>.lock` beside it.
 
-    A filesystem may know no such locks: `held` is False then. What a run folder there is guarded
-    by is the lease of its store.
+    On a filesystem without such locks `held` is False; a run folder there is guarded by the lease
+    of its store.
+
+    Args:
+        holder: who locks it, for those who are refused.
 
     Raises:
         StoreBusyError: another process holds it.
@@ -53,6 +56,7 @@ class PathLock:
         os.pwrite(self._file, json.dumps(about | {"since": time.ctime()}).encode(), 0)
 
     def release(self) -> None:
+        """Let others lock the path; may be called twice."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -1,8 +1,8 @@
-"""A run's folder: its lock, its config, atomic files and the event journal.
+"""A run's folder: its lock, its config, its files and the event journal.
 
 A folder belongs to one config; only the keys in `config.CHANGEABLE` may differ when it is resumed.
-A folder that this process made is removed again when the run never gets to start; not on a path
-that other hosts share, where another's run may have begun in it.
+A folder that this process made is removed again if the run never starts, except on a path that
+other hosts share, where another host's run may have started in it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RunFolder:
             raise InputError(f"run folder {self.path} cannot be made: {error.strerror}") from None
         self._made = self._made and not is_shared(self.path)
         self.begun = False
-        """Whether the run got to start: its folder then stays."""
+        """Whether the run has started: its folder then stays."""
         self._lock = PathLock(self.path / "run", holder=f"a run in {self.path}")
 
     def read_config(self) -> dict[str, Any] | None:
@@ -59,13 +59,17 @@ class RunFolder:
         return stored
 
     def check_same_config(
-        self, stored: dict[str, Any], config: dict[str, Any], but: Collection[str] = ()
+        self, stored: dict[str, Any], config: dict[str, Any], ignore: Collection[str] = ()
     ) -> None:
-        """Raise InputError where a config differs from the folder's in a key that must not; those
-        of `but` may."""
+        """Raise InputError where a config differs from the folder's in a key that must not change.
+
+        Args:
+            stored: what `read_config` found.
+            ignore: keys that may differ, besides `config.CHANGEABLE`.
+        """
         old = stored["config"]
         for key in sorted(set(old) | set(config)):
-            if key not in (*CHANGEABLE, "out", *but) and old.get(key) != config.get(key):
+            if key not in (*CHANGEABLE, "out", *ignore) and old.get(key) != config.get(key):
                 raise InputError(
                     f"run folder {self.path} belongs to another run: {key} was {old.get(key)!r}, "
                     f"is {config.get(key)!r}; choose another --out, or give the same {key}"

@@ -1,4 +1,4 @@
-"""What a store's file holds: its tables, its checksums, and how a file is read through unharmed."""
+"""The format of a store's file: its tables, its checksums, and the check of an existing file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
 
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A read-only connection that takes damaged text as it comes.
+    """A read-only connection that does not fail on damaged text.
 
     Read-only, because any other would, on closing, write what a killed process left in the
     write-ahead log into a file that is to be left as it is. What it left in a rollback journal is
@@ -63,6 +63,7 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def is_empty(db: sqlite3.Connection) -> bool:
+    """Whether the file has no tables yet."""
     return not _tables(db)
 
 
@@ -75,7 +76,7 @@ def create(db: sqlite3.Connection) -> None:
 
 
 def problem(db: sqlite3.Connection) -> str | None:
-    """Why a file cannot be used as a store. One without any tables can: it is still to be made.
+    """Why a file cannot be used as a store; None if it can, or if it has no tables yet.
 
     Raises:
         sqlite3.DatabaseError: what SQLite itself finds.
@@ -92,10 +93,12 @@ def problem(db: sqlite3.Connection) -> str | None:
 
 
 def checksum(game: int, block: int, metric: str, mask: bytes, value: bytes) -> int:
+    """CRC-32 of a row of scores, its keys included."""
     return zlib.crc32(value, zlib.crc32(mask, zlib.crc32(f"{game} {block} {metric}".encode())))
 
 
 def game_of(description: str) -> Game:
+    """The game that a row of games describes in JSON."""
     about = json.loads(description)
     players = [Player(index=i, layer=n, part=part) for i, (n, part) in enumerate(about["players"])]
     return Game(model_hash=about["model"], players=tuple(players), numerics=about["numerics"])

@@ -1,12 +1,13 @@
-"""Scores as a table, out of a store and back into one: Parquet or CSV, by the file's suffix.
+"""Scores as a table, exported from a store or imported into one: Parquet or CSV, by suffix.
 
 One row for each (game, mask, window), complete in itself, so that any table tool can read it::
 
     game    model   numerics  players            mask  window  num_tokens  metric  nll
     9f3a..  1c07..  float32   [[0, "layer"], ..  1011  77b0..  511         nll     1843.2206
 
-`mask` is player 0 first, 1 = kept; `nll` is the stored float32, NaN and inf included. Both ways
-stream. Where blocks overlap, the score the store answers with is written; quarantine is left out.
+`mask` has player 0 first, 1 = kept; `nll` is the stored float32, NaN and infinity included. Export
+and import both stream. Where blocks overlap, the score that the store answers with is exported;
+masks in quarantine are left out.
 
 Knows pyarrow and the store, no run and no engine.
 """
@@ -40,7 +41,7 @@ _Group = tuple[Game, str, tuple[tuple[str, int], ...]]  # game, metric, (window,
 
 
 def export_scores(store: Store, path: str | Path) -> int:
-    """Write every score of a store; returns the number of rows. The file is whole or not there.
+    """Write every score of a store, completely or not at all; returns the number of rows.
 
     Raises:
         InputError: a suffix other than .parquet and .csv, or the file cannot be written.
@@ -63,10 +64,10 @@ def export_scores(store: Store, path: str | Path) -> int:
 
 
 def import_scores(store: Store, path: str | Path) -> int:
-    """Add a table's scores to a store; returns how many (block, mask) scores were new.
+    """Add a table's scores to a store; returns how many (block, mask) rows were new.
 
-    What the store holds already stays as it is. The rows of a mask that follow each other become
-    blocks; in a table that was sorted by window these are single windows, correct but slow.
+    Scores that the store holds already stay as they are. Consecutive rows of a mask become a block;
+    in a table that was sorted by window each block is a single window: correct but slow.
 
     Raises:
         InputError: not such a table; nothing of it is added.

@@ -1,21 +1,18 @@
-"""Surrogates behind one contract (`base.Surrogate`); `make_surrogate` knows them by name.
+"""Surrogates: models that predict a mask's utility, behind one contract (`base.Surrogate`).
 
-Notation: M training masks, Q queried masks.
+`make_surrogate` makes one by name. A new one is one module with a function `build` and one entry in
+`lpserve.config.SURROGATES`, see `base.Surrogate`.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from lpserve.config import SURROGATES as KINDS
-from lpserve.surrogate.auto import RIVALS, AutoSurrogate
-from lpserve.surrogate.base import HeldOut, Predictor, Surrogate
+from lpserve.surrogate.auto import AutoSurrogate
+from lpserve.surrogate.base import HeldOutError, Predictor, Surrogate
 from lpserve.surrogate.crossfit import CrossFitted
-from lpserve.surrogate.gaussian import (
-    MAX_TRAINING_MASKS,
-    QUICK_TUNING_MASKS,
-    TUNING_MASKS,
-    KernelSurrogate,
-)
-from lpserve.surrogate.kernel import COMPONENTS
+from lpserve.surrogate.gaussian import MAX_TRAINING_MASKS, QUICK_TUNING_MASKS, KernelSurrogate
 from lpserve.surrogate.paper import PaperSurrogate
 from lpserve.surrogate.stack import Stack
 
@@ -25,7 +22,7 @@ __all__ = [
     "QUICK_TUNING_MASKS",
     "AutoSurrogate",
     "CrossFitted",
-    "HeldOut",
+    "HeldOutError",
     "KernelSurrogate",
     "PaperSurrogate",
     "Predictor",
@@ -38,31 +35,32 @@ __all__ = [
 
 
 def make_surrogate(kind: str, seed: int = 0, *, quick: bool = False) -> Surrogate:
-    """A surrogate by name, see `KINDS`.
+    """An unfitted surrogate by name, by the `build` function of its module.
 
-    `quick`: for choosing masks. Kernels are tuned to fewer of them, and `auto` has no others: those
-    take seconds to fit and found no better sets (`scripts/bench/results/large_games.md`).
+    Args:
+        kind: one of `KINDS`.
+        seed: of what a kind draws at random; kernels draw nothing.
+        quick: for choosing masks, where time matters: kernels are tuned to fewer masks, and `auto`
+            has no other models.
+
+    Raises:
+        ValueError: the kind is unknown.
     """
-    tuning_masks = QUICK_TUNING_MASKS if quick else TUNING_MASKS
-    if kind == "auto":
-        return AutoSurrogate(seed, () if quick else tuple(RIVALS), tuning_masks)
-    if kind in COMPONENTS:
-        return KernelSurrogate(kind, tuning_masks)
-    if kind in RIVALS:
-        return CrossFitted(kind, RIVALS[kind], seed)
-    if kind == "paper":
-        return PaperSurrogate(seed)
-    raise ValueError(f"unknown surrogate {kind!r}: one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown surrogate {kind!r}: one of {', '.join(KINDS)}")
+    surrogate: Surrogate = import_module(KINDS[kind]).build(kind, seed, quick=quick)
+    return surrogate
 
 
 def kernel_of(surrogate: Predictor) -> KernelSurrogate | None:
-    """The kernel surrogate that answers for this one, if one alone does."""
+    """The kernel surrogate that makes this one's predictions: itself, or what `auto` selected; None
+    where another model, or a stack, makes them."""
     best = surrogate.best if isinstance(surrogate, AutoSurrogate) else surrogate
     return best if isinstance(best, KernelSurrogate) else None
 
 
 def acquisition_model(surrogate: Predictor) -> KernelSurrogate | None:
-    """The kernel surrogate that says which masks to score next, if there is one: for `auto` the
-    best of its kernels, whoever answers."""
+    """The kernel surrogate that acquisition uses: itself; for `auto` its best kernel, even if
+    another model predicts; else None."""
     best = surrogate.best_kernel if isinstance(surrogate, AutoSurrogate) else surrogate
     return best if isinstance(best, KernelSurrogate) else None

@@ -1,7 +1,7 @@
 """Gradient-boosted trees on mask bits, by scikit-learn: `boosting`.
 
-For games with thresholds and exceptions, which a tree states in a few splits and a smooth kernel
-needs many masks for. scikit-learn is imported when one is trained.
+For games with thresholds and exceptions, which a tree expresses in a few splits and a smooth kernel
+needs many masks for. scikit-learn is imported when a member is trained.
 
 Notation: M training masks, Q queried masks, P players, E members.
 """
@@ -10,27 +10,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from lpserve.surrogate.crossfit import Members
+from lpserve.surrogate.crossfit import CrossFitted, Members
 from lpserve.types import BoolArray, FloatArray
 
-_RATE, _LEAVES, _LEAST_MASKS = 0.3, 16, 3
-_MOST_TREES, _PATIENCE = 100, 10
+_LEARNING_RATE, _MAX_LEAVES, _MIN_LEAF_MASKS = 0.3, 16, 3
+_MAX_TREES, _PATIENCE = 100, 10
 
 
 def train(
     masks_MP: BoolArray, targets_EM: FloatArray, weights_EM: FloatArray, seed: int
 ) -> Members:
-    """See `crossfit.Train`. A member stops once 10 trees did not help on what it left out."""
+    """Train all members, see `crossfit.Train`.
+
+    A member stops early when 10 trees in a row did not lower the error on the masks it left out.
+    """
     from sklearn.ensemble import HistGradientBoostingRegressor
 
     members = []
     for target_M, weight_M in zip(targets_EM, weights_EM, strict=True):
         use_M = weight_M > 0
         trees = HistGradientBoostingRegressor(
-            learning_rate=_RATE,
-            max_iter=_MOST_TREES,
-            max_leaf_nodes=_LEAVES,
-            min_samples_leaf=_LEAST_MASKS,
+            learning_rate=_LEARNING_RATE,
+            max_iter=_MAX_TREES,
+            max_leaf_nodes=_MAX_LEAVES,
+            min_samples_leaf=_MIN_LEAF_MASKS,
             max_bins=2,
             random_state=seed,
             early_stopping=True,  # pyright: ignore[reportArgumentType]
@@ -49,3 +52,9 @@ def train(
         return np.stack([trees.predict(masks_QP) for trees in members])
 
     return predict
+
+
+def build(kind: str, seed: int, *, quick: bool) -> CrossFitted:
+    """See `lpserve.surrogate.make_surrogate`. A quick fit is the same."""
+    assert kind == "boosting"
+    return CrossFitted(kind, train, seed)

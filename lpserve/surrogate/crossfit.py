@@ -1,4 +1,4 @@
-"""Surrogates made of ten members, each trained without a fifth of the masks.
+"""Cross-fitted ensembles: ten members, each trained without a fifth of the masks.
 
 Two random partitions into 5 folds, one member for each fold: every mask is left out by two members,
 and their mean is its held-out prediction (5-fold cross-validation, twice), at no further training.
@@ -10,10 +10,10 @@ the two members that left each out), share s and factor c:
 
     std(m)^2 = c (1 - s + s v(m) / v)
 
-s is the likeliest of 0, 1/4, 1/2 and 3/4 for the left-out residuals. c gives them a mean square of
-std(m)^2 + (1/2 - 1/E) v(m) + noise: two members say less than all. A scored mask is known: what the
-other masks say about it and its score are averaged by their precisions, so that a score without
-noise is returned as it is.
+s is the one of 0, 1/4, 1/2 and 3/4 that maximises the likelihood of the left-out residuals. c makes
+their mean square equal std(m)^2 + (1/2 - 1/E) v(m) + noise: a mean of two members varies more than
+one of all. For a scored mask the prediction from the other masks and the score are averaged by
+precision, so that a score without noise is returned as it is.
 
 Notation: M training masks, Q queried masks, P players, E members, F features (a constant, players).
 """
@@ -27,43 +27,47 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from lpserve.masks import keys
-from lpserve.surrogate.base import HeldOut, heldout, training_set
+from lpserve.surrogate.base import HeldOutError, heldout_error, training_set
 from lpserve.types import BoolArray, FloatArray, IntArray
 
 FOLDS, PARTITIONS = 5, 2
 _PENALTIES = (1e-7, 1e-5, 1e-3, 1e-1)
-"""Of squared main effects, for standardised utilities and a mean over masks."""
+"""Ridge penalties on squared main effects, for standardised utilities and a mean over masks."""
 _SHARES = (0.0, 0.25, 0.5, 0.75)
-_LEAST_REST = 1e-6  # of the utilities' spread: main effects say all
-_LEAST_VARIANCE = 1e-16
+_MIN_REST = 1e-6  # of the utilities' standard deviation: main effects explain everything
+_MIN_VARIANCE = 1e-16
 _QUERY_MASKS = 4096  # at once: bounds the memory
 
 Members = Callable[[BoolArray], FloatArray]
-"""What every member predicts: masks `bool[Q, P]` -> `float64[E, Q]`."""
+"""Predictions of all members: masks `bool[Q, P]` -> `float64[E, Q]`."""
 Train = Callable[[BoolArray, FloatArray, FloatArray, int], Members]
-"""(masks_MP, targets_EM, weights_EM, seed) -> members. A weight is 0 where a member leaves a mask
-out; such masks say when to stop. Targets have about unit variance."""
+"""Trains all members: (masks_MP, targets_EM, weights_EM, seed) -> their predictions.
+
+A weight is 0 where a member leaves a mask out; these masks serve for early stopping. Targets have
+about unit variance."""
 
 
 class CrossFitted:
-    """Members of one kind. A noisy score weighs var / (var + noise), var that of all utilities.
+    """Cross-fitted members of one kind, see the module.
 
-    As in `gaussian`, the empty coalition is no training point and is returned as it was scored.
-    Members run on one thread: engines need the others.
+    A noisy score has the weight var / (var + noise), with var the variance of all utilities. As in
+    `gaussian`, the empty coalition is no training point and is returned as it was scored. Members
+    run on one thread, since engines need the others.
     """
 
     def __init__(self, kind: str, train: Train, seed: int = 0) -> None:
         self.name = kind
-        self.heldout: HeldOut
+        self.heldout_error: HeldOutError
         self._train = train
         self._seed = seed
 
     def fit(
         self, masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None = None
     ) -> None:
+        """See `base.Surrogate`."""
         masks_MP, utilities_M, noise_M = training_set(masks_MP, utilities_M, noise_M)
         self.rows: IntArray = np.flatnonzero(masks_MP.any(axis=1) | (len(masks_MP) <= 2))
-        """Training masks among those of the last fit."""
+        """Rows of the training masks among the masks of the last fit."""
         trained_MP, targets_M = masks_MP[self.rows], utilities_M[self.rows]
         self._offset = float(targets_M.mean())
         self._scale = float(targets_M.std()) if np.ptp(targets_M) > 0 else 1.0
@@ -80,10 +84,12 @@ class CrossFitted:
         self._deviation = Deviation.fitted(residual_M, varies_M, excess_M)
         honest_M = _from_other_folds(residual_M, varies_M, excess_M, out_EM[: len(out_EM) // 2])
         self.left_out_M = self._offset + self._scale * mean_M
-        """What each training mask is predicted to score by the members that left it out."""
+        """Utility of each training mask as predicted by the members that left it out."""
         self.left_out_std_M = self._scale * np.sqrt(honest_M + excess_M)
-        """Standard deviation of its score from that, by c and s of the other folds."""
-        self.heldout = heldout(targets_M, self.left_out_M, "5-fold, twice", self.left_out_std_M)
+        """Standard deviation of these predictions, with c and s from the other folds."""
+        self.heldout_error = heldout_error(
+            targets_M, self.left_out_M, "5-fold, twice", self.left_out_std_M
+        )
         variance_M = self._deviation.variance(varies_M)
         trust_M = variance_M / (variance_M + noise_M)
         known_M = self.left_out_M + trust_M * (targets_M - self.left_out_M)
@@ -99,7 +105,7 @@ class CrossFitted:
         rest_EM = scaled_M - self._main_EF @ _features(masks_MP).T
         self._rest_scale = float(np.sqrt((weights_EM * rest_EM**2).sum() / weights_EM.sum()))
         self._rest: Members | None = None
-        if self._rest_scale > _LEAST_REST:
+        if self._rest_scale > _MIN_REST:
             self._rest = self._train(masks_MP, rest_EM / self._rest_scale, weights_EM, self._seed)
 
     def _members(self, masks_QP: BoolArray) -> FloatArray:
@@ -110,9 +116,11 @@ class CrossFitted:
         return scaled_EQ
 
     def mean(self, masks_QP: BoolArray) -> FloatArray:
+        """See `base.Predictor`."""
         return self.predict(masks_QP)[0]
 
     def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+        """See `base.Predictor`."""
         masks_QP = np.asarray(masks_QP, dtype=bool)
         mean_Q, std_Q = np.empty(len(masks_QP)), np.empty(len(masks_QP))
         with threadpool_limits(1, user_api="openmp"):
@@ -130,39 +138,49 @@ class CrossFitted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deviation:
-    """Standard deviations from the members' variance, see the module."""
+    """Predictive variance as a function of the members' variance, see the module."""
 
     factor: float
+    """c."""
     share: float
+    """s."""
     mean_variance: float
+    """v."""
 
     @classmethod
     def fitted(
         cls, residual_M: FloatArray, varies_M: FloatArray, excess_M: FloatArray
     ) -> Deviation:
-        """The likeliest share for normal residuals of which `excess_M` is not the prediction's."""
+        """The share of maximum likelihood for normal residuals, and its factor.
+
+        Args:
+            residual_M: left-out residuals.
+            varies_M: the members' variance at each mask.
+            excess_M: the part of each residual's variance that is not the predictive variance.
+        """
         mean = float(varies_M.mean())
-        best, most = cls(factor=_LEAST_VARIANCE, share=0.0, mean_variance=1.0), -np.inf
-        for share in _SHARES if mean > _LEAST_VARIANCE else _SHARES[:1]:
-            one = cls(factor=1.0, share=share, mean_variance=max(mean, _LEAST_VARIANCE))
+        best, max_likelihood = cls(factor=_MIN_VARIANCE, share=0.0, mean_variance=1.0), -np.inf
+        for share in _SHARES if mean > _MIN_VARIANCE else _SHARES[:1]:
+            one = cls(factor=1.0, share=share, mean_variance=max(mean, _MIN_VARIANCE))
             shape_M = one.variance(varies_M)
             factor = float(((residual_M**2 - excess_M) / shape_M).mean())
-            factor = max(factor, _LEAST_VARIANCE)
+            factor = max(factor, _MIN_VARIANCE)
             total_M = factor * shape_M + excess_M
             likelihood = -float((np.log(total_M) + residual_M**2 / total_M).sum())
-            if likelihood > most:
-                most = likelihood
+            if likelihood > max_likelihood:
+                max_likelihood = likelihood
                 best = cls(factor=factor, share=share, mean_variance=one.mean_variance)
         return best
 
     def variance(self, varies_Q: FloatArray) -> FloatArray:
+        """Predictive variance, `float64[Q]`, from the members' variances."""
         return self.factor * (1 - self.share + self.share * varies_Q / self.mean_variance)
 
 
 def _from_other_folds(
     residual_M: FloatArray, varies_M: FloatArray, excess_M: FloatArray, fold_EM: BoolArray
 ) -> FloatArray:
-    """Variance of each left-out prediction, by what the residuals of the other folds say."""
+    """Variance of each left-out prediction, `float64[M]`, fitted to the other folds' residuals."""
     variance_M = np.empty(len(residual_M))
     for out_M in fold_EM:
         rest = Deviation.fitted(residual_M[~out_M], varies_M[~out_M], excess_M[~out_M])
@@ -171,7 +189,7 @@ def _from_other_folds(
 
 
 def left_out_by(num_masks: int, seed: int) -> BoolArray:
-    """Which masks each member leaves out, `bool[E, M]`: a fold of one of two partitions."""
+    """Which masks each member leaves out, `bool[E, M]`: a fold of one of two random partitions."""
     folds = min(FOLDS, num_masks)
     rng = np.random.default_rng(seed)
     fold_M = [rng.permutation(num_masks) % folds for _ in range(PARTITIONS)]
@@ -179,20 +197,22 @@ def left_out_by(num_masks: int, seed: int) -> BoolArray:
 
 
 def main_effects(masks_MP: BoolArray, scaled_M: FloatArray, weights_EM: FloatArray) -> FloatArray:
-    """Every member's constant and costs of dropped players, `float64[E, F]`: ridge regression, the
-    penalty the one with the smallest error on the masks that members left out."""
+    """Every member's constant and effects of dropped players, `float64[E, F]`.
+
+    Ridge regression, with the penalty of the smallest error on the masks that members left out.
+    """
     features_MF = _features(masks_MP)
     share_EM = weights_EM / weights_EM.sum(axis=1, keepdims=True)
     gram_EFF = np.stack([(features_MF.T * share_M) @ features_MF for share_M in share_EM])
     right_EF = share_EM @ (features_MF * scaled_M[:, None])
     penalised_F = np.arange(features_MF.shape[1]) > 0
-    best_EF, least = np.zeros(right_EF.shape), np.inf
+    best_EF, min_error = np.zeros(right_EF.shape), np.inf
     for penalty in _PENALTIES:
         solved = np.linalg.solve(gram_EFF + penalty * np.diag(penalised_F), right_EF[..., None])
         main_EF = np.asarray(solved[..., 0], dtype=np.float64)
         error = float(((scaled_M - main_EF @ features_MF.T) ** 2).sum(where=weights_EM == 0))
-        if error < least:
-            best_EF, least = main_EF, error
+        if error < min_error:
+            best_EF, min_error = main_EF, error
     return best_EF
 
 

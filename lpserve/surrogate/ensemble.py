@@ -2,10 +2,10 @@
 
 All members are one batched program: one product `[E, B, H] @ [E, H, H]` for every layer. A network
 is Linear(P, 32) - f - Linear(32, 32) - f - Linear(32, 1); f is tanh for half of the units, for
-thresholds, and SiLU for the others. AdamW with a cosine schedule; the decay of the weights is a
-prior, so for a mean over M masks it is proportional to 1/M. All members stop at the step with the
-smallest squared error on what each leaves out. torch is imported when one is trained; its random
-generator is not used.
+thresholds, and SiLU for the others. AdamW with a cosine schedule; weight decay is a prior, so that
+for a mean over M masks it is proportional to 1/M. All members keep the weights of the step with the
+smallest total squared error on the masks that each leaves out. torch is imported when members are
+trained; its random generator is not used.
 
 Notation: M training masks, Q queried masks, P players, E members, B masks of a step, H units.
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lpserve.surrogate.crossfit import Members
+from lpserve.surrogate.crossfit import CrossFitted, Members
 from lpserve.types import BoolArray, FloatArray
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ Layers = Sequence["torch.Tensor"]
 def train(
     masks_MP: BoolArray, targets_EM: FloatArray, weights_EM: FloatArray, seed: int
 ) -> Members:
-    """See `crossfit.Train`."""
+    """Train all members together, see `crossfit.Train`."""
     import torch
 
     rng = np.random.default_rng(seed)
@@ -53,7 +53,7 @@ def train(
     weights = torch.from_numpy(weights.astype(np.float32))
     optimizer = torch.optim.AdamW(layers, lr=_RATE, weight_decay=_DECAY / num_masks, foreach=True)
     num_batches = -(-num_masks // _BATCH)
-    best, least, best_step = _as_arrays(layers), math.inf, 0
+    best, min_error, best_step = _as_arrays(layers), math.inf, 0
     batches: list[torch.Tensor] = []
     for step in range(_STEPS):
         if not batches:
@@ -70,8 +70,8 @@ def train(
         if (step + 1) % max(_CHECK_EVERY, num_batches) == 0:
             with torch.no_grad():
                 error = _left_out_error(inputs, layers, targets, weights == 0)
-            if error < least:
-                best, least, best_step = _as_arrays(layers), error, step
+            if error < min_error:
+                best, min_error, best_step = _as_arrays(layers), error, step
             elif step - best_step > _PATIENCE:
                 break
     return lambda masks_QP: _predict(_coded(masks_QP), best)
@@ -80,7 +80,7 @@ def train(
 def _initial(
     num_members: int, num_players: int, rng: np.random.Generator
 ) -> list[NDArray[np.float32]]:
-    """He's initial weights; the output near 0, where the rest of the utilities starts."""
+    """He initialisation; the output layer is small, so that predictions start near 0."""
     arrays = []
     sizes = (num_players, _WIDTH, _WIDTH, 1)
     for inputs, outputs in pairwise(sizes):
@@ -95,13 +95,15 @@ def _coded(masks_QP: BoolArray) -> NDArray[np.float32]:
 
 
 def _network(inputs: torch.Tensor, layers: Layers) -> torch.Tensor:
-    """`[B, P]` -> `[E, B]`."""
+    """Predictions of every member: inputs `[B, P]` -> `[E, B]`."""
     import torch
 
     hidden = inputs.expand(len(layers[0]), *inputs.shape)
     for index in (0, 2):
-        curved, bent = torch.baddbmm(layers[index + 1], hidden, layers[index]).chunk(2, dim=-1)
-        hidden = torch.cat([curved.tanh(), torch.nn.functional.silu(bent)], dim=-1)
+        tanh_units, silu_units = torch.baddbmm(layers[index + 1], hidden, layers[index]).chunk(
+            2, dim=-1
+        )
+        hidden = torch.cat([tanh_units.tanh(), torch.nn.functional.silu(silu_units)], dim=-1)
     return torch.baddbmm(layers[5], hidden, layers[4]).squeeze(-1)
 
 
@@ -121,12 +123,18 @@ def _as_arrays(layers: Layers) -> list[NDArray[np.float32]]:
 
 
 def _predict(inputs_QP: NDArray[np.float32], layers: list[NDArray[np.float32]]) -> FloatArray:
-    """The same as `_network`, in numpy: `float64[E, Q]`."""
+    """`_network` in numpy: predictions of every member, `float64[E, Q]`."""
     hidden_EQH = inputs_QP[None]
     for index in (0, 2):
         hidden_EQH = np.matmul(hidden_EQH, layers[index]) + layers[index + 1]
-        curved, bent = np.split(hidden_EQH, 2, axis=-1)
-        np.tanh(curved, out=curved)
-        bent *= 0.5 + 0.5 * np.tanh(0.5 * bent)  # SiLU without an overflow
+        tanh_units, silu_units = np.split(hidden_EQH, 2, axis=-1)
+        np.tanh(tanh_units, out=tanh_units)
+        silu_units *= 0.5 + 0.5 * np.tanh(0.5 * silu_units)  # SiLU without an overflow
     output_EQ1 = np.matmul(hidden_EQH, layers[4]) + layers[5]
     return output_EQ1[..., 0].astype(np.float64)
+
+
+def build(kind: str, seed: int, *, quick: bool) -> CrossFitted:
+    """See `lpserve.surrogate.make_surrogate`. A quick fit is the same."""
+    assert kind == "ensemble"
+    return CrossFitted(kind, train, seed)

@@ -1,10 +1,11 @@
 """Gaussian processes on masks (`lpserve.surrogate.kernel`): `gp`, `ridge` and `gp+ridge`.
 
-One posterior, one leave-one-out formula and one exact form for values (`lpserve.values.semivalue`)
-serve all. The game is deterministic: scored masks are reproduced (but for a jitter of 1e-10 of
-their variance), unseen ones keep the part of a score that no neighbour shares as uncertainty.
+All three share the posterior, the leave-one-out formula and the closed form of values
+(`lpserve.values.semivalue`). The game is deterministic: predictions reproduce scored masks (but for
+a jitter of 1e-10 of their variance); for unseen masks the part of a score that no neighbour shares
+remains as uncertainty.
 
-Notation: M training masks, Q queried masks, P players.
+Notation: M training masks, Q queried masks, P players, K kept and D dropped players of one mask.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from __future__ import annotations
 import numpy as np
 
 from lpserve.masks import keys
-from lpserve.surrogate.base import HeldOut, heldout
+from lpserve.surrogate.base import HeldOutError, heldout_error
 from lpserve.surrogate.kernel import MaskKernel, tune, whitening
 from lpserve.types import BoolArray, FloatArray, IntArray
 
 MAX_TRAINING_MASKS = 3000
-"""A kernel surrogate costs M^3; beyond this many masks it trains on an evenly spaced subset."""
+"""Fitting costs M^3; with more masks than this, training uses an evenly spaced subset."""
 TUNING_MASKS, QUICK_TUNING_MASKS = 500, 250
-"""Masks that hyperparameters are tuned to, evenly spaced: for answers, and to choose masks. On
+"""Masks that hyperparameters are tuned to, evenly spaced: for final values, and to choose masks. On
 synthetic games of 32 layers, 800 masks, 500 halved the error of the values and took 3 times as
 long."""
 _TUNING_PER_PLAYER = 16  # more hardly help: there are two hyperparameters a player
@@ -28,23 +29,25 @@ _RETUNE_GROWTH = 1.25
 
 
 class KernelSurrogate:
-    """A kind of `COMPONENTS`. Tuned again whenever the masks grew by a quarter.
+    """Gaussian process of one kind of `kernel.COMPONENTS`.
 
-    The empty coalition is no training point: a model without any layer is like no other, however
-    few are left (26.6 nats against at most 10.3 with one layer, on the bundled model). Where its
-    score is known it is used as it is.
+    Hyperparameters are tuned again whenever the number of masks has grown by a quarter. The empty
+    coalition is no training point: a model without any layer resembles no other, however few layers
+    that has (26.6 nats against at most 10.3 with one layer, on the bundled model). Where its score
+    is known it is returned as it is.
     """
 
     def __init__(self, kind: str, tuning_masks: int = TUNING_MASKS) -> None:
         self.name = kind
         self._tuning_masks = tuning_masks
-        self.heldout: HeldOut
+        self.heldout_error: HeldOutError
         self.kernel: MaskKernel | None = None
         self._tuned_at = 0
 
     def fit(
         self, masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None = None
     ) -> None:
+        """See `base.Surrogate`."""
         masks_MP = np.asarray(masks_MP, dtype=bool)
         targets_M = np.asarray(utilities_M, dtype=np.float64)
         noise_M = np.zeros(len(masks_MP)) if noise_M is None else np.asarray(noise_M)
@@ -53,7 +56,7 @@ class KernelSurrogate:
         """Row of the empty coalition among the masks of the last fit; None: not scored."""
         trained = np.flatnonzero(np.arange(len(masks_MP)) != self.empty_row)
         self.rows = trained[_spaced(len(trained), MAX_TRAINING_MASKS)]
-        """Training masks among those of the last fit."""
+        """Rows of the training masks among the masks of the last fit."""
         self.empty = float(targets_M[empty[0]]) if self.empty_row is not None else None
         self.masks_MP = masks_MP[self.rows]
         targets_M = targets_M[self.rows]
@@ -71,14 +74,15 @@ class KernelSurrogate:
         variance_M = 1.0 / (self.whiten_MM**2).sum(axis=0)
         residual_M = self.alpha_M * variance_M
         self.calibration = float(np.sqrt(np.mean(residual_M**2 / variance_M)))
-        """Root mean squared standardised residual: above 1, the intervals are too narrow."""
+        """Root mean squared leave-one-out residual in standard deviations. Above 1, those are too
+        small, and predictions multiply theirs by it."""
         self.left_out_M = targets_M - self.scale * residual_M
-        """What each training mask is predicted to score from all the others."""
+        """Utility of each training mask as predicted from all the others."""
         std_M = self.scale * max(1.0, self.calibration) * np.sqrt(variance_M)
-        self.heldout = heldout(targets_M, self.left_out_M, "leave-one-out", std_M)
+        self.heldout_error = heldout_error(targets_M, self.left_out_M, "leave-one-out", std_M)
 
     def tuned(self, rows: IntArray) -> MaskKernel:
-        """The kernel that some of the training masks alone would make likeliest."""
+        """The kernel of maximum posterior given some rows of the training masks alone."""
         enough = max(QUICK_TUNING_MASKS, _TUNING_PER_PLAYER * self.masks_MP.shape[1])
         some = rows[_spaced(len(rows), min(self._tuning_masks, enough))]
         return tune(
@@ -86,6 +90,7 @@ class KernelSurrogate:
         )
 
     def mean(self, masks_QP: BoolArray) -> FloatArray:
+        """See `base.Predictor`."""
         masks_QP = np.asarray(masks_QP, dtype=bool)
         parts = [
             self._cross(masks_QP[start : start + _QUERY_MASKS]) @ self.alpha_M
@@ -94,6 +99,7 @@ class KernelSurrogate:
         return self._or_empty(masks_QP, np.concatenate([np.empty(0), *parts]))
 
     def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+        """See `base.Predictor`."""
         assert self.kernel is not None
         masks_QP = np.asarray(masks_QP, dtype=bool)
         cross_QM = self._cross(masks_QP)
@@ -105,10 +111,12 @@ class KernelSurrogate:
         return self._or_empty(masks_QP, cross_QM @ self.alpha_M), std_Q
 
     def joint(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
-        """Predicted utilities `float64[Q]` and their covariance `float64[Q, Q]`, of masks that were
-        not scored or with noise. The empty coalition is not among them.
+        """Predicted utilities `float64[Q]` and their posterior covariance `float64[Q, Q]`.
 
-        Widened as `predict`'s standard deviations are.
+        The covariance is scaled by the same calibration as the standard deviations of `predict`.
+
+        Args:
+            masks_QP: masks not scored, or scored with noise; without the empty coalition.
         """
         assert self.kernel is not None
         cross_QM = self._cross(masks_QP)
@@ -121,9 +129,9 @@ class KernelSurrogate:
     def swap_means(self, mask_P: BoolArray) -> FloatArray:
         """Predicted utility of every swap of a kept for a dropped player, `float64[kept, dropped]`.
 
-        The smooth part alone, which for scored masks leaves out what is their own. Two players
-        change a product by two factors and an inner product by two terms, so that the whole
-        neighbourhood is a few products of matrices, [kept, M] by [M, dropped].
+        Without the nugget's part, which only swaps that were scored have. A swap changes two
+        factors of the kernel's product and two terms of its inner product, so that all swaps take a
+        few products of matrices, [kept, M] by [M, dropped].
         """
         kernel = self.kernel
         assert kernel is not None
@@ -168,5 +176,13 @@ class KernelSurrogate:
         return cross_QM
 
 
-def _spaced(have: int, most: int) -> np.ndarray:
-    return np.arange(have) if have <= most else np.linspace(0, have - 1, most).astype(np.int64)
+def _spaced(num_rows: int, limit: int) -> np.ndarray:
+    """At most `limit` of the rows 0..num_rows-1, evenly spaced."""
+    if num_rows <= limit:
+        return np.arange(num_rows)
+    return np.linspace(0, num_rows - 1, limit).astype(np.int64)
+
+
+def build(kind: str, seed: int, *, quick: bool) -> KernelSurrogate:
+    """See `lpserve.surrogate.make_surrogate`; nothing here is random."""
+    return KernelSurrogate(kind, QUICK_TUNING_MASKS if quick else TUNING_MASKS)

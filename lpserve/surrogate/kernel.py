@@ -1,4 +1,4 @@
-"""Covariance of a layer game: what scored masks say about others.
+"""Covariance of a layer game between masks: the kernel of the Gaussian processes.
 
 With dropped bits d = 1 - mask and z = 1 - 2d, two masks S and T of one game covary by
 
@@ -6,17 +6,19 @@ With dropped bits d = 1 - mask and z = 1 - 2d, two masks S and T of one game cov
               + s(S) s(T) (v prod_i exp(-lambda_i [S_i != T_i]) + nu [S = T])
     s(S)    = prod_{i dropped} exp(g_i)
 
-`c`, `a`, `b`: a constant, main effects and pairs (Bayesian ridge regression). `v`: a smooth rest.
-Players may matter differently to it: lambda_i says how fast masks that disagree about player i grow
-apart (ARD, Rasmussen & Williams 2006, section 5.1), g_i how much more there is to say once it is
-dropped: a model that lost a vital layer collapses, and its score then hangs on everything else.
-`nu`: the part of a mask's own score that no neighbour shares. Games are deterministic, so it is
-known for scored masks and stays as uncertainty for the others; it is no noise.
+`c`, `a`, `b`: a constant, main effects and pairs (Bayesian ridge regression). `v`: a smooth rest,
+which depends on every player differently: lambda_i is the rate at which the covariance of masks
+that differ in player i decays (ARD, Rasmussen & Williams 2006, section 5.1), g_i the growth of the
+standard deviation when player i is dropped: a model that lost a vital layer collapses, and its
+score then depends strongly on everything else. `nu`, the nugget: the part of a mask's score that no
+neighbour shares. Games are deterministic, so that it is no noise: it is known for scored masks and
+remains as uncertainty for the others.
 
-Hyperparameters maximise the marginal likelihood (Rasmussen & Williams 2006, eq. 5.8 and 5.9) with
-normal priors: one draws every player's lambda_i and g_i towards their means over all players; a
-weak one on log nu matters where the rest explains every tuning mask (more pairs than masks) and the
-likelihood no longer depends on it: unopposed, nu would vanish, and every deviation with it.
+Hyperparameters maximise the marginal likelihood (Rasmussen & Williams 2006, eq. 5.8 and 5.9) times
+normal priors. One prior draws every player's log lambda_i and g_i towards their means over all
+players. A weak one on log nu matters where the other terms explain every tuning mask (more pairs
+than masks), so that the likelihood no longer depends on nu: without it nu would vanish, and every
+predictive standard deviation with it.
 
 Notation: M, Q masks, P players.
 """
@@ -33,28 +35,36 @@ from lpserve.types import BoolArray, FloatArray
 COMPONENTS = {"ridge": "ab", "gp": "av", "gp+ridge": "abv"}
 """Kind of surrogate -> components beyond the constant and the nugget."""
 JITTER = 1e-10
-"""Of each mask's own variance. As a share of the largest, which grows with every dropped player, it
-would hide what is told of masks that keep most: nugget 1e-8, variances up to 8e3."""
+"""Added to the diagonal of the Gram matrix, relative to each mask's own variance. Relative to the
+largest variance, which grows with every dropped player, it would exceed the nugget of masks that
+keep most players (nugget 1e-8, variances up to 8e3)."""
 PRIOR_DECAY, PRIOR_GROWTH = 1.0, 0.3
 """Standard deviations over players of log lambda_i and of g_i."""
 PRIOR_NUGGET = (-9.2, 3.0)
 """Mean and standard deviation of log nu (1e-4 of the utilities' variance)."""
 _MAX_STEPS = 60
-_BLOCK = 64
+_BLOCK_ROWS = 64
 _LOGS = 7  # log c, a, b, v, nu, mean log lambda, mean g
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MaskKernel:
-    """See the module's formula; variances are of utilities scaled to unit variance."""
+    """Hyperparameters of the module's formula, for utilities scaled to unit variance."""
 
     constant: float
+    """c."""
     linear: float
+    """a."""
     pairs: float
+    """b."""
     product: float
+    """v."""
     nugget: float
+    """nu."""
     decay_P: FloatArray
+    """lambda_i."""
     growth_P: FloatArray
+    """g_i."""
 
     def smooth(self, masks_QP: BoolArray, masks_MP: BoolArray) -> FloatArray:
         """Covariance without the nugget, `float64[Q, M]`."""
@@ -97,19 +107,19 @@ def whitening(gram_MM: FloatArray) -> FloatArray:
     """W with W K W' = 1: the inverse of K's lower Cholesky factor, `float64[M, M]`.
 
     Everything else is then products of matrices. In numpy alone, by blocks: a LAPACK call of scipy
-    holds the interpreter for as long as it lasts (0.16 s for the inverse of 1,500 masks), while
-    nobody feeds the engines.
+    holds the interpreter lock for as long as it lasts (0.16 s for the inverse of 1,500 masks), and
+    the thread that feeds the engines waits.
 
     Raises:
-        LinAlgError: K has no such factor, or numbers overflowed: some LAPACKs factorise NaN in
-            silence.
+        LinAlgError: K is not positive definite, or numbers overflowed (some LAPACKs factorise NaN
+            without an error).
     """
     factor = np.linalg.cholesky(gram_MM)
     if not np.isfinite(factor.diagonal()).all():
         raise np.linalg.LinAlgError("the covariance is not finite")
     inverse = np.zeros(factor.shape)
-    for start in range(0, len(factor), _BLOCK):
-        stop = min(start + _BLOCK, len(factor))
+    for start in range(0, len(factor), _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, len(factor))
         own = np.linalg.inv(factor[start:stop, start:stop])
         inverse[start:stop, start:stop] = np.tril(own)
         inverse[start:stop, :start] = -own @ (factor[start:stop, :start] @ inverse[:start, :start])
@@ -137,9 +147,13 @@ def tune(
     noise_M: FloatArray,
     start: MaskKernel | None = None,
 ) -> MaskKernel:
-    """The most likely kernel of a kind (see `COMPONENTS`) for utilities of unit variance.
+    """The kernel of maximum posterior for scaled utilities. Deterministic.
 
-    `start`: a kernel tuned to fewer masks, where the search begins. Deterministic.
+    Args:
+        kind: one of `COMPONENTS`.
+        scaled_M: utilities, scaled to mean 0 and unit variance.
+        noise_M: noise variances in the same scale.
+        start: a kernel tuned to fewer masks, where the search begins.
     """
     problem = _Likelihood(kind, masks_MP, scaled_M, noise_M)
     bounds = problem.bounds
@@ -155,7 +169,11 @@ def tune(
 
 
 class _Likelihood:
-    """Negative log posterior of hyperparameters and its gradient."""
+    """Negative log posterior of the hyperparameters and its gradient, as a function of one vector.
+
+    The vector holds log c, a, b, v, nu, the mean of log lambda_i, the mean of g_i, then every
+    player's difference of log lambda_i and of g_i from these means.
+    """
 
     def __init__(
         self, kind: str, masks_MP: BoolArray, scaled_M: FloatArray, noise_M: FloatArray
@@ -171,6 +189,7 @@ class _Likelihood:
 
     @property
     def bounds(self) -> list[tuple[float, float]]:
+        """(low, high) of every entry of the vector."""
         players = self._num_players
         return [
             (-12.0, 7.0),
@@ -185,9 +204,12 @@ class _Likelihood:
         ]
 
     def begin(self, start: MaskKernel | None) -> FloatArray:
-        """Where the search begins. A tiny variance has no slope in logs, so that a search from it
-        would not leave it in time: a warm start stays near a fresh one's variances or above, and
-        away from the bounds."""
+        """The vector where the search begins.
+
+        A tiny variance has almost no gradient in logs, and a search from there would hardly move.
+        So a warm start is clipped away from the bounds, its variances to at least e^-2 of the fresh
+        ones.
+        """
         players = self._num_players
         logs = np.log([1.0, 1 / players, 0.1 / players**2, 1.0, 1e-4, 2 / players])
         fresh = np.concatenate([logs, np.zeros(1 + 2 * players)])
@@ -204,6 +226,7 @@ class _Likelihood:
         return point
 
     def kernel(self, point: FloatArray) -> MaskKernel:
+        """The kernel of a vector."""
         constant, linear, pairs, product, nugget = np.exp(point[:5]).tolist()
         players = self._num_players
         smooth = "v" in self._has

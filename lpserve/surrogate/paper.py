@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from lpserve.errors import InputError
-from lpserve.surrogate.base import HeldOut, heldout, training_set
+from lpserve.surrogate.base import HeldOutError, heldout_error, training_set
 from lpserve.types import BoolArray, FloatArray, IntArray
 
 _FOLDS = 5
@@ -18,7 +18,7 @@ class PaperSurrogate:
     """As published: MSE, SGD lr 0.008 momentum 0.9, batch 300, 300 epochs, StepLR(100, 0.1).
 
     The output is a sigmoid, so utilities must lie in [0, 1] (`ppl_ratio`); it cannot express a
-    removal that helps. The published network has no uncertainty: `predict` gives the root mean
+    removal that helps. The published network has no uncertainty: `predict` returns the root mean
     squared 5-fold error as every mask's standard deviation.
     """
 
@@ -26,26 +26,31 @@ class PaperSurrogate:
 
     def __init__(self, seed: int = 0) -> None:
         self.name = "paper"
-        self.heldout: HeldOut
+        self.heldout_error: HeldOutError
         self._seed = seed
 
     def fit(
         self, masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None = None
     ) -> None:
+        """See `base.Surrogate`; the published training has no use for `noise_M`.
+
+        Raises:
+            InputError: see `base.training_set`; also for negative utilities.
+        """
         masks_MP, targets_M, _ = training_set(masks_MP, utilities_M, noise_M)
         if targets_M.min() < 0:
             raise InputError("the paper's surrogate needs utilities of at least 0: use ppl_ratio")
         self.rows: IntArray = np.arange(len(masks_MP))
-        """Training masks among those of the last fit: all."""
+        """Rows of the training masks among the masks of the last fit: all of them."""
         fold_M = np.random.default_rng(self._seed).permutation(len(masks_MP)) % _FOLDS
         self.left_out_M = np.empty(len(masks_MP))
-        """What each training mask is predicted to score without its fold."""
+        """Utility of each training mask as predicted by a network trained without its fold."""
         for fold in range(min(_FOLDS, len(masks_MP))):
             out = fold_M == fold
             self.train(masks_MP[~out], targets_M[~out])
             self.left_out_M[out] = self.mean(masks_MP[out])
         rmse_M = np.full(len(masks_MP), np.sqrt(((targets_M - self.left_out_M) ** 2).mean()))
-        self.heldout = heldout(targets_M, self.left_out_M, f"{_FOLDS}-fold", rmse_M)
+        self.heldout_error = heldout_error(targets_M, self.left_out_M, f"{_FOLDS}-fold", rmse_M)
         self.train(masks_MP, targets_M)
 
     def train(self, masks_MP: BoolArray, targets_M: FloatArray) -> None:
@@ -81,6 +86,7 @@ class PaperSurrogate:
         self._last = last.weight.detach().numpy()[0].copy(), float(last.bias.detach())
 
     def mean(self, masks_QP: BoolArray) -> FloatArray:
+        """See `base.Predictor`."""
         hidden = np.asarray(masks_QP, dtype=np.float32) @ self._first[0]
         hidden += self._first[1]
         # CELU(x) = max(x, 0) + min(exp(x) - 1, 0)
@@ -91,5 +97,12 @@ class PaperSurrogate:
         return 1.0 / (1.0 + np.exp(-(hidden @ self._last[0] + self._last[1]).astype(np.float64)))
 
     def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+        """See `base.Predictor`."""
         mean_Q = self.mean(masks_QP)
-        return mean_Q, np.full(len(mean_Q), self.heldout.rmse)
+        return mean_Q, np.full(len(mean_Q), self.heldout_error.rmse)
+
+
+def build(kind: str, seed: int, *, quick: bool) -> PaperSurrogate:
+    """See `lpserve.surrogate.make_surrogate`. A quick fit is the same."""
+    assert kind == "paper"
+    return PaperSurrogate(seed)

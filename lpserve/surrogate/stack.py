@@ -1,9 +1,9 @@
-"""Weighted means of surrogates, by what each says of masks that it has not seen.
+"""Stacking: a weighted mean of surrogates, weights by their errors on left-out masks.
 
 With R[m, k] the error of surrogate k on mask m, predicted without m, the weights minimise the mean
-of (R w)^2 over w >= 0 that sum to 1 (Breiman 1996, Stacked regressions). Leaving one mask out of a
-kernel that was tuned to it flatters the kernel, the more the fewer masks there are: up to 1,000 it
-is tuned again without each of 5 folds.
+of (R w)^2 over w >= 0 that sum to 1 (Breiman 1996, Stacked regressions). Leave-one-out errors of a
+kernel whose hyperparameters were tuned to all masks are too small, the more so the fewer masks
+there are: up to 1,000 masks the kernel is tuned again without each of 5 folds.
 
 Notation: M training masks (the empty coalition is none), Q queried masks, K surrogates.
 """
@@ -16,32 +16,38 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
-from lpserve.surrogate.base import HeldOut, Predictor, heldout
+from lpserve.surrogate.base import HeldOutError, Predictor, heldout_error
 from lpserve.surrogate.crossfit import CrossFitted
 from lpserve.surrogate.gaussian import KernelSurrogate
 from lpserve.surrogate.kernel import whitening
 from lpserve.types import BoolArray, FloatArray, IntArray
 
 FOLDS = 5
-_MOST_RETUNED = 1000
-_LEAST_WEIGHT = 0.01
+_MAX_RETUNED = 1000
+_MIN_WEIGHT = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class LeftOut:
-    """What a surrogate says of its training masks without having seen them, `float64[M]` each."""
+class LeftOutPredictions:
+    """Cross-validated predictions of a surrogate's training masks, `float64[M]` each."""
 
     mean_M: FloatArray
+    """Predicted utility."""
     std_M: FloatArray
-    """Standard deviation of the score from it, the score's noise included."""
+    """Predictive standard deviation of the score, the score's noise included."""
 
 
-def left_out(surrogate: Predictor, masks_MP: BoolArray) -> LeftOut:
-    """Of all masks of the last fit, `masks_MP`, but the empty coalition."""
+def left_out_predictions(surrogate: Predictor, masks_MP: BoolArray) -> LeftOutPredictions:
+    """Cross-validated predictions by a fitted surrogate.
+
+    Args:
+        surrogate: a `CrossFitted` or a `KernelSurrogate`.
+        masks_MP: the masks of its last fit; the empty coalition is left out of the result.
+    """
     if isinstance(surrogate, CrossFitted):
-        return LeftOut(mean_M=surrogate.left_out_M, std_M=surrogate.left_out_std_M)
+        return LeftOutPredictions(mean_M=surrogate.left_out_M, std_M=surrogate.left_out_std_M)
     assert isinstance(surrogate, KernelSurrogate)
-    if len(surrogate.rows) <= _MOST_RETUNED:
+    if len(surrogate.rows) <= _MAX_RETUNED:
         return _retuned(surrogate)
     rows = np.flatnonzero(masks_MP.any(axis=1))
     mean_M, std_M = surrogate.predict(masks_MP[rows])  # where it was not trained
@@ -49,11 +55,11 @@ def left_out(surrogate: Predictor, masks_MP: BoolArray) -> LeftOut:
     variance_M = 1.0 / (surrogate.whiten_MM**2).sum(axis=0)
     mean_M[trained] = surrogate.left_out_M
     std_M[trained] = surrogate.scale * max(1.0, surrogate.calibration) * np.sqrt(variance_M)
-    return LeftOut(mean_M=mean_M, std_M=std_M)
+    return LeftOutPredictions(mean_M=mean_M, std_M=std_M)
 
 
-def _retuned(surrogate: KernelSurrogate) -> LeftOut:
-    """Every fold by a kernel that was tuned to the others."""
+def _retuned(surrogate: KernelSurrogate) -> LeftOutPredictions:
+    """Predictions of every fold by a kernel that was tuned to the other folds."""
     masks_MP, noise_M = surrogate.masks_MP, surrogate.noise_M
     mean_M, variance_M = np.empty(len(masks_MP)), np.empty(len(masks_MP))
     for out_M in _folds(len(masks_MP)):
@@ -64,17 +70,17 @@ def _retuned(surrogate: KernelSurrogate) -> LeftOut:
         mean_M[out] = half.T @ (whiten @ surrogate.scaled_M[rest])
         variance_M[out] = kernel.variance(masks_MP[out]) - (half**2).sum(axis=0) + noise_M[out]
     factor = surrogate.scale * max(1.0, surrogate.calibration)
-    return LeftOut(
+    return LeftOutPredictions(
         mean_M=surrogate.offset + surrogate.scale * mean_M,
         std_M=factor * np.sqrt(np.maximum(variance_M, 0.0)),
     )
 
 
 def stack_weights(errors_MK: FloatArray) -> FloatArray:
-    """The weights of the module's text, `float64[K]`, by non-negative least squares.
+    """Stacking weights (see the module), `float64[K]`, by non-negative least squares.
 
-    The sum of w need not be a constraint: for x = t w with t > 0, |R x|^2 + (sum x - 1)^2 is least
-    over t at q / (1 + q), q = |R w|^2, which grows with q.
+    The sum of w need not be a constraint: for x = t w with t > 0, |R x|^2 + (sum x - 1)^2 has
+    its minimum over t, q / (1 + q) with q = |R w|^2, which grows with q.
     """
     # in units of the smallest error, so that none is lost beside the row of ones
     scaled = errors_MK / (float(np.sqrt((errors_MK**2).sum(axis=0).min())) or 1.0)
@@ -84,27 +90,33 @@ def stack_weights(errors_MK: FloatArray) -> FloatArray:
 
 
 class Stack:
-    """Fitted surrogates, weighted.
+    """Weighted mean of fitted surrogates, a `base.Predictor`.
 
-    The standard deviation is that of members whose errors go together, the weighted mean of
-    theirs, times the root mean square of the left-out errors so standardised.
+    Standard deviations assume that the members' errors are fully correlated: the weighted mean of
+    the members' standard deviations, times a factor that calibrates it on left-out masks.
     """
 
     def __init__(
         self,
         members: Sequence[Predictor],
-        left_out: Sequence[LeftOut],
+        left_out: Sequence[LeftOutPredictions],
         rows: IntArray,
         targets_M: FloatArray,
     ) -> None:
-        """Weigh surrogates fitted to the same masks; `rows`: of that fit, but the empty coalition.
+        """Weigh surrogates that were fitted to the same masks.
 
-        The held-out error is that of weights (and of the factor) from the other 4 folds.
+        The held-out error of every fold is with weights and factor of the other 4 folds.
+
+        Args:
+            members: the fitted surrogates.
+            left_out: cross-validated predictions of each.
+            rows: rows of the predicted masks among those of the fit (all but the empty coalition).
+            targets_M: scored utilities of these rows.
         """
         mean_MK = np.stack([one.mean_M for one in left_out], axis=1)
         std_MK = np.stack([one.std_M for one in left_out], axis=1)
         weights_K, self._factor = _weigh(targets_M, mean_MK, std_MK)
-        used = np.flatnonzero(weights_K >= _LEAST_WEIGHT)
+        used = np.flatnonzero(weights_K >= _MIN_WEIGHT)
         self.members = tuple(members[k] for k in used)
         self.weights_K = weights_K[used] / weights_K[used].sum()
         self.rows = rows
@@ -114,15 +126,19 @@ class Stack:
             rest_K, factor = _weigh(targets_M[~out_M], mean_MK[~out_M], std_MK[~out_M])
             self.left_out_M[out_M] = mean_MK[out_M] @ rest_K
             std_M[out_M] = factor * (std_MK[out_M] @ rest_K)
-        self.heldout: HeldOut = heldout(targets_M, self.left_out_M, f"{FOLDS}-fold", std_M)
+        self.heldout_error: HeldOutError = heldout_error(
+            targets_M, self.left_out_M, f"{FOLDS}-fold", std_M
+        )
         parts = zip(self.weights_K, self.members, strict=True)
         self.name = ", ".join(f"{weight:.0%} {member.name}" for weight, member in parts)
 
     def mean(self, masks_QP: BoolArray) -> FloatArray:
+        """See `base.Predictor`."""
         mean_KQ = np.stack([member.mean(masks_QP) for member in self.members])
         return self.weights_K @ mean_KQ
 
     def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+        """See `base.Predictor`."""
         each = [member.predict(masks_QP) for member in self.members]
         mean_KQ, std_KQ = (np.stack(part) for part in zip(*each, strict=True))
         return self.weights_K @ mean_KQ, self._factor * (self.weights_K @ std_KQ)
@@ -131,7 +147,7 @@ class Stack:
 def _weigh(
     targets_M: FloatArray, mean_MK: FloatArray, std_MK: FloatArray
 ) -> tuple[FloatArray, float]:
-    """Weights, and what makes the weighted deviations honest."""
+    """Weights `float64[K]`, and the factor that calibrates the weighted standard deviations."""
     weights_K = stack_weights(mean_MK - targets_M[:, None])
     residual_M = targets_M - mean_MK @ weights_K
     std_M = np.maximum(std_MK @ weights_K, 1e-300)
@@ -139,6 +155,6 @@ def _weigh(
 
 
 def _folds(num_masks: int) -> BoolArray:
-    """A random partition, `bool[folds, M]`."""
+    """A random partition of the masks, `bool[folds, M]`."""
     fold_M = np.random.default_rng(0).permutation(num_masks) % FOLDS
     return fold_M == np.arange(FOLDS)[:, None]

@@ -1,1 +1,1 @@
-"""Shapley values, interactions and their errors."""
+"""Shapley values, truncated semivalues and pairwise interactions of players, with their errors."""

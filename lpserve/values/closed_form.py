@@ -19,7 +19,7 @@ from lpserve.values.result import ShapleyValues, spread_over_draws
 from lpserve.values.semivalue import empty_weight, value_covariance, value_variance
 
 _CALIBRATION_FOLDS, _CALIBRATION_MASKS = 10, 1000
-_SHARED = 1.15  # what calibration falls short by: its folds share most masks with all the others
+_FOLD_CORRECTION = 1.15  # unscored masks are farther from the scored ones than a fold's are
 
 
 def kernel_values(
@@ -29,26 +29,32 @@ def kernel_values(
     *,
     calibration: float | None = None,
 ) -> ShapleyValues:
-    """Posterior mean and standard deviation of the values under a kernel surrogate: exact at any
-    P, no sampling (`lpserve.values.semivalue`). Scored masks enter as they are.
+    """Posterior mean and standard deviation of the values under a kernel surrogate.
+
+    Scored masks enter with their scores, not with predictions.
 
     Args:
-        calibration: factor on the standard deviations; default: that of leave-one-out residuals.
+        surrogate: fitted.
+        sizes: (k_min, k_max), sizes before the player joins.
+        resampled_MB: utilities of all masks of the fit under B draws of the windows, for
+            `window_stderr_P`.
+        calibration: factor on the standard deviations; default: that of leave-one-out residuals,
+            at least 1.
     """
-    kernel, known = surrogate.kernel, surrogate.empty is not None
+    kernel, empty_known = surrogate.kernel, surrogate.empty is not None
     assert kernel is not None
-    cross_PM = value_covariance(kernel, surrogate.masks_MP, sizes, empty_known=known)
+    cross_PM = value_covariance(kernel, surrogate.masks_MP, sizes, empty_known=empty_known)
     half_PM = cross_PM @ surrogate.whiten_MM.T
     weights_PM = half_PM @ surrogate.whiten_MM
-    prior_P = value_variance(kernel, sizes, empty_known=known)
+    prior_P = value_variance(kernel, sizes, empty_known=empty_known)
     variance_P = np.maximum(prior_P - (half_PM**2).sum(axis=1), 0.0)
-    empty = empty_weight(sizes) if known else 0.0
+    empty = empty_weight(sizes) if empty_known else 0.0
 
     def values_of(utilities_MJ: FloatArray) -> FloatArray:
         """Values of J utilities of all masks, `float64[P, J]`."""
-        some_MJ = utilities_MJ[surrogate.rows]
-        offset_J = some_MJ.mean(axis=0)
-        values_PJ = weights_PM @ (some_MJ - offset_J)
+        trained_MJ = utilities_MJ[surrogate.rows]
+        offset_J = trained_MJ.mean(axis=0)
+        values_PJ = weights_PM @ (trained_MJ - offset_J)
         if empty:
             values_PJ += empty * (offset_J - utilities_MJ[surrogate.empty_row])
         return values_PJ
@@ -66,50 +72,50 @@ def kernel_values(
         window_stderr_P=window_stderr_P,
         sizes=sizes,
         estimator=f"{surrogate.name} closed form",
-        heldout=surrogate.heldout,
+        heldout_error=surrogate.heldout_error,
     )
 
 
 def value_calibration(surrogate: KernelSurrogate, sizes: tuple[int, int]) -> float:
-    """How much too narrow the posterior of the values is: a factor on its standard deviations.
+    """Factor on the posterior standard deviations of the values that makes them calibrated.
 
-    A kernel tuned to the masks that it explains is too sure of itself. So in each of 10 folds it is
-    tuned to the other masks alone, and the change of every value when the fold is added, over the
-    standard deviation that this kernel gives the change, should be a standard normal; the factor is
-    the root mean square over folds and players, and 15% more: masks never scored lie farther
-    from the others than a fold's do. With K the covariance of all masks, A = C K^-1 the values'
-    weights, alpha = K^-1 y and B the fold,
+    A kernel tuned to the masks that it is conditioned on is overconfident. So for each of 10 folds
+    it is tuned to the other masks alone. The change of every value when the fold is added, divided
+    by the standard deviation that this kernel predicts for it, should then be standard normal. The
+    factor is the root mean square over folds and players, plus 15%, since masks never scored are
+    farther from the scored ones than those of a fold. With K the covariance of all masks,
+    A = C K^-1 the values' weights, alpha = K^-1 y and B the fold,
 
         change = A_B (K^-1_BB)^-1 alpha_B,   variance = A_B (K^-1_BB)^-1 A_B'.
 
-    Masks of a size that is scored whole are in no fold: none like them is left to predict, and the
-    smallest coalitions, scored whole first, are the worst predicted (with them the folds asked for
-    intervals a third too wide at 400 masks of 12 players, all sizes).
+    Masks of a stratum of which every mask is scored are in no fold: no such mask is left to
+    predict, and the smallest coalitions, whose strata are complete first, are the worst predicted
+    (with them in folds, intervals came out a third too wide at 400 masks of 12 players, all sizes).
     """
     num_masks = len(surrogate.masks_MP)
     rows = np.unique(np.linspace(0, num_masks - 1, min(num_masks, _CALIBRATION_MASKS)).astype(int))
-    partly = np.flatnonzero(_of_partly_scored_sizes(surrogate.masks_MP)[rows])
-    if len(partly) < 2 * _CALIBRATION_FOLDS:
+    incomplete = np.flatnonzero(_of_incomplete_strata(surrogate.masks_MP)[rows])
+    if len(incomplete) < 2 * _CALIBRATION_FOLDS:
         return max(1.0, surrogate.calibration)
     masks_MP, scaled_M = surrogate.masks_MP[rows], surrogate.scaled_M[rows]
     fold_M = np.full(len(rows), -1)
-    fold_M[partly] = np.random.default_rng(0).permutation(len(partly)) % _CALIBRATION_FOLDS
+    fold_M[incomplete] = np.random.default_rng(0).permutation(len(incomplete)) % _CALIBRATION_FOLDS
     squares = []
     for fold in range(_CALIBRATION_FOLDS):
         kernel = surrogate.tuned(rows[fold_M != fold])
         inverse = np.linalg.inv(kernel.gram(masks_MP, surrogate.noise_M[rows]))
-        known = surrogate.empty is not None
-        weights_PM = value_covariance(kernel, masks_MP, sizes, empty_known=known) @ inverse
+        empty_known = surrogate.empty is not None
+        weights_PM = value_covariance(kernel, masks_MP, sizes, empty_known=empty_known) @ inverse
         out = np.flatnonzero(fold_M == fold)
         weights_PB = weights_PM[:, out]
         solved = np.linalg.solve(inverse[np.ix_(out, out)], weights_PB.T)
         change_P = (inverse @ scaled_M)[out] @ solved
         squares.append(change_P**2 / np.maximum((weights_PB.T * solved).sum(axis=0), 1e-300))
-    return _SHARED * float(np.sqrt(np.mean(squares)))
+    return _FOLD_CORRECTION * float(np.sqrt(np.mean(squares)))
 
 
-def _of_partly_scored_sizes(masks_MP: BoolArray) -> BoolArray:
-    """Which of distinct masks keep as many players as some mask that is not among them."""
+def _of_incomplete_strata(masks_MP: BoolArray) -> BoolArray:
+    """Which of distinct masks belong to a stratum that is not completely among them, `bool[M]`."""
     num_players, kept_M = masks_MP.shape[1], masks_MP.sum(axis=1)
     have_K = np.bincount(kept_M, minlength=num_players + 1).tolist()
     lacking_K = np.array([n < math.comb(num_players, k) for k, n in enumerate(have_K)])

@@ -19,7 +19,7 @@ MAX_EXACT_PLAYERS = 24
 
 
 def is_enumerated(masks_MP: BoolArray, sizes: tuple[int, int]) -> bool:
-    """Whether distinct masks hold every mask with k_min..k_max+1 kept."""
+    """Whether distinct masks include every mask that keeps k_min..k_max+1 of at most 24 players."""
     num_players = masks_MP.shape[1]
     kept_M = masks_MP.sum(axis=1)
     have = int(((kept_M >= sizes[0]) & (kept_M <= sizes[1] + 1)).sum())
@@ -30,7 +30,13 @@ def is_enumerated(masks_MP: BoolArray, sizes: tuple[int, int]) -> bool:
 def exact_values(
     masks_MP: BoolArray, utilities_MJ: FloatArray, sizes: tuple[int, int]
 ) -> FloatArray:
-    """The definition, by enumeration, for J utilities at once: `float64[P, J]`."""
+    """Values by the definition, for J utilities at once: `float64[P, J]`.
+
+    Args:
+        masks_MP: distinct masks, at least every one that keeps k_min..k_max+1 players.
+        utilities_MJ: their utilities under J games.
+        sizes: (k_min, k_max), sizes before the player joins.
+    """
     num_players = masks_MP.shape[1]
     code_M = masks_MP @ (1 << np.arange(num_players, dtype=np.int64))
     row_of = np.full(1 << num_players, -1, dtype=np.int64)
@@ -54,8 +60,14 @@ def exact_values(
 def exact_noise(
     masks_MP: BoolArray, noise_M: FloatArray | None, sizes: tuple[int, int]
 ) -> FloatArray:
-    """Standard error of `exact_values` from independent noise of variance `noise_M`: every mask
-    enters a value once, with the weight of its coalition size, so variances add with its square."""
+    """Standard error of `exact_values` from independent noise of the utilities, `float64[P]`.
+
+    Every mask enters a value once, with the weight of its coalition size, so that variances add
+    with the square of that weight.
+
+    Args:
+        noise_M: variance of each utility; None: no noise.
+    """
     num_players = masks_MP.shape[1]
     if noise_M is None:
         return np.zeros(num_players)

@@ -1,4 +1,4 @@
-"""Pairwise interactions of layers: what two are worth together beyond what each is worth alone.
+"""Pairwise interactions of players: the joint contribution of two beyond their separate ones.
 
 For `sizes = (k_min, k_max)`, sizes before a player joins, the semivalue interaction index (Grabisch
 & Roubens 1999; for `(0, P-1)` the Shapley interaction index) is
@@ -7,8 +7,8 @@ For `sizes = (k_min, k_max)`, sizes before a player joins, the semivalue interac
            u(S + ij) - u(S + i) - u(S + j) + u(S)
 
 so that it needs the same coalitions as the values, those with k_min..k_max+1 players. Above 0 the
-two need each other; below 0 one can stand in for the other. In closed form from a kernel surrogate,
-scored masks as they are; exact where every mask was scored.
+two are complements, below 0 substitutes. Computed exactly where every mask was scored, else in
+closed form from a kernel surrogate, conditioned on all scores.
 
 Notation: M masks, C of them at once, P players, E numbers of dropped others.
 """
@@ -25,18 +25,18 @@ from lpserve.surrogate.kernel import MaskKernel
 from lpserve.types import BoolArray, FloatArray
 from lpserve.values.semivalue import each_left_out, shares
 
-_CHUNK = 512  # masks at once: tables stay in the cache
+_CHUNK_MASKS = 512  # masks at once: tables stay in the cache
 
 
 def exact_interactions(
     masks_MP: BoolArray, utilities_M: FloatArray, sizes: tuple[int, int]
 ) -> FloatArray:
-    """The definition by enumeration: symmetric `float64[P, P]`, NaN on the diagonal.
+    """The interaction index by enumeration: symmetric `float64[P, P]`, NaN on the diagonal.
 
-    `masks_MP` holds every mask with k_min..k_max+1 kept; others are not read.
+    `masks_MP` holds every mask that keeps k_min..k_max+1 players; others are ignored.
 
     Raises:
-        InputError: there is a single size, so that no two players join.
+        InputError: `sizes` is a single size, so that no two players can join.
     """
     return _mirrored(_own_parts(masks_MP, np.asarray(utilities_M, dtype=np.float64), sizes))
 
@@ -44,10 +44,10 @@ def exact_interactions(
 def kernel_interactions(surrogate: KernelSurrogate, sizes: tuple[int, int]) -> FloatArray:
     """Posterior mean of the index: symmetric `float64[P, P]`, NaN on the diagonal.
 
-    With alpha = K^-1 y it is sum_m alpha_m Cov(I_ij, u(m)). Main effects cancel in a second
-    difference, a pair's part keeps 4 z_i z_j, and a product's the differences of both factors times
-    the mean over coalitions of the rest: a recurrence over players, two of them left out. Of P^2
-    log P / 2 steps: 19,000 for 80 players.
+    With alpha = K^-1 y it is sum_m alpha_m Cov(I_ij, u(m)). Main effects cancel in the second
+    difference; of the kernel's pairs 4 z_i z_j remains, of its product the differences of both
+    factors times the mean over coalitions of the other factors, by a recurrence over players with
+    two left out (`lpserve.values.semivalue`), P^2 log P / 2 steps: 19,000 for 80 players.
 
     Raises:
         InputError: see `exact_interactions`.
@@ -59,11 +59,11 @@ def kernel_interactions(surrogate: KernelSurrogate, sizes: tuple[int, int]) -> F
     index_PP = 4 * kernel.pairs * (coded_MP * alpha_M[:, None]).T @ coded_MP
     index_PP += _own_parts(masks_MP, alpha_M * kernel.nugget_of(masks_MP), sizes)
     if kernel.product:
-        for start in range(0, len(masks_MP), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        for start in range(0, len(masks_MP), _CHUNK_MASKS):
+            part = slice(start, start + _CHUNK_MASKS)
             index_PP += _products(kernel, masks_MP[part], alpha_M[part], sizes)
     if surrogate.empty is not None and sizes[0] == 0:
-        # known, and no training point: its term in place of what the kernel makes of it
+        # the empty coalition's utility is known and no training point: replaces its prediction
         empty_1P = np.zeros((1, masks_MP.shape[1]), dtype=bool)
         predicted = surrogate.offset + float(kernel.smooth(empty_1P, masks_MP)[0] @ alpha_M)
         index_PP += (surrogate.empty - predicted) / sizes[1]
@@ -73,7 +73,7 @@ def kernel_interactions(surrogate: KernelSurrogate, sizes: tuple[int, int]) -> F
 def _products(
     kernel: MaskKernel, masks_CP: BoolArray, alpha_C: FloatArray, sizes: tuple[int, int]
 ) -> FloatArray:
-    """The product's part, above the diagonal."""
+    """The part from the kernel's product, `float64[P, P]`, above the diagonal."""
     num_players = masks_CP.shape[1]
     low, high = num_players - 1 - sizes[1], num_players - 2 - sizes[0]
     growth_P = np.exp(kernel.growth_P)
@@ -100,7 +100,7 @@ def _products(
 
 
 def _own_parts(masks_MP: BoolArray, weights_M: FloatArray, sizes: tuple[int, int]) -> FloatArray:
-    """sum_m weight_m W_ijm with W_ijm what mask m counts in I_ij, `float64[P, P]`.
+    """sum_m weight_m W_ijm with W_ijm the weight of u(m) in I_ij, `float64[P, P]`.
 
     W is z_i z_j / (number of sizes * C(P-2, k)), k the kept players besides i and j.
     """
@@ -124,7 +124,7 @@ def _own_parts(masks_MP: BoolArray, weights_M: FloatArray, sizes: tuple[int, int
 
 
 def _mirrored(index_PP: FloatArray) -> FloatArray:
-    """From the part above the diagonal."""
+    """The symmetric matrix of an upper triangle, NaN on the diagonal."""
     upper_PP = np.triu(index_PP, 1)
     full_PP = upper_PP + upper_PP.T
     np.fill_diagonal(full_PP, np.nan)

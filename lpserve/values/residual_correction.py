@@ -1,17 +1,18 @@
-"""What a surrogate's values miss, from masks that were drawn at random.
+"""Correction of a surrogate's values by its residuals on masks that were drawn at random.
 
-A value is linear in the game, phi_i = sum_m W_im u(m), so that with e(m) = u(m) - f(m), f predicted
-without m, phi_i(u) = phi_i(f) + sum_m W_im e(m). Over masks drawn uniformly within their strata,
-n_k of the C(P, k) with k kept, the sum is estimated without bias (cross-fitting: Chernozhukov et
-al. 2018; for Shapley values: Witter, Liu & Musco 2025) by
+A value is linear in the game, phi_i = sum_m W_im u(m). With the residuals e(m) = u(m) - f(m), f(m)
+predicted without m, phi_i(u) = phi_i(f) + sum_m W_im e(m). From masks drawn uniformly within their
+strata, n_k of the C(P, k) masks that keep k players, the sum is estimated without bias
+(cross-fitting: Chernozhukov et al. 2018; for Shapley values: Witter, Liu & Musco 2025) by
 
     c_i = sum_k C(P, k) / n_k  sum over drawn m with k kept of W_im e(m)
 
-It costs variance, so held-out error decides: with c(f) from fold f of the drawn masks alone and
-c(-f) from the others, the mean over folds of |c(f)|^2 - |c(-f) - c(f)|^2 is an unbiased estimate of
-what the correction takes off the squared error, and it is applied where that is above 0.
+It adds variance, so cross-validation decides whether it is applied: with c(f) from fold f of the
+drawn masks alone and c(-f) from the others, the mean over folds of |c(f)|^2 - |c(-f) - c(f)|^2 is
+an unbiased estimate of the reduction of squared error by the correction. It is applied if that is
+above 0.
 
-Masks that a surrogate chose are no random sample of their strata and take no part.
+Masks that a surrogate selected are no random sample of their strata and are not used.
 
 Notation: M masks, P players.
 """
@@ -26,24 +27,27 @@ from lpserve.types import BoolArray, FloatArray, IntArray
 from lpserve.values.result import ShapleyValues
 
 _FOLDS = 5
-_LEAST_MASKS = 20
+_MIN_MASKS = 20
 
 
 def corrected(
     values: ShapleyValues, drawn_MP: BoolArray, residual_M: FloatArray, seed: int
 ) -> ShapleyValues:
-    """Values with the correction where it pays, else with the error that it speaks of.
+    """Values with the correction added if that reduces their error, else with it as an error.
+
+    Unchanged with fewer than 20 drawn masks.
 
     Args:
-        values: of the surrogate; `stderr_P` is what its own computation leaves open.
-        drawn_MP: masks drawn uniformly within their strata, and scored.
-        residual_M: utility minus what the surrogate predicts without the mask.
+        values: the surrogate's values; `stderr_P` is the error of their computation alone.
+        drawn_MP: scored masks that were drawn uniformly within their strata.
+        residual_M: utility minus the surrogate's prediction without the mask.
+        seed: of the folds.
     """
     sizes = values.sizes
-    if len(drawn_MP) < _LEAST_MASKS:
+    if len(drawn_MP) < _MIN_MASKS:
         return values
     correction_P, variance_P = correction(drawn_MP, residual_M, sizes)
-    if _pays(drawn_MP, residual_M, sizes, seed):
+    if _reduces_error(drawn_MP, residual_M, sizes, seed):
         return replace(
             values,
             values_P=values.values_P + correction_P,
@@ -57,24 +61,24 @@ def corrected(
 def correction(
     drawn_MP: BoolArray, residual_M: FloatArray, sizes: tuple[int, int]
 ) -> tuple[FloatArray, FloatArray]:
-    """c and its variance over the drawing of masks, `float64[P]` each.
+    """The correction c and its sampling variance, `float64[P]` each.
 
-    Strata of which no mask was drawn add nothing; those of one mask add no variance.
+    Strata without a drawn mask contribute nothing, those with one mask no variance.
     """
     num_players = drawn_MP.shape[1]
     kept_M = drawn_MP.sum(axis=1)
     total_P, variance_P = np.zeros(num_players), np.zeros(num_players)
     for kept in np.unique(kept_M):
         rows = np.flatnonzero(kept_M == kept)
-        part_MP = _share(drawn_MP[rows], int(kept), sizes) * residual_M[rows, None]
+        part_MP = _weights(drawn_MP[rows], int(kept), sizes) * residual_M[rows, None]
         total_P += part_MP.mean(axis=0)
         if len(rows) > 1:
             variance_P += part_MP.var(axis=0, ddof=1) / len(rows)
     return total_P, variance_P
 
 
-def _share(masks_MP: BoolArray, kept: int, sizes: tuple[int, int]) -> FloatArray:
-    """C(P, k) W_im of masks with k kept, `float64[M, P]`.
+def _weights(masks_MP: BoolArray, kept: int, sizes: tuple[int, int]) -> FloatArray:
+    """C(P, k) W_im of masks that keep k players, `float64[M, P]`.
 
     C(P, k) / C(P-1, k-1) is P / k for those that keep i, C(P, k) / C(P-1, k) is P / (P - k) for the
     others; 0 where the size before i joins is not among `sizes`.
@@ -85,8 +89,10 @@ def _share(masks_MP: BoolArray, kept: int, sizes: tuple[int, int]) -> FloatArray
     return np.where(masks_MP, joined, -apart) / num_sizes
 
 
-def _pays(drawn_MP: BoolArray, residual_M: FloatArray, sizes: tuple[int, int], seed: int) -> bool:
-    """Whether the correction takes more off the squared error than its variance adds."""
+def _reduces_error(
+    drawn_MP: BoolArray, residual_M: FloatArray, sizes: tuple[int, int], seed: int
+) -> bool:
+    """Whether the correction reduces the squared error by more than its variance adds."""
     gains = []
     for out_M in _stratified_folds(drawn_MP.sum(axis=1), seed):
         one_P, _ = correction(drawn_MP[out_M], residual_M[out_M], sizes)
@@ -96,7 +102,7 @@ def _pays(drawn_MP: BoolArray, residual_M: FloatArray, sizes: tuple[int, int], s
 
 
 def _stratified_folds(kept_M: IntArray, seed: int) -> BoolArray:
-    """Five folds `bool[5, M]` that share out every stratum."""
+    """Five random folds, `bool[5, M]`, with every stratum spread evenly over them."""
     rng = np.random.default_rng(seed)
     fold_M = np.empty(len(kept_M), dtype=np.int64)
     for kept in np.unique(kept_M):

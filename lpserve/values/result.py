@@ -9,29 +9,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lpserve.surrogate import HeldOut
+from lpserve.surrogate import HeldOutError
 from lpserve.types import FloatArray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShapleyValues:
-    """Values of every player, with what is known about their errors."""
+    """Values of every player with their standard errors."""
 
     values_P: FloatArray
+    """In the utility's units; higher: the player matters more."""
     stderr_P: FloatArray
-    """Uncertainty about this game on these windows: masks not scored, and noise of the scores.
-    Zero when enumerated without noise."""
+    """Standard error on these windows, from masks not scored and from noise of the scores; 0 when
+    enumerated without noise."""
     sizes: tuple[int, int]
-    """(k_min, k_max), sizes before the player joins, inclusive."""
+    """(k_min, k_max), sizes of the coalition before the player joins, inclusive."""
     estimator: str
+    """How they were computed, for people."""
     window_stderr_P: FloatArray | None = None
-    """What other windows of the same source would change (paired bootstrap); None without them."""
-    heldout: HeldOut | None = None
-    """Held-out error of the surrogate, where one was used."""
+    """Standard error over other windows of the same source (paired bootstrap); None if not asked
+    for."""
+    heldout_error: HeldOutError | None = None
+    """Held-out error of the kernel surrogate, where one gave the values."""
 
     @property
     def total_stderr_P(self) -> FloatArray:
-        """Root of the sum of squares."""
+        """Standard error from both, the root of the sum of their squares."""
         if self.window_stderr_P is None:
             return self.stderr_P
         return np.hypot(self.stderr_P, self.window_stderr_P)
@@ -43,7 +46,7 @@ class ShapleyValues:
 
 
 def spread_over_draws(values_PB: FloatArray) -> FloatArray:
-    """Standard deviation over draws of the windows; NaN for a single draw."""
+    """Standard deviation of values over draws of the windows, `float64[P]`; NaN for one draw."""
     if values_PB.shape[1] < 2:
         return np.full(len(values_PB), np.nan)
     return values_PB.std(axis=1, ddof=1)

@@ -25,10 +25,19 @@ def monte_carlo_values(
     num_coalitions: int,
     seed: int,
 ) -> ShapleyValues:
-    """Values of any surrogate by stratified sampling; `stderr_P` is the sampling error.
+    """Values of any surrogate by stratified sampling; `stderr_P` is the sampling error alone.
 
-    For every k, `num_coalitions` / (number of sizes) sets of size k+1 or k are toggled at every
-    player: dropping a member of a (k+1)-set and adding to a k-set both estimate size k.
+    An equal number of coalitions of every size k_min..k_max+1 is drawn, and every player of each is
+    toggled: dropping a member of a (k+1)-set and adding a player to a k-set both give a marginal
+    contribution at size k.
+
+    Args:
+        mean: masks `bool[Q, P]` -> predicted utilities `float64[Q]`.
+        sizes: (k_min, k_max), sizes before the player joins.
+        num_coalitions: how many coalitions are drawn over all sizes.
+
+    Raises:
+        InputError: some player has fewer than 2 marginal contributions at some size.
     """
     rng = np.random.default_rng(seed)
     low, high = sizes
@@ -59,10 +68,15 @@ def monte_carlo_values(
 
 
 def paper_values(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray) -> ShapleyValues:
-    """arXiv 2602.07804, stage 2: phi_i = mean over q of f(m_q + i) - f(m_q - i).
+    """Values of arXiv 2602.07804, stage 2: phi_i = mean over q of f(m_q + i) - f(m_q - i).
 
-    The masks weigh sizes k-1 and k of each stratum k alike; it is not a Shapley value, and its
-    `sizes` say which coalition sizes it mixes. `stderr_P` is the sampling error.
+    A stratum k mixes marginal contributions at sizes k-1 and k, so that this is not a Shapley
+    value; `sizes` of the result is the range of sizes that it mixes. `stderr_P` is the sampling
+    error.
+
+    Args:
+        mean: masks `bool[Q, P]` -> predicted utilities `float64[Q]`.
+        masks_QP: the drawn masks.
     """
     gain_QP = toggle_differences(mean, masks_QP)
     kept = masks_QP.sum(axis=1)
@@ -77,9 +91,9 @@ def paper_values(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray) -
 
 
 def toggle_differences(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray) -> FloatArray:
-    """u(m + i) - u(m - i) for every mask and player, `float64[Q, P]`.
+    """Marginal contributions u(m + i) - u(m - i) of every player at every mask, `float64[Q, P]`.
 
-    One of the two is the mask itself, so P + 1 evaluations answer for 2P.
+    One of the two masks is m itself, so that P + 1 evaluations suffice for a mask.
     """
     num_masks, num_players = masks_QP.shape
     gain_QP = np.empty((num_masks, num_players))

@@ -1,14 +1,15 @@
-"""What masks say about values: covariances of semivalues under a `MaskKernel`, exact at any P.
+"""Covariances of semivalues with masks, and their prior variances, under a `MaskKernel`.
 
 A value is linear in the game: phi_i = sum_m W_im u(m), with W_im = +-1 / (sizes * C(P-1, k)) for
 every mask m that is a coalition of k others with (+) or without (-) player i, 0 for the rest. So
 
     Cov(phi_i, u(m)) = E [k(S + i, m) - k(S, m)],   Var(phi_i) = E E' [second difference of k],
 
-S and S' independent, their size k uniform over `sizes`, each uniform given k. For the product part
-that is a mean, over all sets of one size, of a product over players: a recurrence over players for
-means (sums would overflow), every player left out in turn by halving (P log P steps, not P^2). The
-other parts are closed.
+S and S' independent, their size k uniform over `sizes`, each uniform given k. Both are computed
+exactly at any P. For the kernel's product part the expectation is a mean over all sets of one size
+of a product over players: a recurrence over players for means (sums would overflow), which leaves
+every player out in turn by divide and conquer (P log P steps instead of P^2). The other parts have
+closed forms.
 
 Notation: M masks, C of them at once, P players, E numbers of dropped others, 0..P-1-k_min.
 """
@@ -23,20 +24,23 @@ import numpy as np
 from lpserve.surrogate.kernel import MaskKernel
 from lpserve.types import BoolArray, FloatArray
 
-_CHUNK = 512  # masks at once: tables stay in the cache
+_CHUNK_MASKS = 512  # masks at once: tables stay in the cache
 
 
 def empty_weight(sizes: tuple[int, int]) -> float:
-    """-W of the empty coalition, the same for every player; 0 where `sizes` do not need it."""
+    """-W of the empty coalition, the same for every player; 0 where `sizes` do not include 0."""
     return 1.0 / (sizes[1] + 1) if sizes[0] == 0 else 0.0
 
 
 def value_covariance(
     kernel: MaskKernel, masks_MP: BoolArray, sizes: tuple[int, int], *, empty_known: bool = False
 ) -> FloatArray:
-    """Cov(phi_i, u(m)) `float64[P, M]`, the masks' own parts (nugget) included.
+    """Prior covariance Cov(phi_i, u(m)), `float64[P, M]`, the nugget included.
 
-    `empty_known`: of the value without the term of the empty coalition, -u(empty) / sizes.
+    Args:
+        sizes: (k_min, k_max), sizes before the player joins.
+        empty_known: leave out the value's term of the empty coalition, -u(empty) / sizes, since
+            that utility is known and no training point.
     """
     masks_MP = np.asarray(masks_MP, dtype=bool)
     num_players = masks_MP.shape[1]
@@ -47,9 +51,10 @@ def value_covariance(
         mean = _mean_code(num_players, sizes)
         covariance_PM += 2 * kernel.pairs * mean * (coded_MP * others_MP).T
     if kernel.product:
-        for start in range(0, len(masks_MP), _CHUNK):
-            part = masks_MP[start : start + _CHUNK]
-            covariance_PM[:, start : start + _CHUNK] += _product_covariance(kernel, part, sizes)
+        for start in range(0, len(masks_MP), _CHUNK_MASKS):
+            part = masks_MP[start : start + _CHUNK_MASKS]
+            columns = slice(start, start + len(part))
+            covariance_PM[:, columns] += _product_covariance(kernel, part, sizes)
     kept_MP = masks_MP.sum(axis=1, keepdims=True) - masks_MP  # size before the player joins
     weight_MP = coded_MP * coalition_weights(num_players, sizes)[kept_MP]
     covariance_PM += weight_MP.T * kernel.nugget_of(masks_MP)
@@ -68,7 +73,7 @@ def _with_empty(kernel: MaskKernel, masks_MP: BoolArray) -> FloatArray:
 def value_variance(
     kernel: MaskKernel, sizes: tuple[int, int], *, empty_known: bool = False
 ) -> FloatArray:
-    """Prior Var(phi_i) `float64[P]`, the masks' own parts included; see `value_covariance`."""
+    """Prior variance Var(phi_i), `float64[P]`, the nugget included; see `value_covariance`."""
     num_players = len(kernel.decay_P)
     mean = _mean_code(num_players, sizes)
     ridge = 4 * kernel.linear + 4 * kernel.pairs * (num_players - 1) * mean**2
@@ -87,7 +92,7 @@ def value_variance(
 def _product_covariance(
     kernel: MaskKernel, masks_CP: BoolArray, sizes: tuple[int, int]
 ) -> FloatArray:
-    """The smooth part of `value_covariance`, `float64[P, C]`."""
+    """The part of `value_covariance` from the kernel's product, `float64[P, C]`."""
     num_players = masks_CP.shape[1]
     low, high = _dropped_range(num_players, sizes)
     growth_P = np.exp(kernel.growth_P)
@@ -110,7 +115,7 @@ def _product_covariance(
 
 
 def _product_variance(kernel: MaskKernel, sizes: tuple[int, int]) -> FloatArray:
-    """The smooth part of `value_variance`: over two independent sets at once."""
+    """The part of `value_variance` from the kernel's product: over two independent sets at once."""
     num_players = len(kernel.decay_P)
     low, high = _dropped_range(num_players, sizes)
     growth_P = np.exp(kernel.growth_P)
@@ -135,7 +140,7 @@ def _product_variance(kernel: MaskKernel, sizes: tuple[int, int]) -> FloatArray:
 
 
 def _own_variance(kernel: MaskKernel, sizes: tuple[int, int]) -> FloatArray:
-    """What the masks' own parts add: every mask enters a value once, weight W."""
+    """The nugget's part of `value_variance`: every mask enters a value once, with weight W."""
     num_players = len(kernel.growth_P)
     low, high = _dropped_range(num_players, sizes)
     squared_P = np.exp(2 * kernel.growth_P)
@@ -162,9 +167,12 @@ def each_left_out(
     num_in: int,
     insert: Callable[[FloatArray, int, int], FloatArray],
 ) -> Iterator[tuple[int, FloatArray]]:
-    """(i, state with every player but i in it), for each i of `todo`.
+    """(i, state without player i) for each i of `todo`, by divide and conquer.
 
-    `insert(state, i, n)` puts player i in as the n-th.
+    Args:
+        todo: players to insert but one; at least one.
+        state: the recurrence's state with `num_in` other players inserted.
+        insert: (state, i, n) -> the state after player i is inserted as the n-th.
     """
     if len(todo) == 1:
         yield todo[0], state
@@ -177,24 +185,27 @@ def each_left_out(
         yield from each_left_out(part, inner, num_in + len(others), insert)
 
 
-def shares(most: int, n: int) -> tuple[FloatArray, FloatArray]:
-    """Of the sets that drop e of n players, the shares that keep and that drop the n-th."""
-    dropped_E = np.arange(most + 1)
+def shares(max_dropped: int, n: int) -> tuple[FloatArray, FloatArray]:
+    """Shares of the sets dropping e of n players that keep, and that drop, the n-th player.
+
+    `float64[E]` each, for e = 0..max_dropped.
+    """
+    dropped_E = np.arange(max_dropped + 1)
     return np.maximum(n - dropped_E, 0) / n, np.minimum(dropped_E, n) / n
 
 
 def _dropped_range(num_players: int, sizes: tuple[int, int]) -> tuple[int, int]:
-    """Least and most others dropped before the player joins."""
+    """Range (min, max) of the number of others dropped before the player joins."""
     return num_players - 1 - sizes[1], num_players - 1 - sizes[0]
 
 
 def _mean_code(num_players: int, sizes: tuple[int, int]) -> float:
-    """E z_j of another player, z = +1 kept, -1 dropped."""
+    """Expectation of z_j for another player j, z = +1 kept, -1 dropped."""
     return (sizes[0] + sizes[1]) / (num_players - 1) - 1.0 if num_players > 1 else 0.0
 
 
 def coalition_weights(num_players: int, sizes: tuple[int, int]) -> FloatArray:
-    """|W| of a mask by the number of others that it keeps, `float64[P + 1]`."""
+    """|W| of a mask by the number of other players that it keeps, `float64[P + 1]`."""
     num_sizes = sizes[1] - sizes[0] + 1
     weight_K = np.zeros(num_players + 1)
     for k in range(sizes[0], sizes[1] + 1):

@@ -32,10 +32,10 @@ def shapley_values(
     noise_M: FloatArray | None = None,
     resampled_MB: FloatArray | None = None,
 ) -> ShapleyValues:
-    """Values from scored masks: exact when every mask needed is there, else by kernel surrogate.
+    """Values from scored masks: exact if every mask needed is there, else by a kernel surrogate.
 
-    Deterministic. Of the kernel surrogates the one with the smallest leave-one-out error gives the
-    values, in closed form; known scores are part of its posterior.
+    Deterministic. The kernel surrogate with the smallest leave-one-out error gives the values in
+    closed form, conditioned on all scores.
 
     Args:
         masks_MP: distinct masks, bool [M, P], True = kept.
@@ -83,7 +83,11 @@ def shapley_values(
 def check_game(
     masks_MP: BoolArray, utilities_M: FloatArray, sizes: tuple[int, int] | None
 ) -> tuple[BoolArray, FloatArray, tuple[int, int]]:
-    """Validated masks, utilities and sizes; raises InputError."""
+    """Checked masks `bool[M, P]`, utilities `float64[M]` and sizes (default: all).
+
+    Raises:
+        InputError: see `shapley_values`.
+    """
     masks, utilities = scored_masks(masks_MP, utilities_M)
     num_players = masks.shape[1]
     low, high = sizes if sizes is not None else (0, num_players - 1)

@@ -346,7 +346,7 @@ def batch_lines(args: argparse.Namespace) -> list[str]:
         "| masks a batch | batches | batches/s | wall clock a batch, ms | driver CPU a batch, ms |",
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
-    least, lpserve.scoring.pace.LEAST_UNIT_S = lpserve.scoring.pace.LEAST_UNIT_S, 1e-3
+    least, lpserve.scoring.pace.MIN_UNIT_S = lpserve.scoring.pace.MIN_UNIT_S, 1e-3
     for delay_s in (0.005, 0.002):
         done = stream(8, args.batch_masks, delay_s, 0.02)
         lines.append(
@@ -354,7 +354,7 @@ def batch_lines(args: argparse.Namespace) -> list[str]:
             f"{done.batches / done.wall_s:.0f} | {1e3 * done.wall_s / done.batches:.2f} | "
             f"{1e3 * done.cpu_s / done.batches:.2f} |"
         )
-    lpserve.scoring.pace.LEAST_UNIT_S = least
+    lpserve.scoring.pace.MIN_UNIT_S = least
     return [*lines, ""]
 
 

@@ -250,7 +250,7 @@ def lpserve_engine(masks_MP: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def mask_switch(engine: Any, mask_P: Any) -> float:
     """Seconds to set a mask on every rank and read it back: median of 200."""
-    return float(np.median([timed(lambda: engine._set_mask(mask_P)) for _ in range(200)]))
+    return float(np.median([timed(lambda: engine._ranks.set_mask(mask_P)) for _ in range(200)]))
 
 
 def timed(call: Any) -> float:

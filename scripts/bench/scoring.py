@@ -344,10 +344,10 @@ def measure_flat(folder: Path, windows: TokenWindows, args: argparse.Namespace) 
             state_BTd: torch.Tensor,
             block: TokenWindows,
             extra_metrics: Sequence[str] = (),
-            whole_NTd: torch.Tensor | None = None,
+            full_NTd: torch.Tensor | None = None,
         ) -> torch.Tensor:
             nonlocal done
-            result = reduce(state_BTd, block, extra_metrics, whole_NTd)
+            result = reduce(state_BTd, block, extra_metrics, full_NTd)
             done += state_BTd.shape[0]
             while done >= part * (len(flat.points) + 1):
                 flat.points.append(memory_now(device))

@@ -33,7 +33,7 @@ from probes import publish
 
 from lpserve.data.windows import TokenWindows
 from lpserve.scoring.dispatcher import Dispatcher
-from lpserve.scoring.ray.fleet import DEADLINE_FACTOR, LEAST_DEADLINE_S
+from lpserve.scoring.ray.fleet import DEADLINE_FACTOR, MIN_DEADLINE_S
 from lpserve.scoring.units import GivenUp
 from lpserve.store.blocks import WindowBlock
 from lpserve.testing.pools import SimulatedPool, SimulationSetting, distinct_masks
@@ -113,7 +113,7 @@ def _rounds(setting: SimulationSetting) -> list[BoolArray]:
 def settings(args: argparse.Namespace) -> list[SimulationSetting]:
     engine_h = GPU_HOURS_A_FAILURE / 8
     costs = {"unit_cost_s": args.unit_ms / 1e3, "mask_cost_s": args.mask_us / 1e6}
-    costs |= {"min_deadline_s": LEAST_DEADLINE_S, "deadline_factor": DEADLINE_FACTOR}
+    costs |= {"min_deadline_s": MIN_DEADLINE_S, "deadline_factor": DEADLINE_FACTOR}
     fine = {"masks": 600_000, "mask_s": 0.5, "round_masks": 32_000, **costs}
     coarse = {"masks": 200_000, "mask_s": 5.0, "round_masks": 16_000, **costs}
     return [

@@ -69,7 +69,9 @@ def sets_with(means: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndar
 def test_a_clear_winner_is_settled(rng):
     means = np.array([3.0, 3.5, 3.6, 4.0])
     masks, nll, tokens = sets_with(means, rng.normal(0, 0.01, (4, 12)))
-    found = set_stability(masks, nll, tokens, [("a", 12)], 0, 0)
+    found = set_stability(
+        masks_MP=masks, loss_MN=nll, num_tokens_N=tokens, corpora=[("a", 12)], chosen=0, seed=0
+    )
     assert found is not None
     assert found.stays_best == 1.0
     assert found.settled
@@ -89,7 +91,14 @@ def test_a_tie_within_window_noise_is_told_with_the_windows_that_would_settle_it
     shared = statistical_rng.normal(0, 5.0, num_windows)
     noise = np.array([shared, shared + own, shared])
     masks, nll, tokens = sets_with(np.array([3.0, 3.0 + gap, 9.0]), noise)
-    found = set_stability(masks, nll, tokens, [("a", num_windows)], 0, 1)
+    found = set_stability(
+        masks_MP=masks,
+        loss_MN=nll,
+        num_tokens_N=tokens,
+        corpora=[("a", num_windows)],
+        chosen=0,
+        seed=1,
+    )
     assert found is not None
     assert 0.02 < found.stays_best < 0.98
     assert found.rival == list(removed_players(masks[1]))
@@ -112,7 +121,14 @@ def test_a_tie_within_window_noise_is_told_with_the_windows_that_would_settle_it
 def test_halves_and_corpora_against_loops(rng):
     masks, nll, tokens = sets_with(rng.uniform(3, 3.1, 6), rng.normal(0, 0.2, (6, 8)))
     chosen = int(np.argmin(nll.sum(axis=1)))
-    found = set_stability(masks, nll, tokens, [("a", 3), ("b", 5)], chosen, 2)
+    found = set_stability(
+        masks_MP=masks,
+        loss_MN=nll,
+        num_tokens_N=tokens,
+        corpora=[("a", 3), ("b", 5)],
+        chosen=chosen,
+        seed=2,
+    )
     assert found is not None
     for name, part in (("a", slice(0, 3)), ("b", slice(3, 8))):
         best = int(np.argmin(nll[:, part].sum(axis=1)))
@@ -134,7 +150,19 @@ def test_halves_and_corpora_against_loops(rng):
 def test_equal_sets_are_told_apart_by_nothing(rng):
     noise = np.repeat(rng.normal(0, 0.1, (1, 6)), 2, axis=0)
     masks, nll, tokens = sets_with(np.array([3.0, 3.0]), noise)
-    found = set_stability(masks, nll, tokens, [("a", 6)], 1, 0)
+    found = set_stability(
+        masks_MP=masks, loss_MN=nll, num_tokens_N=tokens, corpora=[("a", 6)], chosen=1, seed=0
+    )
     assert found is not None
     assert found.stays_best == 1.0  # ties go to the set that was chosen
-    assert set_stability(masks, nll[:, :1], tokens[:1], [("a", 1)], 0, 0) is None
+    assert (
+        set_stability(
+            masks_MP=masks,
+            loss_MN=nll[:, :1],
+            num_tokens_N=tokens[:1],
+            corpora=[("a", 1)],
+            chosen=0,
+            seed=0,
+        )
+        is None
+    )

@@ -32,14 +32,14 @@ from lpserve.errors import InputError
 from lpserve.evaluation.evaluate import evaluate
 from lpserve.evaluation.settings import EvalConfig
 from lpserve.masks import all_masks, full_mask, key_text, keys
-from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
+from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks
 from lpserve.runner.coordinator import run
 from lpserve.runner.setup import check_model, item_sets_of
 from lpserve.scoring.session import ScoringSession
 from lpserve.testing.games import shapley_by_hand
 from lpserve.testing.reference import save_model
 from lpserve.testing.runs import stored_scores
-from lpserve.types import TASK_UTILITIES, utilities
+from lpserve.utility import TASK_UTILITIES, utility_named
 from tests.conftest import SEED
 
 NUM_LAYERS = 6
@@ -239,7 +239,7 @@ def few_documents(tmp_path_factory) -> str:
 )
 def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_documents, tmp_path):
     """The bundled model on all documents of a task: calibration and held-out questions together."""
-    sets = [whole_model(), LayerSet("first", (0,)), LayerSet("some", (1, 2, 7, 8, 10, 11))]
+    sets = [full_model(), LayerSet("first", (0,)), LayerSet("some", (1, 2, 7, 8, 10, 11))]
     model = str(FOLDER / "model")
     tasks, num = (few_documents, 15) if task == CHOICE or num_fewshot else (TASKS, 100)
     config = config_from(
@@ -259,7 +259,7 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
     losses = []
     for sample in item_sets_of(config):
         with lpserve.open_engine(model, sample.windows) as engine:
-            scores = engine.score(masks_of(sets, 12), extra_metrics=("misses",))
+            scores = engine.score(layer_set_masks(sets, 12), extra_metrics=("misses",))
         values = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
         losses.append(sample.losses(utility, values))
     mean_M = np.concatenate(losses, axis=1).astype(np.float64).mean(axis=1)
@@ -508,7 +508,7 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
     )
     sides = item_sets_of(config_from(values, "test"))
     sets = [
-        whole_model(),
+        full_model(),
         LayerSet("one", (2,)),
         LayerSet("two", (1, 4)),
         LayerSet("most", (0, 3, 5)),
@@ -516,7 +516,7 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
     losses = []
     for sample in sides:
         with lpserve.open_engine(small_model, sample.windows) as engine:
-            nll_MN = engine.score(masks_of(sets, NUM_LAYERS)).nll_MN.astype(np.float32)
+            nll_MN = engine.score(layer_set_masks(sets, NUM_LAYERS)).nll_MN.astype(np.float32)
         losses.append(sample.losses("task_acc", {"nll": nll_MN, "misses": np.zeros_like(nll_MN)}))
     mean_M = np.concatenate(losses, axis=1).astype(np.float64).mean(axis=1)
     told = evaluate(
@@ -852,7 +852,7 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
     told = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
     loss_MQ = calibration.losses(scored.utility, told)
     mine, theirs = (
-        utilities(scored.utility, l_MQ.astype(np.float64), scored.view.weight_I, l_MQ[0])
+        utility_named(scored.utility).of(l_MQ.astype(np.float64), scored.view.weight_I, l_MQ[0])
         for l_MQ in (loss_MQ, scored.loss_MI)
     )
     assert mine == pytest.approx(theirs, abs=TOLERANCE)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import lpserve
-import lpserve.engine.vllm as vllm_engine
+import lpserve.engine.vllm.engine as vllm_engine
 from lpserve.engine.head import WholeVocabulary
 from lpserve.errors import InputError
 from lpserve.testing.parity import (
@@ -25,7 +25,7 @@ from lpserve.testing.parity import (
     some_windows,
 )
 from lpserve.testing.reference import relative
-from lpserve.types import check_metric, top_of
+from lpserve.utility import check_metric, top_of
 
 TOLERANCE = 1e-5
 
@@ -88,6 +88,7 @@ def test_vllm_gives_the_same_metrics(path, model_dir, rng):
         assert np.abs(scores.of(name) - expected[name]).max() < TOLERANCE * expected[name].max()
 
 
+@pytest.mark.vllm
 def test_of_equal_tokens_vllms_first_choice_is_the_first(rng):
     """Logits of few values, as in half precision: up to three tokens share the highest."""
     from vllm.logprobs import Logprob

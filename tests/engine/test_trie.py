@@ -31,6 +31,7 @@ class AffineStack:
     def __init__(self, num_players: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.num_players = num_players
+        self.state_dtype = torch.float64
         self.scale_P = rng.uniform(0.5, 1.5, num_players)
         self.shift_P = rng.normal(size=num_players)
         self.rows_run: list[int] = []
@@ -49,12 +50,12 @@ class AffineStack:
         self.rows_run.append(len(state_BTd))
         return state_BTd * self.scale_P[player] + self.shift_P[player]
 
-    def reduce(self, state_BTd, block, extra_metrics=(), whole_NTd=None):
+    def reduce(self, state_BTd, block, extra_metrics=(), full_NTd=None):
         columns = [state_BTd.sum(dim=(1, 2))]
         for name in extra_metrics:
             if name == "kl":  # what is left of the whole model's sum
-                assert whole_NTd is not None
-                whole_B = whole_NTd.sum(dim=(1, 2)).repeat(len(state_BTd) // block.num_windows)
+                assert full_NTd is not None
+                whole_B = full_NTd.sum(dim=(1, 2)).repeat(len(state_BTd) // block.num_windows)
                 columns.append(whole_B - columns[0])
             else:
                 columns.append(2 * columns[0])

@@ -33,7 +33,7 @@ from lpserve.errors import InputError
 from lpserve.evaluation.evaluate import evaluate, sets_from
 from lpserve.evaluation.lm_eval_model import SetsLM, max_input_length
 from lpserve.evaluation.settings import EvalConfig
-from lpserve.plan.layer_sets import LayerSet, masks_of, whole_model
+from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks
 from lpserve.scoring.session import ScoringSession
 from lpserve.testing.reference import window_nll
 from lpserve.testing.runs import plan_of_another_model
@@ -60,13 +60,15 @@ def pruned(tmp_path_factory):
 @pytest.fixture
 def lm(tmp_path):
     """Ours, for the whole model, that set, and another."""
-    sets = [whole_model(), LayerSet("three", REMOVED), LayerSet("first", (0,))]
+    sets = [full_model(), LayerSet("three", REMOVED), LayerSet("first", (0,))]
     probe = TokenWindows.from_tokens(np.array([[0, 1]]))
     config = EngineConfig(model=MODEL)
     with ScoringSession(
         config, probe, store=tmp_path / "s.sqlite", holder="a test", longest=MAX_LENGTH + 1
     ) as session:
-        lm = SetsLM(session, load_tokenizer(MODEL), masks_of(sets, 12), max_length=MAX_LENGTH)
+        lm = SetsLM(
+            session, load_tokenizer(MODEL), layer_set_masks(sets, 12), max_length=MAX_LENGTH
+        )
         lm.current = 1
         yield lm
 
@@ -444,13 +446,15 @@ def test_generated_texts_are_those_of_the_exported_checkpoint(pruned, tmp_path):
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     _, theirs = pruned
     texts = {}
-    sets = [whole_model(), LayerSet("three", REMOVED)]
+    sets = [full_model(), LayerSet("three", REMOVED)]
     probe = TokenWindows.from_tokens(np.array([[0, 1]]))
     config = EngineConfig(model=MODEL, engine="vllm")
     with ScoringSession(
         config, probe, store=tmp_path / "s.sqlite", holder="a test", longest=MAX_LENGTH + 1
     ) as session:
-        ours = SetsLM(session, load_tokenizer(MODEL), masks_of(sets, 12), max_length=MAX_LENGTH)
+        ours = SetsLM(
+            session, load_tokenizer(MODEL), layer_set_masks(sets, 12), max_length=MAX_LENGTH
+        )
         for name, lm in (("whole", ours), ("three", ours), ("theirs", theirs)):
             ours.current = int(name == "three")
             found: Any = cast("Any", simple_evaluate)(

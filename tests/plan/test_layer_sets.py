@@ -11,7 +11,7 @@ from lpserve.errors import InputError
 from lpserve.export.mergekit import mergekit_yaml
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.pruned_config import prune_config
-from lpserve.plan.layer_sets import LayerSet, layer_set, mask_set, masks_of, read_sets
+from lpserve.plan.layer_sets import LayerSet, layer_set, layer_set_masks, mask_set, read_sets
 from lpserve.testing.reference import save_model, small_config
 
 LAYERS = 6
@@ -27,7 +27,7 @@ def test_a_mask_keeps_what_a_set_does_not_remove(rng):
     removed = sorted(rng.permutation(LAYERS)[: rng.integers(1, LAYERS)].tolist())
     text = "".join("0" if i in removed else "1" for i in range(LAYERS))
     sets = [LayerSet("a", tuple(removed)), mask_set(text, LAYERS, "--mask"), LayerSet("all", ())]
-    masks = masks_of(sets, LAYERS)
+    masks = layer_set_masks(sets, LAYERS)
     assert (masks[0] == masks[1]).all()
     assert np.flatnonzero(~masks[0]).tolist() == removed
     assert masks[2].all()
@@ -118,6 +118,37 @@ def test_what_cannot_be_meant_is_refused(name, text, reason, tmp_path):
 def test_masks_of_another_form_are_refused(text):
     with pytest.raises(InputError, match="is no mask of 6 layers"):
         mask_set(text, LAYERS, "--mask")
+
+
+def test_a_plan_says_which_layers_its_players_are(tmp_path):
+    entry = {
+        "num_removed": 1,
+        "removed": [1],
+        "source": "search",
+        "calibration_ppl": 9.0,
+        "predicted_ppl": None,
+        "heldout_ppl": None,
+        "candidates": [],
+    }
+    plan = {
+        "model": "m",
+        "model_hash": "h",
+        "num_players": LAYERS,
+        "players": [{"index": i, "layer": LAYERS - 1 - i, "part": "layer"} for i in range(LAYERS)],
+        "utility": "ppl_ratio",
+        "masks_scored": 9,
+        "heldout_masks": 0,
+        "full_calibration_ppl": 8.0,
+        "full_heldout_ppl": None,
+        "plans": [entry],
+        "format": 1,
+    }
+    path = written(tmp_path, "plan.json", json.dumps(plan))
+    assert read_sets(path, LAYERS) == [LayerSet("plan -1", (LAYERS - 2,))]
+    plan["players"][3]["part"] = "mlp"
+    path = written(tmp_path, "plan.json", json.dumps(plan))
+    with pytest.raises(InputError, match="player 3 is the mlp of layer 2"):
+        read_sets(path, LAYERS)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -23,7 +23,7 @@ from lpserve.plan.search import (
     select_by_expected_improvement,
     starts,
 )
-from lpserve.surrogate import HeldOut, KernelSurrogate
+from lpserve.surrogate import HeldOutError, KernelSurrogate
 from lpserve.testing.games import mask_text, table_game
 from lpserve.types import BoolArray, FloatArray, IntArray
 
@@ -34,7 +34,7 @@ class Fixed:
     """A surrogate that is a given function, equally sure of everything."""
 
     name = "fixed"
-    heldout: HeldOut
+    heldout_error: HeldOutError
     rows: IntArray
     left_out_M: FloatArray
 

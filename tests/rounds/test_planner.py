@@ -446,7 +446,7 @@ def test_the_papers_surrogate_plays_without_rankings(rng, monkeypatch):
 @pytest.mark.parametrize(("kind", "growth"), [("gp", 1.0), ("boosting", 1.2), ("paper", 1.5)])
 def test_slow_surrogates_wait_until_masks_have_grown(kind, growth, rng, monkeypatch):
     monkeypatch.setattr(PaperSurrogate, "EPOCHS", 1)
-    monkeypatch.setattr("lpserve.surrogate.boosting._MOST_TREES", 2)
+    monkeypatch.setattr("lpserve.surrogate.boosting._MAX_TREES", 2)
     settings = settings_of(9, 3, surrogate=kind)
     planner = RoundPlanner(settings, ppl_ratio, None)
     fitted: list[int] = []

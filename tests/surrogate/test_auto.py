@@ -38,7 +38,7 @@ from lpserve.surrogate import (
     kernel_of,
     make_surrogate,
 )
-from lpserve.surrogate.base import heldout
+from lpserve.surrogate.base import heldout_error
 from lpserve.testing.kernels import (
     covariance,
     masks_with_or_without_empty,
@@ -91,7 +91,7 @@ def threshold_game(num_players: int, rng: np.random.Generator):
 def fewer_steps(monkeypatch):
     """For tests that are not about how good a fit is."""
     monkeypatch.setattr(ensemble, "_STEPS", 40)
-    monkeypatch.setattr(boosting, "_MOST_TREES", 5)
+    monkeypatch.setattr(boosting, "_MAX_TREES", 5)
 
 
 def recorded(calls: list):
@@ -175,12 +175,12 @@ def test_what_cannot_be_fitted_is_refused_by_name(kind, change, message):
 def test_calibration_and_coverage_are_of_standardised_residuals(rng):
     targets, predicted = rng.normal(size=200), rng.normal(size=200)
     std = rng.uniform(0.5, 2.0, 200)
-    got = heldout(targets, predicted, "by hand", std)
+    got = heldout_error(targets, predicted, "by hand", std)
     inside = sum(abs(t - p) <= 1.645 * s for t, p, s in zip(targets, predicted, std, strict=True))
     mean_square = sum(((targets - predicted) / std) ** 2) / 200
     np.testing.assert_allclose(got.calibration, mean_square**0.5, rtol=1e-12)
     assert got.inside90 == inside / 200
-    exact = heldout(targets, targets, "by hand", np.zeros(200))
+    exact = heldout_error(targets, targets, "by hand", np.zeros(200))
     assert (exact.rmse, exact.calibration, exact.inside90) == (0.0, 0.0, 1.0)
 
 
@@ -193,10 +193,12 @@ def test_every_kind_tells_what_it_says_of_left_out_masks(kind, rng, monkeypatch)
     surrogate = make_surrogate(kind)
     surrogate.fit(masks, utilities)
     error = utilities[surrogate.rows] - surrogate.left_out_M
-    np.testing.assert_allclose(surrogate.heldout.rmse, np.sqrt((error**2).mean()), rtol=1e-9)
-    assert surrogate.heldout.num_masks == len(surrogate.rows) == (40 if kind == "paper" else 39)
-    assert 0 < surrogate.heldout.calibration < 3
-    assert 0.5 < surrogate.heldout.inside90 <= 1
+    np.testing.assert_allclose(surrogate.heldout_error.rmse, np.sqrt((error**2).mean()), rtol=1e-9)
+    assert (
+        surrogate.heldout_error.num_masks == len(surrogate.rows) == (40 if kind == "paper" else 39)
+    )
+    assert 0 < surrogate.heldout_error.calibration < 3
+    assert 0.5 < surrogate.heldout_error.inside90 <= 1
 
 
 # -- members that each leave masks out -------------------------------------------------------------
@@ -449,7 +451,7 @@ def test_additive_games_are_reproduced(kind, rng):
     truth = (~every) @ game + 3.0
     # the smallest penalty moves a coefficient by 1e-7 over the variance of a bit, 1/4 or less
     np.testing.assert_allclose(surrogate.mean(every), truth, atol=1e-5 * truth.std())
-    assert surrogate.heldout.rmse < 1e-5 * truth.std()
+    assert surrogate.heldout_error.rmse < 1e-5 * truth.std()
 
 
 @pytest.mark.parametrize("kind", TRAINS)
@@ -465,7 +467,7 @@ def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, statistical
         standard = (game(unseen) - mean) / std
         squares.append((standard**2).mean())
         inside.append((np.abs(standard) < 1.645).mean())
-        assert surrogate.heldout.r2 > 0.6
+        assert surrogate.heldout_error.r2 > 0.6
     # of 40 such triples of games: 0.75 to 1.27, and 0.87 to 0.96. The median game, since a
     # threshold between masks that all members take for alike can be worth any number of deviations
     # (one game of 120, where they agreed to the last bits)
@@ -549,7 +551,7 @@ def test_a_small_kernel_is_tuned_again_without_what_it_leaves_out(rng):
     utilities, noise = rough_game(masks, rng), rng.uniform(0, 0.01, 61)
     surrogate = KernelSurrogate("gp")
     surrogate.fit(masks, utilities, noise)
-    got = stack.left_out(surrogate, masks)
+    got = stack.left_out_predictions(surrogate, masks)
     assert len(got.mean_M) == 60
     fold = np.random.default_rng(0).permutation(60) % 5
     for number in range(5):
@@ -567,13 +569,13 @@ def test_a_small_kernel_is_tuned_again_without_what_it_leaves_out(rng):
 
 
 def test_a_large_kernel_leaves_one_out_and_predicts_what_it_was_not_trained_on(rng, monkeypatch):
-    monkeypatch.setattr(stack, "_MOST_RETUNED", 20)
+    monkeypatch.setattr(stack, "_MAX_RETUNED", 20)
     monkeypatch.setattr("lpserve.surrogate.gaussian.MAX_TRAINING_MASKS", 30)
     masks = masks_with_or_without_empty(7, 61, True, rng)
     utilities = rough_game(masks, rng)
     surrogate = KernelSurrogate("gp")
     surrogate.fit(masks, utilities)
-    got = stack.left_out(surrogate, masks)
+    got = stack.left_out_predictions(surrogate, masks)
     rows = np.flatnonzero(masks.any(axis=1))
     mean, std = surrogate.predict(masks[rows])
     assert surrogate.kernel is not None
@@ -611,7 +613,8 @@ def test_a_stack_weighs_means_and_deviations_and_judges_itself_by_other_folds(rn
     bias = rng.normal(0, 2, 80)
     errors = [rng.normal(0, 0.5, 80), rng.normal(0, 0.7, 80), bias]
     said = [
-        stack.LeftOut(mean_M=targets + error, std_M=rng.uniform(0.2, 0.6, 80)) for error in errors
+        stack.LeftOutPredictions(mean_M=targets + error, std_M=rng.uniform(0.2, 0.6, 80))
+        for error in errors
     ]
     members = [Fixed("a", 1.0, 0.1), Fixed("b", 2.0, 0.3), Fixed("c", 50.0, 9.0)]
     rows = np.arange(5, 85)
@@ -639,10 +642,10 @@ def test_a_stack_weighs_means_and_deviations_and_judges_itself_by_other_folds(rn
         factor = np.sqrt((((matrix[~out] @ rest) / (spread[~out] @ rest)) ** 2).mean())
         deviation[out] = factor * (spread[out] @ rest)
     np.testing.assert_allclose(stacked.left_out_M, predicted, rtol=1e-9)
-    expected = heldout(targets, predicted, "5-fold", deviation)
-    np.testing.assert_allclose(stacked.heldout.rmse, expected.rmse, rtol=1e-9)
-    np.testing.assert_allclose(stacked.heldout.calibration, expected.calibration, rtol=1e-9)
-    assert (stacked.heldout.method, stacked.heldout.num_masks) == ("5-fold", 80)
+    expected = heldout_error(targets, predicted, "5-fold", deviation)
+    np.testing.assert_allclose(stacked.heldout_error.rmse, expected.rmse, rtol=1e-9)
+    np.testing.assert_allclose(stacked.heldout_error.calibration, expected.calibration, rtol=1e-9)
+    assert (stacked.heldout_error.method, stacked.heldout_error.num_masks) == ("5-fold", 80)
     np.testing.assert_array_equal(stacked.rows, rows)
 
 
@@ -667,18 +670,18 @@ def test_another_than_a_kernel_answers_where_it_predicts_better(statistical_rng)
         # a kernel in a stack has a jitter of 1e-10 of each variance: 120 kernels on such games
         # missed by up to 2e-5; without the masks' own parts half of them would by 6e-2 and more
         np.testing.assert_allclose(surrogate.mean(masks), game(masks), rtol=0, atol=1e-4)
-        assert 0.5 < surrogate.heldout.calibration < 2
+        assert 0.5 < surrogate.heldout_error.calibration < 2
     assert np.mean(shares) < 0.75
 
 
 def test_a_kernel_that_explains_the_game_is_not_challenged(rng, monkeypatch):
     calls: list = []
-    monkeypatch.setitem(auto.RIVALS, "boosting", recorded(calls))
-    monkeypatch.setitem(auto.RIVALS, "ensemble", recorded(calls))
+    monkeypatch.setitem(auto.CANDIDATES, "boosting", recorded(calls))
+    monkeypatch.setitem(auto.CANDIDATES, "ensemble", recorded(calls))
     masks = some_masks(8, 100, rng)
     surrogate = make_surrogate("auto")
     surrogate.fit(masks, pair_game(8, rng)(masks))
-    assert surrogate.heldout.r2 > 0.99
+    assert surrogate.heldout_error.r2 > 0.99
     assert calls == []
     assert kernel_of(surrogate) is acquisition_model(surrogate) is not None
     surrogate.fit(masks, np.full(100, 0.3))  # nothing to explain
@@ -700,8 +703,8 @@ def test_losers_are_tried_again_when_masks_have_grown_by_half_and_winners_play_o
 
         return with_record
 
-    for kind in auto.RIVALS:
-        monkeypatch.setitem(auto.RIVALS, kind, train(kind))
+    for kind in auto.CANDIDATES:
+        monkeypatch.setitem(auto.CANDIDATES, kind, train(kind))
     masks = some_masks(9, 240, rng)
     utilities = rng.normal(size=240)  # no kernel explains it
     surrogate = make_surrogate("auto")
@@ -711,7 +714,7 @@ def test_losers_are_tried_again_when_masks_have_grown_by_half_and_winners_play_o
         chosen = [rival for rival in rivals if rival.name in winner]
         return chosen[0] if chosen else self.best_kernel
 
-    monkeypatch.setattr(AutoSurrogate, "_winner", decide)
+    monkeypatch.setattr(AutoSurrogate, "_select", decide)
 
     def fitted(count: int) -> list[str]:
         calls.clear()
@@ -731,18 +734,18 @@ def test_the_smallest_held_out_error_answers_if_it_beats_the_kernel_by_a_twentie
 ):
     masks = some_masks(8, 80, rng)
     utilities = rough_game(masks, rng)
-    surrogate = AutoSurrogate(rivals=("boosting", "ensemble"))
+    surrogate = AutoSurrogate(candidates=("boosting", "ensemble"))
     said: dict[str, float] = {}
 
     def left_out(single, masks_MP):
         spread = said.get(single.name, said["kernel"])
         same = np.random.default_rng(1).normal(0, 1, 80)  # errors go together: no stack is better
-        return stack.LeftOut(mean_M=utilities + spread * same, std_M=np.ones(80))
+        return stack.LeftOutPredictions(mean_M=utilities + spread * same, std_M=np.ones(80))
 
-    for kind in auto.RIVALS:
-        monkeypatch.setitem(auto.RIVALS, kind, recorded([]))
-    surrogate = AutoSurrogate(rivals=("boosting", "ensemble"))
-    monkeypatch.setattr(auto, "left_out", left_out)
+    for kind in auto.CANDIDATES:
+        monkeypatch.setitem(auto.CANDIDATES, kind, recorded([]))
+    surrogate = AutoSurrogate(candidates=("boosting", "ensemble"))
+    monkeypatch.setattr(auto, "left_out_predictions", left_out)
     monkeypatch.setattr(auto, "_RETRY_GROWTH", 0.0)
     for boosted, networks, expected in (
         (1.0, 0.96, "kernel"),
@@ -753,6 +756,6 @@ def test_the_smallest_held_out_error_answers_if_it_beats_the_kernel_by_a_twentie
         surrogate.fit(masks, utilities)
         name = "kernel" if kernel_of(surrogate) else surrogate.best.name
         assert name == expected
-    assert surrogate.heldout is surrogate.best.heldout
+    assert surrogate.heldout_error is surrogate.best.heldout_error
     assert surrogate.left_out_M is surrogate.best.left_out_M
     assert kernel_of(surrogate) is None

@@ -100,7 +100,7 @@ def test_leaving_one_out_equals_fitting_without_it(kind, noisy, rng):
     expected = utilities.mean() + utilities.std() * predicted
     np.testing.assert_allclose(surrogate.left_out_M, expected, atol=1e-8 * utilities.std())
     np.testing.assert_allclose(surrogate.calibration, np.sqrt((standardised**2).mean()), rtol=1e-6)
-    heldout = surrogate.heldout
+    heldout = surrogate.heldout_error
     residual = utilities - expected
     np.testing.assert_allclose(heldout.rmse, np.sqrt((residual**2).mean()), rtol=1e-6)
     np.testing.assert_allclose(
@@ -158,8 +158,8 @@ def test_the_empty_coalition_is_returned_as_scored_and_teaches_nothing(kind, rng
     assert abs(expected[0]) < 500
     np.testing.assert_array_equal(mean[1:], expected[1:])
     np.testing.assert_array_equal(std[1:], deviation[1:])
-    assert surrogate.heldout == without.heldout
-    assert surrogate.heldout.num_masks == 29
+    assert surrogate.heldout_error == without.heldout_error
+    assert surrogate.heldout_error.num_masks == 29
     assert (surrogate.empty_row, surrogate.empty) == (row, -1000.0)
     assert (without.empty_row, without.empty) == (None, None)
     np.testing.assert_array_equal(surrogate.rows, np.flatnonzero(rest))
@@ -219,9 +219,9 @@ def test_auto_is_the_kernel_with_the_smaller_error(rng):
         each = {kind: KernelSurrogate(kind) for kind in KERNELS}
         for surrogate in each.values():
             surrogate.fit(masks, targets)
-        best = min(KERNELS, key=lambda kind: each[kind].heldout.rmse)
+        best = min(KERNELS, key=lambda kind: each[kind].heldout_error.rmse)
         assert auto.name == f"auto:{best}"
-        assert auto.heldout == each[best].heldout
+        assert auto.heldout_error == each[best].heldout_error
         np.testing.assert_array_equal(auto.mean(every), each[best].mean(every))
         np.testing.assert_array_equal(auto.predict(every)[1], each[best].predict(every)[1])
         assert "ridge" in best or targets is not utilities
@@ -232,14 +232,14 @@ def test_heldout_error_tells_a_game_from_chance(kind, rng):
     masks = some_masks(8, 120, rng)
     game = make_surrogate(kind)
     game.fit(masks, pair_game(8, rng)(masks))
-    assert game.heldout.r2 > 0.99
-    assert game.heldout.spearman > 0.99
+    assert game.heldout_error.r2 > 0.99
+    assert game.heldout_error.spearman > 0.99
     r2, spearman = [], []
     for _ in range(4):
         chance = make_surrogate(kind)
         chance.fit(masks, rng.normal(size=120))
-        r2.append(chance.heldout.r2)
-        spearman.append(chance.heldout.spearman)
+        r2.append(chance.heldout_error.r2)
+        spearman.append(chance.heldout_error.spearman)
     # players' scales fit some of the chance: of 450 fits the worst gave .20 and .48, and the mean
     # of four deviates by half of what one does
     assert np.mean(r2) < 0.2
@@ -257,8 +257,8 @@ def test_early_fits_do_not_trap_later_ones(kind, rng):
     for count in (8, 16, 40, 100):
         grown.fit(masks[:count], utilities[:count])
     fresh.fit(masks, utilities)
-    assert fresh.heldout.r2 > 0.98
-    assert grown.heldout.rmse < 1.5 * fresh.heldout.rmse
+    assert fresh.heldout_error.r2 > 0.98
+    assert grown.heldout_error.rmse < 1.5 * fresh.heldout_error.rmse
 
 
 def test_hyperparameters_are_kept_until_the_masks_grew_by_a_quarter(rng):
@@ -291,7 +291,7 @@ def test_a_large_fit_trains_on_an_evenly_spaced_part(rng, monkeypatch):
     assert set(np.diff(rows)) <= {3, 4}
     part.fit(masks[rows], utilities[rows], np.full(30, 0.01))
     np.testing.assert_array_equal(surrogate.mean(masks), part.mean(masks))
-    assert surrogate.heldout.num_masks == 30
+    assert surrogate.heldout_error.num_masks == 30
     assert len(surrogate.left_out_M) == 30
 
 
@@ -309,7 +309,7 @@ def test_utilities_that_are_all_the_same_are_predicted_everywhere(
     mean, std = surrogate.predict(all_masks(4))
     assert np.isfinite(mean).all()
     assert np.isfinite(std).all()
-    assert np.isnan(surrogate.heldout.spearman)
+    assert np.isnan(surrogate.heldout_error.spearman)
     if kind != "paper":
         np.testing.assert_allclose(mean, value, atol=1e-6)
 
@@ -326,7 +326,7 @@ def test_every_kind_can_be_made_and_is_deterministic(kind, rng, monkeypatch):
     every = all_masks(6)
     for got, expected in zip(one.predict(every), other.predict(every), strict=True):
         np.testing.assert_array_equal(got, expected)
-    assert one.heldout == other.heldout
+    assert one.heldout_error == other.heldout_error
     assert one.name == other.name
 
 
@@ -380,7 +380,7 @@ def test_the_papers_network_is_trained_as_published(rng, monkeypatch):
     # 90 float32 steps in another order of operations
     np.testing.assert_allclose(paper.mean(every), expected, atol=1e-5)
     assert np.abs(expected - before).mean() > 1e-3
-    assert (paper.heldout.method, paper.heldout.num_masks) == ("5-fold", 120)
+    assert (paper.heldout_error.method, paper.heldout_error.num_masks) == ("5-fold", 120)
 
 
 def test_the_papers_network_in_numpy_equals_torch(rng, monkeypatch):
@@ -411,7 +411,7 @@ def test_the_papers_network_has_one_deviation_for_all_masks(rng, monkeypatch):
     surrogate.fit(masks, targets)
     mean, std = surrogate.predict(all_masks(6))
     assert ((mean > 0) & (mean < 1)).all()
-    assert (std == surrogate.heldout.rmse).all()
+    assert (std == surrogate.heldout_error.rmse).all()
     # five fits without a fifth of the masks each
     fold = np.random.default_rng(2).permutation(40) % 5
     left_out = np.empty(40)

@@ -68,7 +68,7 @@ def test_closed_form_equals_enumerating_the_surrogate(kind, num_players, sizes, 
     np.testing.assert_allclose(values.values_P, expected, **tolerance)
     by_hand = surrogate.scale * (weight_matrix(num_players, sizes) @ posterior(surrogate, every)[0])
     np.testing.assert_allclose(values.values_P, by_hand, **tolerance)
-    assert values.heldout is surrogate.heldout
+    assert values.heldout_error is surrogate.heldout_error
     assert values.sizes == sizes
 
 

@@ -63,7 +63,7 @@ def test_enough_masks_give_exact_values_without_error(num_players, sizes, rng):
         assert (values.stderr_P == 0).all()
         assert values.estimator == "exact"
         assert values.sizes == sizes
-        assert values.heldout is None
+        assert values.heldout_error is None
         assert values.window_stderr_P is None
         assert values.is_shapley == (sizes == (0, num_players - 1))
 
@@ -259,7 +259,7 @@ def test_values_are_deterministic(rng):
     np.testing.assert_array_equal(one.values_P, other.values_P)
     np.testing.assert_array_equal(one.stderr_P, other.stderr_P)
     assert one.estimator == other.estimator
-    assert one.heldout == other.heldout
+    assert one.heldout_error == other.heldout_error
 
 
 def test_values_are_those_of_the_kernel_with_the_smaller_heldout_error(rng):
@@ -269,13 +269,13 @@ def test_values_are_those_of_the_kernel_with_the_smaller_heldout_error(rng):
     each = [KernelSurrogate(kind) for kind in KINDS]
     for surrogate in each:
         surrogate.fit(masks, utilities, noise)
-    best = min(each, key=lambda s: s.heldout.rmse)
+    best = min(each, key=lambda s: s.heldout_error.rmse)
     calibration = value_calibration(best, (1, 4))
     expected = kernel_values(best, (1, 4), columns, calibration=calibration)
     got = shapley_values(masks, utilities, (1, 4), noise_M=noise, resampled_MB=columns)
     for name in ("values_P", "stderr_P", "window_stderr_P"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
-    assert (got.estimator, got.heldout) == (expected.estimator, expected.heldout)
+    assert (got.estimator, got.heldout_error) == (expected.estimator, expected.heldout_error)
 
 
 @pytest.mark.process

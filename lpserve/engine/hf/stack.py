@@ -21,12 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.head import Head, WholeVocabulary, on_device, plain_nll
-from lpserve.engine.replay import same_value
+from lpserve.engine.hf.recording import LayerCall, hidden_of, record_forward
+from lpserve.engine.hf.structure import (
+    check_chain,
+    check_state_dtype,
+    find_layers,
+    find_tail,
+    output_factory,
+)
 from lpserve.errors import EngineError
 
 PARITY_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
@@ -41,17 +46,19 @@ class RecordedStack:
         self.model = model
         self.base = model.base_model
         self.dtype: torch.dtype = model.dtype
+        self.state_dtype: torch.dtype = model.dtype
+        """Measured by `prepare`."""
         self.device: torch.device = model.device
         config = model.config.get_text_config()
         self.num_players = int(config.num_hidden_layers)
         self.width = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
-        self.layers, self.list_name = _find_layers(model, self.num_players, self._probe_ids(8))
+        self.layers, self.list_name = find_layers(model, self.num_players, self._probe_ids(8))
         self._run: list[Any] = list(self.layers)
         self._compiled = compile_layers
         if compile_layers:
             self._run = [torch.compile(layer) for layer in self.layers]
-        self._calls: dict[int, list[_LayerCall]] = {}
+        self._calls: dict[int, list[LayerCall]] = {}
         self._tail: tuple[nn.Module, ...] = ()
         self._reducer = Head(
             WholeVocabulary(self._logits, compiled=compile_layers),
@@ -64,7 +71,7 @@ class RecordedStack:
         self._returns_tuple = False
 
     def state_bytes(self, length: int) -> int:
-        return length * self.width * self.dtype.itemsize
+        return length * self.width * self.state_dtype.itemsize
 
     def prepare(self, windows: TokenWindows) -> None:
         """Record and check this padded length on real windows; a no-op when it is known.
@@ -86,23 +93,23 @@ class RecordedStack:
             captured.append(hidden)
             return hidden
 
-        with self._layers_replaced([first] + [_same] * (self.num_players - 1)):
+        with self._layers_replaced([first] + [_same_state] * (self.num_players - 1)):
             self.base(input_ids=on_device(block.tokens_NT, self.device), use_cache=False)
         return captured[0]
 
     def run_player(self, player: int, state_BTd: torch.Tensor) -> torch.Tensor:
         call = self._calls[state_BTd.shape[1]][player]
         hidden = state_BTd if self._inputs_survive else state_BTd.clone()
-        return _hidden(call.replay(self._run[player], hidden))
+        return hidden_of(call.replay(self._run[player], hidden))
 
     def reduce(
         self,
         state_BTd: torch.Tensor,
         block: TokenWindows,
         extra_metrics: Sequence[str] = (),
-        whole_NTd: torch.Tensor | None = None,
+        full_NTd: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._reducer.reduce(state_BTd, block, extra_metrics, whole_NTd)
+        return self._reducer.reduce(state_BTd, block, extra_metrics, full_NTd)
 
     def _logits(self, rows_nd: torch.Tensor) -> torch.Tensor:
         """`[n, V]`."""
@@ -121,15 +128,16 @@ class RecordedStack:
     # -- recording ---------------------------------------------------------------------------
 
     def _record(self, tokens_1T: torch.Tensor) -> None:
-        real = _run_recorded(self.model, self.base, self.layers, tokens_1T)
-        _check_chain(real)
+        real = record_forward(self.model, self.base, self.layers, tokens_1T)
+        check_chain(real)
+        self.state_dtype = check_state_dtype(real, type(self.model).__name__)
         self._returns_tuple = real.returns_tuple
-        self._tail = self._find_tail(real)
-        self._output_like = _output_factory(real.base_output)
+        self._tail = find_tail(real, type(self.model).__name__)
+        self._output_like = output_factory(real.base_output)
         # other tokens, and no layer run at all: the arguments must not notice
         other = (tokens_1T + 1) % self.vocab_size
-        with self._layers_replaced([_same] * self.num_players):
-            blank = _run_recorded(self.model, self.base, self.layers, other)
+        with self._layers_replaced([_same_state] * self.num_players):
+            blank = record_forward(self.model, self.base, self.layers, other)
         calls = []
         for index, (call, twin) in enumerate(zip(real.calls, blank.calls, strict=True)):
             name = call.first_difference(twin)
@@ -140,26 +148,6 @@ class RecordedStack:
                 )
             calls.append(call)
         self._calls[tokens_1T.shape[1]] = calls
-
-    def _find_tail(self, real: _Recording) -> tuple[nn.Module, ...]:
-        """The modules between the last layer and the decoder's output, usually a norm."""
-        tail: list[nn.Module] = []
-        current = real.outputs[-1]
-        decoder_output = _hidden(real.base_output)
-        for module, taken, returned in real.after:
-            if torch.equal(current, decoder_output):
-                break
-            if taken is current or (
-                taken.numel() == current.numel() and taken.data_ptr() == current.data_ptr()
-            ):
-                tail.append(module)
-                current = returned
-        if current.shape != decoder_output.shape or not torch.equal(current, decoder_output):
-            raise EngineError(
-                f"{type(self.model).__name__}: what happens between the last layer and the head "
-                "is not a chain of modules"
-            )
-        return tuple(tail)
 
     @contextmanager
     def _layers_replaced(
@@ -191,6 +179,7 @@ class RecordedStack:
         logits = self.model(input_ids=tokens_NT, use_cache=False).logits
         expected_N = plain_nll(logits, pair, self.device)
         state = self.embed(pair)
+        self._check_first_states(state)
         for player in range(self.num_players):
             before = state.clone()
             after = self.run_player(player, state)
@@ -202,6 +191,7 @@ class RecordedStack:
                     f"layer {player} of {type(self.model).__name__} changes the state's shape "
                     f"from {list(state.shape)} to {list(after.shape)}"
                 )
+            self._check_dtype(player, after)
             state = after
         got_N = self.reduce(state, pair)[:, 0]
         tolerance = PARITY_TOLERANCE[str(self.dtype).removeprefix("torch.")]
@@ -219,157 +209,27 @@ class RecordedStack:
         ):
             raise EngineError(f"{type(self.model).__name__} is not a decoder: it looks ahead")
 
+    def _check_first_states(self, embedded: torch.Tensor) -> None:
+        """Every layer may be the first that runs: given the embedding, whose dtype may be another,
+        it must return a state as all others do."""
+        if embedded.dtype != self.state_dtype:
+            for player in range(self.num_players):
+                self._check_dtype(player, self.run_player(player, embedded.clone()))
+
+    def _check_dtype(self, player: int, state: torch.Tensor) -> None:
+        if state.dtype != self.state_dtype:
+            raise EngineError(
+                f"layer {player} of {type(self.model).__name__} returns {state.dtype} or "
+                f"{self.state_dtype}, depending on the layers before it: its layers cannot be "
+                "skipped one by one"
+            )
+
     def _probe_ids(self, length: int) -> torch.Tensor:
         return (torch.arange(length, device=self.device)[None] + 2) % self.vocab_size
 
 
-class _LayerCall:
-    """The arguments of one layer's call, the hidden state left out."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor) -> None:
-        self._by_position = bool(args) and args[0] is hidden
-        self._args = tuple(_without_caches(a) for a in args[1:]) if self._by_position else ()
-        self._kwargs = {
-            name: _without_caches(value)
-            for name, value in kwargs.items()
-            if self._by_position or name != "hidden_states"
-        }
-
-    def replay(self, layer: Any, hidden: torch.Tensor) -> Any:
-        if self._by_position:
-            return layer(hidden, *self._args, **self._kwargs)
-        return layer(hidden_states=hidden, **self._kwargs)
-
-    def first_difference(self, other: _LayerCall) -> str | None:
-        """The name of the first argument in which two calls differ."""
-        for position, (a, b) in enumerate(zip(self._args, other._args, strict=True), start=1):
-            if not same_value(a, b):
-                return f"argument {position}"
-        for name, value in self._kwargs.items():
-            if name not in other._kwargs or not same_value(value, other._kwargs[name]):
-                return name
-        return None
-
-
-class _Recording:
-    """What one forward pass did at the layers and after them."""
-
-    def __init__(self) -> None:
-        self.calls: list[_LayerCall] = []
-        self.inputs: list[torch.Tensor] = []
-        self.outputs: list[torch.Tensor] = []
-        self.after: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
-        self.base_output: Any = None
-        self.returns_tuple = False
-
-
-def _run_recorded(
-    model: Any, base: nn.Module, layers: list[nn.Module], tokens: torch.Tensor
-) -> _Recording:
-    """One forward pass under hooks."""
-    seen = _Recording()
-    inside = {id(m) for layer in layers for m in layer.modules()}
-
-    def before_layer(module: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(hidden, torch.Tensor):
-            raise EngineError(f"{type(module).__name__} takes no hidden_states tensor")
-        seen.inputs.append(hidden)
-        seen.calls.append(_LayerCall(args, kwargs, hidden))
-
-    def after_layer(module: nn.Module, args: Any, output: Any) -> None:
-        seen.outputs.append(_hidden(output))
-        seen.returns_tuple = isinstance(output, tuple)
-
-    def after_other(module: nn.Module, args: Any, output: Any) -> None:
-        if len(seen.outputs) == len(layers) and args and isinstance(output, torch.Tensor):
-            seen.after.append((module, args[0], output))
-
-    def after_base(module: nn.Module, args: Any, output: Any) -> None:
-        seen.base_output = output
-
-    handles = [base.register_forward_hook(after_base)]
-    for layer in layers:
-        handles.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
-        handles.append(layer.register_forward_hook(after_layer))
-    for module in base.modules():
-        if id(module) not in inside and not list(module.children()):
-            handles.append(module.register_forward_hook(after_other))
-    try:
-        model(input_ids=tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _check_chain(seen: _Recording) -> None:
-    for index in range(1, len(seen.inputs)):
-        if seen.inputs[index] is not seen.outputs[index - 1]:
-            raise EngineError(
-                f"something happens between layers {index - 1} and {index}: "
-                "the model's layers cannot be skipped one by one"
-            )
-
-
-def _find_layers(
-    model: nn.Module, num_layers: int, tokens: torch.Tensor
-) -> tuple[list[nn.Module], str]:
-    """The decoder layers and the last word of their list's module path."""
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    }
-    order: list[int] = []
-    members = {id(m): name for name, modules in lists.items() for m in modules}
-    handles = [
-        module.register_forward_pre_hook(lambda module, args: order.append(id(module)))
-        for modules in lists.values()
-        for module in modules
-    ]
-    try:
-        model(input_ids=tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    fitting = [
-        name
-        for name, modules in lists.items()
-        if [i for i in order if members[i] == name] == [id(m) for m in modules]
-    ]
-    # of nested lists (one part of each layer, say) the outermost drives the rest
-    fitting = [n for n in fitting if not any(n.startswith(f"{other}.") for other in fitting)]
-    if len(fitting) != 1:
-        raise EngineError(
-            f"{type(model).__name__}: found {len(fitting)} lists of {num_layers} decoder layers "
-            "that run once each in order; need exactly one"
-        )
-    return list(lists[fitting[0]]), fitting[0].rsplit(".", 1)[-1]
-
-
-def _output_factory(base_output: Any) -> Callable[[torch.Tensor], Any]:
-    if isinstance(base_output, ModelOutput):
-        kind = type(base_output)
-        return lambda hidden: kind(last_hidden_state=hidden)  # pyright: ignore[reportCallIssue]
-    return lambda hidden: (hidden,)
-
-
-def _hidden(output: Any) -> torch.Tensor:
-    """The hidden state of a layer's or decoder's output."""
-    hidden = output[0] if isinstance(output, tuple | ModelOutput) else output
-    if not isinstance(hidden, torch.Tensor):
-        raise EngineError(f"a layer returned {type(hidden).__name__}, not a tensor")
+def _same_state(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
-
-
-def _same(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
-
-
-def _without_caches(value: Any) -> Any:
-    """A recorded KV cache would grow with every replay; layers take None instead."""
-    return None if isinstance(value, Cache) else value
 
 
 @contextmanager

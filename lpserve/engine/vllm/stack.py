@@ -1,6 +1,6 @@
 """A LayerStack over layers that hand on (hidden, residual), as vLLM's do.
 
-`LayerTap` patches the layers once; `VllmStack` drives them for the trie executor. Neither names
+`tap.LayerTap` patches the layers once; `VllmStack` drives them for the trie executor. Neither names
 anything of vLLM: what a model is and how its forward is called comes from `worker/`.
 
 vLLM's layers mostly return two tensors whose sum is the hidden state, so that the next norm can
@@ -16,100 +16,22 @@ Shapes: B rows, T tokens, n = B * T flat tokens, d width.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.head import Head, Vocabulary, on_device
 from lpserve.engine.replay import same_value
+from lpserve.engine.vllm.tap import LayerTap
 from lpserve.errors import EngineError
 
 STATE_KINDS = ("hidden", "sum", "pair")
 """What a state carries, smallest first."""
 _MAX_CALLS = 16
 """Batch shapes whose recorded arguments are kept."""
-
-Handler = Callable[[int, dict[str, Any]], Any]
-
-
-class LayerTap:
-    """The layers of one rank, patched once: skipped by mask, or handed to a handler."""
-
-    def __init__(
-        self, layers: list[nn.Module], first: int, before_layer: Callable[[], None]
-    ) -> None:
-        self.layers = layers
-        self.first = first
-        """Index of the first of them in the model."""
-        self.keep = [True] * len(layers)
-        self.calls = [0] * len(layers)
-        """Times that each layer's own forward ran."""
-        self._before_layer = before_layer
-        self._handler: Handler | None = None
-        self._originals = [layer.forward for layer in layers]
-        self._signatures = [inspect.signature(original) for original in self._originals]
-        self.takes_residual = ["residual" in s.parameters for s in self._signatures]
-        for index, layer in enumerate(layers):
-            if hasattr(layer, "_lpserve_index"):
-                raise EngineError(f"layer {first + index} is patched already")
-            layer.forward = self._make(index)
-            layer._lpserve_index = index  # pyright: ignore[reportArgumentType]
-
-    def read_mask(self) -> list[bool]:
-        """The mask as the patches see it; refuses when a patch is not in place any more."""
-        for index, layer in enumerate(self.layers):
-            if getattr(layer.forward, "_lpserve_tap", None) is not self:
-                raise EngineError(f"layer {self.first + index} lost its patch")
-        return list(self.keep)
-
-    def skips(self, index: int) -> bool:
-        """Whether the mask leaves this layer out (requests)."""
-        return not self.keep[index]
-
-    def run(self, index: int, arguments: dict[str, Any]) -> Any:
-        """The layer's own forward."""
-        self.calls[index] += 1
-        return self._originals[index](**arguments)
-
-    @contextmanager
-    def handled(self, handler: Handler) -> Iterator[None]:
-        """Call `handler(index, arguments by name)` in place of the layers."""
-        self._handler = handler
-        try:
-            yield
-        finally:
-            self._handler = None
-
-    def _make(self, index: int) -> Callable[..., Any]:
-        signature, original = self._signatures[index], self._originals[index]
-        last = index == len(self.layers) - 1
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self._before_layer()
-            if self._handler is not None:
-                return self._handler(index, _by_name(signature, args, kwargs))
-            if not self.skips(index):
-                self.calls[index] += 1
-                return original(*args, **kwargs)
-            arguments = _by_name(signature, args, kwargs)
-            return self.identity_output(index, arguments["hidden_states"], arguments, ends=last)
-
-        forward._lpserve_tap = self  # pyright: ignore[reportFunctionMemberAccess]
-        return forward
-
-    def identity_output(
-        self, index: int, hidden: torch.Tensor, arguments: dict[str, Any], *, ends: bool
-    ) -> Any:
-        """What a layer that does nothing returns. The last one owes the norm a residual."""
-        if not self.takes_residual[index]:
-            return hidden
-        residual = arguments["residual"]
-        return hidden, torch.zeros_like(hidden) if ends and residual is None else residual
 
 
 class Link(Protocol):
@@ -163,6 +85,7 @@ class VllmStack:
         self._probe_length = 0
         self.num_players = len(model.tap.layers)
         self.width = 0
+        self.state_dtype: torch.dtype = model.dtype
         self.state_kind = ""
         """`hidden`, `sum` or `pair`; see the module. All ranks must use the same."""
 
@@ -171,7 +94,7 @@ class VllmStack:
 
     def state_bytes(self, length: int) -> int:
         tensors = 2 if self.state_kind == "pair" else 1
-        return length * self.width * tensors * self._model.dtype.itemsize
+        return length * self.width * tensors * self.state_dtype.itemsize
 
     def prepare(self, windows: TokenWindows) -> None:
         """Record this padded length, and find once what a state carries.
@@ -186,7 +109,7 @@ class VllmStack:
         length = windows.length
         record = self._record(tokens_T, length, 1)
         self._refuse_text(record, self._record((tokens_T + 1) % self._model.vocab_size, length, 1))
-        self.width = record.hidden.shape[-1]
+        self.width, self.state_dtype = record.hidden.shape[-1], record.hidden.dtype
         self._prepared.add(length)
 
     def embed(self, block: TokenWindows) -> torch.Tensor:
@@ -216,14 +139,14 @@ class VllmStack:
         state_BTd: torch.Tensor,
         block: TokenWindows,
         extra_metrics: Sequence[str] = (),
-        whole_NTd: torch.Tensor | None = None,
+        full_NTd: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = len(state_BTd)
         if not self._model.link.is_last:
             for state in state_BTd.split(block.num_windows):
                 self._model.link.send(state)
             return state_BTd.new_zeros((rows, 1 + len(extra_metrics)), dtype=torch.float64)
-        whole = None if whole_NTd is None else self._final(whole_NTd)
+        whole = None if full_NTd is None else self._final(full_NTd)
         return self._head.reduce(self._final(state_BTd), block, extra_metrics, whole)
 
     def _final(self, state_BTd: torch.Tensor) -> torch.Tensor:
@@ -360,6 +283,7 @@ class VllmStack:
         for player in chain:
             zeros = torch.zeros_like(hidden) if player == self.num_players else None
             real = self._next(record, player, hidden, residual)
+            self._check_dtypes(player, real)
             alone = self._next(record, player, hidden, zeros)
             summed = self._next(record, player, hidden + residual, zeros)
             fits["hidden"] &= torch.equal(real[0], alone[0])
@@ -374,6 +298,14 @@ class VllmStack:
             zeros = self._next(record, player, start, torch.zeros_like(start))
             fits["pair"] &= torch.equal(none[0], zeros[0]) and torch.equal(none[1], zeros[1])
         return [kind for kind in kinds if fits[kind]]
+
+    def _check_dtypes(self, player: int, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        for tensor in output if player < self.num_players else ():
+            if tensor.dtype != self.state_dtype:
+                raise EngineError(
+                    f"layer {player} of {self._model.name} is given {self.state_dtype} and "
+                    f"returns {tensor.dtype}"
+                )
 
     def _next(
         self, record: _Recorded, player: int, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -396,27 +328,6 @@ class _Recorded:
         self.hidden = torch.empty(0)
         self.residual: torch.Tensor | None = None
         self.arguments: list[dict[str, Any]] = []
-
-
-def _by_name(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Arguments by name, `**kwargs` of the layer spread out."""
-    named: dict[str, Any] = {}
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            raise EngineError(f"a layer takes its arguments as *{name}")
-        else:
-            named[name] = value
-    if not isinstance(named.get("hidden_states"), torch.Tensor):
-        raise EngineError("a layer takes no tensor named hidden_states")
-    named.setdefault("residual", None)
-    if "residual" not in signature.parameters:
-        named.pop("residual")
-    return named
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

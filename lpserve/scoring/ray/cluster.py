@@ -1,4 +1,4 @@
-"""The Ray cluster: joining it, what an engine needs, how many it can hold, who comes and goes.
+"""The Ray cluster: joining it, what an engine needs, how many fit, and nodes that come and go.
 
 One engine is one actor. An actor's GPUs are always on one node, which is what tensor parallelism
 wants; an engine larger than a node (`pipeline_parallel_size`) gets a placement group with a bundle
@@ -39,12 +39,12 @@ _WEIGHTS_FACTOR = 1.3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What one engine takes of the cluster."""
+    """The resources that one engine takes of the cluster."""
 
     cpus: float
     gpus: int
     memory_bytes: int
-    """On a node without GPUs, where weights take its memory; 0: not reserved."""
+    """Reserved on a node without GPUs, for the weights; 0: nothing is reserved."""
     nodes: int = 1
     """Nodes that its GPUs are spread over, in equal parts."""
 
@@ -63,8 +63,9 @@ class Needs:
 
 
 def connect() -> bool:
-    """Join the cluster that `RAY_ADDRESS` or this machine names, else start one here; returns
-    whether it is ours to end.
+    """Join the Ray cluster that `RAY_ADDRESS` or this machine names, else start one here.
+
+    Returns whether it is this process's to end.
 
     Raises:
         InputError: `RAY_ADDRESS` names a cluster that cannot be joined.
@@ -105,8 +106,11 @@ def _join(quiet: dict[str, Any]) -> None:
 
 
 def _left_behind() -> bool:
-    """Whether a cluster that ended left its address to be joined: Ray would wait for many minutes
-    where the machine's own address has changed since, as after a reboot."""
+    """Whether the address that Ray would join is that of a cluster that has ended.
+
+    Ray would try for many minutes where the machine's own address has changed since, as after a
+    reboot.
+    """
     path = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     try:
         host, _, port = path.read_text(encoding="utf-8").strip().rpartition(":")
@@ -126,7 +130,7 @@ def needs_of(spec: EngineSpec) -> Needs:
     if wants.weight_bytes:
         workers = wants.ranks * wants.stages
         memory_bytes = int(_WEIGHTS_FACTOR * wants.weight_bytes) + workers * _PROCESS_BYTES
-    on_gpu = wants.may_use_gpu and _most("GPU") > 0
+    on_gpu = wants.may_use_gpu and _largest("GPU") > 0
     return _placed(wants.ranks, wants.stages, on_gpu=on_gpu, memory_bytes=memory_bytes)
 
 
@@ -134,7 +138,7 @@ def _placed(ranks: int, stages: int, *, on_gpu: bool, memory_bytes: int) -> Need
     if not on_gpu:
         return Needs(cpus=float(ranks * stages), gpus=0, memory_bytes=memory_bytes)
     gpus = ranks * stages
-    nodes = 1 if gpus <= _most("GPU") else stages
+    nodes = 1 if gpus <= _largest("GPU") else stages
     return Needs(cpus=1.0, gpus=gpus, memory_bytes=0, nodes=nodes)
 
 
@@ -142,12 +146,12 @@ def _nodes() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _most(resource: str) -> float:
+def _largest(resource: str) -> float:
     return max((node.get(resource, 0.0) for node in _nodes()), default=0.0)
 
 
 def capacity(needs: Needs) -> int:
-    """Engines that the nodes which are there can hold, were nothing else running on them."""
+    """How many engines the present nodes can hold if nothing else runs on them."""
     wanted = {"CPU": needs.cpus, "GPU": needs.gpus / needs.nodes, "memory": needs.memory_bytes}
     if needs.spread:
         wanted["CPU"] = 0.0
@@ -159,19 +163,19 @@ def capacity(needs: Needs) -> int:
 
 
 def check_room(needs: Needs) -> None:
-    """Raise InputError when no engine fits on the nodes that are there."""
+    """Raise InputError where not one engine fits on the present nodes."""
     if capacity(needs):
         return
-    most = {"GPU": _most("GPU"), "CPU": _most("CPU"), "memory": _most("memory") / 2**30}
+    largest = {"GPU": _largest("GPU"), "CPU": _largest("CPU"), "memory": _largest("memory") / 2**30}
     raise InputError(
         f"an engine needs {needs}, and no node of the Ray cluster has room for it (the largest: "
-        f"{most['CPU']:g} CPU, {most['GPU']:g} GPUs, {most['memory']:.1f} GiB): lower "
+        f"{largest['CPU']:g} CPU, {largest['GPU']:g} GPUs, {largest['memory']:.1f} GiB): lower "
         "tensor_parallel_size or pipeline_parallel_size, or add nodes"
     )
 
 
 class Place:
-    """Resources held for one engine: options for its actor, given back by `release`."""
+    """The resources reserved for one engine, until `release`, and the options of its actor."""
 
     def __init__(self, needs: Needs) -> None:
         self._group: PlacementGroup | None = None
@@ -190,7 +194,7 @@ class Place:
             )
 
     def num_nodes(self) -> int:
-        """Nodes that the resources lie on, once they are held."""
+        """Over how many nodes the resources are spread, once they are reserved."""
         if self._group is None:
             return 1
         return len(set(placement_group_table(self._group)["bundles_to_node_id"].values()))
@@ -201,8 +205,12 @@ class Place:
 
 
 class Watcher:
-    """Calls `changed` with the nodes' ids and the engines they can hold whenever nodes came or
-    went; from a thread of its own, so that nobody waits for Ray's answer."""
+    """Watches for nodes that come or go, on a thread of its own, so that nobody waits for Ray.
+
+    Args:
+        changed: called from that thread with the nodes' ids and the number of engines that they
+            can hold, whenever nodes came or went.
+    """
 
     def __init__(self, needs: Needs, changed: Callable[[frozenset[str], int], None]) -> None:
         self._needs, self._changed = needs, changed

@@ -25,9 +25,9 @@ from lpserve.types import EngineInfo, EngineSpec
 
 FIRST_DEADLINE_S = 3600.0
 """For a unit whose time is not known yet, and for an engine to be ready."""
-LEAST_DEADLINE_S = 120.0
+MIN_DEADLINE_S = 120.0
 DEADLINE_FACTOR = 30.0
-"""A unit may take this many times the expected time, and at least `LEAST_DEADLINE_S`."""
+"""A unit may take this many times the expected time, and at least `MIN_DEADLINE_S`."""
 RETRY_S, DIED_RETRY_S = 10.0, 1.0
 """Wait before engines are started again: after an error of their own, after their processes died.
 It doubles with each failed start in a row."""
@@ -36,7 +36,7 @@ MAX_RETRY_S, LONELY_RETRY_S = 600.0, 30.0
 MAX_REFUSALS, MAX_DEATHS = 3, 6
 """Failed starts in a row, of either kind, after which a run without engines ends."""
 NO_ROOM_S = 30.0
-"""Time without room for any engine after which the user is told so once."""
+"""Time without room for any engine after which the a run says so once."""
 _TICK_S = 0.2
 
 
@@ -319,7 +319,7 @@ class EngineFleet:
 def _allowed_s(expected_s: float | None) -> float:
     if expected_s is None:
         return FIRST_DEADLINE_S
-    return max(LEAST_DEADLINE_S, DEADLINE_FACTOR * expected_s)
+    return max(MIN_DEADLINE_S, DEADLINE_FACTOR * expected_s)
 
 
 def cause_of_death(error: BaseException) -> tuple[str, bool]:

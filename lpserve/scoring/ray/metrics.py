@@ -1,4 +1,4 @@
-"""A run's figures as Ray metrics: on every node's Prometheus endpoint, and so on the dashboard."""
+"""A run's figures as Ray metrics, which appear on Prometheus endpoints and Ray's dashboard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from lpserve.scoring.progress import RunState
 
 
 class RunMetrics:
-    """Publishes a run; Ray adds the prefix `ray_` to the names and, to counters, `_total`."""
+    """Publishes a run's figures.
+
+    Ray adds the prefix `ray_` to their names and the suffix `_total` to those of counters.
+    """
 
     def __init__(self, model: str) -> None:
         tags = {"tag_keys": ("model", "stage")}
@@ -28,10 +31,11 @@ class RunMetrics:
         self._speed = Gauge("lpserve_masks_per_second", "Masks scored per second.", **tags)
         self._in_flight = Gauge("lpserve_units_in_flight", "Batches at the engines.", **tags)
         self._engines = Gauge("lpserve_engines", "Engines that take part.", **tags)
-        self._told: dict[tuple[str, str], float] = {}
+        self._counted: dict[tuple[str, str], float] = {}
         self._last = (time.monotonic(), 0)
 
     def publish(self, state: RunState, *, engines: int, units: int, restarts: int) -> None:
+        """Set the gauges, and raise the counters by what is new since the last call."""
         tags = {"model": self._model, "stage": state.stage}
         scored = state.done - state.reused
         work = state.work
@@ -53,10 +57,10 @@ class RunMetrics:
             self._count(counter, total, tags)
 
     def _count(self, counter: Counter, total: float, tags: dict[str, str]) -> None:
-        """Bring a counter up to a total; Ray's take increments above 0."""
+        """Raise a counter to a total; Ray's counters take increments above 0 only."""
         by_stage = counter in (self._scored, self._quarantined)
         key = (counter.info["name"], tags["stage"] if by_stage else "")
-        new = total - self._told.get(key, 0)
+        new = total - self._counted.get(key, 0)
         if new > 0:
             counter.inc(new, tags)
-            self._told[key] = total
+            self._counted[key] = total

@@ -5,7 +5,7 @@ as events, never by asking every engine in turn, so the work for a unit does not
 number of engines. Kinds of failure are distinguished here (`lpserve.scoring.ray.fleet`); what
 follows is the dispatcher's policy:
 
-* an engine raises: the unit comes back with the error; if the engine cannot score the whole model
+* an engine raises: the unit comes back with the error; if the engine cannot score the full model
   any more either, it is replaced;
 * an engine dies, or overruns a unit's deadline: it is replaced; the unit that it worked on comes
   back as failed, what waited behind it, or came when it was dead already, without blame;

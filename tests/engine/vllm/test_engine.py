@@ -128,9 +128,9 @@ def test_auto_does_not_trust_scores_that_differ(model_dir, rng, monkeypatch):
 
 
 def test_an_engine_whose_masks_have_no_effect_refuses(model_dir, rng, monkeypatch):
-    from lpserve.engine.vllm import stack
+    from lpserve.engine.vllm import tap
 
-    monkeypatch.setattr(stack.LayerTap, "skips", lambda self, index: False)
+    monkeypatch.setattr(tap.LayerTap, "skips", lambda self, index: False)
     with pytest.raises(EngineError, match="one score to different masks"):
         open_vllm(model_dir("llama"), some_windows(rng), path="requests")
 

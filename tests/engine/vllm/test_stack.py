@@ -19,7 +19,8 @@ import lpserve
 from lpserve.engine.head import WholeVocabulary
 from lpserve.engine.scorer import StackScorer, prefix_bounds
 from lpserve.engine.trie import TrieSettings
-from lpserve.engine.vllm.stack import LayerTap, VllmStack
+from lpserve.engine.vllm.stack import VllmStack
+from lpserve.engine.vllm.tap import LayerTap
 from lpserve.errors import EngineError
 
 WIDTH, VOCABULARY, PLAYERS = 6, 11, 5

@@ -209,7 +209,7 @@ class Recording:
 
 
 def test_a_mask_is_split_over_windows_when_engines_outnumber_masks(rng, monkeypatch):
-    monkeypatch.setattr(lpserve.scoring.pace, "LEAST_UNIT_S", 0.05)
+    monkeypatch.setattr(lpserve.scoring.pace, "MIN_UNIT_S", 0.05)
     masks = np.unique(rng.random((20, P)) < 0.6, axis=0)
     plain, windows = pool_of(4, delay_s=0.3)
     pool = Recording(plain)

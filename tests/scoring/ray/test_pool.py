@@ -94,16 +94,16 @@ def test_a_mask_that_ends_engines_is_found_alone_and_the_rest_is_scored(kind, wo
 
 
 def test_an_engine_that_cannot_start_says_why_at_once(tmp_path, texts, monkeypatch):
-    import lpserve.scoring.ray.pool
+    import lpserve.scoring.ray.pool as ray_pool
 
     starts = []
 
-    class Watched(lpserve.scoring.ray.pool.RayPool):
+    class Watched(ray_pool.EngineFleet):
         def _start(self) -> None:
             starts.append(self)
             super()._start()
 
-    monkeypatch.setattr(lpserve.scoring.ray.pool, "RayPool", Watched)
+    monkeypatch.setattr(ray_pool, "EngineFleet", Watched)
     with pytest.raises(InputError, match="has no option 'colour'"):
         run(ray_config(tmp_path, texts, 2, colour=1))
     assert len(starts) == 2  # none was tried again

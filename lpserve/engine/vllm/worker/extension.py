@@ -22,7 +22,8 @@ from torch import nn
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.scorer import StackScorer, free_bytes, full_precision
 from lpserve.engine.trie import TrieSettings
-from lpserve.engine.vllm.stack import LayerTap, VllmStack
+from lpserve.engine.vllm.stack import VllmStack
+from lpserve.engine.vllm.tap import LayerTap
 from lpserve.engine.vllm.worker.contract import check_contract
 from lpserve.engine.vllm.worker.model import VllmModel
 from lpserve.errors import EngineError, InputError

@@ -1,0 +1,183 @@
+"""vLLM's workers, called together: masks set, windows sent, and masks scored by either path."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lpserve.data.windows import TokenWindows
+from lpserve.errors import EngineError, InputError
+from lpserve.masks import sort_distinct
+from lpserve.types import BoolArray, FloatArray, Work
+
+RPC_TIMEOUT_S = 1800.0
+"""A rank that died leaves the others waiting for it; after this the engine gives up."""
+_LIKELIEST = 4
+"""Tokens asked for at each position to find the first choice among equals (bundled model, bfloat16:
+2 share the highest logit at 2% of 6048 targets, 3 at most). Of more, the first may not be found."""
+
+
+class Ranks:
+    """The worker processes of one `vllm.LLM`, which hold the layers of a model.
+
+    Shapes: M masks, P players, N windows, C metrics (NLL first).
+
+    Raises:
+        EngineError, InputError: whatever a worker reports, from every method.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self.about: list[dict[str, Any]] = self.call("lpserve_open")
+        """For each rank, what it holds; see `worker.extension`."""
+        self.num_players: int = self.about[0]["num_layers"]
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.about[0]["pipeline_parallel_size"]
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of every worker; raises what any of them reports."""
+        replies = self._llm.collective_rpc(method, timeout=RPC_TIMEOUT_S, args=arguments)
+        for rank, reply in enumerate(replies):
+            if isinstance(reply, dict) and "error" in reply:
+                kind = InputError if reply["kind"] == "InputError" else EngineError
+                where = f"rank {rank}: " if len(replies) > 1 else ""
+                raise kind(f"{where}{reply['error']}")
+        return replies
+
+    def set_mask(self, mask_P: BoolArray) -> None:
+        """Set the mask on every rank and read it back."""
+        bits = [bool(bit) for bit in mask_P]
+        replies = self.call("lpserve_set_mask", bits)
+        for rank, reply in zip(self.about, replies, strict=True):
+            first, local = rank["first_layer"], rank["local_layers"]
+            if reply != bits[first : first + local]:
+                raise EngineError("a worker did not take the mask that it was given")
+
+    # -- scoring path ----------------------------------------------------------------------------
+
+    def register(self, windows: TokenWindows) -> None:
+        """Register windows with the scoring path."""
+        replies = self.call(
+            "lpserve_register",
+            windows.tokens_NT.astype(np.int32).tobytes(),
+            windows.scored_NT.astype(bool).tobytes(),
+            list(windows.tokens_NT.shape),
+        )
+        if any(reply["key"] != windows.content_hash for reply in replies):
+            raise EngineError("a worker received other windows than were sent")
+
+    def score_by_stack(
+        self, masks_MP: BoolArray, windows: TokenWindows, extra_metrics: Sequence[str] = ()
+    ) -> tuple[FloatArray, Work]:
+        """Metrics `float64[M, N, C]` by the trie executor inside the workers, and the work."""
+        replies = self.call(
+            "lpserve_score",
+            windows.content_hash,
+            masks_MP.tobytes(),
+            len(masks_MP),
+            list(extra_metrics),
+        )
+        # the last pipeline stage reduces; its tensor-parallel ranks must agree
+        per_stage = len(replies) // self.num_stages
+        arrays = [np.frombuffer(r["values"]).reshape(r["shape"]) for r in replies[-per_stage:]]
+        if any(not np.array_equal(array, arrays[0], equal_nan=True) for array in arrays):
+            raise EngineError("ranks disagree about the scores of the same masks")
+        works = [Work(*reply["work"]) for reply in replies[::per_stage]]
+        layer_forwards = sum(work.layer_forwards for work in works)
+        return arrays[0].copy(), replace(works[-1], layer_forwards=layer_forwards)
+
+    # -- requests path ---------------------------------------------------------------------------
+
+    def score_by_requests(
+        self, masks_MP: BoolArray, windows: TokenWindows, extra_metrics: Sequence[str] = ()
+    ) -> tuple[FloatArray, Work]:
+        """Metrics `float64[M, N, C]` by requests with prompt log-probabilities, and the work;
+        `extra_metrics` may be `misses`."""
+        from vllm import SamplingParams
+
+        started = time.perf_counter()
+        sorted_DP, inverse_M = sort_distinct(masks_MP)
+        # what follows the last scored position changes nothing before it
+        prompts = [
+            {"prompt_token_ids": row[: int(last)].tolist()}
+            for row, last in zip(windows.tokens_NT, windows.lengths_N, strict=True)
+        ]
+        parameters = SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=_LIKELIEST if extra_metrics else 0,
+            temperature=0,
+            detokenize=False,
+        )
+        values_DNC = np.empty((len(sorted_DP), windows.num_windows, 1 + len(extra_metrics)))
+        for row, mask_P in enumerate(sorted_DP):
+            self.set_mask(mask_P)
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+            for window, output in enumerate(outputs):
+                values_DNC[row, window] = _prompt_metrics(
+                    output, windows.scored_NT[window], extra_metrics
+                )
+        self.set_mask(np.ones(self.num_players, dtype=bool))
+        return values_DNC[inverse_M], Work(
+            masks=len(masks_MP),
+            distinct_masks=len(sorted_DP),
+            layer_forwards=int(sorted_DP.sum()),
+            skip_layer_forwards=int(np.asarray(masks_MP).sum()),
+            tokens=len(sorted_DP) * windows.tokens_NT.size,
+            seconds=time.perf_counter() - started,
+        )
+
+    def generate(
+        self,
+        mask_P: BoolArray,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+    ) -> list[list[int]]:
+        """Greedy continuations under a mask; see `engine.base.Generates`."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            max_tokens=max_new_tokens,
+            temperature=0,
+            detokenize=False,
+            stop_token_ids=list(end_ids),
+        )
+        requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        self.set_mask(mask_P)
+        outputs = self._llm.generate(requests, parameters, use_tqdm=False)
+        self.set_mask(np.ones(self.num_players, dtype=bool))
+        found = [list(output.outputs[0].token_ids) for output in outputs]
+        return [_until(tokens, end_ids) for tokens in found]
+
+
+def _prompt_metrics(output: Any, scored_T: BoolArray, extra_metrics: Sequence[str]) -> list[float]:
+    """NLL in nats and what `extra_metrics` names (`misses`), summed over the scored positions of a
+    finished request."""
+    tokens, nll, misses = output.prompt_token_ids, 0.0, 0
+    for position in np.flatnonzero(scored_T[: len(tokens)]):
+        token, found = tokens[position], output.prompt_logprobs[position]
+        nll -= found[token].logprob
+        misses += bool(extra_metrics) and token != _first_choice(found)
+    return [nll, *[float(misses) for _ in extra_metrics]]
+
+
+def _first_choice(found: Mapping[int, Any]) -> int:
+    """The likeliest token; of equals the first. vLLM's rank does not say: it counts equals, and
+    both of two tokens that share the highest logit have rank 2."""
+    highest = max(entry.logprob for entry in found.values())
+    return min(token for token, entry in found.items() if entry.logprob == highest)
+
+
+def _until(tokens: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Tokens before the first that ends."""
+    for position, token in enumerate(tokens):
+        if token in end_ids:
+            return tokens[:position]
+    return tokens

@@ -1,0 +1,115 @@
+"""Decoder layers patched once, so that a mask can skip them or a handler can run them one by one.
+
+Names nothing of vLLM: what a layer is comes from `worker/`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lpserve.errors import EngineError
+
+Handler = Callable[[int, dict[str, Any]], Any]
+"""(index of a layer on this rank, its arguments by name) -> what the layer returns."""
+
+
+class LayerTap:
+    """The layers of one rank, patched once: skipped by mask, or handed to a handler."""
+
+    def __init__(
+        self, layers: list[nn.Module], first: int, before_layer: Callable[[], None]
+    ) -> None:
+        self.layers = layers
+        self.first = first
+        """Index of the first of them in the model."""
+        self.keep = [True] * len(layers)
+        self.calls = [0] * len(layers)
+        """Times that each layer's own forward ran."""
+        self._before_layer = before_layer
+        self._handler: Handler | None = None
+        self._originals = [layer.forward for layer in layers]
+        self._signatures = [inspect.signature(original) for original in self._originals]
+        self.takes_residual = ["residual" in s.parameters for s in self._signatures]
+        for index, layer in enumerate(layers):
+            if hasattr(layer, "_lpserve_index"):
+                raise EngineError(f"layer {first + index} is patched already")
+            layer.forward = self._make(index)
+            layer._lpserve_index = index  # pyright: ignore[reportArgumentType]
+
+    def read_mask(self) -> list[bool]:
+        """The mask as the patches see it; refuses when a patch is not in place any more."""
+        for index, layer in enumerate(self.layers):
+            if getattr(layer.forward, "_lpserve_tap", None) is not self:
+                raise EngineError(f"layer {self.first + index} lost its patch")
+        return list(self.keep)
+
+    def skips(self, index: int) -> bool:
+        """Whether the mask leaves this layer out (requests)."""
+        return not self.keep[index]
+
+    def run(self, index: int, arguments: dict[str, Any]) -> Any:
+        """The layer's own forward."""
+        self.calls[index] += 1
+        return self._originals[index](**arguments)
+
+    @contextmanager
+    def handled(self, handler: Handler) -> Iterator[None]:
+        """Call `handler(index, arguments by name)` in place of the layers."""
+        self._handler = handler
+        try:
+            yield
+        finally:
+            self._handler = None
+
+    def _make(self, index: int) -> Callable[..., Any]:
+        signature, original = self._signatures[index], self._originals[index]
+        last = index == len(self.layers) - 1
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._before_layer()
+            if self._handler is not None:
+                return self._handler(index, _by_name(signature, args, kwargs))
+            if not self.skips(index):
+                self.calls[index] += 1
+                return original(*args, **kwargs)
+            arguments = _by_name(signature, args, kwargs)
+            return self.identity_output(index, arguments["hidden_states"], arguments, ends=last)
+
+        forward._lpserve_tap = self  # pyright: ignore[reportFunctionMemberAccess]
+        return forward
+
+    def identity_output(
+        self, index: int, hidden: torch.Tensor, arguments: dict[str, Any], *, ends: bool
+    ) -> Any:
+        """What a layer that does nothing returns. The last one owes the norm a residual."""
+        if not self.takes_residual[index]:
+            return hidden
+        residual = arguments["residual"]
+        return hidden, torch.zeros_like(hidden) if ends and residual is None else residual
+
+
+def _by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments by name, `**kwargs` of the layer spread out."""
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise EngineError(f"a layer takes its arguments as *{name}")
+        else:
+            named[name] = value
+    if not isinstance(named.get("hidden_states"), torch.Tensor):
+        raise EngineError("a layer takes no tensor named hidden_states")
+    named.setdefault("residual", None)
+    if "residual" not in signature.parameters:
+        named.pop("residual")
+    return named
