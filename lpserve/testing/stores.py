@@ -22,7 +22,7 @@ def make_game(model: str = "m", numerics: str = "float32", num_players: int = NU
 GAME = make_game()
 
 
-def random_windows(rng: np.random.Generator, num: int) -> TokenWindows:
+def drawn_windows(rng: np.random.Generator, num: int) -> TokenWindows:
     """Windows of 16 random tokens."""
     return TokenWindows.from_tokens(rng.integers(4096, size=(num, 16)))
 
@@ -71,7 +71,7 @@ def filled(
     shared: bool | None = None,
 ) -> tuple[TokenWindows, np.ndarray, np.ndarray]:
     """Write a store of random scores; its windows, masks and `nll[M, N]`."""
-    windows, masks = random_windows(rng, num_windows), random_masks(rng, num_masks)
+    windows, masks = drawn_windows(rng, num_windows), random_masks(rng, num_masks)
     nll = random_nll(rng, num_masks, num_windows)
     with Store(path, shared=shared) as store:
         put_all(store, windows, masks, nll)

@@ -29,13 +29,13 @@ from lpserve.store.lock import PathLock
 from lpserve.store.store import Store
 from lpserve.testing.stores import (
     GAME,
+    drawn_windows,
     filled,
     known_nll,
     numbered_score,
     put_all,
     random_masks,
     random_nll,
-    random_windows,
     same_bits,
 )
 
@@ -45,9 +45,9 @@ import numpy as np
 from lpserve.store import lease
 from lpserve.errors import StoreBusyError
 from lpserve.store.store import Store
-from lpserve.testing.stores import GAME, numbered_score, random_windows
+from lpserve.testing.stores import GAME, numbered_score, drawn_windows
 lease.LEASE_S, lease.BEAT_S = 5.0, 0.1
-windows = random_windows(np.random.default_rng(5), 4)
+windows = drawn_windows(np.random.default_rng(5), 4)
 with Store(sys.argv[1], holder="the night run", shared=True) as store:
     game, (block,) = store.game_id(GAME), store.blocks_for(windows)
     print("open", flush=True)
@@ -121,7 +121,7 @@ def sql(path: Path, statement: str) -> list[tuple]:
 
 def check_numbered(store: Store, numbers: list[int]) -> None:
     scores = [numbered_score(number) for number in numbers]
-    windows = random_windows(np.random.default_rng(5), 4)
+    windows = drawn_windows(np.random.default_rng(5), 4)
     got = known_nll(store, windows, np.concatenate([mask for mask, _ in scores]))
     assert same_bits(got, np.concatenate([nll for _, nll in scores]))
 
@@ -212,7 +212,7 @@ def test_a_holder_elsewhere_that_stands_still_is_followed_and_then_writes_nothin
                 words = ask(first, number)
                 assert "taken over by another writer" in words
                 assert "what was committed is kept: give the same command again" in words
-            put_all(store, random_windows(np.random.default_rng(5), 4), *numbered_score(9))
+            put_all(store, drawn_windows(np.random.default_rng(5), 4), *numbered_score(9))
             assert store.count() == 2
         assert "taken over" in ask(first, 4)  # given back is not given back to it
         with Store(path, shared=shared) as store:
@@ -346,7 +346,7 @@ def test_a_store_changes_its_journal_with_the_place_it_is_opened_at(tmp_path, rn
 
 
 def test_a_store_copied_with_its_log_is_whole_on_a_shared_path(tmp_path, rng):
-    windows, masks, nll = random_windows(rng, 6), random_masks(rng, 30), random_nll(rng, 30, 6)
+    windows, masks, nll = drawn_windows(rng, 6), random_masks(rng, 30), random_nll(rng, 30, 6)
     with Store(tmp_path / "a", shared=False) as store:
         put_all(store, windows, masks, nll)
         for end in ("", "-wal"):

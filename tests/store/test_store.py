@@ -23,6 +23,7 @@ from lpserve.store.store import Store
 from lpserve.testing.stores import (
     GAME,
     NUM_PLAYERS,
+    drawn_windows,
     filled,
     known_nll,
     make_game,
@@ -30,7 +31,6 @@ from lpserve.testing.stores import (
     put_all,
     random_masks,
     random_nll,
-    random_windows,
     same_bits,
 )
 
@@ -47,7 +47,7 @@ def shared(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 
 
 def test_scores_are_there_after_reopening(tmp_path, rng, shared):
-    windows, masks, nll = random_windows(rng, 9), random_masks(rng, 40), random_nll(rng, 40, 9)
+    windows, masks, nll = drawn_windows(rng, 9), random_masks(rng, 40), random_nll(rng, 40, 9)
     with Store(tmp_path / "a", shared=shared) as store:
         assert put_all(store, windows, masks, nll) == 40
     for _ in range(2):
@@ -59,7 +59,7 @@ def test_scores_are_there_after_reopening(tmp_path, rng, shared):
 
 
 def test_every_float32_comes_back_as_it_was(tmp_path, rng, shared):
-    windows, masks = random_windows(rng, 64), random_masks(rng, 30)
+    windows, masks = drawn_windows(rng, 64), random_masks(rng, 30)
     nll = rng.integers(1 << 32, size=(30, 64), dtype=np.uint32).view(np.float32)
     nll[0, :6] = [np.nan, np.inf, -np.inf, -0.0, 1e-45, 3.4028235e38]
     with Store(tmp_path / "a", shared=shared) as store:
@@ -71,7 +71,7 @@ def test_every_float32_comes_back_as_it_was(tmp_path, rng, shared):
 
 
 def test_float64_scores_are_rounded_and_beyond_float32_is_inf(tmp_path, rng):
-    windows, masks = random_windows(rng, 2), random_masks(rng, 1)
+    windows, masks = drawn_windows(rng, 2), random_masks(rng, 1)
     with Store(tmp_path / "a") as store:
         put_all(store, windows, masks, np.array([[0.1, 1e39]]))
         got = known_nll(store, windows, masks)
@@ -79,7 +79,7 @@ def test_float64_scores_are_rounded_and_beyond_float32_is_inf(tmp_path, rng):
 
 
 def test_writing_a_score_twice_keeps_the_first(tmp_path, rng, shared):
-    windows, masks, nll = random_windows(rng, 5), random_masks(rng, 30), random_nll(rng, 30, 5)
+    windows, masks, nll = drawn_windows(rng, 5), random_masks(rng, 30), random_nll(rng, 30, 5)
     with Store(tmp_path / "a", shared=shared) as store:
         assert put_all(store, windows, masks[:20], nll[:20]) == 20
         assert put_all(store, windows, masks[:20], -nll[:20]) == 0
@@ -89,7 +89,7 @@ def test_writing_a_score_twice_keeps_the_first(tmp_path, rng, shared):
 
 
 def test_unknown_masks_and_windows_are_told_apart_from_nan(tmp_path, rng):
-    windows, other = random_windows(rng, 4), random_windows(rng, 3)
+    windows, other = drawn_windows(rng, 4), drawn_windows(rng, 3)
     masks, nll = random_masks(rng, 10), random_nll(rng, 6, 4)
     nll[2, 1] = np.nan
     both = TokenWindows.concatenate(
@@ -104,7 +104,7 @@ def test_unknown_masks_and_windows_are_told_apart_from_nan(tmp_path, rng):
 
 
 def test_repeated_masks_and_windows_are_each_answered(tmp_path, rng):
-    windows, masks, nll = random_windows(rng, 5), random_masks(rng, 8), random_nll(rng, 8, 5)
+    windows, masks, nll = drawn_windows(rng, 5), random_masks(rng, 8), random_nll(rng, 8, 5)
     rows, columns = rng.integers(8, size=30), rng.integers(5, size=9)
     with Store(tmp_path / "a") as store:
         put_all(store, windows, masks, nll)
@@ -113,7 +113,7 @@ def test_repeated_masks_and_windows_are_each_answered(tmp_path, rng):
 
 
 def test_more_masks_than_one_query_takes_are_all_found(tmp_path, rng):
-    windows, masks, nll = random_windows(rng, 3), random_masks(rng, 1700), random_nll(rng, 1700, 3)
+    windows, masks, nll = drawn_windows(rng, 3), random_masks(rng, 1700), random_nll(rng, 1700, 3)
     with Store(tmp_path / "a") as store:
         put_all(store, windows, masks, nll)
         assert same_bits(known_nll(store, windows, masks), nll)
@@ -121,7 +121,7 @@ def test_more_masks_than_one_query_takes_are_all_found(tmp_path, rng):
 
 def test_games_and_metrics_do_not_mix(tmp_path, rng):
     games = [GAME, make_game("other"), make_game(numerics="bfloat16/x"), make_game(num_players=11)]
-    windows, mask, nll = random_windows(rng, 3), full_mask(NUM_PLAYERS)[None], random_nll(rng, 5, 3)
+    windows, mask, nll = drawn_windows(rng, 3), full_mask(NUM_PLAYERS)[None], random_nll(rng, 5, 3)
     with Store(tmp_path / "a") as store:
         ids = [store.game_id(game) for game in games]
         assert len(set(ids)) == 4
@@ -139,7 +139,7 @@ def test_games_and_metrics_do_not_mix(tmp_path, rng):
 
 def test_scores_of_another_shape_are_refused(tmp_path, rng):
     with Store(tmp_path / "a") as store:
-        block = store.blocks_for(random_windows(rng, 3))[0]
+        block = store.blocks_for(drawn_windows(rng, 3))[0]
         with pytest.raises(ValueError, match="masks of"):
             store.put(1, block, random_masks(rng, 2), random_nll(rng, 2, 4))
         assert store.count() == 0
@@ -149,7 +149,7 @@ def test_scores_of_another_shape_are_refused(tmp_path, rng):
 
 
 def test_blocks_cover_the_windows_once_and_stay_small(tmp_path, rng):
-    windows = random_windows(rng, 150)
+    windows = drawn_windows(rng, 150)
     with Store(tmp_path / "a") as store:
         blocks = store.blocks_for(windows)
         assert [len(b.rows) for b in blocks] == [MAX_BLOCK_WINDOWS, MAX_BLOCK_WINDOWS, 22]
@@ -161,7 +161,7 @@ def test_blocks_cover_the_windows_once_and_stay_small(tmp_path, rng):
 
 
 def test_more_windows_score_only_the_new_ones(tmp_path, rng, shared):
-    windows, masks, nll = random_windows(rng, 25), random_masks(rng, 20), random_nll(rng, 20, 25)
+    windows, masks, nll = drawn_windows(rng, 25), random_masks(rng, 20), random_nll(rng, 20, 25)
     order = rng.permutation(25)
     few, many = windows.select(order[:10]), windows.select(rng.permutation(25))
     with Store(tmp_path / "a", shared=shared) as store:
@@ -176,7 +176,7 @@ def test_more_windows_score_only_the_new_ones(tmp_path, rng, shared):
 
 def test_a_block_is_read_in_the_order_it_was_stored(tmp_path, rng):
     """Rows of a block refer to the windows asked for, in whatever order those come."""
-    windows, masks, nll = random_windows(rng, 12), random_masks(rng, 15), random_nll(rng, 15, 12)
+    windows, masks, nll = drawn_windows(rng, 12), random_masks(rng, 15), random_nll(rng, 15, 12)
     with Store(tmp_path / "a") as store:
         put_all(store, windows, masks[:5], nll[:5])
         for part in (masks[5:10], masks[10:]):
@@ -190,7 +190,7 @@ def test_a_block_is_read_in_the_order_it_was_stored(tmp_path, rng):
 @pytest.mark.parametrize("first", [10, 100])
 def test_any_subset_or_mixture_of_windows_is_read_back(first, tmp_path, rng):
     """Stored as few windows and then more, or the other way round."""
-    windows, masks, nll = random_windows(rng, 100), random_masks(rng, 12), random_nll(rng, 12, 100)
+    windows, masks, nll = drawn_windows(rng, 100), random_masks(rng, 12), random_nll(rng, 12, 100)
     with Store(tmp_path / "a") as store:
         for size in (first, 100, 10):
             put_all(store, windows.select(range(size)), masks, nll[:, :size])
@@ -200,7 +200,7 @@ def test_any_subset_or_mixture_of_windows_is_read_back(first, tmp_path, rng):
 
 
 def test_where_blocks_overlap_the_oldest_is_answered_and_read_once(tmp_path, rng):
-    windows, masks = random_windows(rng, 9), random_masks(rng, 4)
+    windows, masks = drawn_windows(rng, 9), random_masks(rng, 4)
     first, second = random_nll(rng, 3, 6), random_nll(rng, 4, 6)
     with Store(tmp_path / "a") as store:
         put_all(store, windows.select(range(6)), masks[:3], first)
@@ -227,7 +227,7 @@ def test_where_blocks_overlap_the_oldest_is_answered_and_read_once(tmp_path, rng
 
 
 def test_quarantine_is_kept_for_its_block_mask_game_and_metric(tmp_path, rng, shared):
-    windows, masks = random_windows(rng, 80), random_masks(rng, 3)
+    windows, masks = drawn_windows(rng, 80), random_masks(rng, 3)
     with Store(tmp_path / "a", shared=shared) as store:
         game, other = store.game_id(GAME), store.game_id(make_game("other"))
         first, second = store.blocks_for(windows)
@@ -311,7 +311,7 @@ def test_a_path_that_can_hold_no_store_is_refused(name, words, tmp_path):
 
 def test_a_full_disk_loses_nothing_and_the_store_goes_on_once_there_is_space(tmp_path, rng, shared):
     """SQLite's own SQLITE_FULL, by a page limit."""
-    windows, masks = random_windows(rng, 20), random_masks(rng, 2000)
+    windows, masks = drawn_windows(rng, 20), random_masks(rng, 2000)
     nll = random_nll(rng, 2000, 20)
     with Store(tmp_path / "a", shared=shared) as store:
         game, (block,) = store.game_id(GAME), store.blocks_for(windows)
@@ -483,9 +483,9 @@ PUT_AND_DIE = """
 import os, signal, sys
 import numpy as np
 from lpserve.store.store import Store
-from lpserve.testing.stores import GAME, random_windows
+from lpserve.testing.stores import GAME, drawn_windows
 store = Store(sys.argv[1])
-block = store.blocks_for(random_windows(np.random.default_rng(5), 4))[0]
+block = store.blocks_for(drawn_windows(np.random.default_rng(5), 4))[0]
 store.put(store.game_id(GAME), block, np.ones((1, 12), dtype=bool), np.ones((1, 4)))
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -518,8 +518,8 @@ PUT_IN_A_LOOP = """
 import sys
 import numpy as np
 from lpserve.store.store import Store
-from lpserve.testing.stores import GAME, numbered_score, random_windows
-windows = random_windows(np.random.default_rng(5), 4)
+from lpserve.testing.stores import GAME, numbered_score, drawn_windows
+windows = drawn_windows(np.random.default_rng(5), 4)
 with Store(sys.argv[1], shared=sys.argv[2] == "True") as store:
     game, (block,) = store.game_id(GAME), store.blocks_for(windows)
     for number in range(int(sys.argv[3]), 1 << 12):
@@ -532,7 +532,7 @@ with Store(sys.argv[1], shared=sys.argv[2] == "True") as store:
 @pytest.mark.process
 def test_every_put_that_returned_survives_sigkill(tmp_path, rng, shared):
     path, done = tmp_path / "a", 0
-    windows = random_windows(np.random.default_rng(5), 4)
+    windows = drawn_windows(np.random.default_rng(5), 4)
     for _ in range(4):
         with python(PUT_IN_A_LOOP, path, shared, done) as process:
             assert process.stdout is not None

@@ -21,11 +21,11 @@ from lpserve.masks import full_mask
 from lpserve.store.store import Store
 from lpserve.store.tables import SCHEMA, export_scores, import_scores
 from lpserve.testing.stores import (
+    drawn_windows,
     make_game,
     put_all,
     random_masks,
     random_nll,
-    random_windows,
     same_bits,
 )
 from lpserve.types import Game, Player
@@ -36,7 +36,7 @@ GAMES = [make_game(), make_game("other", "bfloat16/x"), make_game(num_players=5)
 
 def fill(store: Store, rng) -> TokenWindows:
     """Three games on overlapping blocks, every kind of float32, two metrics; all the windows."""
-    windows = random_windows(rng, 100)
+    windows = drawn_windows(rng, 100)
     for game in GAMES:
         game_id, players = store.game_id(game), len(game.players)
         for some in (range(20), range(100), range(10, 30)):
@@ -137,7 +137,7 @@ def as_text(row: dict[str, Any]) -> dict[str, str]:
 
 
 def test_blocks_stay_as_they_were_so_that_more_windows_score_only_new_ones(tmp_path, rng):
-    windows, masks = random_windows(rng, 150), random_masks(rng, 30)
+    windows, masks = drawn_windows(rng, 150), random_masks(rng, 30)
     path = tmp_path / "scores.parquet"
     with Store(tmp_path / "a") as store:
         put_all(store, windows.select(range(20)), masks, random_nll(rng, 30, 20))
@@ -153,7 +153,7 @@ def test_blocks_stay_as_they_were_so_that_more_windows_score_only_new_ones(tmp_p
 @pytest.mark.parametrize("order", ["shuffled", "by window"])
 def test_rows_in_any_order_give_the_same_scores(order, tmp_path, rng):
     path = tmp_path / "scores.parquet"
-    windows, masks, nll = random_windows(rng, 6), random_masks(rng, 40), random_nll(rng, 40, 6)
+    windows, masks, nll = drawn_windows(rng, 6), random_masks(rng, 40), random_nll(rng, 40, 6)
     with Store(tmp_path / "a") as store:
         put_all(store, windows, masks, nll)
         export_scores(store, path)
@@ -172,7 +172,7 @@ def test_rows_in_any_order_give_the_same_scores(order, tmp_path, rng):
 
 
 def test_what_the_store_holds_already_stays_and_only_the_rest_is_added(tmp_path, rng):
-    windows, masks, nll = random_windows(rng, 8), random_masks(rng, 30), random_nll(rng, 30, 8)
+    windows, masks, nll = drawn_windows(rng, 8), random_masks(rng, 30), random_nll(rng, 30, 8)
     path = tmp_path / "scores.csv"
     with Store(tmp_path / "a") as store:
         put_all(store, windows, masks, nll)
@@ -190,7 +190,7 @@ def test_what_the_store_holds_already_stays_and_only_the_rest_is_added(tmp_path,
 
 def test_tables_of_other_tools_are_read(tmp_path, rng):
     """Other column order and types, columns of one's own, repeated rows: the first one counts."""
-    windows, masks, nll = random_windows(rng, 6), random_masks(rng, 20), random_nll(rng, 20, 6)
+    windows, masks, nll = drawn_windows(rng, 6), random_masks(rng, 20), random_nll(rng, 20, 6)
     path, other = tmp_path / "scores.parquet", tmp_path / "other.parquet"
     with Store(tmp_path / "a") as store:
         put_all(store, windows, masks, nll)
@@ -314,7 +314,7 @@ def test_files_that_are_no_tables_are_refused(content, suffix, tmp_path):
 def exported_rows(tmp_path: Path, rng) -> list[dict[str, Any]]:
     with Store(tmp_path / "a") as store:
         masks = random_masks(rng, 5)
-        put_all(store, random_windows(rng, 4), masks, random_nll(rng, 5, 4))
+        put_all(store, drawn_windows(rng, 4), masks, random_nll(rng, 5, 4))
         export_scores(store, tmp_path / "scores.parquet")
     return read_rows(tmp_path / "scores.parquet")
 
@@ -373,7 +373,7 @@ def test_an_export_without_space_leaves_the_earlier_file_and_nothing_else(suffix
     path = tmp_path / f"scores.{suffix}"
     path.write_text("an earlier one")
     with Store(tmp_path / "a") as store:
-        put_all(store, random_windows(rng, 20), random_masks(rng, 50), random_nll(rng, 50, 20))
+        put_all(store, drawn_windows(rng, 20), random_masks(rng, 50), random_nll(rng, 50, 20))
     done = subprocess.run(
         [sys.executable, "-c", EXPORT_WITH_LIMIT, str(tmp_path / "a"), str(path)],
         capture_output=True,
