@@ -19,8 +19,7 @@ import numpy as np
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.vllm.engine import VllmEngine
 from lpserve.errors import LpserveError
-from lpserve.types import EngineSpec
-from tests.reference import (
+from lpserve.testing.reference import (
     VLLM_FAMILIES,
     reference_model,
     save_model,
@@ -28,6 +27,7 @@ from tests.reference import (
     window_nll,
     with_layers_deleted,
 )
+from lpserve.types import EngineSpec
 
 NUM_LAYERS = 6
 ATTENTION = {

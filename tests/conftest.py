@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from tests.reference import save_model, small_config
+from lpserve.testing.reference import save_model, small_config
+from lpserve.testing.runs import write_texts
 
 # in the environment, so that pytest's worker processes have the one that is told
 SEED = int(os.environ.setdefault("LPSERVE_TEST_SEED", str(secrets.randbits(31))))
@@ -44,6 +45,12 @@ def statistical_rng(request: pytest.FixtureRequest) -> np.random.Generator:
 def module_rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """`rng` for the fixtures of a module."""
     return drawn_for(request, SEED)
+
+
+@pytest.fixture
+def texts(tmp_path: Path, rng: np.random.Generator) -> dict[str, str]:
+    """Calibration and held-out windows as .npz: name -> path."""
+    return write_texts(tmp_path, rng)
 
 
 @pytest.fixture

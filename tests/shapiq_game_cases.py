@@ -30,7 +30,6 @@ from lpserve.shapiq_game import LayerGame
 from lpserve.surrogate import make_surrogate
 from lpserve.types import EngineSpec
 from lpserve.values.exact import exact_values
-from tests.test_architecture import MODULES, imports, module_name
 
 UTILITIES = ("neg_nll", "ppl_ratio")
 """Those that every engine can score; the others have a test of their own."""
@@ -416,7 +415,7 @@ def test_masks_of_a_run_without_a_finite_score_follow_the_utilitys_rule(make_run
     nll = scored.nll_MI.copy()
     nll[given_up] = np.nan
     nll[broken, 1] = np.inf
-    scored = replace(scored, nll_MN=nll)
+    scored = replace(scored, nll_MI=nll)
     warned = pytest.warns(RuntimeWarning, match="1 masks have no finite score")
     with warned if utility == "neg_nll" else contextlib.nullcontext():
         game = LayerGame.from_run(scored, normalize=False)
@@ -441,7 +440,7 @@ def test_a_mask_of_a_run_that_was_scored_on_a_screen_alone_has_no_score(make_run
     screened = np.flatnonzero(scored.masks_MP.any(axis=1) & ~scored.masks_MP.all(axis=1))[2]
     nll = scored.nll_MI.copy()
     nll[screened, 1:] = np.nan
-    scored = replace(scored, nll_MN=nll, screen=(0,))
+    scored = replace(scored, nll_MI=nll, screen=(0,))
     game = LayerGame.from_run(scored, normalize=False)
     with pytest.raises(InputError, match="1 of 1 new coalitions"):
         game(scored.masks_MP[screened])
@@ -458,15 +457,6 @@ def test_without_shapiq_the_import_says_what_to_install():
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("lpserve.errors.InputError: lpserve.shapiq_game needs shapiq")
     assert 'pip install "lpserve[shapiq]"' in last
-
-
-def test_no_other_module_needs_shapiq():
-    users = {
-        module_name(path)
-        for path in MODULES
-        if any(name.split(".")[0] == "shapiq" for name in imports(path))
-    }
-    assert users == {"shapiq_game"}
 
 
 @pytest.mark.filterwarnings("ignore:Not all budget is required")  # 64 masks, a budget of 400

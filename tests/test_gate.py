@@ -16,8 +16,8 @@ import pyarrow.parquet as parquet
 import pytest
 
 from lpserve.export.export import export_checkpoint
+from lpserve.testing.reference import save_model, small_config
 from tests.gate.cases import CASES, EXPECTED, arithmetic, command, run_case
-from tests.reference import save_model, small_config
 
 EXPORTED = ("llama", "qwen3", "mistral-window", "gemma2", "gemma3", "gpt2", "gpt-neox", "mixtral")
 REMOVED = [1, 4]
@@ -29,6 +29,7 @@ def same_arithmetic() -> bool:
     return arithmetic() == (EXPECTED / "arithmetic.txt").read_text().strip()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.slow else []) for c in CASES],

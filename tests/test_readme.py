@@ -12,6 +12,7 @@ import pytest
 import lpserve
 from lpserve.errors import InputError
 from lpserve.report.plots import plot_interactions, plot_plan, plot_values
+from lpserve.testing.runs import plan_of_another_model
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BUNDLED = "from lpserve.demo import FOLDER"
@@ -60,7 +61,6 @@ def test_figures_show_values_and_intervals(rng):
 
 
 def test_figures_show_a_plan_without_held_out_windows(tmp_path):
-    from tests.test_evaluate import plan_of_another_model
 
     path = tmp_path / "plan.json"
     path.write_text(plan_of_another_model())

@@ -10,6 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.process
+
 CASES = Path(__file__).with_name("shapiq_game_cases.py")
 
 

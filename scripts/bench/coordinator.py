@@ -48,13 +48,13 @@ from lpserve.scoring.ray.pool import RayPool
 from lpserve.scoring.tracker import ScoreRequest, ScoreTracker
 from lpserve.scoring.units import GivenUp
 from lpserve.store.store import Store
+from lpserve.testing.pools import distinct_masks
 from lpserve.types import BoolArray, EngineSpec
 
 NUM_PLAYERS, NUM_WINDOWS, LENGTH = 32, 10, 128
 BATCH_S = 1.0
 ENGINE_COUNTS = (1, 4, 16)
 FEED_TARGET, IDLE_TARGET, LAG_TARGET_S = 20_000.0, 0.02, 0.010
-REQUEST = 20_000
 
 
 @dataclass
@@ -149,17 +149,8 @@ def windows() -> TokenWindows:
     return TokenWindows.from_tokens(tokens)
 
 
-def distinct_masks(count: int) -> Iterator[BoolArray]:
-    """Distinct masks, `REQUEST` at a time: an odd multiplier permutes the 32-bit numbers."""
-    assert NUM_PLAYERS == 32
-    for start in range(0, count, REQUEST):
-        numbers = np.arange(start, min(start + REQUEST, count), dtype=np.uint32) * 2654435761
-        words = numbers.astype(">u4").view(np.uint8).reshape(-1, 4)
-        yield np.unpackbits(words, axis=1).astype(bool)
-
-
 def stream(engines: int, masks: int, delay_s: float, batch_s: float) -> Stream:
-    """Score distinct masks; at most two requests of `REQUEST` masks are open."""
+    """Score distinct masks; at most two requests of `REQUEST_MASKS` masks are open."""
     lpserve.scoring.pace.TARGET_UNIT_S = batch_s
     options = {"num_players": NUM_PLAYERS, "delay_s": delay_s}
     spec = EngineSpec(kind="synthetic", model="", options=options)

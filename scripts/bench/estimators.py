@@ -55,7 +55,8 @@ from lpserve.rivals.paper import PAPER_COALITIONS, PAPER_DRAWS, paper_draws
 from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, select_for_values
 from lpserve.rounds.settings import RoundSettings
 from lpserve.surrogate import QUICK_TUNING_MASKS, AutoSurrogate, PaperSurrogate
-from lpserve.types import UTILITIES, Z90, BoolArray, FloatArray, utilities
+from lpserve.types import Z90, BoolArray, FloatArray
+from lpserve.utility import TEXT_UTILITIES, utility_named
 from lpserve.values.exact import exact_values
 from lpserve.values.sampling import monte_carlo_values
 
@@ -88,7 +89,7 @@ class ExactGame:
 
     def utility(self, name: str, nll_MN: np.ndarray) -> FloatArray:
         full_N = self.nll_CN[self.row_of[-1]].astype(np.float64)
-        return utilities(name, nll_MN.astype(np.float64), self.tokens_N, full_N)
+        return utility_named(name).of(nll_MN.astype(np.float64), self.tokens_N, full_N)
 
     def exact(self, name: str, sizes: tuple[int, int]) -> FloatArray:
         masks_MP = self.known_masks()
@@ -193,7 +194,7 @@ def for_values(
 def value_lines(game: ExactGame, args: argparse.Namespace) -> list[str]:
     players = game.num_players
     lines = []
-    for utility in args.utility or UTILITIES:
+    for utility in args.utility or TEXT_UTILITIES:
         for low in (players - args.max_removed, 0):
             if low < game.least_kept:
                 continue
@@ -363,7 +364,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="keep the scored game")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--max-removed", type=int, default=None, help="default: half the players")
-    parser.add_argument("--utility", action="append", choices=UTILITIES, help="default: all")
+    parser.add_argument("--utility", action="append", choices=TEXT_UTILITIES, help="default: all")
     parser.add_argument("--most", type=int, default=800, help="largest budget")
     parser.add_argument("--shapiq", help="python with shapiq, for its approximators")
     parser.add_argument("--out", type=Path, help="also write the tables here")

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python scripts/bench/large_games.py --players 32,80 --seeds 5 --out large_games.md
 
-The games are those of `synthetic_games.py`: exact truncated values by construction, windows from a
-known distribution, interactions fitted to a real game's. Rounds are played as a run plays them
-(`RoundPlanner`, goal `both`) and cut at each budget.
+The games are those of `lpserve.testing.layer_games`: exact truncated values by construction,
+windows from a known distribution, interactions fitted to a real game's. Rounds are played as a run
+plays them (`RoundPlanner`, goal `both`) and cut at each budget.
 
 * Error: of the truncated values of these windows, squared, over the mean square of the exact ones.
 * Inside 90%: how often `stderr_P` holds the exact value of these windows, and `total_stderr_P` that
@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 from played_rounds import played_rounds
 from probes import machine_lines, publish
-from synthetic_games import NUM_TOKENS, ProductGame, layer_game, reference_best
 from threadpoolctl import threadpool_limits
 
 import lpserve
@@ -39,6 +38,7 @@ from lpserve.rivals.paper import PAPER_DRAWS, paper
 from lpserve.rivals.proposer import Proposer, drive
 from lpserve.rounds.settings import RoundSettings
 from lpserve.surrogate import make_surrogate
+from lpserve.testing.layer_games import NUM_TOKENS, ProductGame, layer_game, reference_best
 from lpserve.types import Z90, BoolArray, FloatArray
 
 BUDGETS = {12: (100, 200, 400), 32: (200, 400, 800, 1600), 80: (500, 1000, 2000, 4000)}

@@ -24,219 +24,24 @@ engine-hours the share lost is (restart + 2 s) / F; a hang adds its deadline of 
 from __future__ import annotations
 
 import argparse
-import heapq
-import itertools
 import time
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from coordinator import NUM_PLAYERS, REQUEST, distinct_masks
 from probes import publish
 
 from lpserve.data.windows import TokenWindows
 from lpserve.scoring.dispatcher import Dispatcher
-from lpserve.scoring.pool import UnitResult, WorkUnit
-from lpserve.scoring.progress import RunState
 from lpserve.scoring.ray.fleet import DEADLINE_FACTOR, MIN_DEADLINE_S
 from lpserve.scoring.units import GivenUp
 from lpserve.store.blocks import WindowBlock
-from lpserve.types import BoolArray, EngineInfo, Scores, Work
+from lpserve.testing.pools import SimulatedPool, SimulationSetting, distinct_masks
+from lpserve.types import BoolArray
 
 TARGET = 0.95
 GPU_HOURS_A_FAILURE = 50_677.0
 """419 unexpected interruptions in 54 days on 16,384 GPUs (Llama 3, arXiv 2407.21783, 3.3.4)."""
-TICK_S = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is simulated; times in seconds."""
-
-    name: str
-    engines: int = 1000
-    masks: int
-    mask_s: float
-    """At an engine of speed 1."""
-    round_masks: int
-    refit_s: float = 5.0
-    failure_h: float | None = None
-    """Engine-hours between two failures; None: none."""
-    hang_share: float = 0.1
-    restart_s: float = 300.0
-    unit_cost_s: float
-    mask_cost_s: float
-    seed: int = 0
-
-
-@dataclass(eq=False)
-class Task:
-    unit: WorkUnit
-    seconds: float
-    expected_s: float | None
-    started: float = 0.0
-
-
-@dataclass(eq=False)
-class SimulatedEngine:
-    name: str
-    speed: float
-    life: int = 0
-    """Counts restarts: events of an earlier life are void."""
-    up: bool = True
-    hangs: bool = False
-    tasks: deque[Task] = field(default_factory=deque)
-
-
-class SimulatedPool:
-    """See `lpserve.scoring.pool.EnginePool`; time passes in `next` alone."""
-
-    info: EngineInfo
-
-    def __init__(self, setting: Setting) -> None:
-        self._s = setting
-        self._rng = np.random.default_rng(setting.seed)
-        self.now = 0.0
-        self._order = itertools.count()
-        self._events: list[tuple[float, int, str, Any, int]] = []
-        self._done: deque[UnitResult] = deque()
-        self.proposed: deque[int] = deque()
-        self.failures = self.submits = 0
-        speeds = self._speeds()
-        self.speed = sum(speeds)
-        self._all = {f"e{i}": SimulatedEngine(f"e{i}", s) for i, s in enumerate(speeds)}
-        for engine in self._all.values():
-            self._plan_failure(engine)
-        self._note_engines()
-        self._ticked = False
-        self._at(TICK_S, "tick", None, 0)
-
-    def _speeds(self) -> list[float]:
-        """Log-normal around 1 by 10%; one in twenty half as fast, one in a hundred a fifth."""
-        speed = np.exp(self._rng.normal(0, 0.1, self._s.engines))
-        kind = self._rng.random(self._s.engines)
-        return np.where(kind < 0.01, speed / 5, np.where(kind < 0.06, speed / 2, speed)).tolist()
-
-    @property
-    def engines(self) -> Mapping[str, str]:
-        return self._engines
-
-    def _note_engines(self) -> None:
-        self._engines = {e.name: e.name for e in self._all.values() if e.up}
-
-    def register(self, windows: TokenWindows) -> str:
-        return windows.content_hash
-
-    def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
-        self.submits += 1
-        noise = float(np.exp(self._rng.normal(0, 0.05)))
-        where = self._all[engine]
-        seconds = len(unit.masks_MP) * self._s.mask_s / where.speed * noise
-        where.tasks.append(Task(unit=unit, seconds=seconds, expected_s=expected_s))
-        if len(where.tasks) == 1:
-            self._begin(where)
-
-    def cancel(self, unit: WorkUnit, engine: str) -> None:
-        where = self._all[engine]
-        for task in list(where.tasks)[1:]:
-            if task.unit is unit:
-                where.tasks.remove(task)
-                result = UnitResult(unit=unit, scores=None, engine=engine, blamed=False)
-                self._done.append(result)
-
-    def publish(self, state: RunState) -> None: ...
-
-    def close(self) -> None: ...
-
-    def propose_at(self, when: float, index: int) -> None:
-        self._at(when, "proposal", index, 0)
-
-    def next(self, timeout_s: float) -> UnitResult | None:
-        """The next result; None at a tick, or when a proposal is due (it is in `proposed`)."""
-        while not self._done:
-            if self.proposed or self._ticked:
-                self._ticked = False
-                return None
-            when, _, kind, what, life = heapq.heappop(self._events)
-            self.now = max(self.now, when)
-            getattr(self, f"_{kind}")(what, life)
-        result = self._done.popleft()
-        self.now += self._s.unit_cost_s + self._s.mask_cost_s * len(result.unit.masks_MP)
-        return result
-
-    # -- events ----------------------------------------------------------------------------------
-
-    def _at(self, when: float, kind: str, what: Any, life: int) -> None:
-        heapq.heappush(self._events, (when, next(self._order), kind, what, life))
-
-    def _proposal(self, index: int, _: int) -> None:
-        self.proposed.append(index)
-
-    def _answer(self, engine: SimulatedEngine, life: int) -> None:
-        if life != engine.life or engine.hangs:
-            return
-        task = engine.tasks.popleft()
-        if engine.tasks:
-            self._begin(engine)
-        num_masks = len(task.unit.masks_MP)
-        work = Work(masks=num_masks, distinct_masks=num_masks, seconds=task.seconds)
-        nll_MN, tokens_N = np.zeros((num_masks, 1)), np.ones(1, dtype=np.int64)
-        scores = Scores(nll_MN=nll_MN, num_tokens_N=tokens_N, work=work)
-        self._done.append(UnitResult(unit=task.unit, scores=scores, engine=engine.name))
-
-    def _failure(self, engine: SimulatedEngine, life: int) -> None:
-        if life != engine.life:
-            return
-        self.failures += 1
-        if engine.tasks and self._rng.random() < self._s.hang_share:
-            engine.hangs = True  # a tick ends it at its deadline
-        else:
-            self._lose(engine)
-
-    def _lose(self, engine: SimulatedEngine) -> None:
-        for position, task in enumerate(engine.tasks):
-            first = position == 0
-            self._done.append(
-                UnitResult(
-                    unit=task.unit,
-                    scores=None,
-                    engine=engine.name,
-                    error="died",
-                    blamed=first,
-                    lost=first,
-                )
-            )
-        engine.tasks.clear()
-        engine.up, engine.hangs, engine.life = False, False, engine.life + 1
-        self._note_engines()
-        self._at(self.now + self._s.restart_s, "restart", engine, engine.life)
-
-    def _restart(self, engine: SimulatedEngine, life: int) -> None:
-        engine.up = True
-        self._note_engines()
-        self._plan_failure(engine)
-
-    def _tick(self, _: Any, __: int) -> None:
-        self._at(self.now + TICK_S, "tick", None, 0)
-        self._ticked = True
-        for engine in self._all.values():
-            if engine.hangs:
-                task = engine.tasks[0]
-                allowed_s = max(MIN_DEADLINE_S, DEADLINE_FACTOR * (task.expected_s or 0.0))
-                if self.now - task.started > allowed_s:
-                    self._lose(engine)
-
-    def _begin(self, engine: SimulatedEngine) -> None:
-        engine.tasks[0].started = self.now
-        self._at(self.now + engine.tasks[0].seconds, "answer", engine, engine.life)
-
-    def _plan_failure(self, engine: SimulatedEngine) -> None:
-        if self._s.failure_h is not None:
-            after = float(self._rng.exponential(3600 * self._s.failure_h))
-            self._at(self.now + after, "failure", engine, engine.life)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +57,7 @@ class Outcome:
     took_s: float
 
 
-def simulate(setting: Setting) -> Outcome:
+def simulate(setting: SimulationSetting) -> Outcome:
     """Score all masks, round after round."""
     began = time.perf_counter()
     pool = SimulatedPool(setting)
@@ -296,7 +101,7 @@ def simulate(setting: Setting) -> Outcome:
     )
 
 
-def _rounds(setting: Setting) -> list[BoolArray]:
+def _rounds(setting: SimulationSetting) -> list[BoolArray]:
     chunks = list(distinct_masks(setting.masks))
     masks_MP = np.concatenate(chunks)
     return [
@@ -305,18 +110,23 @@ def _rounds(setting: Setting) -> list[BoolArray]:
     ]
 
 
-def settings(args: argparse.Namespace) -> list[Setting]:
+def settings(args: argparse.Namespace) -> list[SimulationSetting]:
     engine_h = GPU_HOURS_A_FAILURE / 8
     costs = {"unit_cost_s": args.unit_ms / 1e3, "mask_cost_s": args.mask_us / 1e6}
+    costs |= {"min_deadline_s": MIN_DEADLINE_S, "deadline_factor": DEADLINE_FACTOR}
     fine = {"masks": 600_000, "mask_s": 0.5, "round_masks": 32_000, **costs}
     coarse = {"masks": 200_000, "mask_s": 5.0, "round_masks": 16_000, **costs}
     return [
-        Setting(name="0.5 s a mask, no failures", **fine),
-        Setting(name="0.5 s a mask, failures as published", failure_h=engine_h, **fine),
-        Setting(name="the same, failures 300 times as often", failure_h=engine_h / 300, **fine),
-        Setting(name="5 s a mask, failures as published", failure_h=engine_h, **coarse),
-        Setting(name="the same, failures 300 times as often", failure_h=engine_h / 300, **coarse),
-        Setting(name="0.5 s a mask, rounds too small", **(fine | {"round_masks": 4_000})),
+        SimulationSetting(name="0.5 s a mask, no failures", **fine),
+        SimulationSetting(name="0.5 s a mask, failures as published", failure_h=engine_h, **fine),
+        SimulationSetting(
+            name="the same, failures 300 times as often", failure_h=engine_h / 300, **fine
+        ),
+        SimulationSetting(name="5 s a mask, failures as published", failure_h=engine_h, **coarse),
+        SimulationSetting(
+            name="the same, failures 300 times as often", failure_h=engine_h / 300, **coarse
+        ),
+        SimulationSetting(name="0.5 s a mask, rounds too small", **(fine | {"round_masks": 4_000})),
     ]
 
 
@@ -326,8 +136,6 @@ def main() -> None:
     parser.add_argument("--unit-ms", type=float, required=True, help="driver, an answer")
     parser.add_argument("--mask-us", type=float, required=True, help="driver, a mask")
     args = parser.parse_args()
-    assert NUM_PLAYERS == 32
-    assert REQUEST
     lines = [
         "# 1,000 engines, simulated",
         "",

@@ -14,8 +14,8 @@ from lpserve.engine import base, build_engine
 from lpserve.engine.registry import ENGINE_KINDS, check_engine_kind, engine_kind, shown_kinds
 from lpserve.errors import InputError
 from lpserve.runner.setup import num_players_of
+from lpserve.testing.parity import NUM_LAYERS, some_windows
 from lpserve.types import EngineSpec
-from tests.engine.test_hf_parity import NUM_LAYERS, some_windows
 
 UNKNOWN = "engine must be one of transformers, vllm, synthetic: got 'sglang'"
 

@@ -176,6 +176,7 @@ print(24 * 2**20 + chunk, *seen)
 """
 
 
+@pytest.mark.process
 def test_memory_stays_within_the_budget_and_flat_over_ten_thousand_masks(model_dir):
     """RSS above RSS after loading: at most 1.2 x (state budget + head chunk), and flat."""
     done = subprocess.run(

@@ -17,7 +17,7 @@ from lpserve.model.architecture import (
     required,
 )
 from lpserve.model.checkpoint import read_checkpoint
-from tests.reference import small_config
+from lpserve.testing.reference import small_config
 
 LLAMA = {
     "num_hidden_layers": 6,

@@ -1,0 +1,290 @@
+"""The whole job over the synthetic engine: a known game, real store, real files, real signals.
+
+Not covered here: real models (test_cli, test_kills).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lpserve
+from lpserve.analysis.record import read_record
+from lpserve.errors import EngineError, InputError, RunInterrupted
+from lpserve.masks import all_masks, keys, without
+from lpserve.runner.run import run
+from lpserve.testing.runs import NUM_PLAYERS as P
+from lpserve.testing.runs import known_game, make_config, stored_count, stored_scores
+from lpserve.values.exact import exact_values
+
+
+def test_a_run_finds_the_best_sets_and_writes_everything(tmp_path, texts):
+    result = run(make_config(tmp_path, texts))
+    folder, plan = result.folder, result.outcome.plan
+    for name in (
+        "config.json",
+        "scores.sqlite",
+        "shapley.csv",
+        "plan.json",
+        "report.html",
+        "events.jsonl",
+        "windows.npz",
+        "scores.npz",
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert plan.masks_scored == 90
+    game = known_game(texts)
+    for entry in plan.plans:
+        masks = all_masks(P, P - entry.num_removed)
+        best = masks[game.mean_nll(masks).argmin()]
+        assert entry.removed == [int(i) for i in np.flatnonzero(~best)]
+        expected = game.score(best[None]).perplexity_M()[0]
+        assert entry.calibration_ppl == pytest.approx(expected, rel=1e-6)  # float32 storage
+        assert entry.heldout_ppl is not None
+    stored = json.loads((folder / "plan.json").read_text())
+    assert stored["format"] == 1
+    assert [e["num_removed"] for e in stored["plans"]] == [1, 2, 3, 4]
+    assert stored["players"][2] == {"index": 2, "layer": 2, "part": "layer"}
+    assert lpserve.load_plan(folder / "plan.json") == plan
+    report = (folder / "report.html").read_text()
+    assert "<svg" in report
+    assert plan.stopped == "the budget of 90 masks is spent"
+    assert plan.stopped in report
+    seen = set(keys(result.outcome.scored.masks_MP))
+    for entry in plan.plans:
+        if entry.unseen is not None:
+            assert 0 <= entry.unseen.chance <= 1
+            assert len(entry.unseen.removed) == entry.num_removed
+            assert keys(without(P, entry.unseen.removed)[None])[0] not in seen
+        # every window weighs all masks of this game alike: nothing depends on the windows
+        assert entry.stability is not None
+        assert entry.stability["stays_best"] == 1.0
+        assert entry.stability["halves_regret"] == pytest.approx(0, abs=1e-6)
+    with (folder / "interactions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == P * (P - 1) // 2
+    strength = [abs(float(row["interaction"])) for row in rows]
+    assert strength == sorted(strength, reverse=True)
+
+
+def test_values_are_those_of_the_known_game(tmp_path, texts):
+    result = run(make_config(tmp_path, texts, budget=256, sizes=[0, P - 1]))
+    masks = all_masks(P)
+    scores = known_game(texts).score(masks)
+    exact = exact_values(masks, -scores.mean_nll_M()[:, None], (0, P - 1))[:, 0]
+    with (result.folder / "shapley.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    values = np.array([float(row["value"]) for row in rows])
+    errors = np.array([float(row["total_stderr"]) for row in rows])
+    # scores are stored as float32: 1e-7 of NLLs near 1, over small differences
+    assert np.abs(values - exact).max() < max(1e-6, 4 * float(errors.max()))
+    assert {row["k_min"] for row in rows} == {"0"}
+
+
+def test_a_finished_run_again_scores_nothing_and_gives_the_same_plan(tmp_path, texts):
+    config = make_config(tmp_path, texts)
+    first = run(config)
+    before = stored_scores(first.folder / "scores.sqlite")
+    text = (first.folder / "plan.json").read_text()
+    poisoned = dict(config.engine_options)  # an engine that would fail if it were asked
+    again = run(config)
+    assert stored_scores(again.folder / "scores.sqlite") == before
+    assert (again.folder / "plan.json").read_text() == text
+    assert poisoned == config.engine_options
+
+
+def test_a_larger_budget_extends_the_same_sequence(tmp_path, texts):
+    small = read_record(run(make_config(tmp_path, texts, budget=60)).folder)
+    large = read_record(run(make_config(tmp_path, texts, budget=90)).folder)
+    alone = read_record(run(make_config(tmp_path, texts, out=str(tmp_path / "alone"))).folder)
+    assert (large.masks_MP[:60] == small.masks_MP).all()
+    assert (large.masks_MP == alone.masks_MP).all()
+
+
+def test_a_shared_store_saves_the_scoring_and_changes_no_proposal(tmp_path, texts):
+    store = str(tmp_path / "shared.sqlite")
+    first = run(make_config(tmp_path, texts, store=store, out=str(tmp_path / "a")))
+    before = stored_scores(Path(store))
+    second = run(make_config(tmp_path, texts, store=store, out=str(tmp_path / "b")))
+    assert stored_scores(Path(store)) == before
+    assert first.outcome.plan == second.outcome.plan
+    events = [
+        json.loads(line)
+        for line in (tmp_path / "b" / "events.jsonl").read_text().split("\n")
+        if line
+    ]
+    assert events[-1]["event"] == "finished"
+
+
+def test_a_poisoned_mask_is_left_out_and_the_rest_is_scored(tmp_path, texts):
+    poison = "".join("01"[int(b)] for b in without(P, [2]))
+    options = {"num_players": P, "game_seed": 3, "poison": [poison]}
+    result = run(make_config(tmp_path, texts, engine_options=options))
+    assert set(result.outcome.quarantined) == {poison}
+    assert "poisoned" in result.outcome.quarantined[poison]
+    assert result.outcome.plan.masks_scored == 89
+    assert all(entry.removed != [2] for entry in result.outcome.plan.plans)
+    assert poison in (result.folder / "report.html").read_text()
+    again = run(make_config(tmp_path, texts, engine_options=options))
+    assert again.outcome.plan == result.outcome.plan
+
+
+def test_non_finite_scores_are_stored_and_never_chosen(tmp_path, texts):
+    bad = ["".join("01"[int(b)] for b in without(P, [i])) for i in (1, 4)]
+    options = {"num_players": P, "game_seed": 3, "nan": bad}
+    result = run(make_config(tmp_path, texts, engine_options=options))
+    stored = stored_scores(result.folder / "scores.sqlite")
+    nan_masks = {mask for (mask, _), nll in stored.items() if np.isnan(nll)}
+    assert nan_masks == set(keys(np.array([without(P, [1]), without(P, [4])])))
+    assert all(e.removed not in ([1], [4]) for e in result.outcome.plan.plans)
+    assert np.isfinite(result.outcome.analysis.values.values_P).all()
+
+
+def test_an_engine_that_cannot_start_says_why_and_leaves_nothing(tmp_path, texts):
+    with pytest.raises(InputError, match="has no option 'colour'"):
+        run(make_config(tmp_path, texts, engine_options={"num_players": P, "colour": 1}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_own_score_is_not_finite_stops_the_run(tmp_path, texts):
+    options = {"num_players": P, "nan": ["1" * P]}
+    with pytest.raises(Exception, match="whole model's own score is not finite"):
+        run(make_config(tmp_path, texts, engine_options=options))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_and_the_same_command_resumes_it(tmp_path, texts, number):
+    options = {"num_players": P, "game_seed": 3, "delay_s": 0.02}
+    config = make_config(tmp_path, texts, engine_options=options)
+    store = tmp_path / "run" / "scores.sqlite"
+    handler = signal.getsignal(signal.SIGINT)  # ignored in a background job
+
+    def interrupt() -> None:
+        while not store.exists() or not stored_count(store):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(RunInterrupted, match="same command again to resume"):
+        run(config)
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is handler
+    kept = stored_scores(store)
+    assert 0 < len(kept) < 90 * 4
+    resumed = run(config)
+    alone = run(make_config(tmp_path, texts, out=str(tmp_path / "alone"), engine_options=options))
+    after = stored_scores(store)
+    assert kept.items() <= after.items()
+    assert after == stored_scores(alone.folder / "scores.sqlite")
+    assert resumed.outcome.plan == alone.outcome.plan
+
+
+def test_other_windows_or_settings_are_refused_in_a_used_folder(tmp_path, texts):
+    run(make_config(tmp_path, texts))
+    before = (tmp_path / "run" / "plan.json").read_bytes()
+    with pytest.raises(InputError, match="max_removed was 4, is 3"):
+        run(make_config(tmp_path, texts, max_removed=3))
+    np.savez(texts["calibration"], tokens=np.arange(160).reshape(4, 40))
+    with pytest.raises(InputError, match="calibration text has changed"):
+        run(make_config(tmp_path, texts))
+    assert (tmp_path / "run" / "plan.json").read_bytes() == before
+
+
+def test_a_torn_event_line_is_cut_off(tmp_path, texts):
+    config = make_config(tmp_path, texts)
+    run(config)
+    events = tmp_path / "run" / "events.jsonl"
+    with events.open("ab") as file:
+        file.write(b'{"time": 1, "eve')
+    run(config)
+    assert all(json.loads(line) for line in events.read_text().splitlines())
+
+
+@pytest.mark.slow  # half a minute of fits
+def test_the_paper_surrogate_serves_a_whole_run(tmp_path, texts):
+    result = run(make_config(tmp_path, texts, surrogate="paper", utility="ppl_ratio", budget=60))
+    assert result.outcome.analysis.surrogate_name == "paper"
+    assert "Monte Carlo" in result.outcome.analysis.values.estimator
+    assert result.outcome.plan.utility == "ppl_ratio"
+
+
+def test_a_stop_rule_ends_before_the_budget_and_is_named(tmp_path, texts):
+    result = run(make_config(tmp_path, texts, budget=250, stop_chance=0.05, stop_gain=0.01))
+    assert result.outcome.plan.masks_scored < 163  # all masks of the strata that a run may ask for
+    assert "beating the plan by more than 1%" in result.outcome.scored.stopped
+
+
+def test_engine_errors_are_runtime_errors_too():
+    assert issubclass(EngineError, RuntimeError)
+
+
+# -- a screen ----------------------------------------------------------------------------------
+
+
+def screened_windows(folder: Path, texts) -> dict[bytes, set[int]]:
+    """Mask -> calibration windows that it is stored on."""
+    windows = lpserve.TokenWindows.from_npz(texts["calibration"])
+    row_of = {name: row for row, name in enumerate(windows.window_hashes)}
+    found: dict[bytes, set[int]] = {}
+    for mask, window in stored_scores(folder / "scores.sqlite"):
+        if window in row_of:
+            found.setdefault(mask, set()).add(row_of[window])
+    return found
+
+
+def test_a_screen_scores_sets_on_few_windows_first(tmp_path, texts):
+    plain = run(make_config(tmp_path, texts, out=str(tmp_path / "plain")))
+    result = run(make_config(tmp_path, texts, screen_windows=1))
+    plan, scored = result.outcome.plan, result.outcome.scored
+    assert plan.masks_scored == 90
+    where = screened_windows(result.folder, texts)
+    alone = [mask for mask, rows in where.items() if rows == {0}]
+    assert all(rows in ({0}, {0, 1, 2, 3}) for rows in where.values())
+    assert len(where) == 90
+    assert plan.masks_screened == len(alone) > 0
+    assert (
+        f"{len(alone)} of them on 1 of 4 windows alone"
+        in (result.folder / "report.html").read_text()
+    )
+    # the windows of this game weigh masks alike: the screen misses nothing
+    assert [e.removed for e in plan.plans] == [e.removed for e in plain.outcome.plan.plans]
+    for entry in plan.plans:
+        assert where[keys(without(P, entry.removed)[None])[0]] == {0, 1, 2, 3}
+    again = read_record(result.folder)
+    assert again.screen == (0,)
+    np.testing.assert_array_equal(again.screened_M(), scored.screened_M())
+    assert int(scored.screened_M().sum()) == len(alone)
+
+
+def test_a_screen_asks_for_the_same_whatever_a_store_holds(tmp_path, texts):
+    """Scores on more windows than are asked for save time and change nothing."""
+    store = str(tmp_path / "shared.sqlite")
+    fresh = run(make_config(tmp_path, texts, screen_windows=2, out=str(tmp_path / "fresh")))
+    run(make_config(tmp_path, texts, budget=256, store=store, out=str(tmp_path / "all")))
+    known = run(make_config(tmp_path, texts, screen_windows=2, store=store))
+    np.testing.assert_array_equal(known.outcome.scored.nll_MI, fresh.outcome.scored.nll_MI)
+    np.testing.assert_array_equal(known.outcome.scored.masks_MP, fresh.outcome.scored.masks_MP)
+    assert known.outcome.plan == fresh.outcome.plan
+
+
+def test_a_larger_budget_goes_on_from_a_screened_run(tmp_path, texts):
+    run(make_config(tmp_path, texts, screen_windows=1, budget=60))
+    extended = run(make_config(tmp_path, texts, screen_windows=1, budget=90))
+    fresh = run(make_config(tmp_path, texts, screen_windows=1, out=str(tmp_path / "fresh")))
+    np.testing.assert_array_equal(extended.outcome.scored.nll_MI, fresh.outcome.scored.nll_MI)
+    assert extended.outcome.plan == fresh.outcome.plan
+
+
+def test_a_screen_of_all_windows_is_refused_before_anything_starts(tmp_path, texts):
+    with pytest.raises(InputError, match="screen_windows must be below the number of windows"):
+        run(make_config(tmp_path, texts, screen_windows=4))
+    assert not (tmp_path / "run").exists()
