@@ -546,7 +546,7 @@ def test_a_screened_search_finds_the_best_sets_on_all_windows(rng):
         game, off = pair_game(11, rng), pair_game(11, rng)
         played = Screened(settings_of(11, 5), game, lambda m: game(m) + 0.15 * off(m), 200)  # noqa: B023
         latest = latest_scores(played.history)
-    masks, nll = latest.masks_MP, latest.loss_MI
+        masks, nll = latest.masks_MP, latest.loss_MI
         done = np.isfinite(nll).all(axis=1)
         masks, utilities = masks[done], neg_nll(nll[done])
         for r in range(1, 6):
@@ -565,8 +565,9 @@ def test_a_screened_round_reads_nothing_beyond_the_round_before_the_last(rng):
     proposed = [r for r in played.rounds if len(r)]
     for index, asked in enumerate(proposed[:-1]):  # the last one is cut by the budget
         complete = max(index - 1, 0)
-        later = [rng.normal(500, 100, n.shape).astype(np.float32) for n in (done.loss_MI for done in played.history)]
-        nll = [done.loss_MI for done in played.history][:complete] + later[complete:]
+        scored = [done.loss_MI for done in played.history]
+        later = [rng.normal(500, 100, n.shape).astype(np.float32) for n in scored]
+        nll = scored[:complete] + later[complete:]
         masks = [done.masks_MP for done in played.history]
         found = again.propose(index, completed(masks, nll))
         np.testing.assert_array_equal(found.masks_MP, asked.masks_MP)
