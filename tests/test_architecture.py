@@ -95,8 +95,8 @@ def test_light_modules_load_no_heavy_library(name):
 
 
 def test_coordinator_is_imported_by_those_who_start_runs_alone():
-    users = {module_name(p) for p in MODULES if "lpserve.runner.coordinator" in imports(p)}
-    assert users == {"cli.entry", "study.sweep", ""}
+    users = {module_name(p) for p in MODULES if "lpserve.runner.run" in imports(p)}
+    assert users == {"cli.run", "study.finished", "study.sweep", ""}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

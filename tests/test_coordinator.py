@@ -23,7 +23,7 @@ from lpserve.config import config_from
 from lpserve.engine.synthetic import SyntheticEngine
 from lpserve.errors import EngineError, InputError, RunInterrupted
 from lpserve.masks import all_masks, keys, without
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.types import EngineSpec
 from lpserve.values.exact import exact_values
 

@@ -20,13 +20,13 @@ from lpserve.masks import StratifiedDesign, keys
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.size import model_size
 from lpserve.rounds.settings import RoundSettings
-from lpserve.runner.coordinator import run
 from lpserve.runner.cost import (
     CostSettings,
     cost,
     sample_rounds,
     split_units,
 )
+from lpserve.runner.run import run
 from lpserve.scoring.progress import Progress
 from tests.test_coordinator import make_config, texts
 

@@ -22,7 +22,7 @@ import pytest
 
 from lpserve.errors import InputError
 from lpserve.masks import keys
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.scoring.progress import RunState
 from lpserve.scoring.ray.cluster import _left_behind
 from lpserve.types import Work

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from tests.test_coordinator import make_config, stored_scores, texts  # noqa: F401
 
 RAY = str(Path(sys.executable).with_name("ray"))

@@ -21,7 +21,7 @@ from lpserve.data.protocols import Protocol
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.masks import keys
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.units import GivenUp
 from lpserve.types import EngineSpec

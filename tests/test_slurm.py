@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from tests.test_coordinator import make_config, stored_scores, texts
 
 __all__ = ["texts"]

@@ -12,8 +12,9 @@ from lpserve.demo import FOLDER, demo_study
 from lpserve.errors import InputError
 from lpserve.runner.setup import windows_of
 from lpserve.study.cost import study_cost
-from lpserve.study.study import Study, study_of
-from lpserve.study.sweep import all_windows
+from lpserve.study.parse import study_of
+from lpserve.study.study import Study
+from lpserve.study.windows import all_windows
 
 TEXTS = {"sherlock": str(FOLDER / "calibration.txt"), "dracula": str(FOLDER / "heldout.txt")}
 

@@ -21,10 +21,12 @@ import lpserve
 from lpserve.analysis.record import read_record
 from lpserve.cli.entry import main
 from lpserve.demo import FOLDER
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.store.store import Store
-from lpserve.study.study import study_of
-from lpserve.study.sweep import SweepResult, all_windows, sweep
+from lpserve.study.finished import SweepResult
+from lpserve.study.parse import study_of
+from lpserve.study.sweep import sweep
+from lpserve.study.windows import all_windows
 from tests.test_coordinator import stored_count, stored_scores
 from tests.test_study import TEXTS, values_of
 

@@ -33,7 +33,7 @@ from lpserve.evaluation.evaluate import evaluate
 from lpserve.evaluation.settings import EvalConfig
 from lpserve.masks import all_masks, full_mask, keys
 from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.runner.setup import check_model, item_sets_of
 from lpserve.scoring.session import ScoringSession
 from lpserve.utility import TASK_UTILITIES, UTILITIES, utility_named
@@ -555,7 +555,7 @@ def test_questions_are_known_by_themselves_and_not_by_how_wide_others_are(rng):
 
 
 def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):
-    from lpserve.study.study import study_of
+    from lpserve.study.parse import study_of
     from lpserve.study.sweep import sweep
 
     documents = made_documents(rng, lambda rng: int(rng.integers(2)))
@@ -639,7 +639,7 @@ def test_what_one_seed_holds_out_no_other_calibrates_on(small_model, tmp_path):
 
 def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model, tmp_path):
     """A study whose leader was given up on one window of a wrong answer."""
-    from lpserve.runner.coordinator import run_at
+    from lpserve.runner.run import run_at
 
     config = config_from(
         values_of(tmp_path, small_model, CHOICE, "task_margin", budget=40, sizes=None), "test"
@@ -813,8 +813,8 @@ def test_rivals_are_not_compared_on_tasks(small_model, tmp_path, capsys):
 
 
 def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
-    from lpserve.study.page import write_sweep
-    from lpserve.study.study import study_of
+    from lpserve.study.output import write_sweep
+    from lpserve.study.parse import study_of
     from lpserve.study.sweep import sweep
 
     values = values_of(
@@ -864,8 +864,9 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
 
 
 def test_a_study_may_hold_texts_beside_tasks_with_a_text_held_out(small_model, tmp_path):
-    from lpserve.study.study import study_of
-    from lpserve.study.sweep import all_windows, sweep
+    from lpserve.study.parse import study_of
+    from lpserve.study.sweep import sweep
+    from lpserve.study.windows import all_windows
 
     values = values_of(
         tmp_path,

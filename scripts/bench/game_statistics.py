@@ -1,8 +1,8 @@
 """What a layer game is like: losses, interactions, growth, spread over windows, regret of plans.
 
-Used by the other scripts in this folder; nothing to run. A loss is an NLL less the whole model's on
-the same windows, nats per token. Strata are named by the share of players removed, k/12, so that
-games of any depth compare; those with many masks are sampled.
+Used by the other scripts in this folder; nothing to run. A loss is an NLL minus the full model's on
+the same windows, in nats per token. Strata are named by the share of players removed, k/12, so that
+games of different depths can be compared; strata of many masks are sampled.
 
 Notation: M masks, P players, N windows, Q pairs of players, F features, R numbers removed.
 """
@@ -24,7 +24,7 @@ _LISTED = 5000  # masks of a stratum
 _CORRELATED = 200  # masks of a stratum whose losses are correlated over windows
 
 
-class Answer(Protocol):
+class ScoredGame(Protocol):
     """A game with exact values."""
 
     @property
@@ -65,13 +65,13 @@ class EnumeratedGame:
         return np.array([some[self.nll(some).sum(axis=1).argmin()] for some in strata])
 
 
-def losses(game: Answer, masks_MP: BoolArray) -> FloatArray:
+def losses(game: ScoredGame, masks_MP: BoolArray) -> FloatArray:
     """Losses of every window, `float64[M, N]`."""
     full_1P = full_mask(game.num_players)[None]
     return (game.nll(masks_MP) - game.nll(full_1P)) / game.tokens_N
 
 
-def statistics(game: Answer, best_RP: BoolArray, seed: int) -> dict[str, float]:
+def statistics(game: ScoredGame, best_RP: BoolArray, seed: int) -> dict[str, float]:
     """Name -> figure, in the order of a table.
 
     Args:
@@ -86,7 +86,7 @@ def statistics(game: Answer, best_RP: BoolArray, seed: int) -> dict[str, float]:
 
 
 def print_table(columns: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """One row a figure, one column a list of games: median [least, most]."""
+    """Print one row for each figure, one column for each list of games: median [min, max]."""
     print(f"| | {' | '.join(columns)} |\n|---|{' ---: |' * len(columns)}")
     for name in next(iter(columns.values()))[0]:
         cells = []
@@ -97,11 +97,11 @@ def print_table(columns: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def _mean(game: Answer, masks_MP: BoolArray) -> FloatArray:
+def _mean(game: ScoredGame, masks_MP: BoolArray) -> FloatArray:
     return losses(game, masks_MP).mean(axis=1)
 
 
-def _single_rows(game: Answer) -> dict[str, float]:
+def _single_rows(game: ScoredGame) -> dict[str, float]:
     one_P = _mean(game, drop_one(full_mask(game.num_players)))
     middle = np.sort(one_P[2:-1])
     return {
@@ -114,7 +114,7 @@ def _single_rows(game: Answer) -> dict[str, float]:
     }
 
 
-def _pair_rows(game: Answer) -> dict[str, float]:
+def _pair_rows(game: ScoredGame) -> dict[str, float]:
     """Loss of two less the losses of each, as it is and over the root of their product."""
     players = game.num_players
     one_P = _mean(game, drop_one(full_mask(players)))
@@ -138,7 +138,7 @@ def _pair_rows(game: Answer) -> dict[str, float]:
     }
 
 
-def _growth_rows(game: Answer, rng: np.random.Generator) -> dict[str, float]:
+def _growth_rows(game: ScoredGame, rng: np.random.Generator) -> dict[str, float]:
     found = {}
     for part, first_kept in (("all", False), ("first kept", True)):
         for k in range(1, 7):
@@ -148,7 +148,7 @@ def _growth_rows(game: Answer, rng: np.random.Generator) -> dict[str, float]:
     return found
 
 
-def _fit_rows(game: Answer, rng: np.random.Generator) -> dict[str, float]:
+def _fit_rows(game: ScoredGame, rng: np.random.Generator) -> dict[str, float]:
     """R2 of least squares inside a stratum; the first player kept, else it is all the variance."""
     found = {}
     i_Q, j_Q = np.triu_indices(game.num_players - 1, 1)
@@ -168,7 +168,7 @@ def _fit_rows(game: Answer, rng: np.random.Generator) -> dict[str, float]:
     return found
 
 
-def _plan_rows(game: Answer, best_RP: BoolArray) -> dict[str, float]:
+def _plan_rows(game: ScoredGame, best_RP: BoolArray) -> dict[str, float]:
     """Regret in % of perplexity over the best known sets: of ranking by exact truncated values, and
     of removing the player that costs least, one after another."""
     players, most = game.num_players, len(best_RP)
@@ -187,7 +187,7 @@ def _plan_rows(game: Answer, best_RP: BoolArray) -> dict[str, float]:
     return found
 
 
-def _window_rows(game: Answer, rng: np.random.Generator) -> dict[str, float]:
+def _window_rows(game: ScoredGame, rng: np.random.Generator) -> dict[str, float]:
     found = {}
     for k in (1, 3, 6):
         loss_MN = losses(game, _stratum(game, k, True, _CORRELATED, rng)[0])
@@ -205,7 +205,7 @@ def _window_rows(game: Answer, rng: np.random.Generator) -> dict[str, float]:
 
 
 def _stratum(
-    game: Answer, k: int, first_kept: bool, at_most: int, rng: np.random.Generator
+    game: ScoredGame, k: int, first_kept: bool, at_most: int, rng: np.random.Generator
 ) -> tuple[BoolArray, bool]:
     """Masks that remove k/12 of the players, and whether these are all of them."""
     players = game.num_players - first_kept

@@ -11,7 +11,7 @@ and the mean of a product over all coalitions of one size is a recurrence over p
 Shapley values of every window are exact at any P. c, e and base are random over windows with known
 means: `population` is the mean of infinitely many windows, as a game of one window.
 
-The terms, each with its reason; l_i is about the loss of dropping player i alone:
+The terms and the reason for each; l_i is about the loss of dropping player i alone:
 
 * Damage, w (a (1 - q) + (1 - a) (1 - q)^2) with q = exp(-sum_i x_i d_i): each drop costs more than
   the one before, until the NLL levels off. The first layer does most of that alone.
@@ -58,7 +58,7 @@ from lpserve.values.semivalue import each_left_out, shares
 NUM_TOKENS = 127
 """Scored tokens of a window."""
 SCALES = {12: (4.065, 1.0), 32: (math.log(12.19), 0.9), 80: (math.log(5.71), 0.25)}
-"""Players -> nats per token of the whole model, factor on the losses."""
+"""Players -> nats per token of the full model, factor on the losses."""
 PUBLISHED = {
     32: {3: (12.19, 14.24), 6: (12.19, 18.87), 9: (12.19, 24.61), 12: (12.19, 38.12)},
     80: {8: (5.71, 6.32), 16: (5.71, 7.31)},
@@ -222,7 +222,7 @@ def layer_game(
 
 
 def _losses(num_players: int, rng: np.random.Generator) -> tuple[float, FloatArray]:
-    """Nats of the whole model, and about what each player's drop costs, `float64[P]`."""
+    """Nats of the full model, and about what each player's drop costs, `float64[P]`."""
     at = np.log(list(SCALES))
     base, scale = (
         float(np.interp(math.log(num_players), at, column))
@@ -311,11 +311,11 @@ def reference_best(
             core = rng.permutation(found)[: 2 * r // 3 if start % 2 else 0]
             others = rng.permutation(np.setdiff1d(np.arange(game.num_players), core))
             other = _descend(game, np.append(core, others[: r - len(core)]))
-            found = _least(game, [found, other])
+            found = _best_set(game, [found, other])
         best.append(found)
     for r in range(max_removed - 1, 0, -1):
-        fewer = _least(game, [np.delete(best[r + 1], out) for out in range(r + 1)])
-        best[r] = _least(game, [best[r], _descend(game, fewer)])
+        fewer = _best_set(game, [np.delete(best[r + 1], out) for out in range(r + 1)])
+        best[r] = _best_set(game, [best[r], _descend(game, fewer)])
     return np.array([without(game.num_players, one.tolist()) for one in best[1:]])
 
 
@@ -330,8 +330,8 @@ def _descend(game: ProductGame, removed: IntArray) -> IntArray:
         removed[out] = put
 
 
-def _least(game: ProductGame, sets: Sequence[IntArray]) -> IntArray:
-    """The first of the sets with the least mean NLL."""
+def _best_set(game: ProductGame, sets: Sequence[IntArray]) -> IntArray:
+    """The set with the smallest mean NLL; of equal ones the first."""
     masks_MP = np.array([without(game.num_players, one.tolist()) for one in sets])
     return sets[int(game.mean_nll(masks_MP).argmin())]
 
@@ -339,7 +339,7 @@ def _least(game: ProductGame, sets: Sequence[IntArray]) -> IntArray:
 def _and_one(game: ProductGame, removed: IntArray) -> IntArray:
     """The best set that removes one more."""
     others = np.setdiff1d(np.arange(game.num_players), removed)
-    return _least(game, [np.append(removed, i) for i in others])
+    return _best_set(game, [np.append(removed, i) for i in others])
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from lpserve.engine.scorer import (
     full_precision,
     trie_settings,
 )
-from lpserve.errors import EngineError, InputError
+from lpserve.errors import EngineError, InputError, first_line
 from lpserve.model.architecture import check_decoder, read_architecture
 from lpserve.model.checkpoint import Checkpoint, checkpoint_hash, read_checkpoint
 from lpserve.model.players import layer_players
@@ -173,8 +173,9 @@ def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any
                 **kwargs,
             )
         except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
-            line = str(error).strip().splitlines()[0]
-            raise InputError(f"transformers cannot load {checkpoint.path}: {line}") from error
+            raise InputError(
+                f"transformers cannot load {checkpoint.path}: {first_line(error)}"
+            ) from error
     model, report = loaded
     absent = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
     if absent:
