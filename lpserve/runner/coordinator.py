@@ -241,7 +241,7 @@ class RunLoop:
         state.reused = self.board.reused
         state.quarantined = len(self.board.quarantined)
         surrogate = self.planner.model.surrogate
-        heldout = getattr(surrogate, "heldout", None)
+        heldout = getattr(surrogate, "heldout_error", None)
         if surrogate is not None and heldout is not None:
             state.surrogate = surrogate.name
             state.heldout_r2, state.heldout_spearman = heldout.r2, heldout.spearman

@@ -39,7 +39,7 @@ from lpserve.scoring.session import ScoringSession
 from lpserve.testing.games import shapley_by_hand
 from lpserve.testing.reference import save_model
 from lpserve.testing.runs import stored_scores
-from lpserve.utility import TASK_UTILITIES, utility_named
+from lpserve.utility import TASK_UTILITIES, UTILITIES, utility_named
 from tests.conftest import SEED
 
 NUM_LAYERS = 6
@@ -186,8 +186,8 @@ def test_parts_of_questions_are_the_same_questions(rng):
     part = questions.select(picked)
     rows = questions.window_rows(picked)
     assert part.windows.window_hashes == tuple(questions.windows.window_hashes[r] for r in rows)
-    whole = questions.losses("task_margin", values)
-    some = part.losses("task_margin", {k: v[:, rows] for k, v in values.items()})
+    whole = questions.losses(UTILITIES["task_margin"], values)
+    some = part.losses(UTILITIES["task_margin"], {k: v[:, rows] for k, v in values.items()})
     assert np.array_equal(some, whole[:, picked])
     other, other_nll_MN = some_questions(rng)
     renamed = TokenWindows.from_tokens(
@@ -198,8 +198,10 @@ def test_parts_of_questions_are_the_same_questions(rng):
     joined = {"nll": np.concatenate([nll_MN[:, rows], other_nll_MN], axis=1)}
     assert both.corpora == (("t", 7), ("u", 30))
     assert np.array_equal(
-        both.losses("task_margin", joined),
-        np.concatenate([some, other.losses("task_margin", {"nll": other_nll_MN})], axis=1),
+        both.losses(UTILITIES["task_margin"], joined),
+        np.concatenate(
+            [some, other.losses(UTILITIES["task_margin"], {"nll": other_nll_MN})], axis=1
+        ),
     )
     assert both.content_hash != Questions.concatenate([other, part]).content_hash
 
@@ -520,7 +522,8 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
     for sample in sides:
         with lpserve.open_engine(small_model, sample.windows) as engine:
             nll_MN = engine.score(layer_set_masks(sets, NUM_LAYERS)).nll_MN.astype(np.float32)
-        losses.append(sample.losses("task_acc", {"nll": nll_MN, "misses": np.zeros_like(nll_MN)}))
+        values = {"nll": nll_MN, "misses": np.zeros_like(nll_MN)}
+        losses.append(sample.losses(UTILITIES["task_acc"], values))
     mean_M = np.concatenate(losses, axis=1).astype(np.float64).mean(axis=1)
     told = evaluate(
         EvalConfig(

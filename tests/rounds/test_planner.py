@@ -360,9 +360,9 @@ def test_an_additive_game_is_solved_by_the_least_budget(rng):
 def test_games_of_pairs_are_solved_by_two_fifths_of_their_sets(statistical_rng):
     """150 of 385 sets. In simulations 80 of 80 optima were found by 80; one miss is let pass."""
     found = []
-    for search in (ppl_ratio, None, ppl_ratio):
+    for _ in range(3):
         game = pair_game(10, statistical_rng)
-        played = Played(settings_of(10, 4), game, 150, neg_nll, search)
+        played = Played(settings_of(10, 4), game, 150)
         found += [played.best(r) == optimum(game, 10, r) for r in range(1, 5)]
     assert sum(found) >= len(found) - 1
 
@@ -374,7 +374,7 @@ def test_the_search_solves_games_of_strong_pairs_from_six_percent_of_their_sets(
     for _ in range(3):
         game = pair_game(14, statistical_rng, pairs=0.15)
         settings = settings_of(14, 5, surrogate="ridge", round_size=20)
-        played = Played(settings, game, 220, neg_nll, None)
+        played = Played(settings, game, 220)
         for r in range(1, 6):
             best = optimum(game, 14, r)
             found.append(played.best(r) == best)
@@ -423,7 +423,7 @@ def test_mixed_rounds_keep_a_third_for_the_values_and_grow_with_the_run(rng):
 def test_the_design_covers_the_sizes_of_the_values_evenly(rng, monkeypatch):
     monkeypatch.setattr(PaperSurrogate, "EPOCHS", 2)  # it cannot tell which masks say most
     settings = settings_of(12, 3, sizes=(2, 9), surrogate="paper")
-    played = Played(settings, pair_game(12, rng), 200, ppl_ratio, None)
+    played = Played(settings, pair_game(12, rng), 200, PPL_RATIO)
     design = [
         int(mask.sum())
         for mask, key in zip(played.masks, keys(played.masks), strict=True)
