@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lpserve.report.plots import plot_interactions as plot_interactions
     from lpserve.report.plots import plot_plan as plot_plan
     from lpserve.report.plots import plot_values as plot_values
-    from lpserve.runner.coordinator import run as run
+    from lpserve.runner.run import run as run
     from lpserve.store.store import Store as Store
     from lpserve.types import EngineSpec as EngineSpec
     from lpserve.types import Scores as Scores
@@ -43,7 +43,7 @@ _HOMES = {
     "plot_interactions": "lpserve.report.plots",
     "plot_plan": "lpserve.report.plots",
     "plot_values": "lpserve.report.plots",
-    "run": "lpserve.runner.coordinator",
+    "run": "lpserve.runner.run",
     "shapley_values": "lpserve.values.shapley",
 }
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lpserve.errors import InputError
+from lpserve.errors import InputError, first_line
 from lpserve.utility import TASK_UTILITIES, utility_named
 
 POOLS = ("local", "ray")
@@ -333,7 +333,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:  # each parser has its own kinds
-        raise InputError(f"config {path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(f"config {path} cannot be read: {first_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"config {path} must hold keys and values")
     return {str(key).replace("-", "_"): value for key, value in values.items()}

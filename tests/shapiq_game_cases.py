@@ -25,7 +25,7 @@ from lpserve.config import config_from
 from lpserve.engine.synthetic import SyntheticEngine
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, drop_one, full_mask, keys
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.shapiq_game import LayerGame
 from lpserve.surrogate import make_surrogate
 from lpserve.types import EngineSpec

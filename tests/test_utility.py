@@ -16,8 +16,8 @@ from lpserve.cli.entry import main
 from lpserve.config import config_from
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, key_text, keys
-from lpserve.runner.coordinator import run
-from lpserve.study.study import study_of
+from lpserve.runner.run import run
+from lpserve.study.parse import study_of
 from lpserve.study.sweep import sweep
 from lpserve.testing.games import shapley_by_hand
 from lpserve.testing.parity import NUM_LAYERS, some_windows

@@ -1,4 +1,4 @@
-"""Flags that commands share, and what their values look like."""
+"""Flags that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENGINE_OPTION_FLAGS = ("state_budget_mb", "micro_batch_tokens", "engine_option")
 
 
 def add_engine_flags(command: argparse.ArgumentParser) -> None:
-    """Which engines score: the keys of `config.EngineConfig` beside the model."""
+    """Flags for the engines: the keys of `config.EngineConfig`, without the model."""
     add = command.add_argument
     kinds = shown_kinds()
     names = " or ".join([f"{kinds[0].name} (default)", *(kind.name for kind in kinds[1:])])
@@ -37,8 +37,11 @@ def add_engine_flags(command: argparse.ArgumentParser) -> None:
 
 
 def add_window_flags(command: argparse.ArgumentParser, *, tasks: bool = False) -> None:
-    """On which windows: the keys of `config.WindowConfig` that are its own; with `tasks`, on which
-    questions, too."""
+    """Flags for the windows: the keys that `config.WindowConfig` adds to `config.EngineConfig`.
+
+    Args:
+        tasks: whether the command scores questions of tasks, too; changes the help texts.
+    """
     add = command.add_argument
     text: dict[str, Any] = {"action": "append", "metavar": "[NAME=]PATH"}
     kinds = "text, folder of .txt, .jsonl or .npz" + (", or task:NAME of lm-eval" if tasks else "")
@@ -54,20 +57,20 @@ def add_window_flags(command: argparse.ArgumentParser, *, tasks: bool = False) -
 
 
 def add_task_flags(command: argparse.ArgumentParser) -> None:
-    """How lm-eval's tasks are found and asked."""
+    """Flags for lm-eval's tasks: where they are found, and examples before a question."""
     add = command.add_argument
     add("--include-path", metavar="DIR", help="folder of task files of your own")
     add("--num-fewshot", type=int, metavar="K", help="examples before each question (the task's)")
 
 
 def add_tracking_flags(command: argparse.ArgumentParser) -> None:
-    """Where what is found is logged, beside the folder."""
+    """Flags for logging results to MLflow."""
     command.add_argument("--mlflow", metavar="URI", help="log to this MLflow server (nowhere)")
     command.add_argument("--experiment", help="MLflow's experiment (lpserve)")
 
 
 def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Options of the engine kind that flags name."""
+    """The `engine_options` that flags name."""
     return dict(arguments.engine_option or []) | {
         k: getattr(arguments, k)
         for k in ("state_budget_mb", "micro_batch_tokens")
@@ -83,6 +86,7 @@ def engine_values(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def numbers(text: str) -> list[int]:
+    """Integers separated by commas."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -92,6 +96,7 @@ def numbers(text: str) -> list[int]:
 
 
 def engines(text: str) -> int | str:
+    """An integer, or `auto`."""
     try:
         return text if text == "auto" else int(text)
     except ValueError:
@@ -110,6 +115,7 @@ def option(text: str) -> tuple[str, Any]:
 
 
 def size_range(text: str) -> list[int]:
+    """Two integers separated by a comma."""
     both = numbers(text)
     if len(both) != 2:
         raise argparse.ArgumentTypeError(f"two whole numbers, K_MIN,K_MAX: got {text!r}")

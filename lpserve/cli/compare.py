@@ -104,12 +104,12 @@ def _baselines(arguments: argparse.Namespace) -> int:
     print("\n".join(comparison_table(comparison)))
     print()
     for cost in comparison.costs:
-        told = [
+        parts = [
             f"{cost.masks:,} masks, {cost.tokens:,} tokens, "
             f"{cost.layer_forwards:,.0f} layer-forwards"
         ] * bool(cost.masks)
-        told += [cost.note] * bool(cost.note)
-        print(f"{cost.rival:>9}: {'; '.join(told)}  [{RIVALS[cost.rival].source}]")
+        parts += [cost.note] * bool(cost.note)
+        print(f"{cost.rival:>9}: {'; '.join(parts)}  [{RIVALS[cost.rival].source}]")
     print(
         f"\n{comparison.masks_scored} masks scored, {comparison.masks_read} read from the store; "
         f"results: {config.out}/results.csv, costs.csv"
@@ -118,8 +118,11 @@ def _baselines(arguments: argparse.Namespace) -> int:
 
 
 def comparison_table(comparison: Any) -> list[str]:
-    """Calibration perplexity (held out in brackets): a rival a row, layers removed a column; the
-    best of each column is starred."""
+    """Lines of a table: a row for each rival, a column for each number of removed layers.
+
+    Cells hold the perplexity on calibration windows, held out in brackets; the best of each column
+    has a star.
+    """
     sizes = sorted({f.num_removed for f in comparison.found})
     best = {
         r: min(f.calibration_ppl for f in comparison.found if f.num_removed == r) for r in sizes

@@ -126,8 +126,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         out=arguments.out,
     )
     evaluation = evaluate(config)
-    for text, told in evaluation.protocols.items():
-        print(f"ppl {text}: {told}")
+    for text, described in evaluation.protocols.items():
+        print(f"ppl {text}: {described}")
     print("\n".join(evaluation_table(evaluation.results)))
     saved = evaluation.skip_layer_forwards - evaluation.layer_forwards
     print(
@@ -150,7 +150,7 @@ def _fill_demo(arguments: argparse.Namespace) -> None:
 
 
 def evaluation_table(results: Sequence[Any]) -> list[str]:
-    """Lines of a table: a set a row, a measure a column."""
+    """Lines of a table: a row for each set, a column for each measure."""
     measures = list(dict.fromkeys(r.measure for r in results))
     sets = list(dict.fromkeys((r.layer_set, r.removed) for r in results))
     cells = {

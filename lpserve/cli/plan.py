@@ -27,7 +27,8 @@ def add_plan(commands: Any) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from lpserve.analysis.analyse import analyse, make_plan
+    from lpserve.analysis.analyse import analyse
+    from lpserve.analysis.build_plan import make_plan
     from lpserve.analysis.record import read_record
     from lpserve.store.files import write_text
 
@@ -50,12 +51,12 @@ def print_plan(plan: Any) -> None:
     def figures(of: Any, kind: str, prefix: str = "") -> list[float | None]:
         return [getattr(of, f"{prefix}{side}_{kind}") for side in ("calibration", "heldout")]
 
-    whole = []
+    full = []
     for kind in kinds:
         mine, heldout = figures(plan, kind, "full_")
         held = f", held out {heldout:.4g}" if heldout is not None else ""
-        whole.append(f"{names[kind]} {mine:.4g}{held}")
-    print(f"\n{plan.masks_scored} masks scored; all {plan.num_players} layers: {'; '.join(whole)}")
+        full.append(f"{names[kind]} {mine:.4g}{held}")
+    print(f"\n{plan.masks_scored} masks scored; all {plan.num_players} layers: {'; '.join(full)}")
     columns = ["calibration", "held out"]
     if plan.tells_utility:
         print(f"{'':>6}  {plan.utility:^24}  {names['ppl']:^24}".rstrip())
@@ -64,8 +65,8 @@ def print_plan(plan: Any) -> None:
     print(f"{'remove':>6}  {header}  layers")
     for entry in plan.plans:
         values = [value for kind in kinds for value in figures(entry, kind)]
-        told = "  ".join(f"{v:>11.4g}" if v is not None else f"{'-':>11}" for v in values)
-        print(f"{entry.num_removed:>6}  {told}  {', '.join(map(str, entry.removed))}")
+        cells = "  ".join(f"{v:>11.4g}" if v is not None else f"{'-':>11}" for v in values)
+        print(f"{entry.num_removed:>6}  {cells}  {', '.join(map(str, entry.removed))}")
         for warning in entry.warnings:
             print(f"{'':>6}  note: {warning}")
     print()

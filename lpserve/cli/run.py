@@ -116,7 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if options:
         flags["engine_options"] = {**values.get("engine_options", {}), **options}
     config = config_from(values | flags, source)
-    from lpserve.runner.coordinator import run
+    from lpserve.runner.run import run
 
     result = run(config)
     print_plan(result.outcome.plan)

@@ -64,9 +64,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from lpserve.config import load_config_file
     from lpserve.report.tracking import Tracking
     from lpserve.study.cost import ASK_ABOVE_PFLOP, study_cost
-    from lpserve.study.page import log_sweep, summary, write_record, write_sweep
-    from lpserve.study.study import study_of
-    from lpserve.study.sweep import all_windows, sweep
+    from lpserve.study.output import log_sweep, summary, write_sweep, write_sweep_record
+    from lpserve.study.parse import study_of
+    from lpserve.study.sweep import sweep
+    from lpserve.study.windows import all_windows
 
     if bool(arguments.study) == arguments.demo:
         raise InputError("name a study file, or --demo")
@@ -89,22 +90,22 @@ def _sweep(arguments: argparse.Namespace) -> int:
     }
     study = study_of(values, source)
     windows = all_windows(study)
-    told = study_cost(study, windows)
-    print(told.describe(), file=sys.stderr)
+    bounds = study_cost(study, windows)
+    print(bounds.describe(), file=sys.stderr)
     if arguments.dry_run:
         for point in study.points:
             levels = ", ".join(f"{d} {point.levels[d]}" for d in study.varied)
             print(f"{point.id}: {levels}")
         return 0
-    if told.ask and not arguments.yes:
-        work = f"more than {ASK_ABOVE_PFLOP:g} PFLOP of work" if told.pflop else "unknown work"
+    if bounds.ask and not arguments.yes:
+        work = f"more than {ASK_ABOVE_PFLOP:g} PFLOP of work" if bounds.pflop else "unknown work"
         raise InputError(f"{source}: {work}; say --yes to begin, or --dry-run to see the points")
     tracking = None
     if study.base.mlflow:
         tracking = Tracking(study.base.mlflow, study.base.experiment)
     result = sweep(study, windows, log=lambda line: print(line, file=sys.stderr))
     write_sweep(result)
-    write_record(result)
+    write_sweep_record(result)
     if tracking is not None:
         try:
             log_sweep(result, tracking)

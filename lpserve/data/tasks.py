@@ -26,7 +26,7 @@ from lpserve.data.items import ItemSet
 from lpserve.data.questions import Questions
 from lpserve.data.texts import load_tokenizer
 from lpserve.data.windows import HELDOUT_SHARE
-from lpserve.errors import InputError
+from lpserve.errors import InputError, first_line
 
 QUESTION_KINDS = ("multiple_choice", "loglikelihood")
 """lm-eval's kinds of tasks whose questions become `Questions`: every answer has a likelihood."""
@@ -372,8 +372,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever datasets, templates and functions of task files raise
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{what}: {line}") from None
+        raise InputError(f"{what}: {first_line(error)}") from None
 
 
 @contextmanager

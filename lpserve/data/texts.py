@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lpserve.errors import InputError
+from lpserve.errors import InputError, first_line
 
 
 def load_tokenizer(tokenizer: str | Path | Any) -> Any:
@@ -20,7 +20,7 @@ def load_tokenizer(tokenizer: str | Path | Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        line = first_line(error)
         raise InputError(
             f"no usable tokenizer in {tokenizer} ({line}); add tokenizer.json or give .npz windows"
         ) from None

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.data.texts import load_tokenizer, read_text
-from lpserve.errors import InputError
+from lpserve.errors import InputError, first_line
 from lpserve.types import BoolArray, IntArray
 
 HELDOUT_SHARE = 0.2
@@ -160,8 +160,9 @@ class TokenWindows:
         except FileNotFoundError:
             raise InputError(f"corpus {name!r}: {path} does not exist") from None
         except Exception as error:  # numpy, zipfile and zlib each raise kinds of their own
-            line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"corpus {name!r}: {path} is not an .npz file: {line}") from None
+            raise InputError(
+                f"corpus {name!r}: {path} is not an .npz file: {first_line(error)}"
+            ) from None
         if "tokens" not in arrays:
             raise InputError(f"corpus {name!r}: {path} has no array named 'tokens'")
         return cls.from_tokens(arrays["tokens"], arrays.get("scored"), name=name)

@@ -1,6 +1,6 @@
 """What single layers do to hidden states and to the loss: the criteria of one-shot rivals.
 
-Measured on the whole model, once. Shapes: P players, L = P + 1 places between them, N windows, T
+Measured once, on the full model. Shapes: P players, L = P + 1 places between them, N windows, T
 tokens, d width.
 """
 
@@ -18,7 +18,8 @@ from lpserve.types import FloatArray
 
 
 def hidden_states(stack: LayerStack, blocks: list[TokenWindows]) -> HiddenStates:
-    """Measure them on windows, in blocks of one padded length that the stack is prepared for."""
+    """Block influence and angular distances on windows, given in blocks of one padded length each
+    that the stack is prepared for."""
     players = stack.num_players
     cosines_P, angles_LL = np.zeros(players), np.zeros((players + 1, players + 1))
     tokens = windows = 0

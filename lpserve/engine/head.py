@@ -51,7 +51,7 @@ class TargetCache:
 
 
 class Vocabulary(Protocol):
-    """Logits over a vocabulary, or over the part of it that a rank holds, and what they say.
+    """Logits over a vocabulary, or over the part of it that a rank holds, and metrics of them.
 
     Shapes: k stacked masks, `k * n` rows.
     """
@@ -61,15 +61,15 @@ class Vocabulary(Protocol):
         ...
 
     def nll(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
-        """`float32[n]` nats."""
+        """NLL of the targets, `float32[n]` nats."""
         ...
 
     def misses(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
-        """`float32[n]`: 1 where another token is the first choice."""
+        """`float32[n]`: 1 where the target is not the most probable token, else 0."""
         ...
 
     def divergence(self, whole_nV: torch.Tensor, logits_knV: torch.Tensor, /) -> torch.Tensor:
-        """`float32[k, n]` nats from the whole model's prediction."""
+        """`float32[k, n]` nats: KL divergence of the full model's prediction from each mask's."""
         ...
 
 
@@ -250,7 +250,7 @@ def summed(
 
     Args:
         state_BTd: states of k masks, stacked; axes after T are the stack's own.
-        chunk: most targets of one mask given to `token_metrics` at once.
+        chunk: upper bound on the targets of one mask given to `token_metrics` at once.
     """
     num_stacked = state_BTd.shape[0] // num_windows
     states = state_BTd.view(num_stacked, -1, *state_BTd.shape[2:])

@@ -1,4 +1,4 @@
-"""Registered windows, and masks scored on them through the trie: what every trie engine does.
+"""Windows registered, and masks scored on them through the trie; shared by all trie engines.
 
 Windows of a set are grouped by padded length; each group is one block for the executor.
 
@@ -61,7 +61,8 @@ class StackScorer:
     ) -> None:
         """
         Args:
-            part: (first player of the stack, players of the whole model); None: all are here.
+            part: (first player of the stack, players of the full model) where the stack is one
+                stage of a pipeline; None: it holds all players.
         """
         self._first, self._num_players = part or (0, stack.num_players)
         self.stack = stack
@@ -153,7 +154,7 @@ class StackScorer:
         return self.executor.group_rows(block.num_windows, block.length, self._num_players)
 
     def batch_noise(self, key: str, seed: int = 0) -> float:
-        """How much the other masks of a batch move a score: nats per token, root mean square.
+        """How much the other masks of a batch change a score: nats per token, root mean square.
 
         Random masks scored together and one by one. Zero on CPU by default, where a micro-batch is
         one state; on a GPU a kernel's rounding depends on the shape of its batch.

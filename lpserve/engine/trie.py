@@ -6,6 +6,7 @@ bit i: the ones-children are computed together in micro-batches, the zeros-child
 state, uncopied. The walk goes breadth first while the live states fit the memory budget and depth
 first beyond it: a frontier that would outgrow the budget is halved and the halves are walked in
 turn. A state is freed when its last child is done; the head runs once for each distinct mask.
+States have the dtype that the players return; an embedding of another dtype is kept as it is.
 
 Knows no model library. Shapes: D distinct masks, N windows of a row group, T tokens, d width, C
 metrics (NLL first).
@@ -30,13 +31,13 @@ from lpserve.utility import needs_full_model
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrieSettings:
-    """Decided once for a run; they set memory and micro-batch shapes, not results."""
+    """Memory and micro-batch shapes, decided once for a run; they do not change results."""
 
     state_budget_bytes: int
-    """Upper bound on the states alive at once. States of the whole model, kept for metrics that
-    compare with it, may take as much again."""
+    """Upper bound on the bytes of the states alive at once. Final states of the full model, kept
+    for metrics that compare with it, may take as much again."""
     micro_batch_tokens: int
-    """Most tokens that a layer is given at once (at least one window)."""
+    """Upper bound on the tokens given to a layer at once; never fewer than one window."""
     pack_states: bool
     """Fill micro-batches with states of several masks. Off, a micro-batch is one state, so that a
     mask's arithmetic does not depend on the masks around it (the default on CPU)."""
@@ -68,7 +69,7 @@ class TrieExecutor:
         """Windows that one state holds: all of them, or fewer so that a path of states fits.
 
         Args:
-            num_players: of the whole model, where the stack is a part of it.
+            num_players: of the full model, where the stack is one stage of a pipeline.
 
         Raises:
             InputError: the budget does not hold P + 1 states of one window.

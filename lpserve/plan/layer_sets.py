@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lpserve.errors import InputError
+from lpserve.errors import InputError, first_line
 from lpserve.masks import without
 from lpserve.model.players import players_from, removed_layers
 from lpserve.plan.plan import load_plan
@@ -186,7 +186,7 @@ def _from_mergekit(text: str, num_players: int, source: str) -> LayerSet:
             models.add(str(only["model"]))
             kept.extend(range(int(low), int(high)))
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or ["?"])[0]
+        reason = first_line(error)
         raise InputError(
             f"{source} is no mergekit recipe of slices of one model each ({reason})"
         ) from None

@@ -1,105 +1,30 @@
-"""What a run leaves: plan.json, shapley.csv, scores.npz and one self-contained HTML page."""
+"""The HTML page of a run: one self-contained file, its figures as SVG.
+
+Notation: P players; coordinates are in pixels.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lpserve.analysis.analyse import Outcome
-from lpserve.analysis.record import write_record_file
+from lpserve.analysis.build_plan import Outcome
 from lpserve.analysis.stability import SETTLED, Stability
 from lpserve.plan.plan import Plan, PlanEntry
-from lpserve.store.run_folder import RunFolder
+from lpserve.report.tables import player_label, strongest_pairs
 from lpserve.types import Z90
 
 SHOWN_PAIRS = 8
 SVG_WIDTH, SVG_HEIGHT, SVG_PAD = 640, 260, 48
 
 
-def write_outputs(folder: RunFolder, outcome: Outcome, *, config_json: dict[str, Any]) -> None:
-    """Write every result file, each whole or not at all; plan.json last."""
-    write_record_file(folder.path / "scores.npz", outcome.scored)
-    folder.write("shapley.csv", shapley_csv(outcome))
-    if outcome.analysis.interactions_PP is not None:
-        folder.write("interactions.csv", interactions_csv(outcome))
-    folder.write("report.html", render(outcome, config_json))
-    folder.write("plan.json", outcome.plan.to_json())
-
-
-def shapley_csv(outcome: Outcome) -> str:
-    """One row a player: value, standard errors, 90% interval, chance of being among the lowest."""
+def report_page(outcome: Outcome, config_json: dict[str, Any]) -> str:
+    """The page as HTML; it needs no network and no script."""
     values = outcome.analysis.values
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "player",
-            "layer",
-            "part",
-            "value",
-            "stderr",
-            "window_stderr",
-            "total_stderr",
-            "low90",
-            "high90",
-            "p_lowest",
-            "k_min",
-            "k_max",
-            "estimator",
-        ]
-    )
-    window_P = values.window_stderr_P
-    for player in outcome.scored.players:
-        i = player.index
-        value, total = float(values.values_P[i]), float(values.total_stderr_P[i])
-        writer.writerow(
-            [
-                i,
-                player.layer,
-                player.part,
-                repr(value),
-                repr(float(values.stderr_P[i])),
-                "" if window_P is None else repr(float(window_P[i])),
-                repr(total),
-                repr(value - Z90 * total),
-                repr(value + Z90 * total),
-                float(outcome.analysis.lowest_probability_P[i]),
-                *values.sizes,
-                values.estimator,
-            ]
-        )
-    return text.getvalue()
-
-
-def interactions_csv(outcome: Outcome) -> str:
-    """One row a pair of players and its interaction index, the strongest first."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["player", "other", "interaction", "k_min", "k_max"])
-    sizes = outcome.analysis.values.sizes
-    for i, j, index in _strongest_pairs(outcome):
-        writer.writerow([i, j, repr(index), *sizes])
-    return text.getvalue()
-
-
-def _strongest_pairs(outcome: Outcome) -> list[tuple[int, int, float]]:
-    index_PP = outcome.analysis.interactions_PP
-    if index_PP is None:
-        return []
-    first, second = np.triu_indices(len(index_PP), 1)
-    order = np.argsort(-np.abs(index_PP[first, second]), kind="stable")
-    return [(int(first[n]), int(second[n]), float(index_PP[first[n], second[n]])) for n in order]
-
-
-def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
-    """The HTML page; needs no network and no script."""
-    values = outcome.analysis.values
-    return page(
+    return fill_template(
         "report.html.j2",
         plan=outcome.plan,
         analysis=outcome.analysis,
@@ -107,8 +32,9 @@ def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
         config=config_json,
         curve=_curve(outcome),
         bars=_bars(outcome),
+        labels=[player_label(player) for player in outcome.scored.players],
         quarantined=outcome.quarantined,
-        pairs=_strongest_pairs(outcome)[:SHOWN_PAIRS],
+        pairs=strongest_pairs(outcome)[:SHOWN_PAIRS],
         stability=stability_rows(outcome.plan),
         num_windows=len(outcome.scored.num_tokens_I),
         screen_windows=len(outcome.scored.screen),
@@ -122,8 +48,8 @@ def render(outcome: Outcome, config_json: dict[str, Any]) -> str:
     )
 
 
-def page(template: str, **values: Any) -> str:
-    """A page of `templates/`, filled in; a value that is missing is an error."""
+def fill_template(template: str, **values: Any) -> str:
+    """Render a page of `templates/`; raises jinja2's UndefinedError where a value is missing."""
     environment = Environment(
         loader=PackageLoader("lpserve.report"),
         autoescape=True,
@@ -135,7 +61,7 @@ def page(template: str, **values: Any) -> str:
 
 
 def stability_rows(plan: Plan) -> list[tuple[PlanEntry, Stability]]:
-    """Entries whose dependence on the windows is known."""
+    """Plan entries with a known dependence on the windows, and that dependence."""
     return [(e, Stability(**e.stability)) for e in plan.plans if e.stability is not None]
 
 
@@ -153,10 +79,10 @@ def _curve(outcome: Outcome) -> dict[str, Any]:
     drawn = [scale[0](value) for points in series.values() for _, value in points]
     low, high = min(drawn), max(drawn)
     span = max(high - low, 1e-9)
-    most = plan.plans[-1].num_removed
+    largest = plan.plans[-1].num_removed
 
     def place(removed: float, height: float) -> tuple[float, float]:
-        x = SVG_PAD + removed / most * (SVG_WIDTH - 2 * SVG_PAD)
+        x = SVG_PAD + removed / largest * (SVG_WIDTH - 2 * SVG_PAD)
         y = SVG_HEIGHT - SVG_PAD - (height - low) / span * (SVG_HEIGHT - 2 * SVG_PAD)
         return round(x, 1), round(float(y), 1)
 
@@ -167,7 +93,7 @@ def _curve(outcome: Outcome) -> dict[str, Any]:
             name: [(*place(r, scale[0](value)), r, value) for r, value in points]
             for name, points in series.items()
         },
-        "x_ticks": [(place(r, low)[0], r) for r in range(most + 1)],
+        "x_ticks": [(place(r, low)[0], r) for r in range(largest + 1)],
         "y_ticks": [(place(0, tick)[1], f"{scale[1](tick):.3g}") for tick in ticks],
     }
 
@@ -185,7 +111,7 @@ def _bars(outcome: Outcome) -> dict[str, Any]:
         return round(SVG_HEIGHT - SVG_PAD - (value - low) / span * (SVG_HEIGHT - 2 * SVG_PAD), 1)
 
     bars = []
-    for i, value in enumerate(values.values_P):
+    for i, (player, value) in enumerate(zip(outcome.scored.players, values.values_P, strict=True)):
         top, bottom = y(max(float(value), 0.0)), y(min(float(value), 0.0))
         bars.append(
             {
@@ -196,7 +122,7 @@ def _bars(outcome: Outcome) -> dict[str, Any]:
                 "middle": round(SVG_PAD + (i + 0.5) * step, 1),
                 "low": y(float(value - half_P[i])),
                 "high": y(float(value + half_P[i])),
-                "player": i,
+                "player": player_label(player),
             }
         )
     ticks = [(y(float(t)), f"{t:.3g}") for t in np.linspace(low, high, 5)]

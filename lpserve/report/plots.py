@@ -6,13 +6,15 @@ shown, no global state is touched, and a notebook displays what a cell returns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lpserve.errors import InputError
 from lpserve.plan.plan import Plan
-from lpserve.types import Z90, FloatArray
+from lpserve.report.tables import player_label
+from lpserve.types import Z90, FloatArray, Player
 from lpserve.values.result import ShapleyValues
 
 if TYPE_CHECKING:
@@ -21,13 +23,17 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY = "#1f6feb", "#d1730b", "#51606f"
 
 
-def plot_values(values: ShapleyValues) -> Figure:
-    """Every player's value with its 90% interval (`total_stderr_P`)."""
+def plot_values(values: ShapleyValues, players: Sequence[Player] | None = None) -> Figure:
+    """Every player's value with its 90% interval (`total_stderr_P`).
+
+    Args:
+        players: what the values belong to, for the labels; None: decoder layers 0 to P-1.
+    """
     figure, axes = _figure()
-    players = np.arange(len(values.values_P))
-    axes.bar(players, values.values_P, color="#8db6f2")
+    places = np.arange(len(values.values_P))
+    axes.bar(places, values.values_P, color="#8db6f2")
     axes.errorbar(
-        players,
+        places,
         values.values_P,
         yerr=Z90 * np.nan_to_num(values.total_stderr_P),
         fmt="none",
@@ -36,7 +42,7 @@ def plot_values(values: ShapleyValues) -> Figure:
         capsize=2,
     )
     axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_xlabel("layer")
+    _name_players(axes.xaxis, players, len(places))
     axes.set_ylabel(
         "Shapley value"
         if values.is_shapley
@@ -47,8 +53,10 @@ def plot_values(values: ShapleyValues) -> Figure:
 
 
 def plot_plan(plan: Plan) -> Figure:
-    """The plan's sets against layers removed: calibration, and held out where it was measured.
-    Perplexities on a log scale, or the utility where that says no perplexity."""
+    """A line over the number of removed layers: calibration, and held out where it was measured.
+
+    Perplexities are on a log scale; a plan for another kind of utility shows the utility itself.
+    """
     figure, axes = _figure()
     removed = [0, *(entry.num_removed for entry in plan.plans)]
     measure = "utility" if plan.tells_utility else "ppl"
@@ -65,31 +73,49 @@ def plot_plan(plan: Plan) -> Figure:
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.set_xticks(removed)
-    axes.set_xlabel("layers removed")
+    in_layers = all(player.get("part", "layer") == "layer" for player in plan.players)
+    axes.set_xlabel("layers removed" if in_layers else "players removed")
     axes.set_ylabel(plan.utility if plan.tells_utility else "perplexity")
     axes.legend(frameon=False)
     return figure
 
 
-def plot_interactions(interactions_PP: FloatArray) -> Figure:
+def plot_interactions(
+    interactions_PP: FloatArray, players: Sequence[Player] | None = None
+) -> Figure:
     """Pairwise interaction indices: red where two layers need each other, blue where one can stand
     in for the other.
 
     Args:
         interactions_PP: symmetric `float64[P, P]`, as `interactions.csv` and `Analysis` hold them;
             the diagonal is left white.
+        players: what rows and columns belong to, for the labels; None: decoder layers 0 to P-1.
+
+    Raises:
+        InputError: the array is not square, or matplotlib is missing.
     """
     index_PP = np.array(interactions_PP, dtype=np.float64)
     if index_PP.ndim != 2 or index_PP.shape[0] != index_PP.shape[1]:
         raise InputError(f"interactions must be [P, P]: got {list(index_PP.shape)}")
     np.fill_diagonal(index_PP, np.nan)
     figure, axes = _figure(square=True)
-    most = float(np.nanmax(np.abs(index_PP))) if np.isfinite(index_PP).any() else 1.0
-    image = axes.imshow(index_PP, cmap="RdBu_r", vmin=-most, vmax=most)
+    limit = float(np.nanmax(np.abs(index_PP))) if np.isfinite(index_PP).any() else 1.0
+    image = axes.imshow(index_PP, cmap="RdBu_r", vmin=-limit, vmax=limit)
     figure.colorbar(image, ax=axes, label="interaction index")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        _name_players(axis, players, len(index_PP))
     return figure
+
+
+def _name_players(axis: Any, players: Sequence[Player] | None, num_players: int) -> None:
+    """Label an axis by the players; numbered decoder layers need no ticks of their own."""
+    if players is not None and len(players) != num_players:
+        raise InputError(f"players must be {num_players}, as the values are: got {len(players)}")
+    labels = [player_label(player) for player in players or ()]
+    if labels != [str(place) for place in range(len(labels))]:
+        axis.set_ticks(range(len(labels)), labels)
+    in_layers = all(player.part == "layer" for player in players or ())
+    axis.set_label_text("layer" if in_layers else "layer and part")
 
 
 def _figure(*, square: bool = False) -> tuple[Figure, Any]:

@@ -1,10 +1,10 @@
-"""Finished runs and studies in MLflow: parameters, metrics, files. Nothing is logged unless asked.
+"""Finished runs and studies in MLflow: parameters, metrics, files. Logging is off by default.
 
 An MLflow run is found again by host and path of the run folder: giving the same command again
-brings it up to date and makes no second one. A server that cannot be reached is refused before a
-model loads; one that goes away meanwhile costs the log, not the run.
+updates it instead of creating a second one. A server that cannot be reached is refused before a
+model loads; if the server becomes unreachable during the run, only the log is lost.
 
-Alone imports mlflow.
+No other module imports mlflow.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lpserve.analysis.build_plan import Outcome
 from lpserve.errors import InputError
 from lpserve.plan.plan import Plan
 from lpserve.store.filesystem import is_shared
-from lpserve.values.result import ShapleyValues
 
 FOLDER_TAG, ID_TAG = "lpserve.folder", "lpserve.id"
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""MLflow's own defaults wait for many minutes; whoever sets these variables is heeded."""
+"""MLflow's own defaults wait for many minutes; variables that the user has set are kept."""
 _PARAMS, _METRICS = 100, 1000  # what MLflow's API takes at once
 _LONGEST = 6000  # characters of a parameter
 
@@ -76,23 +76,31 @@ class Tracking:
         """Log a finished run, or bring its log up to date; returns MLflow's id of it.
 
         Args:
-            folder: names the run, and finds it again.
+            folder: gives the run its name and its identity.
             params: MLflow keeps them as they were first logged.
-            parent: MLflow's id of the study that it is a point of.
-            tags: what may change from one time to the next.
+            parent: MLflow's id of the study that the run is a point of.
+            tags: values that may change when the same run is logged again.
 
         Raises:
             InputError: the server cannot be reached, or refuses.
         """
         try:
             with _patient():
-                return self._log(folder, params, metrics, files, parent, tags or {})
+                return self._log(
+                    folder,
+                    params=params,
+                    metrics=metrics,
+                    files=files,
+                    parent=parent,
+                    tags=tags or {},
+                )
         except Exception as error:
             raise InputError(f"mlflow {self.uri} cannot be written to: {_line(error)}") from None
 
     def _log(
         self,
         folder: Path,
+        *,
         params: Mapping[str, Any],
         metrics: Sequence[Metric],
         files: Sequence[Path],
@@ -118,7 +126,7 @@ class Tracking:
             own["mlflow.parentRunId"] = parent
         self._client.log_batch(run, tags=[RunTag(k, v) for k, v in own.items()])
         known = found[0].data.params if found else {}
-        # a parameter stays as it was first logged: a larger budget is told by a metric
+        # a parameter stays as it was first logged: a larger budget shows in a metric
         fresh = {_key(k): str(v)[:_LONGEST] for k, v in params.items()}
         new = [Param(k, v) for k, v in fresh.items() if k not in known]
         for part in _parts(new, _PARAMS):
@@ -144,6 +152,7 @@ class Tracking:
 
 def log_run(
     tracking: Tracking,
+    *,
     config: Mapping[str, Any],
     folder: Path,
     plan: Plan,
@@ -151,7 +160,15 @@ def log_run(
     stderr_P: Sequence[float],
     parent: str | None = None,
 ) -> str:
-    """Log what a run found: its config, plan, values and files; raises InputError."""
+    """Log what a run found: its config, plan, values and files; returns MLflow's id of the run.
+
+    Args:
+        values_P: values of the players, and `stderr_P` their standard errors.
+        parent: MLflow's id of the study that the run is a point of.
+
+    Raises:
+        InputError: the server cannot be reached, or refuses.
+    """
     pairs = [("value", values_P), ("value_stderr", stderr_P)]
     values = [
         Metric(name=name, value=float(number), step=player)
@@ -169,23 +186,34 @@ def log_run(
 
 def log_finished_run(
     tracking: Tracking,
-    config: Mapping[str, Any],
     folder: Path,
-    plan: Plan,
-    values: ShapleyValues,
+    outcome: Outcome,
+    *,
+    config: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> None:
-    """Log a run that just finished; a server that has gone away meanwhile is told."""
-    values_P, stderr_P = values.values_P.tolist(), values.total_stderr_P.tolist()
+    """Log a run that just finished.
+
+    Args:
+        log: called with a line where the server has become unreachable; nothing is raised then.
+    """
+    values = outcome.analysis.values
     try:
-        log_run(tracking, config, folder, plan, values_P, stderr_P)
+        log_run(
+            tracking,
+            config=config,
+            folder=folder,
+            plan=outcome.plan,
+            values_P=values.values_P.tolist(),
+            stderr_P=values.total_stderr_P.tolist(),
+        )
     except InputError as error:
         log(f"{error}; the run is finished: give the same command again to log it")
 
 
 def plan_metrics(plan: Plan) -> list[Metric]:
-    """Perplexities and utilities of a plan by the number of removed layers (0: all kept), and what
-    was scored."""
+    """Perplexities and utilities of a plan by the number of removed layers (0: all kept), and the
+    number of masks scored."""
     found = [Metric(name="masks_scored", value=plan.masks_scored)]
     for name in ("calibration_ppl", "heldout_ppl", "calibration_utility", "heldout_utility"):
         values = [(0, getattr(plan, f"full_{name}"))]
@@ -195,13 +223,13 @@ def plan_metrics(plan: Plan) -> list[Metric]:
 
 
 def run_files(folder: Path) -> list[Path]:
-    """What of a run's folder is logged: the answers, not the scores."""
+    """The files of a run's folder that are logged: results without the scores."""
     names = ("plan.json", "shapley.csv", "interactions.csv", "report.html", "config.json")
     return [folder / name for name in names]
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's keys; tables as `key.name`, what is not set left out."""
+    """A config's keys in one level: nested ones as `key.name`; keys that are None are left out."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -216,9 +244,9 @@ def _key(name: str) -> str:
     return re.sub(r"[^\w\-./ :]", "_", name)
 
 
-def _parts(items: list[Any], most: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), most):
-        yield items[start : start + most]
+def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 @contextmanager

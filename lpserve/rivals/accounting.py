@@ -1,8 +1,8 @@
-"""What batches of masks cost, whoever proposes them: counted alike for every search.
+"""What batches of masks cost, counted in the same way for every search.
 
-Masks are distinct ones, on however few windows they were scored. Layer-forwards are those that the
-trie of each batch takes (prefixes are shared inside a batch alone) and `HEAD_COST` for each mask,
-weighted by the windows that the masks had not been scored on.
+A distinct mask counts once, on however few windows it was scored. Layer-forwards are those of the
+trie of each batch (prefixes are shared inside a batch only) plus `HEAD_COST` for each mask,
+weighted by the share of windows that the masks had not been scored on.
 
 Notation: M masks, N windows, W windows asked for, J different runs.
 """
@@ -24,7 +24,7 @@ from lpserve.types import BoolArray, IntArray
 
 @dataclass
 class Spent:
-    """What batches cost; one after another."""
+    """Running totals of what a sequence of batches costs."""
 
     num_windows: int
     forwards: float = 0.0
@@ -33,14 +33,15 @@ class Spent:
 
     @property
     def masks(self) -> int:
+        """Distinct masks so far."""
         return len(self.scored)
 
     def tokens(self, tokens_N: IntArray) -> int:
-        """Tokens that were scored, windows of `tokens_N` tokens each."""
+        """Tokens that were scored, for windows of `tokens_N` tokens each."""
         return int(sum((tokens_N * scored_N).sum() for scored_N in self.scored.values()))
 
     def after(self, ask: Ask) -> tuple[int, float]:
-        """Masks and layer-forwards once this batch has run, too."""
+        """Totals of masks and layer-forwards if this batch were added."""
         mask_keys = keys(ask.masks_MP)
         nothing_N = np.zeros(self.num_windows, dtype=bool)
         have_MN = np.array([self.scored.get(key, nothing_N) for key in mask_keys])
@@ -54,6 +55,7 @@ class Spent:
         return self.masks + sum(key not in self.scored for key in mask_keys), forwards
 
     def add(self, ask: Ask) -> None:
+        """Add what this batch costs to the totals."""
         _, self.forwards = self.after(ask)
         for key in keys(ask.masks_MP):
             scored_N = self.scored.setdefault(key, np.zeros(self.num_windows, dtype=bool))
@@ -67,7 +69,15 @@ def within(
     masks: float = math.inf,
     forwards: float = math.inf,
 ) -> tuple[list[Ask], Spent]:
-    """The batches before the first mask that a budget does not allow, and what they cost."""
+    """Cut a sequence of batches where a budget ends.
+
+    Args:
+        masks: budget of distinct masks.
+        forwards: budget of layer-forwards, for all windows together.
+
+    Returns:
+        The batches before the first mask that a budget does not allow, and what they cost.
+    """
     spent, kept = Spent(num_windows), []
 
     def too_much(ask: Ask) -> bool:

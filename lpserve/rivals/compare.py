@@ -1,9 +1,9 @@
-"""Rivals on the same engines and windows, in one table: what each found, and what it cost.
+"""Rivals on the same engines and windows: what each found, and what that cost.
 
 Every rival proposes masks (`lpserve.rivals.registry`), the session scores them through one store,
 and costs are counted for each as if it were alone (`lpserve.rivals.accounting`). A rival's set of a
-size is the best that it scored on all calibration windows; held-out windows report, they never
-choose. Sets from files are scored beside them.
+size is the best that it scored on all calibration windows; held-out windows are reported and never
+choose. Sets from files are scored as well.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ RESULTS_FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(WindowConfig):
-    """Whom to compare, on what, with which engines."""
+    """Which rivals to compare, on which windows, with which engines."""
 
     rivals: tuple[str, ...] = tuple(RIVALS)
     sets: tuple[LayerSet, ...] = ()
-    """Sets from elsewhere, scored beside the rivals'."""
+    """Sets from other sources, scored like the rivals' sets."""
     max_removed: int | None = None
     budget: int = 400
-    """Most masks of each rival; one on few windows counts for its share."""
+    """Largest number of masks of each rival; a mask on some windows counts for that share."""
     seed: int = 0
     out: str = "baselines"
 
@@ -69,20 +69,20 @@ class FoundSet:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RivalCost:
-    """What a rival's masks cost, as if it were alone."""
+    """What a rival's masks cost, counted as if no other rival had scored any."""
 
     rival: str
     masks: int
     tokens: int
     layer_forwards: float
-    """With a mask's head counted as `acquisition.HEAD_COST` layers."""
+    """The head of each mask counts as `acquisition.HEAD_COST` layers."""
     note: str = ""
-    """What it did beside scoring masks, or why it did not run."""
+    """What it took besides scoring masks, or why the rival did not run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Everything that was found, and its cost."""
+    """Everything that a comparison found, and what it cost."""
 
     found: tuple[FoundSet, ...]
     costs: tuple[RivalCost, ...]
@@ -95,16 +95,17 @@ class Comparison:
 def compare(config: CompareConfig, progress: Progress | None = None) -> Comparison:
     """Run every rival and write results.csv, costs.csv and results.json into the folder.
 
-    The same config goes on where it was stopped: scores are read back from the folder's store.
+    Called again with the same config it continues where it was stopped: scores are read back from
+    the folder's store.
 
     Raises:
         InputError: something cannot be used; raised before an engine starts.
         RunInterrupted: a signal came; what was scored is kept.
     """
     num_players = num_players_of(config)
-    most = resolved_max_removed(config.max_removed, num_players)
+    max_removed = resolved_max_removed(config.max_removed, num_players)
     calibration, heldout = windows_of(config)
-    _check_start(config, num_players, most, calibration.num_windows)
+    _check_start(config, num_players, max_removed, calibration.num_windows)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     with ScoringSession(
@@ -115,7 +116,7 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
         longest=heldout.length,
         progress=progress,
     ) as session:
-        comparison = _Comparing(config, session, calibration, heldout, most).run()
+        comparison = _Comparing(config, session, calibration, heldout, max_removed).run()
         _write(folder, config, session, comparison)
     return comparison
 
@@ -150,12 +151,12 @@ class _Comparing:
         session: ScoringSession,
         calibration: TokenWindows,
         heldout: TokenWindows,
-        most: int,
+        max_removed: int,
     ) -> None:
-        self._config, self._session, self._most = config, session, most
+        self._config, self._session, self._max_removed = config, session, max_removed
         self._calibration, self._heldout = calibration, heldout
         self._players = session.info.num_players
-        self._setting = _setting(config, self._players, most, calibration.num_windows)
+        self._setting = _setting(config, self._players, max_removed, calibration.num_windows)
         self._measurements: dict[str, Any] = {}
 
     def run(self) -> Comparison:
@@ -165,7 +166,7 @@ class _Comparing:
             record, note = self._driven(name)
             costs.append(self._cost(name, record, note))
             found = best_sets(record)
-            sets += [(name, *found[r]) for r in sorted(found) if 1 <= r <= self._most]
+            sets += [(name, *found[r]) for r in sorted(found) if 1 <= r <= self._max_removed]
         given = [s for s in self._config.sets if s.removed]
         if given:
             masks_MP = layer_set_masks(given, self._players)
@@ -234,8 +235,8 @@ class _Comparing:
 
     def _cost(self, name: str, record: Sequence[Answer], note: str) -> RivalCost:
         spent = Spent(self._calibration.num_windows)
-        for scored in record:
-            spent.add(scored.ask)
+        for answer in record:
+            spent.add(answer.ask)
         return RivalCost(
             rival=name,
             masks=spent.masks,

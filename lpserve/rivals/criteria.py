@@ -23,7 +23,7 @@ def last_layers(num_players: int, max_removed: int) -> Proposer:
 
 
 def block_influence(influence_P: FloatArray, max_removed: int) -> Proposer:
-    """ShortGPT (Men et al., arXiv 2403.03853): the r players that turn the hidden state least.
+    """ShortGPT (Men et al., arXiv 2403.03853): the r players that change the hidden state least.
 
     Args:
         influence_P: 1 - mean cosine of a player's input and output
@@ -33,7 +33,8 @@ def block_influence(influence_P: FloatArray, max_removed: int) -> Proposer:
 
 
 def contiguous_layers(distance_LL: FloatArray, max_removed: int) -> Proposer:
-    """Gromov et al. (arXiv 2403.17887): the r players in a row whose two ends are most alike.
+    """Gromov et al. (arXiv 2403.17887): the r consecutive players around which
+    the hidden states differ least.
 
     Args:
         distance_LL: angular distance of the states entering players i and j, `float64[P+1, P+1]`
@@ -48,8 +49,8 @@ def contiguous_layers(distance_LL: FloatArray, max_removed: int) -> Proposer:
 
 
 def taylor(importance_P: FloatArray, max_removed: int) -> Proposer:
-    """Shortened-LLaMA's Taylor+ (Kim et al., arXiv 2402.02834): the r players whose weights matter
-    least to first order, the first 4 and last 2 spared as long as others are left.
+    """Shortened-LLaMA's Taylor+ (Kim et al., arXiv 2402.02834): the r players of the lowest
+    first-order importance; the first 4 and last 2 are spared as long as others are left.
 
     Args:
         importance_P: sum of |weight x gradient| over a player (`engine.criteria`).

@@ -17,7 +17,7 @@ from lpserve.types import BoolArray, FloatArray, IntArray
 EVOPRESS_OFFSPRING = 32
 EVOPRESS_INITIAL = 64
 EVOPRESS_SURVIVORS = 2
-EVOPRESS_MOST_SWAPS = 3
+EVOPRESS_MAX_SWAPS = 3
 EVOPRESS_FIRST_SHARE = 2048 / 32768
 """Tokens of the first selection over those of the last."""
 EVOPRESS_DIVISOR = 1.5
@@ -40,13 +40,13 @@ def evolutionary(
     on few tokens, and of those and the parent the best on all. These numbers, and r (P - r) / 1.5
     generations, are its published script's; where a size has fewer sets, all are asked for.
 
-    It searches one size a run. Here the runs for r = 1..max_removed go side by side, a generation
-    of each in one `Ask`, so that every size has had as many generations as any other until its
-    published number is reached: the budget is shared evenly.
+    The published search finds sets of one size. Here the searches for r = 1..max_removed run side
+    by side, a generation of each in one `Ask`, so that every size has had as many generations as
+    any other until its published number is reached: the budget is shared evenly.
 
-    Players move whole (attention and MLP together: its `drop_entire_block`), fitness is the NLL
-    (its `ppl`), the few tokens are other windows in each generation, drawn as a block, and the last
-    selection is on all windows: the published code draws others there, too.
+    A player is dropped with attention and MLP together (its `drop_entire_block`), fitness is the
+    NLL (its `ppl`), the few tokens are other windows in each generation, drawn as a block, and the
+    last selection is on all windows: the published code draws others there, too.
 
     Args:
         num_windows: windows of the game.
@@ -55,17 +55,12 @@ def evolutionary(
     rng = np.random.default_rng(seed)
     known = KnownScores()
 
-    def few() -> range | None:
-        count = max(1, round(first_share * num_windows))
-        start = int(rng.integers(num_windows - count + 1))
-        return range(start, start + count) if count < num_windows else None
-
     sizes = range(1, min(max_removed, num_players) + 1)
     initial = []
     for r in sizes:
         count = min(EVOPRESS_INITIAL, math.comb(num_players, r))
         initial.append(_distinct(lambda r=r: draw(num_players, num_players - r, 1, rng)[0], count))
-    scores = yield from known.groups(initial, few())
+    scores = yield from known.groups(initial, _few_windows(num_windows, first_share, rng))
     parents = {
         r: group_MP[_best(nll_M, 1)[0]]
         for r, group_MP, nll_M in zip(sizes, initial, scores, strict=True)
@@ -76,7 +71,7 @@ def evolutionary(
         if not alive:
             return
         broods = [offspring(parents[r], rng) for r in alive]
-        scores = yield from known.groups(broods, few())
+        scores = yield from known.groups(broods, _few_windows(num_windows, first_share, rng))
         finals = [
             np.concatenate([brood_MP[_best(nll_M, EVOPRESS_SURVIVORS)], parents[r][None]])
             for r, brood_MP, nll_M in zip(alive, broods, scores, strict=True)
@@ -87,8 +82,15 @@ def evolutionary(
         generation += 1
 
 
+def _few_windows(num_windows: int, share: float, rng: np.random.Generator) -> range | None:
+    """A random block of consecutive windows for a first selection; None: the share is all."""
+    count = max(1, round(share * num_windows))
+    start = int(rng.integers(num_windows - count + 1))
+    return range(start, start + count) if count < num_windows else None
+
+
 def evopress_generations(num_players: int, num_removed: int) -> int:
-    """Its published number of generations for one size."""
+    """EvoPress' published number of generations for one number removed."""
     return int(num_removed * (num_players - num_removed) / EVOPRESS_DIVISOR)
 
 
@@ -102,7 +104,7 @@ def offspring(parent_P: BoolArray, rng: np.random.Generator) -> BoolArray:
     kept, dropped = int(parent_P.sum()), int((~parent_P).sum())
     within_reach = sum(
         math.comb(kept, swaps) * math.comb(dropped, swaps)
-        for swaps in range(1, EVOPRESS_MOST_SWAPS + 1)
+        for swaps in range(1, EVOPRESS_MAX_SWAPS + 1)
     )
     count = min(EVOPRESS_OFFSPRING, within_reach)
     return _distinct(lambda: _mutant(parent_P, rng), count, other_than=parent_P)
@@ -110,7 +112,7 @@ def offspring(parent_P: BoolArray, rng: np.random.Generator) -> BoolArray:
 
 def _mutant(parent_P: BoolArray, rng: np.random.Generator) -> BoolArray:
     child_P = parent_P.copy()
-    for _ in range(rng.integers(1, EVOPRESS_MOST_SWAPS + 1, size=2).min()):
+    for _ in range(rng.integers(1, EVOPRESS_MAX_SWAPS + 1, size=2).min()):
         out = rng.choice(np.flatnonzero(child_P))
         back = rng.choice(np.flatnonzero(~child_P))
         child_P[out], child_P[back] = False, True

@@ -19,7 +19,7 @@ from lpserve.values.sampling import paper_values
 
 PAPER_DRAWS = 8_000
 PAPER_COALITIONS = 80_000
-PAPER_LEAST_DRAWS = 5
+PAPER_MIN_DRAWS = 5
 """The fewest distinct draws that its surrogate is trained on."""
 
 
@@ -35,22 +35,22 @@ def paper(
 
     Masks are drawn with replacement, as many from each stratum (`paper_kept_counts`); the published
     8,000, or as many as leave masks of the budget for the rest of the pipeline. A repeated draw
-    counts as one of the 8,000 and trains the network again, as published, but is scored once.
+    counts as one of the 8,000 and trains the network again, as published, but is scored only once.
     Utility is the perplexity ratio; failed masks train nothing. Values come from 80,000 coalitions
     of the same strata, and their ranking is scored for every r last.
 
     Args:
-        strata: kept counts to draw from, where the published ones are not all to be had.
+        strata: kept counts to draw from, where a game does not hold all published ones.
 
     Raises:
-        InputError: the budget does not hold all kept, `PAPER_LEAST_DRAWS` draws and a set for every
+        InputError: the budget does not hold all kept, `PAPER_MIN_DRAWS` draws and a set for every
             r; raised at the first step.
     """
     room = budget - 1 - max_removed
-    if room < PAPER_LEAST_DRAWS:
+    if room < PAPER_MIN_DRAWS:
         raise InputError(
             f"the paper's pipeline removing up to {max_removed} needs a budget of at least "
-            f"{1 + PAPER_LEAST_DRAWS + max_removed} masks: got {budget}"
+            f"{1 + PAPER_MIN_DRAWS + max_removed} masks: got {budget}"
         )
     rng = np.random.default_rng(seed)
     draws_DP = paper_draws(num_players, PAPER_DRAWS, rng, strata)
@@ -62,7 +62,7 @@ def paper(
     if not np.isfinite(nll_M[0]) or finite_D.sum() < 2:
         return
     surrogate = PaperSurrogate(seed)
-    # not `fit`, which refuses repeated masks and measures a held-out error that nobody asks for
+    # not `fit`, which refuses repeated masks and measures a held-out error that is not needed
     surrogate.train(draws_DP[finite_D], np.exp(nll_M[0] - nll_M[1:][finite_D]))
     values_P = paper_values(surrogate.mean, coalitions_QP).values_P
     sets_MP = np.array([ranking_mask(values_P, r) for r in range(1, max_removed + 1)])
@@ -75,8 +75,11 @@ def paper_draws(
     rng: np.random.Generator,
     strata: Sequence[int] | None = None,
 ) -> BoolArray:
-    """Random masks of strata (None: the paper's), dealt in turn, with replacement,
-    `bool[count, P]`."""
+    """Random masks with replacement, from each stratum in turn, `bool[count, P]`.
+
+    Args:
+        strata: kept counts to draw from; None: the published ones.
+    """
     strata = paper_kept_counts(num_players) if strata is None else strata
     share = -(-count // len(strata))
     masks_SDP = np.array([draw(num_players, kept, share, rng) for kept in strata])
@@ -84,7 +87,7 @@ def paper_draws(
 
 
 def _distinct_so_far(masks_DP: BoolArray) -> IntArray:
-    """How many different masks there are up to each, `int64[D]`."""
+    """Number of different masks up to and including each row, `int64[D]`."""
     seen: set[bytes] = set()
     counts = []
     for key in keys(masks_DP):

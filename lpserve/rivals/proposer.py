@@ -29,14 +29,14 @@ class Ask:
     """Masks whose mean NLLs a proposer wants."""
 
     masks_MP: BoolArray
-    """Distinct."""
+    """`bool[M, P]`, True = the player is kept; distinct."""
     windows: range | None = None
-    """On which windows, by index; None is all."""
+    """Indices of the windows to score on; None: all windows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An `Ask` with its answer."""
+    """An `Ask` with the scores of its masks."""
 
     ask: Ask
     nll_M: FloatArray
@@ -48,7 +48,7 @@ Proposer = Generator[Ask, FloatArray, None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSetting:
-    """What a search is told about the game before it starts."""
+    """What a search knows about the game before it starts."""
 
     num_players: int
     max_removed: int
@@ -56,7 +56,7 @@ class SearchSetting:
     num_windows: int
     """Calibration windows of the game."""
     budget: int
-    """Masks that the search may score; most searches are cut there and need not know it."""
+    """Masks that the search may score; most searches are cut there whatever they plan."""
     seed: int
     measured: Any = None
     """What the engine method of `Measurement` returned, for searches that look inside the model."""
@@ -68,12 +68,13 @@ def drive(
     budget: int,
     num_windows: int | None = None,
 ) -> list[Answer]:
-    """Run a proposer to its end or to a number of masks; all that was scored, in order.
+    """Run a proposer to its end or until the budget is spent; returns all answers in order.
 
     Args:
         budget: distinct masks scored on any windows, as a run counts them. The `Ask` that would
             exceed it is cut where it does, and the proposer is closed without its answer.
-        num_windows: of the game; a mask on some of them then counts for its share.
+        num_windows: windows of the game: a mask scored on some of them then counts for that share
+            of a mask. None: every mask counts as one.
     """
     record: list[Answer] = []
     seen: dict[bytes, set[int]] = {}
@@ -106,15 +107,17 @@ def _within(
 
 
 def best_sets(record: Sequence[Answer]) -> dict[int, tuple[BoolArray, float]]:
-    """Number removed -> the best mask scored on all windows and its NLL, ties to the smaller key.
+    """The best set of each size that was scored on all windows.
 
-    Sizes without a finite score are not in it.
+    Returns:
+        Number removed -> (mask `bool[P]`, its mean NLL); ties go to the smaller mask key, sizes
+        without a finite score are left out.
     """
-    whole = [scored for scored in record if scored.ask.windows is None]
-    if not whole:
+    complete = [answer for answer in record if answer.ask.windows is None]
+    if not complete:
         return {}
-    masks_MP = np.concatenate([scored.ask.masks_MP for scored in whole])
-    nll_M = np.concatenate([scored.nll_M for scored in whole])
+    masks_MP = np.concatenate([answer.ask.masks_MP for answer in complete])
+    nll_M = np.concatenate([answer.nll_M for answer in complete])
     removed_M = (~masks_MP).sum(axis=1)
     found = {}
     for r in np.unique(removed_M):
@@ -126,12 +129,13 @@ def best_sets(record: Sequence[Answer]) -> dict[int, tuple[BoolArray, float]]:
 
 
 def ranked_sets(values_P: FloatArray, max_removed: int) -> Proposer:
-    most = min(max_removed, len(values_P))
-    yield Ask(np.array([ranking_mask(values_P, r) for r in range(1, most + 1)]))
+    """One `Ask`: for each r = 1..max_removed the set of the r players of the lowest values."""
+    largest = min(max_removed, len(values_P))
+    yield Ask(np.array([ranking_mask(values_P, r) for r in range(1, largest + 1)]))
 
 
 class KnownScores:
-    """The scores that a proposer was sent, so that it asks for nothing twice."""
+    """The scores that a proposer has been sent; it asks through this for what it lacks, once."""
 
     def __init__(self) -> None:
         self._nll: dict[tuple[range | None, bytes], float] = {}
@@ -139,7 +143,7 @@ class KnownScores:
     def score(
         self, masks_MP: BoolArray, windows: range | None = None
     ) -> Generator[Ask, FloatArray, FloatArray]:
-        """NLLs of any masks; what is not known is asked for in one `Ask`."""
+        """Mean NLLs of any masks, `float64[M]`; unknown ones are asked for in one `Ask`."""
         mask_keys = [(windows, key) for key in keys(masks_MP)]
         fresh: dict[tuple[range | None, bytes], BoolArray] = {}
         for key, mask_P in zip(mask_keys, masks_MP, strict=True):
@@ -153,7 +157,10 @@ class KnownScores:
     def groups(
         self, groups: Sequence[BoolArray], windows: range | None
     ) -> Generator[Ask, FloatArray, list[FloatArray]]:
-        """The same for several groups, dealt in turn: a budget's end cuts all of them alike."""
+        """Mean NLLs of several groups of masks, in one `Ask`.
+
+        The groups' masks alternate in it, so that the end of a budget cuts all groups alike.
+        """
         place_M = np.concatenate([np.arange(len(group)) for group in groups])
         turn_M = np.argsort(place_M, kind="stable")
         nll_M = np.empty(len(turn_M))

@@ -10,7 +10,10 @@ RANDOM_BATCH = 256
 
 
 def random_search(num_players: int, max_removed: int, seed: int) -> Proposer:
-    """Uniform sets of 1..max_removed players, of every size in turn, none twice; to the last."""
+    """Uniform random sets of 1..max_removed players, of every size in turn.
+
+    No set comes twice; the search ends when there are no more.
+    """
     strata = range(num_players - 1, num_players - max_removed - 1, -1)
     design = StratifiedDesign(num_players, list(strata), seed)
     while len(masks_MP := design.take(RANDOM_BATCH)):

@@ -18,38 +18,27 @@ import json
 import os
 from collections import deque
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lpserve.analysis.analyse import Outcome, analyse, candidate_masks, make_plan
 from lpserve.analysis.record import RunRecord
 from lpserve.config import RunConfig, as_json
 from lpserve.data.items import ItemSet
-from lpserve.engine.base import check_extra_metrics
 from lpserve.errors import LpserveError
-from lpserve.masks import from_keys, key_text, keys
-from lpserve.report.page import write_outputs
-from lpserve.report.tracking import Tracking, log_finished_run
-from lpserve.rounds.history import CompletedRound, Round, latest_scores
+from lpserve.masks import key_text, keys
+from lpserve.rounds.history import CompletedRound, Round
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.screening import screen_rows
 from lpserve.runner.background import in_background
-from lpserve.runner.manifest import write_windows_file
-from lpserve.runner.setup import (
-    check_model,
-    check_same_game,
-    check_same_windows,
+from lpserve.runner.manifest import (
     described,
-    item_sets_of,
-    round_settings,
+    write_windows_file,
 )
+from lpserve.runner.setup import round_settings
 from lpserve.scoring.pool import UnitResult
-from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import POLL_S, ScoringSession
 from lpserve.scoring.tracker import ScoreRequest, ScoreTracker
 from lpserve.scoring.units import GivenUp
@@ -57,128 +46,11 @@ from lpserve.store.run_folder import RunFolder
 from lpserve.types import (
     BoolArray,
     IntArray,
-    Work,
     perplexity,
 )
 from lpserve.utility import utility_named
 
 _PROPOSAL_POLL_S = 0.01
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunResult:
-    """What a finished run leaves."""
-
-    folder: Path
-    outcome: Outcome
-    scores_new: int
-    """Scores of a mask on a window that engines gave; all others were in the store."""
-    work: Work
-    """What that took the engines."""
-
-
-def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
-    """Score masks within the budget, estimate values, choose and check a plan, write the folder.
-
-    The same config resumes an interrupted run and extends a finished one when the budget grew.
-
-    Raises:
-        InputError: something in the config, the model, the texts, the folder or the store cannot
-            be used; raised before a model loads, and nothing is left behind.
-        RunInterrupted: a signal stopped the run.
-        EngineError: no engine could start.
-    """
-    config = check_model(config)
-    calibration, heldout = item_sets_of(config)
-    if config.screen_windows:
-        screen_rows(calibration.corpora, config.screen_windows)  # refused before an engine starts
-    progress = progress or Progress(interval_s=config.progress_s)
-    tracking = Tracking(config.mlflow, config.experiment) if config.mlflow else None
-    with ExitStack() as stack:
-        folder = stack.enter_context(closing(RunFolder(config.out)))
-        stored = _same_run(folder, config, calibration, heldout)
-        session = ScoringSession(
-            config,
-            calibration.windows,
-            store=config.store_path,
-            holder=f"a run in {config.out}",
-            longest=heldout.windows.length,
-            stored=stored,
-            progress=progress,
-        )
-        stack.callback(session.close)
-        result = _at_work(config, folder, stored, (calibration, heldout), session, None, ())
-        if tracking is not None:
-            plan, values = result.outcome.plan, result.outcome.analysis.values
-            log_finished_run(tracking, as_json(config), result.folder, plan, values, progress.note)
-        return result
-
-
-def run_at(
-    config: RunConfig,
-    samples: tuple[ItemSet, ItemSet],
-    session: ScoringSession,
-    *,
-    masks_of: RunRecord | None = None,
-    extra_metrics: tuple[str, ...] = (),
-) -> RunResult:
-    """A run at engines that are open, on calibration and held-out samples that are cut.
-
-    Args:
-        config: with every default filled in (`admission.check_model`).
-        masks_of: another run of the same game whose windows hold these: its first `budget` masks
-            are read again and no other mask is scored, but for the held-out check.
-        extra_metrics: metrics that others will ask of the same masks: scored in the same pass.
-
-    Raises: as `run`.
-    """
-    session.progress = Progress(interval_s=config.progress_s)
-    with closing(RunFolder(config.out)) as folder:
-        stored = _same_run(folder, config, samples[0], None)
-        return _at_work(config, folder, stored, samples, session, masks_of, extra_metrics)
-
-
-def _same_run(
-    folder: RunFolder, config: RunConfig, calibration: ItemSet, heldout: ItemSet | None
-) -> dict[str, Any] | None:
-    """What an earlier run left in the folder, if it is this run's to go on with.
-
-    Without `heldout` whoever has opened the engines decides on held-out windows, store and device.
-    """
-    stored = folder.read_config()
-    if stored is not None:
-        folder.check_same_config(stored, as_json(config), () if heldout else ("store", "device"))
-        check_same_windows(folder, stored, calibration, heldout)
-    return stored
-
-
-def _at_work(
-    config: RunConfig,
-    folder: RunFolder,
-    stored: dict[str, Any] | None,
-    samples: tuple[ItemSet, ItemSet],
-    session: ScoringSession,
-    masks_of: RunRecord | None,
-    extra_metrics: tuple[str, ...],
-) -> RunResult:
-    if stored is not None:
-        check_same_game(folder, stored, session.info)
-    metric = utility_named(config.utility).metric
-    metrics = tuple(dict.fromkeys(m for m in (metric, *extra_metrics) if m != "nll"))
-    check_extra_metrics(session.info, metrics)  # before the folder is this run's
-    folder.begun = True
-    job = _Job(config, folder, session, *samples, metrics)
-    session.signals.at_work = True
-    job.write_config(stored)
-    with session.at_work():
-        if masks_of is None:
-            job.score_rounds()
-        else:
-            job.adopt(masks_of)
-        outcome = job.conclude()
-    return RunResult(
-        folder=folder.path, outcome=outcome, scores_new=job.scores_new, work=session.work
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +74,8 @@ class _Asked:
         }
 
 
-class _Job:
-    """One run at work."""
+class RunLoop:
+    """One run at work: rounds proposed, scored, and counted."""
 
     def __init__(
         self,
@@ -222,21 +94,25 @@ class _Job:
         self.config, self.folder, self.store, self.pool = config, folder, store, pool
         self.calibration, self.heldout, self.progress = calibration, heldout, session.progress
         self.metrics = metrics
+        self.info = pool.info
         self.session, self.dispatcher, self.game = session, session.dispatcher, session.game
         screened = config.screen_windows
         self.screen = screen_rows(calibration.corpora, screened) if screened else None
-        self.board = self._board(calibration, self.screen)
+        self.board = self.make_board(calibration, self.screen)
         self.settings = round_settings(config, pool.info.num_players)
         self.utility = utility_named(config.utility)
         self.planner = RoundPlanner(
             self.settings, self.utility, calibration.num_tokens_I, screen=self.screen
         )
         self.rounds: list[CompletedRound] = []
-        """Complete rounds in order; only ever appended to, since a thread reads them."""
-        self._ended, self._noise = "", 0.0
+        """Complete rounds, in order."""
+        self.adopted = ""
+        """Why no round was asked for, if the masks are those of another run."""
+        self.noise_loss = 0.0
+        """Noise of a mask's mean loss, root mean square."""
         self.scores_new = 0
 
-    def _board(self, sample: ItemSet, screen: IntArray | None) -> ScoreTracker:
+    def make_board(self, sample: ItemSet, screen: IntArray | None) -> ScoreTracker:
         rows = None if screen is None else sample.window_rows(screen)
         where = (self.store, self.game, sample.windows, self.dispatcher)
         return ScoreTracker(*where, screen=rows, extra_metrics=self.metrics)
@@ -272,9 +148,9 @@ class _Job:
             elif proposal is not None and self.dispatcher.idle:
                 wait([proposal], POLL_S)
             else:
-                self._drain(POLL_S if proposal is None else _PROPOSAL_POLL_S)
+                self.drain(POLL_S if proposal is None else _PROPOSAL_POLL_S)
             self._complete(pending)
-            self._check_signals()
+            self.check_signals()
         self._settle(pending)
         self.progress.state.total = self.progress.state.done
 
@@ -284,9 +160,9 @@ class _Job:
             pending.append(self._ask(found))
             self.folder.event("round", promoted=len(found.promoted_MP))
             while pending:
-                self._drain(POLL_S)
+                self.drain(POLL_S)
                 self._complete(pending)
-                self._check_signals()
+                self.check_signals()
 
     def _ask(self, asked: Round) -> _Asked:
         requests = [self.board.request(asked.masks_MP, asked.full_M)]
@@ -300,7 +176,7 @@ class _Job:
             asked = pending.popleft()
             self._take(asked.round.all_masks, asked.values)
             self._show_best(self.rounds[-1])
-        self._show()
+        self.show()
 
     def _take(self, masks_MP: BoolArray, values: dict[str, NDArray[np.float32]]) -> None:
         """Add a complete round, from its sums `[M, N]`; the first mask of all is the full model."""
@@ -310,7 +186,7 @@ class _Job:
             loss_MI = self.calibration.losses(self.utility, values)
         if not self.rounds:
             of_nll = self.pool.info.noise_nll
-            self._noise = self.calibration.noise(self.utility, of_nll, values["nll"][0])
+            self.noise_loss = self.calibration.noise(self.utility, of_nll, values["nll"][0])
             if not np.isfinite([nll_MI[0], loss_MI[0]]).all():
                 what = "the whole model's own score is not finite"
                 raise LpserveError(f"{what}: check the model and the dtype")
@@ -334,10 +210,10 @@ class _Job:
                 )
         self._take(asked, values)
         self.planner.sources.update(zip(keys(asked), other.sources, strict=False))
-        self._ended = f"the {len(asked)} masks are those of another run"
+        self.adopted = f"the {len(asked)} masks are those of another run"
         self.folder.event("masks read again", masks=len(asked))
 
-    def _drain(self, timeout_s: float) -> None:
+    def drain(self, timeout_s: float) -> None:
         self.session.drain(timeout_s, self.accept)
 
     def accept(self, result: UnitResult | GivenUp) -> None:
@@ -350,7 +226,7 @@ class _Job:
             self.scores_new += result.scores.nll_MN.size
             self.progress.state.work += result.scores.work
 
-    def _check_signals(self) -> None:
+    def check_signals(self) -> None:
         self.session.check_signals(self.accept, self._interrupted)
 
     def _interrupted(self) -> int:
@@ -359,7 +235,7 @@ class _Job:
 
     # -- progress ------------------------------------------------------------------------------
 
-    def _show(self) -> None:
+    def show(self) -> None:
         state = self.progress.state
         state.done = self.board.scored
         state.reused = self.board.reused
@@ -380,84 +256,6 @@ class _Job:
         for removed, ppl in zip(removed_M.tolist(), ppl_M.tolist(), strict=True):
             if 1 <= removed <= self.settings.max_removed and ppl < best.get(removed, np.inf):
                 best[removed] = ppl
-
-    # -- conclusion ----------------------------------------------------------------------------
-
-    def conclude(self) -> Outcome:
-        """Values, plan, held-out check of the candidates; writes every file of the folder."""
-        scored = self._record()
-        analysis = analyse(scored)
-        wanted = candidate_masks(scored, analysis)
-        calibration, self.board = self.board, self._board(self.heldout, None)
-        self.progress.begin("held-out", len(wanted))
-        request = self.board.request(wanted)
-        while not request.complete:
-            self._drain(POLL_S)
-            self._show()
-            self._check_signals()
-        self._show()
-        scored = replace(
-            scored,
-            heldout_masks_MP=wanted,
-            heldout_nll_MI=(nll_MI := self.heldout.ppl_nll(request.values)),
-            heldout_loss_MI=self._heldout_losses(nll_MI, request.values),
-        )
-        outcome = Outcome(
-            scored=scored,
-            analysis=analysis,
-            plan=make_plan(scored, analysis),
-            quarantined={
-                key_text(k, self.settings.num_players): reason
-                for k, reason in {**calibration.quarantined, **self.board.quarantined}.items()
-            },
-        )
-        write_outputs(self.folder, outcome, config_json=self.described)
-        self.folder.event("finished", masks_scored=outcome.plan.masks_scored)
-        return outcome
-
-    def _heldout_losses(
-        self, nll_MI: NDArray[np.float32], values: dict[str, NDArray[np.float32]]
-    ) -> NDArray[np.float32] | None:
-        """Losses on held-out items; None where the utility is about items of the other kind."""
-        if self.utility.reports_perplexity:
-            return nll_MI
-        if not self.heldout.serves(self.utility):
-            return None
-        return self.heldout.losses(self.utility, values)
-
-    def _record(self) -> RunRecord:
-        latest = latest_scores(self.rounds)
-        info, config = self.pool.info, self.config
-        return RunRecord(
-            model=info.model,
-            model_hash=info.model_hash,
-            players=info.players,
-            utility=config.utility,
-            surrogate=config.surrogate,
-            sizes=self.settings.sizes,
-            max_removed=self.settings.max_removed,
-            seed=config.seed,
-            noise_nll=self._noise,
-            masks_MP=latest.masks_MP,
-            nll_MI=latest.nll_MI,
-            loss_MI=latest.loss_MI,
-            num_tokens_I=self.calibration.num_tokens_I,
-            corpora=self.calibration.corpora,
-            sources=tuple(self.planner.sources[key] for key in keys(latest.masks_MP)),
-            pruned_MP=from_keys(sorted(self.planner.pruned), info.num_players),
-            stopped=self._why_ended(len(latest.masks_MP)),
-            screen=() if self.screen is None else tuple(self.screen.tolist()),
-            heldout_masks_MP=latest.masks_MP[:0],
-            heldout_nll_MI=np.empty((0, self.heldout.num_items), dtype=np.float32),
-            heldout_num_tokens_I=self.heldout.num_tokens_I,
-        )
-
-    def _why_ended(self, num_masks: int) -> str:
-        if self._ended:
-            return self._ended
-        if num_masks >= self.config.budget:
-            return f"the budget of {self.config.budget} masks is spent"
-        return self.planner.stopped or "every mask that plan and values can use is scored"
 
     def write_config(self, stored: dict[str, Any] | None) -> None:
         """config.json and windows.npz: everything needed to repeat the run."""

@@ -1,11 +1,16 @@
-"""What a run's folder says about the run: the windows that it was scored on."""
+"""What a run's folder says about the run, and whether another run may go on in it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from lpserve.config import RunConfig, as_json
 from lpserve.data.items import ItemSet
+from lpserve.errors import InputError
 from lpserve.store.files import write_npz
+from lpserve.store.run_folder import CONFIG_FORMAT, RunFolder
+from lpserve.types import EngineInfo
 
 
 def write_windows_file(path: Path, calibration: ItemSet, heldout: ItemSet) -> None:
@@ -16,3 +21,76 @@ def write_windows_file(path: Path, calibration: ItemSet, heldout: ItemSet) -> No
     """
     held = {f"heldout_{name}": array for name, array in heldout.arrays().items()}
     write_npz(path, {**calibration.arrays(), **held})
+
+
+def described(
+    config: RunConfig,
+    info: EngineInfo,
+    calibration: ItemSet,
+    heldout: ItemSet,
+    stored: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What config.json says: everything needed to repeat the run, beside the windows.
+
+    Args:
+        stored: what an earlier session of the run wrote.
+    """
+    import lpserve
+
+    first = (stored or {}).get("engine", {})
+    # a resumed run keeps its path; why it was chosen was said at its start
+    reason = first.get("path_reason", "") if first.get("path") == info.path else info.path_reason
+    return {
+        "format": CONFIG_FORMAT,
+        "config": as_json(config),
+        "model_hash": info.model_hash,
+        "game": info.game.content_hash,
+        "windows": {
+            "calibration": calibration.content_hash,
+            "heldout": heldout.content_hash,
+            "corpora": [list(c) for c in calibration.corpora],
+            "heldout_corpora": [list(c) for c in heldout.corpora],
+        },
+        "engine": {
+            "kind": info.kind,
+            "path": info.path,
+            "path_reason": reason,
+            "dtype": info.dtype,
+            "quantization": info.quantization,
+            "device": info.device,
+            "noise_nll": info.noise_nll,
+            "settings": dict(info.settings),
+        },
+        "versions": {"lpserve": lpserve.__version__, **info.versions},
+    }
+
+
+def check_same_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo) -> None:
+    """Raise InputError when the folder's scores are of another model or other numerics."""
+    if stored["model_hash"] != info.model_hash:
+        raise InputError(
+            f"run folder {folder.path} belongs to another game: the model at {info.model} "
+            "has changed since; choose another --out"
+        )
+    if stored["game"] != info.game.content_hash:
+        engine = stored["engine"]
+        raise InputError(
+            f"run folder {folder.path} belongs to another game: {engine['dtype']} scores of "
+            f"{engine['kind']} ({engine['path']}) do not mix with {info.dtype} scores of "
+            f"{info.kind} ({info.path}); choose another --out, or give the same engine"
+        )
+
+
+def check_same_windows(
+    folder: RunFolder,
+    stored: dict[str, Any],
+    calibration: ItemSet,
+    heldout: ItemSet | None,
+) -> None:
+    """Raise InputError when a text gives other windows than the folder's run had; None: may."""
+    for name, sample in (("calibration", calibration), ("heldout", heldout)):
+        if sample is not None and stored["windows"][name] != sample.content_hash:
+            raise InputError(
+                f"run folder {folder.path} belongs to another run: the {name} text has changed "
+                "since; choose another --out"
+            )

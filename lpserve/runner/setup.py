@@ -1,13 +1,11 @@
-"""What is checked before a run begins, and what it begins with: settings, engine, pool.
+"""What is checked before a run begins, and what it begins with: players, items, settings.
 
 Bad input is refused here, before a model loads.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from lpserve.config import EngineConfig, RunConfig, WindowConfig, as_json
+from lpserve.config import EngineConfig, RunConfig, WindowConfig
 from lpserve.data.items import ItemSet
 from lpserve.data.prepare import check_disjoint, check_windows, cut_run_items, cut_run_windows
 from lpserve.data.windows import TokenWindows
@@ -15,8 +13,6 @@ from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.rounds.settings import RoundSettings, StopRules
-from lpserve.store.run_folder import CONFIG_FORMAT, RunFolder
-from lpserve.types import EngineInfo
 
 
 def num_players_of(config: EngineConfig) -> int:
@@ -91,76 +87,3 @@ def round_settings(config: RunConfig, num_players: int) -> RoundSettings:
         goal=config.goal,
         stop=StopRules(chance=config.stop_chance, gain=config.stop_gain, width=config.stop_width),
     )
-
-
-def described(
-    config: RunConfig,
-    info: EngineInfo,
-    calibration: ItemSet,
-    heldout: ItemSet,
-    stored: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """What config.json says: everything needed to repeat the run, beside the windows.
-
-    Args:
-        stored: what an earlier session of the run wrote.
-    """
-    import lpserve
-
-    first = (stored or {}).get("engine", {})
-    # a resumed run keeps its path; why it was chosen was said at its start
-    reason = first.get("path_reason", "") if first.get("path") == info.path else info.path_reason
-    return {
-        "format": CONFIG_FORMAT,
-        "config": as_json(config),
-        "model_hash": info.model_hash,
-        "game": info.game.content_hash,
-        "windows": {
-            "calibration": calibration.content_hash,
-            "heldout": heldout.content_hash,
-            "corpora": [list(c) for c in calibration.corpora],
-            "heldout_corpora": [list(c) for c in heldout.corpora],
-        },
-        "engine": {
-            "kind": info.kind,
-            "path": info.path,
-            "path_reason": reason,
-            "dtype": info.dtype,
-            "quantization": info.quantization,
-            "device": info.device,
-            "noise_nll": info.noise_nll,
-            "settings": dict(info.settings),
-        },
-        "versions": {"lpserve": lpserve.__version__, **info.versions},
-    }
-
-
-def check_same_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo) -> None:
-    """Raise InputError when the folder's scores are of another model or other numerics."""
-    if stored["model_hash"] != info.model_hash:
-        raise InputError(
-            f"run folder {folder.path} belongs to another game: the model at {info.model} "
-            "has changed since; choose another --out"
-        )
-    if stored["game"] != info.game.content_hash:
-        engine = stored["engine"]
-        raise InputError(
-            f"run folder {folder.path} belongs to another game: {engine['dtype']} scores of "
-            f"{engine['kind']} ({engine['path']}) do not mix with {info.dtype} scores of "
-            f"{info.kind} ({info.path}); choose another --out, or give the same engine"
-        )
-
-
-def check_same_windows(
-    folder: RunFolder,
-    stored: dict[str, Any],
-    calibration: ItemSet,
-    heldout: ItemSet | None,
-) -> None:
-    """Raise InputError when a text gives other windows than the folder's run had; None: may."""
-    for name, sample in (("calibration", calibration), ("heldout", heldout)):
-        if sample is not None and stored["windows"][name] != sample.content_hash:
-            raise InputError(
-                f"run folder {folder.path} belongs to another run: the {name} text has changed "
-                "since; choose another --out"
-            )

@@ -1,14 +1,18 @@
-"""Which choices of a study matter: how far points agree that differ in one dimension alone.
+"""Which choices of a study matter: how far points agree that differ in a single dimension.
 
 For a dimension (the corpora, the number of windows, the utility, ...) every pair of its levels is
-compared over matched points: all else, the seed included, is the same. Values are compared by
-Kendall's tau-b of the players' order, sets of r removed players by the share that both remove.
-The dimension `seed` compares points that differ in the seed of the sampled masks alone: how much
-another sample changes. The luck of the windows is neither in it nor in the intervals: `window_seed`
-is a dimension like others.
+compared over matched points, which have everything else in common, the seed included. Values are
+compared by Kendall's tau-b of the players' order, sets of r removed players by the share that both
+remove.
+
+The dimension `seed` compares points that differ only in the seed of the sampled masks: how much
+another sample changes. Neither it nor the intervals contain the randomness of the windows; to see
+that, give `window_seed` several levels.
 
 Intervals are over seeds (level 90%): Student's t of the jackknife's pseudo-values, a seed left out
 at a time. They need two seeds, three for the dimension `seed` itself.
+
+Notation: P players, r = number removed.
 
 Kendall, Biometrika 1938; the jackknife: Tukey 1958, Miller, Biometrika 1974.
 """
@@ -57,7 +61,7 @@ class Pair:
     dimension: str
     levels: tuple[str, str]
     points: int
-    """Matched pairs of points."""
+    """Number of matched pairs of points."""
     tau: Estimate
     overlap: Mapping[int, Estimate]
     """r -> share of the removed players that both remove."""
@@ -76,10 +80,11 @@ class Choice:
 
 
 def choices(answers: Sequence[PointAnswer], dimensions: Sequence[str]) -> list[Choice]:
-    """Every dimension that has matched points, the one on which most depends first.
+    """Every dimension that has matched points, the one with the lowest agreement first.
 
     Args:
-        dimensions: those with more than one level. Models are never compared with each other.
+        dimensions: names of dimensions with more than one level. `model` is left out: models are
+            never compared with each other.
     """
     found = []
     for dimension in dimensions:
@@ -172,8 +177,7 @@ def _over_seeds(
     compare: Callable[[PointAnswer, PointAnswer], float],
     possible: tuple[float, float] = (-np.inf, np.inf),
 ) -> Estimate:
-    """The mean over pairs, and the jackknife's interval over the seeds they are of, as far as it
-    lies within what is possible."""
+    """The mean over pairs and its jackknife interval over seeds, clipped to the possible range."""
     compared = [({a.levels["seed"], b.levels["seed"]}, compare(a, b)) for a, b in matched]
     compared = [(seeds, value) for seeds, value in compared if np.isfinite(value)]
     if not compared:

@@ -1,7 +1,7 @@
-"""What a study will do at most, before an engine starts: `lpserve.runner.cost` for every family.
+"""Upper bounds of a study's work, before an engine starts: `lpserve.runner.cost` for every family.
 
-Points that read masks again are counted with their held-out check alone. Points that share scores
-take less than told here: nothing is subtracted for what the store holds.
+A point that reads the masks of another is counted with its held-out check only. Points that share
+scores take less than these bounds: nothing is subtracted for what the store holds.
 """
 
 from __future__ import annotations
@@ -13,36 +13,37 @@ from dataclasses import dataclass
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.runner.cost import CostSettings, cost
-from lpserve.study.study import Point, Study, StudyWindows
-from lpserve.study.sweep import finished
+from lpserve.study.finished import read_finished
+from lpserve.study.study import Point, Study
+from lpserve.study.windows import StudyWindows
 
 ASK_ABOVE_PFLOP = 10.0
-"""Work above which a sweep wants to be told `--yes`: 17 s of an H100 at 600 TFLOP/s."""
+"""Work above which a sweep needs `--yes` to begin: 17 s of an H100 at 600 TFLOP/s."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyCost:
-    """Upper bounds of what is left to do."""
+    """Upper bounds of the work that is left."""
 
     points: int
     points_left: int
     families: int
-    """Times that masks are chosen."""
+    """How many times masks are chosen."""
     masks: int
     """Masks on calibration windows."""
     scores: int
     """Scores of a mask on a window, held-out ones included."""
     pflop: float | None
-    """1e15 floating-point operations; None: not to be told."""
+    """1e15 floating-point operations; None: unknown."""
     why_unknown: str = ""
 
     @property
     def ask(self) -> bool:
-        """Whether this is to be confirmed."""
+        """Whether the user has to confirm."""
         return self.pflop is None or self.pflop > ASK_ABOVE_PFLOP
 
     def describe(self) -> str:
-        """One line."""
+        """One line for the terminal."""
         work = f"{self.pflop:.3g} PFLOP" if self.pflop is not None else "FLOP not known "
         if self.pflop is None:
             work += f"({self.why_unknown})"
@@ -54,7 +55,7 @@ class StudyCost:
 
 
 def study_cost(study: Study, windows: Mapping[str, StudyWindows]) -> StudyCost:
-    """Count what is not finished; every family's masks on its windows, and every held-out check."""
+    """Count the unfinished work: every family's masks on its windows, and every held-out check."""
     masks = scores = families = left = 0
     pflop: float | None = 0.0
     why = ""
@@ -63,8 +64,13 @@ def study_cost(study: Study, windows: Mapping[str, StudyWindows]) -> StudyCost:
         followers = [p for p in family.points if p is not family.leader]
         own = windows[family.leader.config.model]
         first = family.leader.id
-        open_points = [p for p in followers if finished(p, True, first, own, study.metrics) is None]
-        leads = finished(family.leader, True, first, own, study.metrics) is None
+
+        def is_open(point: Point, own: StudyWindows = own, first: str = first) -> bool:
+            found = read_finished(point, own, study.metrics, in_study=True, masks_of=first)
+            return found is None
+
+        open_points = [p for p in followers if is_open(p)]
+        leads = is_open(family.leader)
         families += leads
         left += len(open_points) + (leads and family.leader in family.points)
         for point in [family.leader] * leads + open_points:
@@ -72,19 +78,19 @@ def study_cost(study: Study, windows: Mapping[str, StudyWindows]) -> StudyCost:
             leading = point is family.leader
             try:
                 held = counted(_settings(point, calibration.select([0]), heldout, heldout.length))
-                told = counted(_settings(point, calibration, heldout, calibration.length))
+                work = counted(_settings(point, calibration, heldout, calibration.length))
             except InputError as error:
                 pflop, why = None, str(error)
                 continue
             scores += held.heldout.masks * heldout.num_windows
             flop = held.heldout.flop
             if leading:
-                masks += told.scoring.masks
-                scores += told.scoring.masks * calibration.num_windows
-                flop += told.scoring.flop
-                # the whole model's head once more beside every mask's
-                heads = sum(metric == "kl" for metric in study.metrics) * told.scoring.masks
-                flop += heads * told.scoring.tokens * told.size.head_flop()
+                masks += work.scoring.masks
+                scores += work.scoring.masks * calibration.num_windows
+                flop += work.scoring.flop
+                # KL compares with the full model, whose head runs once more for every mask
+                heads = sum(metric == "kl" for metric in study.metrics) * work.scoring.masks
+                flop += heads * work.scoring.tokens * work.size.head_flop()
             pflop = None if pflop is None else pflop + flop / 1e15
     return StudyCost(
         points=len(study.points),

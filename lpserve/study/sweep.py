@@ -1,9 +1,9 @@
-"""A study at work: engines opened once for a model, every family's masks scored once.
+"""Running a study: engines are opened once for each model, every family's masks scored once.
 
 A point is finished when its folder holds point.json, the last file written there. The same study
-goes on where it was stopped; a point that fails is told and tried again the next time, the others
-finish. The scores of all points are in one store, in parts that no two points overlap in
-(`study.StudyWindows.atoms`).
+continues where it was stopped; a point that fails is reported and tried again the next time, and
+the others finish. The scores of all points are in one store, in parts that no two points overlap in
+(`StudyWindows.atoms`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 from lpserve.analysis.record import RunRecord, read_record
 from lpserve.config import RunConfig
-from lpserve.data.items import ItemSet
 from lpserve.errors import (
     DiskFullError,
     InputError,
@@ -28,80 +27,16 @@ from lpserve.errors import (
     StoreBusyError,
     StoreCorruptError,
 )
-from lpserve.runner.coordinator import RunResult, run_at
+from lpserve.runner.run import run_at
 from lpserve.scoring.session import ScoringSession
 from lpserve.scoring.signals import Signals, trap_signals
-from lpserve.store.files import write_text
 from lpserve.store.lock import PathLock
 from lpserve.store.store import Store
-from lpserve.study.study import Family, Point, Study, StudyWindows, study_windows
+from lpserve.study.finished import Finished, SweepResult, read_finished, write_finished
+from lpserve.study.study import Family, Point, Study
+from lpserve.study.windows import StudyWindows, all_windows
 
-POINT_FORMAT = 1
 _ENDS_ALL = (RunInterrupted, DiskFullError, StoreBusyError, StoreCorruptError)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
-    """What is known of a point, or of a run that chose masks for others."""
-
-    point: Point
-    in_study: bool
-    """Whether it is a point; else it only chose masks."""
-    masks_of: str
-    """The run whose masks it read again; its own id where it chose them."""
-    failed: str
-    """Why there is no result; "": there is one."""
-    masks: int = 0
-    """Masks on calibration windows."""
-    scores: int = 0
-    """Scores of a mask on a window that it read, held-out ones included."""
-    scores_new: int = 0
-    """Those of them that engines gave for it; the others were in the store."""
-    layer_forwards: int = 0
-    seconds: float = 0.0
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.point.config.out)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SweepResult:
-    """Every point of a study, finished or failed."""
-
-    study: Study
-    runs: tuple[Finished, ...]
-    """Those that only chose masks, then the points in the study's order."""
-    scores_held: int
-    """Distinct scores of a mask on a window that the study's store holds."""
-    scores_twice: int
-    """Scores that were made again although the store held them: none, unless a study grew by
-    windows that overlap with stored ones in part."""
-
-    @property
-    def points(self) -> list[Finished]:
-        return [run for run in self.runs if run.in_study]
-
-    @property
-    def failed(self) -> list[Finished]:
-        return [run for run in self.points if run.failed]
-
-    @property
-    def scores_new(self) -> int:
-        return sum(run.scores_new for run in self.runs)
-
-    @property
-    def scores_read(self) -> int:
-        return sum(run.scores for run in self.runs) - self.scores_new
-
-
-def all_windows(study: Study) -> dict[str, StudyWindows]:
-    """Model -> the windows of its points, cut and checked; raises InputError."""
-    configs: dict[str, list[Any]] = {}
-    for family in study.families():
-        members = [family.leader, *family.points]
-        configs.setdefault(family.leader.config.model, []).extend(p.config for p in members)
-    return {model: study_windows(study, own) for model, own in configs.items()}
 
 
 def sweep(
@@ -203,7 +138,7 @@ class _Sweep:
                 f"interrupted; what was scored is kept in {self.study.out}: give the same command "
                 "again to resume"
             )
-        known = finished(point, in_study, whose, windows, self.study.metrics)
+        known = read_finished(point, windows, self.study.metrics, in_study=in_study, masks_of=whose)
         if known is not None:
             return self._add(known)
         named = ", ".join(f"{d} {point.levels[d]}" for d in self.study.varied)
@@ -223,22 +158,22 @@ class _Sweep:
         except _ENDS_ALL:
             raise
         except Exception as error:
-            self.close()  # what was in flight is of no use to the next point
+            self.close()  # scores in flight are of no use to the next point
             reason = _reason(error)
             _record_failure(point, error)
             self.log(f"    failed: {reason}")
             failure = Finished(point=point, in_study=in_study, masks_of=whose, failed=reason)
             return self._add(failure)
-        run = _finished_now(
-            point,
-            in_study,
-            whose,
+        run = Finished.from_result(
             result,
-            calibration.windows.num_windows,
-            heldout.windows.num_windows,
-            time.monotonic() - started,
+            point,
+            in_study=in_study,
+            masks_of=whose,
+            calibration=calibration,
+            heldout=heldout,
+            seconds=time.monotonic() - started,
         )
-        _write(run, calibration, heldout, self.study.metrics)
+        write_finished(run, calibration, heldout, self.study.metrics)
         return self._add(run)
 
     def _opened(self, point: Point, windows: StudyWindows) -> ScoringSession:
@@ -273,84 +208,9 @@ def _reason(error: Exception) -> str:
 
 
 def _record_failure(point: Point, error: Exception) -> None:
-    """failure.txt in the point's folder, for whoever looks into it, if there can be one."""
+    """Write failure.txt with the traceback into the point's folder, where that is possible."""
     folder = Path(point.config.out)
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         text = "".join(traceback.format_exception(error))
         (folder / "failure.txt").write_text(text, encoding="utf-8")
-
-
-def _finished_now(
-    point: Point,
-    in_study: bool,
-    masks_of: str,
-    result: RunResult,
-    num_windows: int,
-    heldout_windows: int,
-    seconds: float,
-) -> Finished:
-    scored = result.outcome.scored
-    scores = len(scored.masks_MP) * num_windows + len(scored.heldout_masks_MP) * heldout_windows
-    return Finished(
-        point=point,
-        in_study=in_study,
-        masks_of=masks_of,
-        failed="",
-        masks=len(scored.masks_MP),
-        scores=scores,
-        scores_new=result.scores_new,
-        layer_forwards=result.work.layer_forwards,
-        seconds=round(seconds, 3),
-    )
-
-
-def _write(run: Finished, calibration: ItemSet, heldout: ItemSet, metrics: Sequence[str]) -> None:
-    record = {
-        "format": POINT_FORMAT,
-        "point": run.point.id,
-        "levels": run.point.levels,
-        "masks_of": run.masks_of,
-        "masks": run.masks,
-        "scores": run.scores,
-        "scores_new": run.scores_new,
-        "layer_forwards": run.layer_forwards,
-        "seconds": run.seconds,
-        "metrics": sorted(metrics),
-        "calibration": calibration.content_hash,
-        "heldout": heldout.content_hash,
-    }
-    write_text(run.folder / "point.json", json.dumps(record, indent=1) + "\n")
-    (run.folder / "failure.txt").unlink(missing_ok=True)
-
-
-def finished(
-    point: Point, in_study: bool, masks_of: str, windows: StudyWindows, metrics: Sequence[str]
-) -> Finished | None:
-    """What an earlier sweep left of a point, if it read the same masks on the same windows, for
-    every metric that the study's utilities need."""
-    path = Path(point.config.out) / "point.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        calibration, heldout = windows.of(point.config)
-        same = {
-            "format": POINT_FORMAT,
-            "masks_of": masks_of,
-            "calibration": calibration.content_hash,
-            "heldout": heldout.content_hash,
-        }
-        if any(record[key] != value for key, value in same.items()):
-            return None
-        if masks_of == point.id and not set(metrics) <= set(record["metrics"]):
-            return None  # others may read its masks
-        return Finished(
-            point=point,
-            in_study=in_study,
-            masks_of=masks_of,
-            failed="",
-            **{
-                k: record[k] for k in ("masks", "scores", "scores_new", "layer_forwards", "seconds")
-            },
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -11,7 +11,7 @@ import numpy as np
 from lpserve.config import RunConfig
 from lpserve.data.windows import TokenWindows
 from lpserve.masks import keys
-from lpserve.runner.coordinator import RunResult, run
+from lpserve.runner.run import RunResult, run
 from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.pool import EnginePool
 from lpserve.scoring.units import GivenUp

@@ -37,10 +37,11 @@ from probes import MIB, machine_lines, publish
 import lpserve.runner.coordinator
 import lpserve.scoring.pace
 import lpserve.scoring.ray.pool
+import lpserve.scoring.session
 from lpserve.config import config_from
 from lpserve.data.windows import TokenWindows
 from lpserve.rounds.history import Round
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.pool import WorkUnit
 from lpserve.scoring.ray.pool import RayPool
@@ -266,8 +267,8 @@ def refits(*, in_loop: bool, budget: int) -> Refits:
         )
         changed: dict[tuple[Any, str], Any] = {
             (lpserve.scoring.ray.pool, "RayPool"): TimedPool,
-            (lpserve.runner.coordinator, "Dispatcher"): TimedDispatcher,
-            (lpserve.runner.coordinator, "Store"): TimedStore,
+            (lpserve.scoring.session, "Dispatcher"): TimedDispatcher,
+            (lpserve.scoring.session, "Store"): TimedStore,
             (lpserve.runner.coordinator.RoundPlanner, "propose"): propose,
             (lpserve.runner.coordinator, "in_background"): in_the_loop if in_loop else on_thread,
         }

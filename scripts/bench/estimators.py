@@ -7,12 +7,12 @@
 
 A game file holds every mask's score: `nll_sum[row, window]` (nats) and `tokens[window, T]`; bit i
 of a mask's code is layer i, 1 = kept. Row and code are the same, or `codes[row]` says which masks
-were scored: all that keep at least P - max_removed layers. Such a game has truncated values alone.
+were scored: all that keep at least P - max_removed layers. Such a game has truncated values only.
 The rounds of a run are played on it as the coordinator plays them (round n from complete rounds up
 to n-2) and cut at each budget; everything that a budget gives is computed from those masks alone.
 
-* Values: mean squared error over the mean square of the exact values; medians over seeds, least
-  and most in brackets. Coverage: how often a 90% interval (`stderr_P`) holds the exact value on the
+* Values: mean squared error over the mean square of the exact values; medians over seeds, min
+  and max in brackets. Coverage: how often a 90% interval (`stderr_P`) holds the exact value on the
   same windows, mean over players and seeds, and its mean width. Twice: from masks that were chosen
   for the values alone (`lpserve.rounds.acquisition`; each batch P masks, or a tenth of those
   before), and from those of a run, which walks the greedy path and searches sets as well.
@@ -158,7 +158,7 @@ def for_values(
     game: ExactGame, utility: str, sizes: tuple[int, int], seed: int, budget: int
 ) -> BoolArray:
     """Masks chosen for the values alone: all kept, single players dropped, none kept where it is
-    needed, a few random ones, then batches of those that say most."""
+    needed, a few random ones, then batches selected for the values."""
     players = game.num_players
     full = np.ones(players, dtype=bool)
     chosen = [full, *drop_one(full), *([~full] if sizes[0] == 0 else [])]

@@ -13,8 +13,8 @@ plays them (`RoundPlanner`, goal `both`) and cut at each budget.
   `reference_best`, not proven best), mean and worst over numbers removed, in percent; below it that
   of what greedy and the paper's pipeline with its 8,000 draws score.
 * Time: CPU seconds that choosing a round takes, the last and the longest.
-* Refits: CPU seconds of fitting what masks are chosen with to random masks, for the first time and
-  again with a round more.
+* Refits: CPU seconds of fitting the surrogate that selects masks to random masks, for the first
+  time and again with one more round of masks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NUM_WINDOWS = 10
 
 @dataclass
 class Played:
-    """A run's masks and what choosing them took."""
+    """A run's masks, and the time that selecting them took."""
 
     masks_MP: BoolArray
     seconds: list[float] = field(default_factory=list)
@@ -93,7 +93,7 @@ def play(
 
 
 def everything_asked(game: ProductGame, search: Proposer) -> BoolArray:
-    """All that a rival scores to its end, the whole model first, `bool[M, P]`."""
+    """All masks that a rival search scores, the full model first, `bool[M, P]`."""
     record = drive(search, lambda ask: game.mean_nll(ask.masks_MP), 2**game.num_players)
     asked_MP = np.concatenate([scored.ask.masks_MP for scored in record])
     full_1P = full_mask(game.num_players)[None]
@@ -131,7 +131,7 @@ def regret_R(game: ProductGame, masks_MP: BoolArray, best_RP: BoolArray) -> Floa
 
 
 def reach(players: int) -> tuple[int, tuple[int, int]]:
-    """Most removed, and the sizes of the values."""
+    """The largest number removed, and the sizes of the values."""
     max_removed = 3 * players // 8
     return max_removed, (players - max_removed, players - 1)
 
@@ -197,7 +197,7 @@ def lines_of(players: int, seeds: int, most: int | None) -> list[str]:
 
 
 def refit_lines(players: int) -> list[str]:
-    """What it takes to fit the surrogate that masks are chosen with."""
+    """Time and memory of fitting the surrogate that selects masks."""
     _, sizes = reach(players)
     most = max(REFITS[players]) + players
     game = layer_game(players, NUM_WINDOWS, seed=0)
@@ -225,7 +225,7 @@ def refit_lines(players: int) -> list[str]:
 
 
 def peak_memory() -> float:
-    """Of the process, in MiB."""
+    """Peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

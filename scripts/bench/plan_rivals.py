@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python scripts/bench/plan_rivals.py --game demo12.npz --out rivals.md
 
-Every search is a list of batches of masks, in order, and is cut and counted in the same way: see
-`lpserve.rivals.accounting`.
+The rivals are those of `lpserve.rivals.registry` that need no engine. Every search is a list of
+batches of masks, in order, and is cut and counted in the same way: see `lpserve.rivals.accounting`.
 
 What a search has found is the best set of each size that it scored on all windows; its regret is
 that set's perplexity over the best one's of that size. The paper's pipeline knows its budget and
@@ -30,12 +30,13 @@ from threadpoolctl import threadpool_limits
 from lpserve.masks import all_masks, paper_kept_counts
 from lpserve.rivals.accounting import Spent, within
 from lpserve.rivals.evopress import evolutionary
-from lpserve.rivals.paper import PAPER_DRAWS, PAPER_LEAST_DRAWS, paper
+from lpserve.rivals.paper import PAPER_DRAWS, PAPER_MIN_DRAWS, paper
 from lpserve.rivals.proposer import Ask, Proposer, SearchSetting, drive
 from lpserve.rivals.registry import RIVALS
 from lpserve.rounds.acquisition import HEAD_COST
 from lpserve.rounds.settings import RoundSettings
 from lpserve.types import BoolArray, FloatArray
+from lpserve.utility import utility_named
 
 BUDGETS = (60, 90, 120, 160, 200, 400, 800)
 
@@ -55,8 +56,6 @@ class Game(Protocol):
     def nll_of(self, masks_MP: BoolArray) -> np.ndarray:
         """`float32[M, N]`."""
         ...
-
-    def utility(self, name: str, nll_MN: np.ndarray) -> FloatArray: ...
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,8 @@ def our_batches(game: Game, max_removed: int, seed: int, budget: int) -> list[Bo
     rounds = played_rounds(
         settings,
         game.nll_of,
-        lambda nll_MN: game.utility("neg_nll", nll_MN),
-        lambda nll_MN: game.utility("ppl_ratio", nll_MN),
+        utility_named("neg_nll"),
+        game.tokens_N,
         budget,
     )
     return [asked.masks_MP for asked in rounds]
@@ -202,7 +201,7 @@ def rival_rows(
 
 
 def _paper(arena: Arena, budget: int, seed: int) -> tuple[list[Ask], Spent]:
-    if budget < 1 + PAPER_LEAST_DRAWS + arena.max_removed:
+    if budget < 1 + PAPER_MIN_DRAWS + arena.max_removed:
         return [], Spent(arena.num_windows)
     proposer = paper(
         arena.game.num_players,

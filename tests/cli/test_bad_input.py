@@ -16,7 +16,7 @@ from lpserve.cli.entry import main
 from lpserve.config import config_from
 from lpserve.demo import FOLDER
 from lpserve.errors import DiskFullError
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.store.store import Store
 from lpserve.testing.reference import save_model, small_config
 from lpserve.testing.runs import make_config, stored_scores

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.testing.runs import make_config, stored_scores
 
 pytestmark = [pytest.mark.ray, pytest.mark.process]

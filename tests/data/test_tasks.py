@@ -33,7 +33,7 @@ from lpserve.evaluation.evaluate import evaluate
 from lpserve.evaluation.settings import EvalConfig
 from lpserve.masks import all_masks, full_mask, key_text, keys
 from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.runner.setup import check_model, item_sets_of
 from lpserve.scoring.session import ScoringSession
 from lpserve.testing.games import shapley_by_hand
@@ -131,7 +131,7 @@ def loss_by_hand(utility: str, answers, right, chars, nll_N, misses_N) -> float:
 def test_losses_are_those_of_a_plain_loop(utility, rng):
     questions, nll_MN = some_questions(rng)
     misses_MN = rng.integers(0, 2, nll_MN.shape).astype(np.float32)
-    got_MQ = questions.losses(utility, {"nll": nll_MN, "misses": misses_MN})
+    got_MQ = questions.losses(utility_named(utility), {"nll": nll_MN, "misses": misses_MN})
     for m, q in np.ndindex(*got_MQ.shape):
         wanted = loss_by_hand(
             utility,
@@ -152,7 +152,7 @@ def test_a_question_with_an_answer_that_has_no_score_has_no_loss(utility, bad, r
     misses_MN = np.zeros_like(nll_MN)
     question = int(rng.integers(questions.num_questions))
     nll_MN[3, questions.answers_QC[question][0]] = bad
-    got_MQ = questions.losses(utility, {"nll": nll_MN, "misses": misses_MN})
+    got_MQ = questions.losses(utility_named(utility), {"nll": nll_MN, "misses": misses_MN})
     missing = np.argwhere(np.isnan(got_MQ)).tolist()
     assert missing == [[3, question]]
 
@@ -164,15 +164,18 @@ def test_noise_of_a_loss_is_that_of_its_answers(utility, rng):
     answer comes near the first two."""
     questions, _ = some_questions(rng, 60)
     questions = replace(questions, chars_QC=np.where(questions.answers_QC >= 0, 10, 0))
-    if "margin" not in utility:  # without a choice, misses are not made of NLLs
+    if "margin" not in utility:  # misses of open-ended ones are not made of NLLs
         questions = questions.select(np.flatnonzero(~questions.open_ended_Q))
     num_tokens_N = questions.windows.num_tokens_N
     full_N = rng.gamma(2.0, 5.0, len(num_tokens_N)).astype(np.float32)
     of_token = 0.5
     drawn = rng.normal(0, of_token * np.sqrt(num_tokens_N), (4000, len(num_tokens_N)))
     nll_MN = (full_N + drawn).astype(np.float32)
-    mean_M = questions.losses(utility, {"nll": nll_MN}).astype(np.float64).mean(axis=1)
-    told = questions.noise(utility, of_token / np.sqrt(num_tokens_N.sum()), full_N)
+    mean_M = (
+        questions.losses(utility_named(utility), {"nll": nll_MN}).astype(np.float64).mean(axis=1)
+    )
+    noise = of_token / np.sqrt(num_tokens_N.sum())
+    told = questions.noise(utility_named(utility), noise, full_N)
     assert told == pytest.approx(mean_M.std(), rel=0.25)
 
 
@@ -261,7 +264,7 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
         with lpserve.open_engine(model, sample.windows) as engine:
             scores = engine.score(layer_set_masks(sets, 12), extra_metrics=("misses",))
         values = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
-        losses.append(sample.losses(utility, values))
+        losses.append(sample.losses(utility_named(utility), values))
     mean_M = np.concatenate(losses, axis=1).astype(np.float64).mean(axis=1)
     told = evaluate(
         EvalConfig(
@@ -334,7 +337,7 @@ def mean_losses(model: str, sample: ItemSet, utility: str) -> dict[bytes, float]
     with lpserve.open_engine(model, sample.windows) as engine:
         scores = engine.score(masks_MP, extra_metrics=("misses",))
     values = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
-    mean_M = sample.losses(utility, values).astype(np.float64).mean(axis=1)
+    mean_M = sample.losses(utility_named(utility), values).astype(np.float64).mean(axis=1)
     return dict(zip(keys(masks_MP), mean_M.tolist(), strict=True))
 
 
@@ -549,7 +552,7 @@ def test_questions_are_known_by_themselves_and_not_by_how_wide_others_are(rng):
 
 
 def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):
-    from lpserve.study.study import study_of
+    from lpserve.study.parse import study_of
     from lpserve.study.sweep import sweep
 
     documents = made_documents(rng, lambda rng: int(rng.integers(2)))
@@ -633,7 +636,7 @@ def test_what_one_seed_holds_out_no_other_calibrates_on(small_model, tmp_path):
 
 def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model, tmp_path):
     """A study whose leader was given up on one window of a wrong answer."""
-    from lpserve.runner.coordinator import run_at
+    from lpserve.runner.run import run_at
 
     config = config_from(
         task_run_values(tmp_path, small_model, CHOICE, "task_margin", budget=40, sizes=None), "test"
@@ -807,8 +810,8 @@ def test_rivals_are_not_compared_on_tasks(small_model, tmp_path, capsys):
 
 
 def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
-    from lpserve.study.page import write_sweep
-    from lpserve.study.study import study_of
+    from lpserve.study.output import write_sweep
+    from lpserve.study.parse import study_of
     from lpserve.study.sweep import sweep
 
     values = task_run_values(
@@ -850,7 +853,7 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
     with lpserve.open_engine(small_model, calibration.windows) as engine:
         scores = engine.score(scored.masks_MP, extra_metrics=("misses",))
     told = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
-    loss_MQ = calibration.losses(scored.utility, told)
+    loss_MQ = calibration.losses(scored.view.utility, told)
     mine, theirs = (
         utility_named(scored.utility).of(l_MQ.astype(np.float64), scored.view.weight_I, l_MQ[0])
         for l_MQ in (loss_MQ, scored.loss_MI)
@@ -859,8 +862,9 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
 
 
 def test_a_study_may_hold_texts_beside_tasks_with_a_text_held_out(small_model, tmp_path):
-    from lpserve.study.study import study_of
-    from lpserve.study.sweep import all_windows, sweep
+    from lpserve.study.parse import study_of
+    from lpserve.study.sweep import sweep
+    from lpserve.study.windows import all_windows
 
     values = task_run_values(
         tmp_path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from lpserve import TokenWindows
@@ -33,7 +34,7 @@ def test_an_unknown_kind_is_refused_by_name_before_anything_loads():
         lambda: check_engine_kind("sglang"),
         lambda: num_players_of(EngineConfig(model="nowhere", engine="sglang")),
         lambda: build_engine(
-            EngineSpec(kind="sglang", model=""), TokenWindows.from_tokens([[0, 1]])
+            EngineSpec(kind="sglang", model=""), TokenWindows.from_tokens(np.array([[0, 1]]))
         ),
     ):
         with pytest.raises(InputError) as caught:

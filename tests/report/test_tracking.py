@@ -20,7 +20,7 @@ import lpserve
 from lpserve.cli.entry import main
 from lpserve.errors import InputError
 from lpserve.report.tracking import FOLDER_TAG, Metric, Tracking
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.scoring.progress import Progress
 from lpserve.testing.runs import make_config, small_study_values
 
@@ -247,7 +247,7 @@ def test_many_numbers_and_long_texts_fit(server, tmp_path):
 def test_mlflow_is_not_loaded_unless_asked(tmp_path, texts):
     code = (
         "import sys; from lpserve.testing.runs import make_config; from pathlib import Path\n"
-        "from lpserve.runner.coordinator import run\n"
+        "from lpserve.runner.run import run\n"
         f"run(make_config(Path({str(tmp_path)!r}), {texts!r}))\n"
         "assert not any(name.split('.')[0] == 'mlflow' for name in sys.modules)"
     )

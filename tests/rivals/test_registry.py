@@ -20,7 +20,7 @@ from lpserve.errors import InputError
 from lpserve.masks import all_masks, full_mask, keys, paper_kept_counts, removed_players, without
 from lpserve.rivals.evopress import (
     EVOPRESS_INITIAL,
-    EVOPRESS_MOST_SWAPS,
+    EVOPRESS_MAX_SWAPS,
     EVOPRESS_OFFSPRING,
     EVOPRESS_SURVIVORS,
     evolutionary,
@@ -32,7 +32,7 @@ from lpserve.rivals.one_shot import one_shot
 from lpserve.rivals.paper import (
     PAPER_COALITIONS,
     PAPER_DRAWS,
-    PAPER_LEAST_DRAWS,
+    PAPER_MIN_DRAWS,
     paper,
     paper_draws,
 )
@@ -260,7 +260,7 @@ def test_a_brood_is_lambda_distinct_neighbours_or_all_there_are(players, removed
     near = [
         mask
         for mask in all_masks(players, players - removed)
-        if 1 <= swaps(parent, mask) <= EVOPRESS_MOST_SWAPS
+        if 1 <= swaps(parent, mask) <= EVOPRESS_MAX_SWAPS
     ]
     brood = offspring(parent, rng)
     assert len(brood) == len(set(keys(brood))) == min(EVOPRESS_OFFSPRING, len(near))
@@ -307,7 +307,7 @@ def test_generations_are_as_published(failing, rng):
             blocks.add(scored.ask.windows)
             assert len(scored.ask.windows) == 1
             for mask, r in zip(masks, removed, strict=True):
-                assert 1 <= swaps(parents[r], mask) <= EVOPRESS_MOST_SWAPS
+                assert 1 <= swaps(parents[r], mask) <= EVOPRESS_MAX_SWAPS
                 assert evopress_generations(players, int(r)) >= generations
             assert max(np.bincount(removed)) <= EVOPRESS_OFFSPRING
             continue
@@ -430,7 +430,7 @@ def test_the_papers_pipeline_ends_where_it_has_nothing_to_train_on(rng):
 
 
 def test_a_budget_too_small_for_the_papers_pipeline_is_refused():
-    least = 1 + PAPER_LEAST_DRAWS + 4
+    least = 1 + PAPER_MIN_DRAWS + 4
     with pytest.raises(InputError, match=f"at least {least} masks: got {least - 1}"):
         next(paper(10, 4, budget=least - 1, seed=0))
-    assert len(next(paper(10, 4, budget=least, seed=0)).masks_MP) == 1 + PAPER_LEAST_DRAWS
+    assert len(next(paper(10, 4, budget=least, seed=0)).masks_MP) == 1 + PAPER_MIN_DRAWS

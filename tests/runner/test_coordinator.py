@@ -20,7 +20,7 @@ import lpserve
 from lpserve.analysis.record import read_record
 from lpserve.errors import EngineError, InputError, RunInterrupted
 from lpserve.masks import all_masks, keys, without
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.testing.runs import NUM_PLAYERS as P
 from lpserve.testing.runs import known_game, make_config, stored_count, stored_scores
 from lpserve.values.exact import exact_values

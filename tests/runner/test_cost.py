@@ -14,13 +14,13 @@ from lpserve.masks import StratifiedDesign, keys
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.size import model_size
 from lpserve.rounds.settings import RoundSettings
-from lpserve.runner.coordinator import run
 from lpserve.runner.cost import (
     CostSettings,
     cost,
     sample_rounds,
     split_units,
 )
+from lpserve.runner.run import run
 from lpserve.scoring.progress import Progress
 from lpserve.testing.checkpoints import llama_headers, write_headers
 from lpserve.testing.runs import make_config

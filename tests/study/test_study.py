@@ -12,7 +12,8 @@ from lpserve.demo import FOLDER, demo_study
 from lpserve.errors import InputError
 from lpserve.runner.setup import windows_of
 from lpserve.study.cost import study_cost
-from lpserve.study.study import Study, study_of
+from lpserve.study.parse import study_of
+from lpserve.study.study import Study
 from lpserve.study.sweep import all_windows
 from lpserve.testing.runs import DEMO_TEXTS, study_values
 

@@ -21,9 +21,9 @@ import lpserve
 from lpserve.analysis.record import read_record
 from lpserve.cli.entry import main
 from lpserve.demo import FOLDER
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.store.store import Store
-from lpserve.study.study import study_of
+from lpserve.study.parse import study_of
 from lpserve.study.sweep import SweepResult, all_windows, sweep
 from lpserve.testing.runs import (
     DEMO_TEXTS,
@@ -108,7 +108,7 @@ def test_a_point_that_chose_masks_is_the_run_that_lpserve_run_gives(tmp_path, fi
         )
         got = read_record(finished.folder)
         assert (got.masks_MP == alone.outcome.scored.masks_MP).all()
-        assert np.abs(got.nll_MN / alone.outcome.scored.nll_MI - 1).max() < TOLERANCE
+        assert np.abs(got.nll_MI / alone.outcome.scored.nll_MI - 1).max() < TOLERANCE
         plan = lpserve.load_plan(finished.folder / "plan.json")
         assert [e.removed for e in plan.plans] == [e.removed for e in alone.outcome.plan.plans]
 

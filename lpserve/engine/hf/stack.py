@@ -32,7 +32,7 @@ from lpserve.engine.hf.structure import (
     find_tail,
     output_factory,
 )
-from lpserve.errors import EngineError
+from lpserve.errors import EngineError, first_line
 
 PARITY_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
 """Relative, summed NLL of a window, replayed against the model's own forward at start. Half
@@ -239,7 +239,7 @@ def _compiling(name: str) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        line = str(error).strip().splitlines()[0]
+        line = first_line(error)
         raise EngineError(
             f"torch.compile cannot compile the layers of {name} ({line}): set compile_layers to "
             "false"

@@ -25,7 +25,7 @@ import lpserve.scoring.pace
 from lpserve.config import as_json, config_from
 from lpserve.errors import DiskFullError, EngineError
 from lpserve.masks import keys
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.local import LocalPool
 from lpserve.scoring.pool import UnitResult, WorkUnit

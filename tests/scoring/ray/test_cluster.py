@@ -21,7 +21,7 @@ import pytest
 
 from lpserve.errors import InputError
 from lpserve.masks import keys
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.scoring.progress import RunState
 from lpserve.scoring.ray.cluster import _left_behind
 from lpserve.testing.ray_pools import pool_of, ray_config, score_all, undisturbed

@@ -20,7 +20,7 @@ from lpserve.config import config_from
 from lpserve.data.protocols import Protocol
 from lpserve.errors import InputError
 from lpserve.masks import keys
-from lpserve.runner.coordinator import run
+from lpserve.runner.run import run
 from lpserve.testing.ray_pools import pool_of, ray_config, score_all, undisturbed
 from lpserve.testing.runs import NUM_PLAYERS as P
 from lpserve.testing.runs import run_lpserve, stored_scores

@@ -26,7 +26,7 @@ from lpserve.engine.vllm.stack import VllmStack
 from lpserve.engine.vllm.tap import LayerTap
 from lpserve.engine.vllm.worker.contract import check_contract
 from lpserve.engine.vllm.worker.model import VllmModel
-from lpserve.errors import EngineError, InputError
+from lpserve.errors import EngineError, InputError, typed_first_line
 
 
 def known_arguments() -> frozenset[str]:
@@ -247,5 +247,4 @@ def _reported(method: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except (EngineError, InputError) as error:
         return {"error": str(error), "kind": type(error).__name__}
     except Exception as error:  # raised in a worker it would take the engine down without a word
-        line = (str(error).splitlines() or [""])[0]
-        return {"error": f"{type(error).__name__}: {line}", "kind": "failure"}
+        return {"error": typed_first_line(error), "kind": "failure"}

@@ -1,0 +1,264 @@
+"""The plan of a run: for every number of removed players the best scored set, and its runners-up.
+
+Decisions read losses as stored (float32). Notation: M masks, P players, r = number removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+
+from lpserve.analysis.analyse import Analysis
+from lpserve.analysis.heldout import (
+    finite_or_none,
+    heldout_gap,
+    heldout_objective,
+    heldout_ppl,
+    heldout_utility,
+    ppl_of,
+)
+from lpserve.analysis.record import RunRecord
+from lpserve.analysis.stability import Stability, set_stability
+from lpserve.config import STOP_GAIN
+from lpserve.errors import InputError
+from lpserve.masks import full_mask, keys
+from lpserve.plan import search
+from lpserve.plan.candidates import choose_candidates
+from lpserve.plan.greedy import greedy_path
+from lpserve.plan.plan import Candidate, Plan, PlanEntry, Unseen
+from lpserve.plan.sets import ranking_mask, removed_list
+from lpserve.types import (
+    Z90,
+    BoolArray,
+    perplexity,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """The answers of a run."""
+
+    scored: RunRecord
+    analysis: Analysis
+    plan: Plan
+    quarantined: dict[str, str] = field(default_factory=dict)
+    """Mask (0 and 1) -> why it could not be scored."""
+
+
+def make_plan(
+    scored: RunRecord,
+    analysis: Analysis,
+    *,
+    max_removed: int | None = None,
+    protected: Sequence[int] = (),
+) -> Plan:
+    """The best scored set for every r, with its rivals.
+
+    Raises:
+        InputError: `max_removed` or a protected player is out of range, or no scored set of some
+            size keeps the protected players.
+    """
+    most = scored.max_removed if max_removed is None else max_removed
+    if not 1 <= most <= scored.max_removed:
+        raise InputError(
+            f"max_removed must be 1..{scored.max_removed}, what the run scored: got {most}"
+        )
+    for player in protected:
+        if not 0 <= player < scored.num_players:
+            raise InputError(f"protected player {player} is not one of 0..{scored.num_players - 1}")
+    greedy = _greedy(scored, analysis, most)
+    entries = []
+    for r, rows in enumerate(_candidates(scored, analysis, greedy, most, protected), start=1):
+        warnings = []
+        if len(greedy) < r:
+            warnings.append("the scored masks hold no greedy path to this size")
+        unseen = _unseen(scored, analysis, r, rows[0][0], protected)
+        stability = _stability(scored, rows[0][0], protected)
+        if stability is not None and not stability.settled and stability.rival is not None:
+            drawn = f"{len(scored.num_tokens_I)} {scored.objective.items}"
+            warnings.append(stability.warning(drawn, scored.objective.loss_unit))
+        entry = _entry(scored, analysis, r, rows, warnings)
+        details = asdict(stability) if stability is not None else None
+        entries.append(replace(entry, unseen=unseen, stability=details))
+    full = full_mask(scored.num_players)
+    return Plan(
+        model=scored.model,
+        model_hash=scored.model_hash,
+        num_players=scored.num_players,
+        players=[{"index": p.index, "layer": p.layer, "part": p.part} for p in scored.players],
+        utility=scored.utility,
+        masks_scored=int(scored.scored_M().sum()),
+        masks_screened=int(scored.screened_M().sum()),
+        heldout_masks=len(scored.heldout_masks_MP),
+        full_calibration_ppl=ppl_of(scored.nll_MI[0], scored.num_tokens_I),
+        full_heldout_ppl=heldout_ppl(scored, full),
+        full_calibration_utility=finite_or_none(analysis.utilities_M[0]),
+        full_heldout_utility=heldout_utility(scored, full),
+        heldout_drawn=heldout_objective(scored).items,
+        plans=entries,
+        stopped=scored.stopped,
+        protected=sorted(protected),
+    )
+
+
+def candidate_masks(scored: RunRecord, analysis: Analysis) -> BoolArray:
+    """All kept, and every candidate of the plan, each once: what held-out windows check."""
+    most = scored.max_removed
+    rows = _candidates(scored, analysis, _greedy(scored, analysis, most), most)
+    masks = [full_mask(scored.num_players)]
+    masks += [scored.masks_MP[row] for candidates in rows for row, _ in candidates]
+    _, first = np.unique(np.array(masks), axis=0, return_index=True)
+    return np.array(masks)[np.sort(first)]
+
+
+def _greedy(scored: RunRecord, analysis: Analysis, most: int) -> list[BoolArray]:
+    """The path that the run walked."""
+    passed_by = set(keys(scored.pruned_MP))
+    path_M = analysis.guess_M if scored.screen else analysis.utilities_M
+    return greedy_path(scored.masks_MP, path_M, most, passed_by)
+
+
+def _candidates(
+    scored: RunRecord,
+    analysis: Analysis,
+    greedy: Sequence[BoolArray],
+    most: int,
+    protected: Sequence[int] = (),
+) -> list[list[tuple[int, str]]]:
+    """For r = 1..most the rows of the candidates, the best first, with how each was found."""
+    order_P = analysis.values.values_P.copy()
+    order_P[list(protected)] = np.inf
+    sources = dict(zip(keys(scored.masks_MP), scored.sources, strict=True))
+    found = []
+    for r in range(1, most + 1):
+        rows = choose_candidates(
+            scored.masks_MP,
+            analysis.utilities_M,
+            r,
+            greedy=greedy,
+            ranking=ranking_mask(order_P, r),
+            sources=sources,
+            protected=protected,
+        )
+        if not rows:
+            raise InputError(
+                f"no scored set removes {r} players and keeps {list(protected)}: "
+                "protect fewer, lower --max-removed, or run with a larger budget"
+            )
+        found.append(rows)
+    return found
+
+
+def _unseen(
+    scored: RunRecord,
+    analysis: Analysis,
+    num_removed: int,
+    best_row: int,
+    protected: Sequence[int],
+) -> Unseen | None:
+    """The set that was not scored, or on the screen alone, and is likeliest to beat the best."""
+    search_M = scored.view.search(scored.loss_MI)
+    begin_QP = search.starts(scored.masks_MP, search_M, num_removed)
+    likely = search.best_predicted_sets(
+        analysis.searcher, scored.num_players, num_removed, begin_QP
+    )
+    seen = set(keys(scored.masks_MP[np.isfinite(search_M)]))
+    fresh = [
+        row
+        for row, key in enumerate(keys(likely))
+        if key not in seen and likely[row, list(protected)].all()
+    ]
+    if not fresh:
+        return None
+    best = float(search_M[best_row])
+    chance_Q = search.probability_of_improvement(analysis.searcher, likely[fresh], best, STOP_GAIN)
+    place = int(np.argmax(chance_Q))
+    predicted = float(analysis.searcher.mean(likely[fresh[place]][None])[0])
+    full_ppl = ppl_of(scored.nll_MI[0], scored.num_tokens_I)
+    perplexing = scored.objective.reports_perplexity
+    return Unseen(
+        removed=removed_list(likely[fresh[place]]),
+        predicted_ppl=full_ppl / predicted if predicted > 0 and perplexing else None,
+        chance=float(chance_Q[place]),
+        gain=STOP_GAIN,
+    )
+
+
+def _stability(scored: RunRecord, chosen: int, protected: Sequence[int]) -> Stability | None:
+    """Of the best set among those of its size that keep the protected players."""
+    removed_M = (~scored.masks_MP).sum(axis=1)
+    same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.loss_MI).all(axis=1)
+    rows = np.flatnonzero(same_M & scored.masks_MP[:, list(protected)].all(axis=1))
+    return set_stability(
+        masks_MP=scored.masks_MP[rows],
+        loss_MN=scored.loss_MI[rows].astype(np.float64),
+        num_tokens_N=scored.view.weight_I,
+        corpora=scored.corpora,
+        chosen=int(np.flatnonzero(rows == chosen)[0]),
+        seed=scored.seed,
+        scale=scored.objective.search_scale(scored.num_tokens_I),
+    )
+
+
+def _entry(
+    scored: RunRecord,
+    analysis: Analysis,
+    num_removed: int,
+    rows: list[tuple[int, str]],
+    warnings: list[str],
+) -> PlanEntry:
+    candidates = []
+    for row, source in rows:
+        mask_P = scored.masks_MP[row]
+        delta, error = (None, None)
+        if row != rows[0][0]:
+            delta, error = heldout_gap(scored, mask_P, scored.masks_MP[rows[0][0]])
+        candidates.append(
+            Candidate(
+                removed=removed_list(mask_P),
+                source=source,
+                calibration_ppl=ppl_of(scored.nll_MI[row], scored.num_tokens_I),
+                predicted_ppl=_predicted_ppl(scored, analysis.predicted_M[row]),
+                heldout_ppl=heldout_ppl(scored, mask_P),
+                heldout_delta=delta,
+                heldout_delta_stderr=error,
+                calibration_utility=finite_or_none(analysis.utilities_M[row]),
+                predicted_utility=finite_or_none(analysis.predicted_M[row]),
+                heldout_utility=heldout_utility(scored, mask_P),
+            )
+        )
+    drawn, unit = heldout_objective(scored).items, heldout_objective(scored).loss_unit
+    for other in candidates[1:]:
+        if (
+            other.heldout_delta is not None
+            and other.heldout_delta_stderr is not None
+            and other.heldout_delta < -Z90 * other.heldout_delta_stderr
+        ):
+            warnings.append(
+                f"held-out {drawn} prefer {other.removed} by {-other.heldout_delta:.4f} "
+                f"+- {Z90 * other.heldout_delta_stderr:.4f} {unit}"
+            )
+    best = candidates[0]
+    return PlanEntry(
+        num_removed=num_removed,
+        removed=best.removed,
+        source=best.source,
+        calibration_ppl=best.calibration_ppl,
+        predicted_ppl=best.predicted_ppl,
+        heldout_ppl=best.heldout_ppl,
+        candidates=candidates,
+        warnings=warnings,
+        calibration_utility=best.calibration_utility,
+        predicted_utility=best.predicted_utility,
+        heldout_utility=best.heldout_utility,
+    )
+
+
+def _predicted_ppl(scored: RunRecord, predicted: float) -> float | None:
+    if not np.isfinite(predicted) or not scored.objective.reports_perplexity:
+        return None
+    if scored.utility == "neg_nll":
+        return float(perplexity(np.float64(-predicted)))
+    return ppl_of(scored.nll_MI[0], scored.num_tokens_I) / predicted if predicted > 0 else None
