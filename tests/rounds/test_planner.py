@@ -20,12 +20,11 @@ from lpserve.rounds.history import CompletedRound, Round, latest_scores
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.settings import RoundSettings, StopRules, design_strata
 from lpserve.surrogate import PaperSurrogate
-from lpserve.types import BoolArray, FloatArray
-from lpserve.utility import UTILITIES, Utility
+from lpserve.types import BoolArray, FloatArray, IntArray
+from lpserve.utility import UTILITIES
 
 TOKENS = np.array([90, 100, 110])
 Game = Callable[[BoolArray], FloatArray]
-NEG_NLL, PPL_RATIO = UTILITIES["neg_nll"], UTILITIES["ppl_ratio"]
 
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
@@ -54,12 +53,15 @@ def neg_nll(nll: np.ndarray) -> FloatArray:
     return np.where(finite, -total / TOKENS.sum(), np.nan)
 
 
-def completed(masks: Sequence[BoolArray], nll: Sequence[np.ndarray]) -> list[CompletedRound]:
-    return [CompletedRound(m, n, n) for m, n in zip(masks, nll, strict=False)]
+def planner_of(
+    settings: RoundSettings, utility: str = "neg_nll", screen: IntArray | None = None
+) -> RoundPlanner:
+    return RoundPlanner(settings, UTILITIES[utility], TOKENS, screen=screen)
 
 
-def planner_of(settings: RoundSettings, utility: Utility = NEG_NLL) -> RoundPlanner:
-    return RoundPlanner(settings, utility, TOKENS)
+def completed(masks: Sequence[BoolArray], nll: Sequence[np.ndarray]) -> tuple[CompletedRound, ...]:
+    """Rounds whose losses are their NLLs; masks without scores are left out."""
+    return tuple(CompletedRound(m, n, n) for m, n in zip(masks, nll, strict=False))
 
 
 def settings_of(num_players: int, max_removed: int, **changes: object) -> RoundSettings:
@@ -82,7 +84,7 @@ class Played:
         settings: RoundSettings,
         game: Game,
         budget: int,
-        utility: Utility = NEG_NLL,
+        utility: str = "neg_nll",
     ) -> None:
         self.planner = planner_of(settings, utility)
         self.rounds: list[BoolArray] = []
@@ -321,7 +323,7 @@ def test_passed_by_sets_of_a_greedy_step_are_never_its_best(rng):
         return game(masks) + 3.0 * (~masks[:, 0]) + 2.0 * (~masks[:, 11])
 
     played = Played(settings_of(12, 6), ruinous, 150)
-    passed = played.planner.pruned
+    passed = played.planner.passed_by
     assert len(passed) >= 4
     path = greedy_path(played.masks, played.utilities, 6, passed)
     assert len(path) == 6
@@ -388,7 +390,7 @@ def test_the_greedy_path_is_walked_to_its_end(rng):
     game = pair_game(11, rng, pairs=0.2)
     played = Played(settings_of(11, 4), game, 130)
     removed: tuple[int, ...] = ()
-    passed = played.planner.pruned
+    passed = played.planner.passed_by
     for step, mask in enumerate(greedy_path(played.masks, played.utilities, 4, passed)):
         options = [tuple(sorted((*removed, p))) for p in range(11) if p not in removed]
         scores = [neg_nll(nll_of(game, without(11, o)[None]))[0] for o in options]
@@ -423,7 +425,7 @@ def test_mixed_rounds_keep_a_third_for_the_values_and_grow_with_the_run(rng):
 def test_the_design_covers_the_sizes_of_the_values_evenly(rng, monkeypatch):
     monkeypatch.setattr(PaperSurrogate, "EPOCHS", 2)  # it cannot tell which masks say most
     settings = settings_of(12, 3, sizes=(2, 9), surrogate="paper")
-    played = Played(settings, pair_game(12, rng), 200, PPL_RATIO)
+    played = Played(settings, pair_game(12, rng), 200, "ppl_ratio")
     design = [
         int(mask.sum())
         for mask, key in zip(played.masks, keys(played.masks), strict=True)
@@ -440,7 +442,7 @@ def test_the_papers_surrogate_plays_without_rankings(rng, monkeypatch):
     monkeypatch.setattr(PaperSurrogate, "EPOCHS", 2)
 
     settings = settings_of(7, 2, surrogate="paper")
-    played = Played(settings, pair_game(7, rng), 29, PPL_RATIO)
+    played = Played(settings, pair_game(7, rng), 29, "ppl_ratio")
     assert sorted((~played.masks).sum(axis=1).tolist()) == [0] + [1] * 7 + [2] * 21
     late = [played.planner.sources[key] for masks in played.rounds[3:] for key in keys(masks)]
     assert "ranking" not in late
@@ -451,25 +453,22 @@ def test_slow_surrogates_wait_until_masks_have_grown(kind, growth, rng, monkeypa
     monkeypatch.setattr(PaperSurrogate, "EPOCHS", 1)
     monkeypatch.setattr("lpserve.surrogate.boosting._MAX_TREES", 2)
     settings = settings_of(9, 3, surrogate=kind)
-    planner = planner_of(settings, PPL_RATIO)
-    surrogate = planner.model.surrogate
-    assert surrogate is not None
+    planner = planner_of(settings, "ppl_ratio")
     fitted: list[int] = []
-    fit = surrogate.fit
+    fit = planner.model.surrogate.fit
     monkeypatch.setattr(
-        surrogate,
+        planner.model.surrogate,
         "fit",
         lambda masks, *rest: (fitted.append(len(masks)), fit(masks, *rest)),
     )
-    game = pair_game(9, rng)
-    rounds: list[CompletedRound] = []
+    game, history = pair_game(9, rng), list[CompletedRound]()
     for index in range(12):
-        batch_MP = planner.propose(index, rounds).masks_MP
+        batch_MP = planner.propose(index, history).masks_MP
         nll = nll_of(game, batch_MP)
-        rounds.append(CompletedRound(batch_MP, nll, nll))
+        history.append(CompletedRound(batch_MP, nll, nll))
     expected: list[int] = []
     for index in range(2, 12):  # from all rounds but the last one
-        count = sum(len(done.masks_MP) for done in rounds[: index - 1])
+        count = sum(len(done.masks_MP) for done in history[: index - 1])
         if not expected or count >= growth * expected[-1]:
             expected.append(count)
     assert fitted == expected
@@ -478,7 +477,7 @@ def test_slow_surrogates_wait_until_masks_have_grown(kind, growth, rng, monkeypa
 
 # -- a screen ----------------------------------------------------------------------------------
 
-SCREEN = [0]
+SCREEN = np.array([0])
 """Of the three windows."""
 
 
@@ -487,7 +486,7 @@ class Screened:
 
     def __init__(self, settings: RoundSettings, game: Game, other: Game, budget: int) -> None:
         """`other` is what the windows beyond the screen measure."""
-        self.planner = RoundPlanner(settings, NEG_NLL, TOKENS, screen=np.array(SCREEN))
+        self.planner = planner_of(settings, screen=SCREEN)
         self.rounds: list[Round] = []
         self.history: list[CompletedRound] = []
         self._game, self._other = game, other
@@ -561,15 +560,14 @@ def test_a_screened_round_reads_nothing_beyond_the_round_before_the_last(rng):
     settings = settings_of(12, 5)
     game, off = pair_game(12, rng), pair_game(12, rng)
     played = Screened(settings, game, lambda m: game(m) + 0.1 * off(m), 140)
-    again = RoundPlanner(settings, NEG_NLL, TOKENS, screen=np.array(SCREEN))
+    again = planner_of(settings, screen=SCREEN)
     proposed = [r for r in played.rounds if len(r)]
+    losses = [done.loss_MI for done in played.history]
     for index, asked in enumerate(proposed[:-1]):  # the last one is cut by the budget
         complete = max(index - 1, 0)
-        scored = [done.loss_MI for done in played.history]
-        later = [rng.normal(500, 100, n.shape).astype(np.float32) for n in scored]
-        nll = scored[:complete] + later[complete:]
-        masks = [done.masks_MP for done in played.history]
-        found = again.propose(index, completed(masks, nll))
+        later = [rng.normal(500, 100, n.shape).astype(np.float32) for n in losses]
+        nll = losses[:complete] + later[complete:]
+        found = again.propose(index, completed([done.masks_MP for done in played.history], nll))
         np.testing.assert_array_equal(found.masks_MP, asked.masks_MP)
         np.testing.assert_array_equal(found.full_M, asked.full_M)
         np.testing.assert_array_equal(found.promoted_MP, asked.promoted_MP)
