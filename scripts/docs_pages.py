@@ -47,10 +47,10 @@ def config_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "The keys of `lpserve run --config FILE` (TOML or YAML), of `lpserve.RunConfig` and, for all",
-        "points of a study, of a study file. A flag has the same name with dashes, and wins over the",
-        "file. Unknown keys are refused, and every value is checked before a model is touched. Keys",
-        "marked * may differ when a run is resumed in its folder.",
+        "The keys of `lpserve run --config FILE` (TOML or YAML), of `lpserve.RunConfig` and, for",
+        "all points of a study, of a study file. A flag has the same name with dashes, and wins",
+        "over the file. Unknown keys are refused, and every value is checked before a model is",
+        "touched. Keys marked \\* may differ when a run is resumed in its folder.",
         "",
     ]
     seen: set[str] = set()
@@ -64,7 +64,7 @@ def config_page() -> str:
             if one.name in seen:
                 continue
             seen.add(one.name)
-            star = " *" if one.name in CHANGEABLE else ""
+            star = " \\*" if one.name in CHANGEABLE else ""
             if one.default is not MISSING:
                 default = f"`{one.default!r}`"
             else:
