@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, MambaConfig
 import lpserve
 from lpserve.engine.head import on_device, plain_nll
 from lpserve.errors import EngineError
+from lpserve.testing.reference import save_model
 from tests.conftest import SEED
-from tests.reference import save_model
 
 PLAYERS = 3
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ windows; nothing here depends on a tolerance but the sums themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -16,15 +16,16 @@ import pytest
 from lpserve.masks import all_masks, drop_one, keys, removed_players, without
 from lpserve.plan.greedy import greedy_path
 from lpserve.plan.sets import best_row
-from lpserve.rounds.history import History, Round
+from lpserve.rounds.history import CompletedRound, Round, latest_scores
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.settings import RoundSettings, StopRules, design_strata
 from lpserve.surrogate import PaperSurrogate
 from lpserve.types import BoolArray, FloatArray
+from lpserve.utility import UTILITIES, Utility
 
-TOKENS = np.array([90.0, 100.0, 110.0])
+TOKENS = np.array([90, 100, 110])
 Game = Callable[[BoolArray], FloatArray]
-Utility = Callable[[np.ndarray], FloatArray]
+NEG_NLL, PPL_RATIO = UTILITIES["neg_nll"], UTILITIES["ppl_ratio"]
 
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
@@ -53,9 +54,12 @@ def neg_nll(nll: np.ndarray) -> FloatArray:
     return np.where(finite, -total / TOKENS.sum(), np.nan)
 
 
-def ppl_ratio(nll: np.ndarray) -> FloatArray:
-    """Up to a factor near 1: the games' NLL is about 3 with all players kept."""
-    return np.exp(neg_nll(nll) + 3)
+def completed(masks: Sequence[BoolArray], nll: Sequence[np.ndarray]) -> list[CompletedRound]:
+    return [CompletedRound(m, n, n) for m, n in zip(masks, nll, strict=False)]
+
+
+def planner_of(settings: RoundSettings, utility: Utility = NEG_NLL) -> RoundPlanner:
+    return RoundPlanner(settings, utility, TOKENS)
 
 
 def settings_of(num_players: int, max_removed: int, **changes: object) -> RoundSettings:
@@ -78,17 +82,16 @@ class Played:
         settings: RoundSettings,
         game: Game,
         budget: int,
-        utility: Utility = neg_nll,
-        search: Utility | None = ppl_ratio,
+        utility: Utility = NEG_NLL,
     ) -> None:
-        self.planner = RoundPlanner(settings, utility, search)
+        self.planner = planner_of(settings, utility)
         self.rounds: list[BoolArray] = []
         self.nll: list[np.ndarray] = []
         self.ended = False
         asked = 0
         while asked < budget:
             complete = max(len(self.rounds) - 1, 0)
-            history = History(masks=self.rounds[:complete], loss=self.nll[:complete])
+            history = completed(self.rounds[:complete], self.nll[:complete])
             masks = self.planner.propose(len(self.rounds), history).masks_MP[: budget - asked]
             if not len(masks):
                 self.ended = True
@@ -200,15 +203,15 @@ def test_a_round_reads_nothing_beyond_the_round_before_the_last(settings, rng):
     """The last round is absent, complete, or complete with nonsense: the proposal is the same."""
     game = pair_game(settings.num_players, rng)
     played = Played(settings, game, enough(settings))
-    complete, poisoned = (RoundPlanner(settings, neg_nll, ppl_ratio) for _ in range(2))
+    complete, poisoned = (planner_of(settings) for _ in range(2))
     for index, masks in enumerate(played.rounds[:-1]):  # the last one is cut by the budget
         before = max(index - 1, 0)
-        history = History(masks=played.rounds[:index], loss=played.nll[:index])
+        history = completed(played.rounds[:index], played.nll[:index])
         np.testing.assert_array_equal(complete.propose(index, history).masks_MP, masks)
         nonsense = [
             rng.normal(500, 100, nll.shape).astype(np.float32) for nll in played.nll[before:]
         ]
-        history = History(masks=played.rounds, loss=played.nll[:before] + nonsense)
+        history = completed(played.rounds, played.nll[:before] + nonsense)
         np.testing.assert_array_equal(poisoned.propose(index, history).masks_MP, masks)
 
 
@@ -225,7 +228,7 @@ def test_a_small_game_is_asked_for_to_the_last_mask(rng):
     played = Played(settings, pair_game(4, rng), 1000)
     assert played.ended
     assert sorted(keys(played.masks)) == keys(all_masks(4))
-    history = History(masks=played.rounds, loss=played.nll)
+    history = completed(played.rounds, played.nll)
     for index in range(len(played.rounds) + 1, len(played.rounds) + 4):
         assert played.planner.propose(index, history).all_masks.shape == (0, 4)
 
@@ -318,7 +321,7 @@ def test_passed_by_sets_of_a_greedy_step_are_never_its_best(rng):
         return game(masks) + 3.0 * (~masks[:, 0]) + 2.0 * (~masks[:, 11])
 
     played = Played(settings_of(12, 6), ruinous, 150)
-    passed = played.planner.passed_by
+    passed = played.planner.pruned
     assert len(passed) >= 4
     path = greedy_path(played.masks, played.utilities, 6, passed)
     assert len(path) == 6
@@ -385,7 +388,7 @@ def test_the_greedy_path_is_walked_to_its_end(rng):
     game = pair_game(11, rng, pairs=0.2)
     played = Played(settings_of(11, 4), game, 130)
     removed: tuple[int, ...] = ()
-    passed = played.planner.passed_by
+    passed = played.planner.pruned
     for step, mask in enumerate(greedy_path(played.masks, played.utilities, 4, passed)):
         options = [tuple(sorted((*removed, p))) for p in range(11) if p not in removed]
         scores = [neg_nll(nll_of(game, without(11, o)[None]))[0] for o in options]
@@ -437,7 +440,7 @@ def test_the_papers_surrogate_plays_without_rankings(rng, monkeypatch):
     monkeypatch.setattr(PaperSurrogate, "EPOCHS", 2)
 
     settings = settings_of(7, 2, surrogate="paper")
-    played = Played(settings, pair_game(7, rng), 29, ppl_ratio, None)
+    played = Played(settings, pair_game(7, rng), 29, PPL_RATIO)
     assert sorted((~played.masks).sum(axis=1).tolist()) == [0] + [1] * 7 + [2] * 21
     late = [played.planner.sources[key] for masks in played.rounds[3:] for key in keys(masks)]
     assert "ranking" not in late
@@ -448,22 +451,25 @@ def test_slow_surrogates_wait_until_masks_have_grown(kind, growth, rng, monkeypa
     monkeypatch.setattr(PaperSurrogate, "EPOCHS", 1)
     monkeypatch.setattr("lpserve.surrogate.boosting._MAX_TREES", 2)
     settings = settings_of(9, 3, surrogate=kind)
-    planner = RoundPlanner(settings, ppl_ratio, None)
+    planner = planner_of(settings, PPL_RATIO)
+    surrogate = planner.model.surrogate
+    assert surrogate is not None
     fitted: list[int] = []
-    fit = planner.surrogate.fit
+    fit = surrogate.fit
     monkeypatch.setattr(
-        planner.surrogate,
+        surrogate,
         "fit",
         lambda masks, *rest: (fitted.append(len(masks)), fit(masks, *rest)),
     )
-    game, history = pair_game(9, rng), History()
+    game = pair_game(9, rng)
+    rounds: list[CompletedRound] = []
     for index in range(12):
-        batch_MP = planner.propose(index, history).masks_MP
-        history.masks.append(batch_MP)
-        history.loss.append(nll_of(game, batch_MP))
+        batch_MP = planner.propose(index, rounds).masks_MP
+        nll = nll_of(game, batch_MP)
+        rounds.append(CompletedRound(batch_MP, nll, nll))
     expected: list[int] = []
     for index in range(2, 12):  # from all rounds but the last one
-        count = sum(map(len, history.masks[: index - 1]))
+        count = sum(len(done.masks_MP) for done in rounds[: index - 1])
         if not expected or count >= growth * expected[-1]:
             expected.append(count)
     assert fitted == expected
@@ -481,9 +487,9 @@ class Screened:
 
     def __init__(self, settings: RoundSettings, game: Game, other: Game, budget: int) -> None:
         """`other` is what the windows beyond the screen measure."""
-        self.planner = RoundPlanner(settings, neg_nll, ppl_ratio, self.on_screen)
+        self.planner = RoundPlanner(settings, NEG_NLL, TOKENS, screen=np.array(SCREEN))
         self.rounds: list[Round] = []
-        self.history = History()
+        self.history: list[CompletedRound] = []
         self._game, self._other = game, other
         asked = 0
         while asked < budget:
@@ -495,13 +501,9 @@ class Screened:
             if len(self.rounds) > 1:
                 self._score(self.rounds[-2])
         self._score(self.rounds[-1])
-        while len((found := self.planner.settle(self.history)).promoted_QP):
+        while len((found := self.planner.settle(self.history)).promoted_MP):
             self.rounds.append(found)
             self._score(found)
-
-    @staticmethod
-    def on_screen(nll: np.ndarray) -> FloatArray:
-        return np.exp(3 - nll[:, 0].astype(np.float64) / (0.9 * TOKENS[0]))
 
     def true_nll(self, masks: BoolArray) -> np.ndarray:
         nll = nll_of(self._other, masks)
@@ -510,9 +512,8 @@ class Screened:
 
     def _score(self, asked: Round) -> None:
         nll = self.true_nll(asked.all_masks)
-        nll[np.ix_(~asked.whole_M, np.array([False, True, True]))] = np.nan
-        self.history.masks.append(asked.all_masks)
-        self.history.loss.append(nll)
+        nll[np.ix_(~asked.full_M, np.array([False, True, True]))] = np.nan
+        self.history.append(CompletedRound(asked.all_masks, nll, nll))
 
 
 def test_screened_sets_are_promoted_once_and_only_they(rng):
@@ -520,8 +521,8 @@ def test_screened_sets_are_promoted_once_and_only_they(rng):
     game, off = pair_game(12, rng), pair_game(12, rng)
     played = Screened(settings, game, lambda m: game(m) + 0.05 * off(m), 150)
     new = np.concatenate([r.masks_MP for r in played.rounds])
-    whole = np.concatenate([r.whole_M for r in played.rounds])
-    promoted = np.concatenate([r.promoted_QP for r in played.rounds])
+    whole = np.concatenate([r.full_M for r in played.rounds])
+    promoted = np.concatenate([r.promoted_MP for r in played.rounds])
     assert len(set(keys(new))) == len(new) == 150
     assert len(set(keys(promoted))) == len(promoted) > 0
     assert set(keys(promoted)) < set(keys(new[~whole]))  # some are left on the screen
@@ -529,7 +530,8 @@ def test_screened_sets_are_promoted_once_and_only_they(rng):
     assert screened <= {"greedy", "search", "ranking"}
     first_step = set(keys(drop_one(new[0])))
     assert first_step <= set(keys(new[whole]))
-    masks, nll = played.history.upto(len(played.history.masks))
+    latest = latest_scores(played.history)
+    masks, nll = latest.masks_MP, latest.loss_MI
     np.testing.assert_array_equal(masks, new)
     done = np.isfinite(nll).all(axis=1)
     assert set(keys(masks[done])) == set(keys(new[whole])) | set(keys(promoted))
@@ -543,7 +545,8 @@ def test_a_screened_search_finds_the_best_sets_on_all_windows(rng):
     for _ in range(2):
         game, off = pair_game(11, rng), pair_game(11, rng)
         played = Screened(settings_of(11, 5), game, lambda m: game(m) + 0.15 * off(m), 200)  # noqa: B023
-        masks, nll = played.history.upto(len(played.history.masks))
+        latest = latest_scores(played.history)
+        masks, nll = latest.masks_MP, latest.loss_MI
         done = np.isfinite(nll).all(axis=1)
         masks, utilities = masks[done], neg_nll(nll[done])
         for r in range(1, 6):
@@ -558,20 +561,22 @@ def test_a_screened_round_reads_nothing_beyond_the_round_before_the_last(rng):
     settings = settings_of(12, 5)
     game, off = pair_game(12, rng), pair_game(12, rng)
     played = Screened(settings, game, lambda m: game(m) + 0.1 * off(m), 140)
-    again = RoundPlanner(settings, neg_nll, ppl_ratio, Screened.on_screen)
+    again = RoundPlanner(settings, NEG_NLL, TOKENS, screen=np.array(SCREEN))
     proposed = [r for r in played.rounds if len(r)]
     for index, asked in enumerate(proposed[:-1]):  # the last one is cut by the budget
         complete = max(index - 1, 0)
-        later = [rng.normal(500, 100, n.shape).astype(np.float32) for n in played.history.loss]
-        nll = played.history.loss[:complete] + later[complete:]
-        found = again.propose(index, History(masks=played.history.masks, loss=nll))
+        scored = [done.loss_MI for done in played.history]
+        later = [rng.normal(500, 100, n.shape).astype(np.float32) for n in scored]
+        nll = scored[:complete] + later[complete:]
+        masks = [done.masks_MP for done in played.history]
+        found = again.propose(index, completed(masks, nll))
         np.testing.assert_array_equal(found.masks_MP, asked.masks_MP)
-        np.testing.assert_array_equal(found.whole_M, asked.whole_M)
-        np.testing.assert_array_equal(found.promoted_QP, asked.promoted_QP)
+        np.testing.assert_array_equal(found.full_M, asked.full_M)
+        np.testing.assert_array_equal(found.promoted_MP, asked.promoted_MP)
 
 
 def test_with_goal_values_nothing_is_screened(rng):
     game = pair_game(10, rng)
     played = Screened(settings_of(10, 4, goal="values"), game, game, 90)
-    assert all(r.whole_M.all() for r in played.rounds)
-    assert not any(len(r.promoted_QP) for r in played.rounds)
+    assert all(r.full_M.all() for r in played.rounds)
+    assert not any(len(r.promoted_MP) for r in played.rounds)

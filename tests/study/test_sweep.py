@@ -108,7 +108,7 @@ def test_a_point_that_chose_masks_is_the_run_that_lpserve_run_gives(tmp_path, fi
         )
         got = read_record(finished.folder)
         assert (got.masks_MP == alone.outcome.scored.masks_MP).all()
-        assert np.abs(got.nll_MN / alone.outcome.scored.nll_MI - 1).max() < TOLERANCE
+        assert np.abs(got.nll_MI / alone.outcome.scored.nll_MI - 1).max() < TOLERANCE
         plan = lpserve.load_plan(finished.folder / "plan.json")
         assert [e.removed for e in plan.plans] == [e.removed for e in alone.outcome.plan.plans]
 

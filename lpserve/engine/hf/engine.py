@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from lpserve.data.prepare import check_windows
 from lpserve.data.windows import TokenWindows
+from lpserve.engine.allocator import keep_for
 from lpserve.engine.base import (
     HiddenStates,
     check_extra_metrics,
@@ -58,6 +59,8 @@ class TransformersEngine:
       where soft-capped scores need it.
     * `compile_layers`: run the layers, and the reduction of logits, through `torch.compile`, which
       fuses norms, rotary and gates (default: on a GPU). Layers of one shape share what is compiled.
+    * `keep_freed_memory`: what layers free stays with the process until the engine is closed, see
+      `lpserve.engine.allocator` (default: on CPU).
     """
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:
@@ -71,9 +74,10 @@ class TransformersEngine:
         self._model = _load(checkpoint, spec, device)
         settings = trie_settings(spec.options, device.type, free_bytes(device))
         head_chunk = HEAD_CHUNK_BYTES[device.type]
-        compiled = spec.options.get("compile_layers", device.type == "cuda")
-        if not isinstance(compiled, bool):
-            raise InputError(f"compile_layers must be true or false: got {compiled!r}")
+        compiled = _switch(spec, "compile_layers", device.type == "cuda")
+        allocator, self._end_keeping = "not asked to keep freed memory", lambda: None
+        if _switch(spec, "keep_freed_memory", device.type == "cpu"):
+            allocator, self._end_keeping = keep_for(self)
         with full_precision():
             stack = RecordedStack(self._model, head_chunk_bytes=head_chunk, compile_layers=compiled)
         self._scorer = StackScorer(stack, settings, padded_step=_padded_step(self._model))
@@ -98,6 +102,7 @@ class TransformersEngine:
                 "head_chunk_bytes": head_chunk,
                 "compile_layers": compiled,
                 "threads": torch.get_num_threads(),
+                "allocator": allocator,
             },
         )
 
@@ -130,6 +135,7 @@ class TransformersEngine:
         if hasattr(self, "_model"):
             del self._model, self._scorer
             gc.collect()
+            self._end_keeping()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
@@ -138,6 +144,13 @@ class TransformersEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _switch(spec: EngineSpec, name: str, default: bool) -> bool:
+    value = spec.options.get(name, default)
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false: got {value!r}")
+    return value
 
 
 def _device(name: str) -> torch.device:

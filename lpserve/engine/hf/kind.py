@@ -17,7 +17,13 @@ from lpserve.engine.kind import (
 )
 from lpserve.types import EngineSpec
 
-OPTIONS = ("state_budget_mb", "micro_batch_tokens", "attn_implementation", "compile_layers")
+OPTIONS = (
+    "state_budget_mb",
+    "micro_batch_tokens",
+    "attn_implementation",
+    "compile_layers",
+    "keep_freed_memory",
+)
 """Names of the engine options; `TransformersEngine` says what each does."""
 
 
