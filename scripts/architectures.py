@@ -1,4 +1,5 @@
-"""Print the README's table: which architectures the vLLM engine serves, on which path, how exactly.
+"""Print the table of docs/engines/vllm.md: which architectures vLLM serves, on which path, how
+exactly.
 
     PYTHONPATH=. python scripts/architectures.py
 

@@ -447,7 +447,7 @@ def test_a_mask_of_a_run_that_was_scored_on_a_screen_alone_has_no_score(make_run
     assert game(scored.masks_MP[0])[0] == 1.0
 
 
-# -- the package and its README --------------------------------------------------------------------
+# -- the package and its page ----------------------------------------------------------------------
 
 
 def test_without_shapiq_the_import_says_what_to_install():
@@ -460,18 +460,18 @@ def test_without_shapiq_the_import_says_what_to_install():
 
 
 @pytest.mark.filterwarnings("ignore:Not all budget is required")  # 64 masks, a budget of 400
-def test_the_readmes_cross_check_runs_as_written(model_dir, windows, tmp_path, capsys):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+def test_the_documented_cross_check_runs_as_written(model_dir, windows, tmp_path, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "method.md").read_text()
     (code,) = [
         block
-        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
         if "lpserve.shapiq_game" in block
     ]
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "model").symlink_to(model_dir("llama"))
-    names = {"lpserve": lpserve, "windows": windows}  # as the README's code before it left them
+    names = {"lpserve": lpserve, "windows": windows}  # as code before it has left them
     with contextlib.chdir(tmp_path):
-        exec(compile(code, "README.md", "exec"), names)
+        exec(compile(code, "method.md", "exec"), names)
     game, ours, theirs = names["game"], names["ours"], names["theirs"]
     masks, utilities = game.scored()
     assert game.masks_scored == len(masks) == 64  # all there are, fewer than the budget

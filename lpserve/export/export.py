@@ -83,7 +83,8 @@ def export_checkpoint(
         verify: reload in a fresh process and compare; off, the report says unverified.
         windows: what to compare on; default: 4 x 64 random tokens.
         expected_nll_N: the skip engine's summed NLL of every window; default: an engine is opened.
-        dtype, device: of the comparison.
+        dtype: of the comparison.
+        device: of the comparison.
 
     Raises:
         InputError: the model, the layers or the folder cannot be used, a removed player is only a

@@ -9,7 +9,8 @@ import pytest
 
 import lpserve
 from lpserve.errors import InputError
-from lpserve.report.plots import plot_interactions, plot_values
+from lpserve.report.plots import plot_interactions, plot_plan, plot_values
+from lpserve.testing.runs import plan_of_another_model
 from lpserve.types import Player
 
 VALUES = lpserve.ShapleyValues(
@@ -41,3 +42,37 @@ def test_parts_of_layers_are_named_on_every_axis():
 def test_as_many_players_as_values():
     with pytest.raises(InputError, match="players must be 4"):
         plot_values(VALUES, LAYERS[:3])
+
+
+def test_figures_show_values_and_intervals(rng):
+    values = lpserve.ShapleyValues(
+        values_P=rng.normal(size=7),
+        stderr_P=rng.random(7),
+        sizes=(2, 5),
+        estimator="test",
+        window_stderr_P=rng.random(7),
+    )
+    axes: Any = plot_values(values).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx(values.values_P)
+    segments = axes.collections[0].get_segments()
+    half = [(top - bottom) / 2 for (_, bottom), (_, top) in segments]
+    assert half == pytest.approx(1.645 * values.total_stderr_P)
+    assert "2 to 5" in axes.get_ylabel()
+
+
+def test_figures_show_a_plan_without_held_out_windows(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(plan_of_another_model())
+    plan = lpserve.load_plan(path)
+    axes: Any = plot_plan(plan).axes[0]
+    (line,) = axes.lines
+    assert line.get_ydata().tolist() == [1.0, 2.0]
+    assert line.get_label() == "calibration"
+
+
+def test_interactions_must_be_square():
+    with pytest.raises(InputError, match="must be"):
+        plot_interactions(np.zeros((2, 3)))
+    figure = plot_interactions(np.array([[0.0, -2.0], [-2.0, 0.0]]))
+    image = figure.axes[0].images[0]
+    assert image.get_clim() == (-2.0, 2.0)
