@@ -86,7 +86,7 @@ def test_values_and_plan_are_about_the_utility(utility, game, capsys):
             assert entry.heldout_ppl is not None
             assert entry.predicted_ppl is None
     again = read_record(result.folder)
-    assert (again.loss_MN == outcome.scored.loss_MI).all()
+    assert (again.loss_MI == outcome.scored.loss_MI).all()
     assert again.utility == utility
     if utility == "accuracy":
         warnings = " ".join(w for e in outcome.plan.plans for w in e.warnings)

@@ -17,7 +17,7 @@ from lpserve.config import config_from
 from lpserve.demo import FOLDER
 from lpserve.errors import DiskFullError
 from lpserve.runner.run import run
-from lpserve.store.store import Store
+from lpserve.store.connection import StoreConnection
 from lpserve.testing.reference import save_model, small_config
 from lpserve.testing.runs import make_config, stored_scores
 
@@ -218,14 +218,14 @@ def test_a_full_disk_stops_the_run_and_the_same_command_resumes(tmp_path, texts,
     """A real SQLITE_FULL, by a page limit set on the run's own connection."""
     np.savez(texts["calibration"], tokens=np.arange(60 * 40).reshape(60, 40))
     config = make_config(tmp_path, texts, budget=150)
-    plain = Store._prepare
+    plain = StoreConnection._prepare
 
-    def limited(self: Store, new: bool) -> None:
+    def limited(self: StoreConnection, new: bool) -> None:
         plain(self, new)
-        pages = self._db.execute("PRAGMA page_count").fetchone()[0]
-        self._db.execute(f"PRAGMA max_page_count = {pages + 9}")
+        pages = self.db.execute("PRAGMA page_count").fetchone()[0]
+        self.db.execute(f"PRAGMA max_page_count = {pages + 9}")
 
-    monkeypatch.setattr(Store, "_prepare", limited)
+    monkeypatch.setattr(StoreConnection, "_prepare", limited)
     with pytest.raises(DiskFullError, match="free space and give the same command again"):
         run(config)
     monkeypatch.undo()

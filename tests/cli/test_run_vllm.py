@@ -60,7 +60,7 @@ def test_the_scores_are_the_transformers_engines(runs):
     common = [(rows[k], i) for i, k in enumerate(keys(scored["vllm"].masks_MP)) if k in rows]
     assert len(common) >= 50  # the same rounds, unless rounding turned a close choice
     a, b = (
-        scored[engine].nll_MN[[pair[i] for pair in common]]
+        scored[engine].nll_MI[[pair[i] for pair in common]]
         for i, engine in enumerate(("transformers", "vllm"))
     )
     assert np.abs(a / b - 1).max() < 1e-5

@@ -323,7 +323,7 @@ def test_values_and_plan_are_about_the_questions(utility, small_model, tmp_path,
             gap = held[keys(mask_P[None])[0]] - held[key]
             assert other.heldout_delta == pytest.approx(gap, abs=2 * TOLERANCE)
     again = read_record(result.folder)
-    assert np.array_equal(again.loss_MN, outcome.scored.loss_MI)
+    assert np.array_equal(again.loss_MI, outcome.scored.loss_MI)
     assert main(["plan", str(result.folder), "--max-removed", "2"]) == 0
     printed = capsys.readouterr().out
     assert utility in printed

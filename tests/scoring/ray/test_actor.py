@@ -29,7 +29,7 @@ from lpserve.runner.run import run
 from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.local import LocalPool
 from lpserve.scoring.pool import UnitResult, WorkUnit
-from lpserve.store.store import Store
+from lpserve.store.connection import StoreConnection
 from lpserve.testing.ray_pools import THREE_WINDOWS, pool_of, ray_config, score_all, undisturbed
 from lpserve.testing.runs import NUM_PLAYERS as P
 from lpserve.testing.runs import make_config, stored_count, stored_scores
@@ -133,14 +133,14 @@ def test_a_full_disk_stops_the_run_which_goes_on_once_there_is_room(
     """A real SQLITE_FULL, by a page limit set on the run's own connection."""
     np.savez(texts["calibration"], tokens=np.arange(60 * 40).reshape(60, 40))
     alone, stored = undisturbed(tmp_path, texts)
-    plain = Store._prepare
+    plain = StoreConnection._prepare
 
-    def limited(self: Store, *args) -> None:
+    def limited(self: StoreConnection, *args) -> None:
         plain(self, *args)
-        pages = self._db.execute("PRAGMA page_count").fetchone()[0]
-        self._db.execute(f"PRAGMA max_page_count = {pages + 9}")
+        pages = self.db.execute("PRAGMA page_count").fetchone()[0]
+        self.db.execute(f"PRAGMA max_page_count = {pages + 9}")
 
-    monkeypatch.setattr(Store, "_prepare", limited)
+    monkeypatch.setattr(StoreConnection, "_prepare", limited)
     config = ray_config(tmp_path, texts, 2)
     with pytest.raises(DiskFullError, match="free space and give the same command again"):
         run(config)
