@@ -415,11 +415,11 @@ def test_masks_of_a_run_without_a_finite_score_follow_the_utilitys_rule(make_run
     nll = scored.nll_MI.copy()
     nll[given_up] = np.nan
     nll[broken, 1] = np.inf
-    scored = replace(scored, nll_MI=nll)
+    scored = replace(scored, nll_MI=nll, loss_MI=nll)
     warned = pytest.warns(RuntimeWarning, match="1 masks have no finite score")
     with warned if utility == "neg_nll" else contextlib.nullcontext():
         game = LayerGame.from_run(scored, normalize=False)
-    utilities = scored.utility_of(scored.nll_MI)
+    utilities = scored.view.of(scored.loss_MI)
     lowest = np.nanmin(utilities) if utility == "neg_nll" else 0.0
     assert game(scored.masks_MP[broken])[0] == lowest
     with pytest.raises(InputError, match="1 of 1 new coalitions"):

@@ -40,6 +40,7 @@ from lpserve.rounds.settings import RoundSettings
 from lpserve.surrogate import make_surrogate
 from lpserve.testing.layer_games import NUM_TOKENS, ProductGame, layer_game, reference_best
 from lpserve.types import Z90, BoolArray, FloatArray
+from lpserve.utility import utility_named
 
 BUDGETS = {12: (100, 200, 400), 32: (200, 400, 800, 1600), 80: (500, 1000, 2000, 4000)}
 REFITS = {12: (), 32: (2000, 8000), 80: (2000, 8000)}
@@ -70,16 +71,11 @@ def play(
         surrogate="auto",
         round_size=game.num_players,
     )
-    full_nll = game.mean_nll(full_mask(game.num_players)[None])[0]
-
-    def neg_nll(nll_MN: np.ndarray) -> FloatArray:
-        return -nll_MN.astype(np.float64).mean(axis=1) / NUM_TOKENS
-
     rounds = played_rounds(
         settings,
         lambda masks_MP: game.nll(masks_MP).astype(np.float32),
-        neg_nll,
-        lambda nll_MN: np.exp(neg_nll(nll_MN) + full_nll),
+        utility_named("neg_nll"),
+        game.tokens_N,
         budget,
     )
     played = Played(masks_MP=np.empty((0, game.num_players), dtype=bool))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import lpserve
-import lpserve.engine.vllm.engine as vllm_engine
 from lpserve.engine.head import WholeVocabulary
+from lpserve.engine.vllm.ranks import prompt_metrics
 from lpserve.errors import InputError
 from lpserve.testing.parity import (
     NUM_LAYERS,
@@ -105,10 +105,10 @@ def test_of_equal_tokens_vllms_first_choice_is_the_first(rng):
         ranks |= {int(other): place for place, other in enumerate(likeliest, 1)}
         found.append({other: Logprob(row[other], rank) for other, rank in ranks.items()})
     output = SimpleNamespace(prompt_token_ids=tokens.tolist(), prompt_logprobs=found)
-    nll, misses = vllm_engine._prompt_metrics(output, scored, ("misses",))
+    nll, misses = prompt_metrics(output, scored, ("misses",))
     assert nll == -logits[np.arange(200), tokens][scored].sum()
     assert misses == (logits.argmax(axis=1) != tokens)[scored].sum()
-    assert vllm_engine._prompt_metrics(output, scored, ()) == [nll]
+    assert prompt_metrics(output, scored, ()) == [nll]
 
 
 @pytest.mark.parametrize("name", ["bleu", "kl_top", "kl_top0", "kl_top-3", "kl_topx", ""])

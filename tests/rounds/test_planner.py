@@ -323,7 +323,7 @@ def test_passed_by_sets_of_a_greedy_step_are_never_its_best(rng):
         return game(masks) + 3.0 * (~masks[:, 0]) + 2.0 * (~masks[:, 11])
 
     played = Played(settings_of(12, 6), ruinous, 150)
-    passed = played.planner.passed_by
+    passed = played.planner.pruned
     assert len(passed) >= 4
     path = greedy_path(played.masks, played.utilities, 6, passed)
     assert len(path) == 6
@@ -390,7 +390,7 @@ def test_the_greedy_path_is_walked_to_its_end(rng):
     game = pair_game(11, rng, pairs=0.2)
     played = Played(settings_of(11, 4), game, 130)
     removed: tuple[int, ...] = ()
-    passed = played.planner.passed_by
+    passed = played.planner.pruned
     for step, mask in enumerate(greedy_path(played.masks, played.utilities, 4, passed)):
         options = [tuple(sorted((*removed, p))) for p in range(11) if p not in removed]
         scores = [neg_nll(nll_of(game, without(11, o)[None]))[0] for o in options]

@@ -154,7 +154,7 @@ def test_points_of_a_study_that_grew_are_held_against_the_same_windows(tmp_path)
         study_of(small_study_values(tmp_path, sweep=table | {"length": [24, 40]}), "test")
     )
     assert not result.failed
-    held = [read_record(r.folder).heldout_num_tokens_N.tolist() for r in result.points]
+    held = [read_record(r.folder).heldout_num_tokens_I.tolist() for r in result.points]
     assert held[0] == held[1]
     assert set(held[0]) == {39}
     for finished in result.points:

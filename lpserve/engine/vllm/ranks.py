@@ -120,7 +120,7 @@ class Ranks:
             self.set_mask(mask_P)
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
             for window, output in enumerate(outputs):
-                values_DNC[row, window] = _prompt_metrics(
+                values_DNC[row, window] = prompt_metrics(
                     output, windows.scored_NT[window], extra_metrics
                 )
         self.set_mask(np.ones(self.num_players, dtype=bool))
@@ -157,7 +157,7 @@ class Ranks:
         return [_until(tokens, end_ids) for tokens in found]
 
 
-def _prompt_metrics(output: Any, scored_T: BoolArray, extra_metrics: Sequence[str]) -> list[float]:
+def prompt_metrics(output: Any, scored_T: BoolArray, extra_metrics: Sequence[str]) -> list[float]:
     """NLL in nats and what `extra_metrics` names (`misses`), summed over the scored positions of a
     finished request."""
     tokens, nll, misses = output.prompt_token_ids, 0.0, 0
