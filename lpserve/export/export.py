@@ -1,7 +1,7 @@
 """A pruned checkpoint, written shard by shard, then reloaded and compared.
 
 Layers are renumbered and every config field known to be per layer is cut
-(`lpserve.model.pruned_config`). The result is written beside its target (`writer`) and moved there
+(`lpserve.export.pruned_config`). The result is written beside its target (`writer`) and moved there
 once a fresh process has loaded it with `AutoModelForCausalLM` and scored what the skip engine
 scores (`verify`).
 """
@@ -20,6 +20,7 @@ import numpy as np
 from lpserve.analysis.record import read_record
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
+from lpserve.export.pruned_config import prune_config
 from lpserve.export.verify import (
     VERIFY_TOLERANCE,
     random_windows,
@@ -31,7 +32,6 @@ from lpserve.masks import without
 from lpserve.model.architecture import read_architecture
 from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
 from lpserve.model.players import players_from, removed_layers
-from lpserve.model.pruned_config import prune_config
 from lpserve.plan.plan import load_plan
 from lpserve.types import FloatArray, Player
 
@@ -94,8 +94,7 @@ def export_checkpoint(
             is left at `out`.
     """
     layers = list(removed) if players is None else removed_layers(players, removed)
-    target = Path(out)
-    _check_target(target, dtype)
+    _check_target(target := Path(out), dtype)
     checkpoint = read_checkpoint(model)
     pruned = prune_config(checkpoint, layers)
     if windows is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
+from lpserve.export.pruned_config import PrunedConfig
 from lpserve.model.checkpoint import Checkpoint
-from lpserve.model.pruned_config import PrunedConfig
 
 RECIPE_NAME = "mergekit.yaml"
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import ExportError
+from lpserve.export.pruned_config import PrunedConfig
 from lpserve.model.checkpoint import Checkpoint
-from lpserve.model.pruned_config import PrunedConfig
 from lpserve.types import FloatArray
 
 VERIFY_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}

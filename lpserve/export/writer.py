@@ -15,8 +15,8 @@ from typing import Any
 
 from lpserve.errors import ExportError
 from lpserve.export.mergekit import RECIPE_NAME, mergekit_yaml
+from lpserve.export.pruned_config import PrunedConfig
 from lpserve.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorEntry
-from lpserve.model.pruned_config import PrunedConfig
 
 COPY_BYTES = 8 << 20
 """Size of the copy buffer."""

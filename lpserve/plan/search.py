@@ -164,8 +164,7 @@ def select_by_expected_improvement(
     cov_QQ *= STD_INFLATION**2
     for row in range(len(pending_MP)):
         _condition_on(cov_QQ, row)
-    known = len(pending_MP)
-    mean_Q, cov_QQ = mean_Q[known:], cov_QQ[known:, known:]
+    mean_Q, cov_QQ = mean_Q[len(pending_MP) :], cov_QQ[len(pending_MP) :, len(pending_MP) :]
     free_Q = np.ones(len(sets_QP), dtype=bool)
     picked: list[int] = []
     for _ in range(min(count, len(sets_QP))):

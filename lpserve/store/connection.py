@@ -25,7 +25,7 @@ from lpserve.errors import (
 from lpserve.store.filesystem import is_shared
 from lpserve.store.lease import Lease, has_lease, writing
 from lpserve.store.lock import PathLock
-from lpserve.store.schema import connect, create, is_empty, problem, reading
+from lpserve.store.schema import connect_sqlite, create, is_empty, problem, reading
 
 # A filesystem that cannot do these gives no store its durability, or its one writer.
 _LACKS = {
@@ -67,7 +67,7 @@ class StoreConnection:
         try:
             with self.translated():
                 new = self._verify()
-                self.db = connect(self.path, "rwc")
+                self.db = connect_sqlite(self.path, "rwc")
                 try:
                     self._prepare(new)
                 except BaseException:

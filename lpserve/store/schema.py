@@ -38,7 +38,7 @@ CREATE TABLE quarantine (
 _STATEMENTS = _SCHEMA.strip().removesuffix(";").split(";\n")
 
 
-def connect(path: Path, mode: str) -> sqlite3.Connection:
+def connect_sqlite(path: Path, mode: str) -> sqlite3.Connection:
     """A connection without implicit transactions; `mode` is SQLite's: ro, rw or rwc."""
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     return sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None)
@@ -55,9 +55,9 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
     """
     real = path.resolve()  # SQLite keeps its journal beside the file itself, not beside a link
     if real.with_name(f"{real.name}-journal").exists():
-        with closing(connect(path, "rw")) as db:
+        with closing(connect_sqlite(path, "rw")) as db:
             db.execute("PRAGMA schema_version").fetchone()
-    with closing(connect(path, "ro")) as db:
+    with closing(connect_sqlite(path, "ro")) as db:
         db.text_factory = lambda text: text.decode(errors="replace")
         yield db
 

@@ -39,7 +39,7 @@ def mamba(tmp_path_factory):
 
 
 def deleted_nll(path, masks_MP, windows) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     inner, rows = model.base_model, []
     layers = list(inner.layers)
     for mask_P in masks_MP:

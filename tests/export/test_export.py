@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 import lpserve
 from lpserve.errors import ExportError, InputError
 from lpserve.export.export import export_checkpoint
+from lpserve.export.pruned_config import prune_config
 from lpserve.export.verify import reloaded_nll
 from lpserve.model.checkpoint import read_checkpoint
-from lpserve.model.pruned_config import prune_config
 from lpserve.testing.reference import (
     FAMILIES,
     reference_model,

@@ -9,8 +9,8 @@ import pytest
 
 from lpserve.errors import InputError
 from lpserve.export.mergekit import mergekit_yaml
+from lpserve.export.pruned_config import prune_config
 from lpserve.model.checkpoint import read_checkpoint
-from lpserve.model.pruned_config import prune_config
 from lpserve.plan.layer_sets import LayerSet, layer_set, layer_set_masks, mask_set, read_sets
 from lpserve.testing.reference import save_model, small_config
 

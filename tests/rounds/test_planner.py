@@ -455,9 +455,11 @@ def test_slow_surrogates_wait_until_masks_have_grown(kind, growth, rng, monkeypa
     settings = settings_of(9, 3, surrogate=kind)
     planner = planner_of(settings, "ppl_ratio")
     fitted: list[int] = []
-    fit = planner.model.surrogate.fit
+    surrogate = planner.model.surrogate
+    assert surrogate is not None
+    fit = surrogate.fit
     monkeypatch.setattr(
-        planner.model.surrogate,
+        surrogate,
         "fit",
         lambda masks, *rest: (fitted.append(len(masks)), fit(masks, *rest)),
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def open_checkpoint(task: dict[str, Any], device: str, _memory: Callable[..., Any]) -> Any:
+def open_checkpoint(task: dict[str, Any], device: str, memory: Callable[..., Any]) -> Any:
     """Load a checkpoint; see `lpserve.evaluation.speed_worker.Opened`."""
     import torch
     import transformers

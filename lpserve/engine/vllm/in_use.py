@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def open_checkpoint(task: dict[str, Any], _device: str, memory: Callable[..., Any]) -> Any:
+def open_checkpoint(task: dict[str, Any], device: str, memory: Callable[..., Any]) -> Any:
     """Load a checkpoint; see `lpserve.evaluation.speed_worker.Opened`. `memory` is called in every
     worker process."""
     os.environ |= {
