@@ -6,6 +6,7 @@ PYTHONPATH=. python examples/own_rival.py [OUT]
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def main(out: str = "own-rival") -> None:
     """Print what each rival found on the bundled model, and what it cost."""
     RIVALS["blocks"] = Blocks("every contiguous block", "examples/own_rival.py")
     windows = {"num_windows": 4, "heldout_windows": 4, "length": 64, "max_removed": 3, "out": out}
-    config = demo_values() | windows | {"budget": 60}
+    config: dict[str, Any] = demo_values() | windows | {"budget": 60}
     comparison = compare(CompareConfig(**config, rivals=("blocks", "greedy")))
     print(*comparison_table(comparison), sep="\n")
 

@@ -247,6 +247,7 @@ class _EngineUtility:
             assert masks_MP[0].all()  # a LayerGame asks for the whole model first
             _check_full_model(loss_MN[0])
             self._full_loss_N = loss_MN[0]
+        assert self._full_loss_N is not None
         value_M = self._utility.of(loss_MN, scores.num_tokens_N, self._full_loss_N)
         value_M = _finite(value_M, self._utility, self._lowest)
         self._lowest = min(self._lowest, float(value_M.min()))

@@ -30,6 +30,7 @@ from lpserve.rounds.history import AskedMasks, CompletedRound, KnownUtilities
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.settings import RoundSettings
 from lpserve.scoring.pace import TARGET_UNIT_S
+from lpserve.surrogate import Surrogate
 from lpserve.types import BoolArray, FloatArray
 from lpserve.utility import utility_named
 
@@ -192,7 +193,7 @@ def cost(settings: CostSettings) -> Cost:
 class StandInModel:
     """Proposes sets of low stand-in loss, in place of what a fit would propose (`RoundModel`)."""
 
-    surrogate = None
+    surrogate: Surrogate | None = None
 
     def __init__(self, settings: RoundSettings, loss_P: FloatArray) -> None:
         self._sizes, self._loss_P = settings.max_removed, loss_P

@@ -102,33 +102,35 @@ class TimedPool(RayPool):
     """Notes when answers arrive (in Ray's own thread) and when the engine is given more."""
 
     lags = Lags()
-    _pings = False
-
-    def _ping(self, member: Any) -> None:
-        self._pings = True
-        super()._ping(member)
-        self._pings = False
 
     def submit(self, unit: WorkUnit, engine: str, expected_s: float | None) -> None:
         arrived = self.lags.arrived.pop(engine, None)
         if arrived is not None:
             self.lags.spans.append((arrived, time.perf_counter()))
-        before = self._when_done
+        fleet: Any = self._fleet
+        plain_when_done, plain_ping = fleet.when_done, fleet.ping
+        pings = False
+
+        def ping(member: Any) -> None:
+            nonlocal pings
+            pings = True
+            plain_ping(member)
+            pings = False
 
         def stamped(answer: Any, then: Callable[[Any], None]) -> None:
             def arrive(_: Any) -> None:
                 if TimedDispatcher.last and TimedDispatcher.last.masks_waiting:
                     self.lags.arrived.setdefault(engine, time.perf_counter())
 
-            if not self._pings:  # the answer to a ping is no end of a batch
+            if not pings:  # the answer to a ping is no end of a batch
                 answer.future().add_done_callback(arrive)
-            before(answer, then)
+            plain_when_done(answer, then)
 
-        self._when_done = stamped
+        fleet.when_done, fleet.ping = stamped, ping
         try:
             super().submit(unit, engine, expected_s)
         finally:
-            del self._when_done
+            del fleet.when_done, fleet.ping
 
 
 @dataclass(kw_only=True)

@@ -146,11 +146,7 @@ def play(
         round_size=game.num_players,
     )
 
-    def of(name: str):  # noqa: ANN202
-        return lambda nll_MN: game.utility(name, nll_MN)
-
-    search = None if utility == "ppl_ratio" else of("ppl_ratio")
-    rounds = played_rounds(settings, game.nll_of, of(utility), search, budget)
+    rounds = played_rounds(settings, game.nll_of, utility_named(utility), game.tokens_N, budget)
     return np.concatenate([asked.masks_MP for asked in rounds])
 
 

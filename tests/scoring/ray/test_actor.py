@@ -212,11 +212,11 @@ def test_a_mask_is_split_over_windows_when_engines_outnumber_masks(rng, monkeypa
     monkeypatch.setattr(lpserve.scoring.pace, "MIN_UNIT_S", 0.05)
     masks = np.unique(rng.random((20, P)) < 0.6, axis=0)
     plain, windows = pool_of(4, delay_s=0.3)
-    pool = Recording(plain)
+    pool: Any = Recording(plain)
     try:
         while len(plain.processes) < 4:
             plain.next(0.2)
-        dispatcher = Dispatcher(pool)  # pyright: ignore[reportArgumentType]
+        dispatcher = Dispatcher(pool)
         key = dispatcher.register(windows)
         known = dict.fromkeys(plain.engines, 0.3 / (3 * 16))
         dispatcher.paces.seconds_per_token.update(known)
@@ -253,7 +253,7 @@ def test_units_are_sized_by_each_engines_own_pace(tmp_path, rng):
     """One engine is twenty times slower: its units are smaller, the round ends with the others."""
     masks = np.unique(rng.random((200, P)) < 0.6, axis=0)
     plain, windows = pool_of(2, slow_file=str(tmp_path / "slow"), slow_s=0.2, delay_s=0.01)
-    pool = Recording(plain)
+    pool: Any = Recording(plain)
     try:
         while len(plain.processes) < 2:
             plain.next(0.2)

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,8 @@ def test_a_mask_that_ends_engines_is_found_alone_and_the_rest_is_scored(kind, wo
     bad = masks[int(rng.integers(len(masks)))]
     text = "".join("01"[int(bit)] for bit in bad)
     # overdue units are repeated after about a second, long before the deadline
-    pool, windows = pool_of(3, deadline_s=6.0, **{kind: [text]})
+    options: dict[str, Any] = {kind: [text]}
+    pool, windows = pool_of(3, deadline_s=6.0, **options)
     try:
         scored, given_up = score_all(pool, windows, masks)
     finally:
