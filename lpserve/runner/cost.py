@@ -187,9 +187,6 @@ def cost(settings: CostSettings) -> Cost:
     )
 
 
-# -- the masks ---------------------------------------------------------------------------------
-
-
 class StandInModel:
     """Proposes sets of low stand-in loss, in place of what a fit would propose (`RoundModel`)."""
 
@@ -308,9 +305,6 @@ def _part(units: list[BoolArray], size: ModelSize, tokens: int, length: int) -> 
         tokens=tokens,
         flop=per_token * tokens,
     )
-
-
-# -- the text ----------------------------------------------------------------------------------
 
 
 def describe(found: Cost) -> str:
