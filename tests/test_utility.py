@@ -24,6 +24,8 @@ from lpserve.testing.parity import NUM_LAYERS, some_windows
 from lpserve.testing.runs import make_config, stored_scores
 from lpserve.utility import METRICS, utility_named
 
+pytestmark = pytest.mark.thorough
+
 METRIC_OF = {"neg_kl": "kl", "neg_kl_top8": "kl_top8", "accuracy": "misses"}
 TOLERANCE = 1e-5
 """Of means over some hundred tokens, in nats or misses a token: float32 sums, stored as float32."""

@@ -315,8 +315,8 @@ def relative(got: np.ndarray, expected: np.ndarray) -> float:
     return float((np.abs(got - expected) / np.abs(expected)).max())
 
 
-def slow_but(names: Iterable[str], *fast: str) -> list[Any]:
-    """Parameters of which all but `fast` make slow tests."""
+def slow_but(names: Iterable[str], *fast: str, mark: str = "slow") -> list[Any]:
+    """Parameters of which all but `fast` make slow tests, or tests of another mark."""
     import pytest
 
-    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    return [n if n in fast else pytest.param(n, marks=getattr(pytest.mark, mark)) for n in names]

@@ -273,6 +273,7 @@ def finished_run(tmp_path: Path, texts) -> Path:
     return run(make_config(tmp_path, texts)).folder
 
 
+@pytest.mark.thorough
 def test_plans_out_of_range_are_refused(tmp_path, capsys, texts):
     out = finished_run(tmp_path, texts)
     assert "max_removed must be 1..4" in refused(

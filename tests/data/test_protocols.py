@@ -89,6 +89,7 @@ def perplexity_by_hand(model, ids, protocol):
     return np.exp(nll / count)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "protocol", [Protocol(length=64, bos="once"), Protocol(length=64, stride=24, bos="none")]
 )

@@ -233,6 +233,7 @@ def few_documents(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("task", "utility", "metric", "num_fewshot"),
     [
@@ -284,6 +285,7 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
     assert len(set(wanted.tolist())) > 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "utility",
     [

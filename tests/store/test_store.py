@@ -458,6 +458,7 @@ def opens(path: Path, *, shared: bool | None = None) -> bool:
     return True
 
 
+@pytest.mark.thorough
 def test_no_flipped_byte_anywhere_makes_a_wrong_score(tmp_path, rng, shared):
     """Either the file is refused as it is, or the byte carries nothing and every score is right."""
     path = tmp_path / "a"

@@ -33,6 +33,8 @@ from lpserve.testing.runs import (
     stored_scores,
 )
 
+pytestmark = pytest.mark.thorough
+
 TOLERANCE = 1e-6
 """Relative; float32 NLLs stored as float32, the same arithmetic whatever the batch (CPU)."""
 

@@ -100,6 +100,7 @@ def test_seeds_decide_the_game_and_its_windows_apart(rng):
     assert (another.population.nll(masks_MP) != game.population.nll(masks_MP)).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("one_blas_thread")
 def test_interactions_are_like_those_of_a_real_game(rng):
     """Medians of 8 games; the enumerated game's figures are in the comments. No median of 20,000
@@ -133,6 +134,7 @@ def test_interactions_are_like_those_of_a_real_game(rng):
     assert not outside
 
 
+@pytest.mark.thorough
 def test_the_reference_is_the_optimum_where_that_can_be_listed(rng):
     game = game_of(rng, 10, 4)
     best_RP = reference_best(game, 8, seed=int(rng.integers(1 << 30)))

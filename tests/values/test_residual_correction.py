@@ -44,6 +44,7 @@ def test_with_every_mask_drawn_the_correction_is_exact(sizes, rng):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sizes", [(0, P - 1), (3, 6)])
 def test_it_is_unbiased_and_its_variance_is_honest(sizes, rng):
     """2,000 draws: means within 5 standard errors; variances within 10% (their own error is 3%)."""

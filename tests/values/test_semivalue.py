@@ -173,6 +173,7 @@ def test_own_parts_of_80_players_are_sums_over_sizes(sizes, rng):
     np.testing.assert_allclose(extra, kernel.nugget * sum(terms), rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("num_players", [12, 80, 200])
 def test_players_of_one_scale_give_hypergeometric_sums(num_players, rng):
     """All players alike: k(S, m) hangs on two counts, exact at any P without enumeration."""

@@ -211,6 +211,7 @@ def root_mean_square(values: ShapleyValues, exact: np.ndarray) -> float:
     return float(np.sqrt(np.mean((values.values_P - exact) ** 2)))
 
 
+@pytest.mark.thorough
 def test_error_shrinks_with_more_masks_and_intervals_cover(rng):
     """Against enumeration, over ten fresh games of 8 players with weak effects beyond pairs.
 
@@ -348,6 +349,7 @@ def test_noise_of_the_scores_reaches_exact_values(rng):
     assert (shapley_values(masks, utilities, sizes).stderr_P == 0).all()
 
 
+@pytest.mark.thorough
 def test_noise_of_the_scores_widens_estimated_values(rng):
     """Real noise, stated as it is: 2.7 times the error of such games, over five of them."""
     quiet, noisy = [], []

@@ -26,7 +26,7 @@ from lpserve.testing.reference import (
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "llama", "gpt2", mark="thorough"))
 def test_skipping_layers_equals_deleting_them(family, model_dir, rng):
     path = model_dir(family)
     windows = some_windows(rng)
