@@ -6,7 +6,7 @@ losses to one number for each mask, higher is better; its formula stands here an
 
 A new utility is a line in `UTILITIES`; one of a new metric also needs that metric in the engines.
 
-Notation: M masks, I items (windows or questions), B draws of the items.
+Notation: M masks, I items (windows or questions).
 """
 
 from __future__ import annotations
@@ -237,14 +237,3 @@ class UtilityView:
         scale = self.utility.search_scale(self.num_tokens_I)
         weight_I = (self.weight_I * scale).astype(np.float64)
         return SEARCH_UTILITY.of(loss_MI, weight_I, self.full_loss_I, items)
-
-    def resampled(self, loss_MI: NDArray[Any], weights_BI: FloatArray) -> FloatArray:
-        """The utility of every mask under draws of the items, `float64[M, B]`.
-
-        Args:
-            weights_BI: how often each draw takes each item (`lpserve.analysis.resample`).
-        """
-        total_B = weights_BI @ self.weight_I
-        mean_MB = (loss_MI.astype(np.float64) @ weights_BI.T) / total_B
-        full_1B = (self.full_loss_I[None].astype(np.float64) @ weights_BI.T) / total_B
-        return np.asarray(self.utility.of_mean(mean_MB, full_1B - mean_MB), dtype=np.float64)

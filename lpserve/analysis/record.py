@@ -6,7 +6,7 @@ Notation: M masks, P players, I items (windows of texts, or questions of tasks).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpserve.analysis.resample import window_weights
+from lpserve.analysis.resample import mean_nll, window_weights
 from lpserve.errors import InputError
 from lpserve.store.files import write_npz
 from lpserve.types import BoolArray, FloatArray, IntArray, Player
@@ -146,7 +146,12 @@ class RunRecord:
         if len(self.num_tokens_I) < 2:
             return None
         weights_BI = window_weights(self.corpus_sizes, seed=self.seed)
-        return self.view.resampled(loss_MI, weights_BI)
+        view = self.view
+        full_1B, mean_MB = (
+            mean_nll(some_MI.astype(np.float64), view.weight_I, weights_BI)
+            for some_MI in (view.full_loss_I[None], loss_MI)
+        )
+        return np.asarray(self.objective.of_mean(mean_MB, full_1B - mean_MB), dtype=np.float64)
 
 
 def write_record_file(path: Path, record: RunRecord) -> None:
@@ -201,8 +206,3 @@ def heldout_losses(record: RunRecord) -> tuple[NDArray[np.float32], Utility]:
     if record.heldout_loss_MI is not None:
         return record.heldout_loss_MI, record.objective
     return record.heldout_nll_MI, utility_named("neg_nll")
-
-
-def mean_loss(loss_I: NDArray[np.float32], weights_I: Sequence[int] | IntArray) -> float:
-    """Mean loss of one mask in float64."""
-    return float(loss_I.astype(np.float64).sum() / np.asarray(weights_I).sum())

@@ -1,8 +1,8 @@
 """The only loop: propose -> submit -> store -> refit -> decide. Wires everything, owns nothing.
 
-    planner --round n--> dispatcher --units--> pool --results--> store --> scoreboard
-       ^                                                                       |
-       +---------------- complete rounds, up to n - 2 -------------------------+
+    planner --round n--> dispatcher --units--> pool --results--> store --> tracker
+       ^                                                                    |
+       +---------------- complete rounds, up to n - 2 ----------------------+
 
 Round n is proposed (the surrogate refitted) as soon as round n-2 is complete, while the engines
 work on round n-1; on a thread of its own, so that results are stored and engines fed meanwhile. A
@@ -33,21 +33,14 @@ from lpserve.rounds.history import CompletedRound, Round
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.screening import screen_rows
 from lpserve.runner.background import in_background
-from lpserve.runner.manifest import (
-    described,
-    write_windows_file,
-)
+from lpserve.runner.manifest import described, write_windows_file
 from lpserve.runner.setup import round_settings
 from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.session import POLL_S, ScoringSession
 from lpserve.scoring.tracker import ScoreRequest, ScoreTracker
 from lpserve.scoring.units import GivenUp
 from lpserve.store.run_folder import RunFolder
-from lpserve.types import (
-    BoolArray,
-    IntArray,
-    perplexity,
-)
+from lpserve.types import BoolArray, IntArray, perplexity
 from lpserve.utility import utility_named
 
 _PROPOSAL_POLL_S = 0.01

@@ -16,17 +16,12 @@ from lpserve.report.tracking import Tracking, log_finished_run
 from lpserve.rounds.screening import screen_rows
 from lpserve.runner.conclusion import conclude
 from lpserve.runner.coordinator import RunLoop
-from lpserve.runner.manifest import (
-    check_same_game,
-    check_same_windows,
-)
+from lpserve.runner.manifest import check_same_game, check_same_windows
 from lpserve.runner.setup import check_model, item_sets_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
 from lpserve.store.run_folder import RunFolder
-from lpserve.types import (
-    Work,
-)
+from lpserve.types import Work
 from lpserve.utility import utility_named
 
 
