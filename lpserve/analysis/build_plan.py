@@ -29,11 +29,7 @@ from lpserve.plan.candidates import choose_candidates
 from lpserve.plan.greedy import greedy_path
 from lpserve.plan.plan import Candidate, Plan, PlanEntry, Unseen
 from lpserve.plan.sets import ranking_mask, removed_list
-from lpserve.types import (
-    Z90,
-    BoolArray,
-    perplexity,
-)
+from lpserve.types import Z90, BoolArray, perplexity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +50,7 @@ def make_plan(
     max_removed: int | None = None,
     protected: Sequence[int] = (),
 ) -> Plan:
-    """The best scored set for every r, with its rivals.
+    """The best scored set for every r, with its runners-up.
 
     Raises:
         InputError: `max_removed` or a protected player is out of range, or no scored set of some
@@ -115,9 +111,9 @@ def candidate_masks(scored: RunRecord, analysis: Analysis) -> BoolArray:
 
 def _greedy(scored: RunRecord, analysis: Analysis, most: int) -> list[BoolArray]:
     """The path that the run walked."""
-    passed_by = set(keys(scored.pruned_MP))
+    pruned = set(keys(scored.pruned_MP))
     path_M = analysis.guess_M if scored.screen else analysis.utilities_M
-    return greedy_path(scored.masks_MP, path_M, most, passed_by)
+    return greedy_path(scored.masks_MP, path_M, most, pruned)
 
 
 def _candidates(

@@ -33,6 +33,7 @@ from lpserve.model.architecture import read_architecture
 from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
 from lpserve.model.players import players_from, removed_layers
 from lpserve.plan.plan import load_plan
+from lpserve.store.files import write_text
 from lpserve.types import FloatArray, Player
 
 
@@ -118,7 +119,7 @@ def export_checkpoint(
             worst_relative_difference=found and found.worst_relative_difference,
             ppl=found and found.ppl,
         )
-        (partial / REPORT_NAME).write_text(json.dumps(asdict(report), indent=1) + "\n")
+        write_text(partial / REPORT_NAME, json.dumps(asdict(report), indent=1) + "\n")
     return report
 
 

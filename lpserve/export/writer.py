@@ -7,19 +7,20 @@ stays at one copy buffer.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lpserve.errors import ExportError
 from lpserve.export.mergekit import RECIPE_NAME, mergekit_yaml
 from lpserve.export.pruned_config import PrunedConfig
 from lpserve.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorEntry
+from lpserve.store.files import space_checked, write_text, write_whole
 
 COPY_BYTES = 8 << 20
 """Size of the copy buffer."""
+_ADVICE = "free space and give the same command again"
 REPORT_NAME = "lpserve_export.json"
 """The report of an export, in the folder of the checkpoint that it wrote."""
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
@@ -32,11 +33,13 @@ def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path)
     index if there are several, and the mergekit recipe.
 
     Raises:
-        ExportError: a source shard ended early.
+        ExportError: a source shard ended early, or cannot be read.
+        DiskFullError, InputError: a file cannot be written.
     """
-    _copy_small_files(checkpoint.path, folder)
-    (folder / "config.json").write_text(json.dumps(pruned.config, indent=2) + "\n")
-    (folder / RECIPE_NAME).write_text(mergekit_yaml(checkpoint, pruned))
+    with space_checked(folder, _ADVICE):
+        _copy_small_files(checkpoint.path, folder)
+    write_text(folder / "config.json", json.dumps(pruned.config, indent=2) + "\n")
+    write_text(folder / RECIPE_NAME, mergekit_yaml(checkpoint, pruned))
     shards: list[tuple[list[TensorEntry], list[str]]] = []
     for shard in checkpoint.shards:
         entries = [entry for entry in checkpoint.tensors if entry.shard == shard]
@@ -56,7 +59,7 @@ def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path)
     if len(shards) > 1:
         total = sum(entry.num_bytes for entries, _ in shards for entry in entries)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
 def new_tensor_name(name: str, pruned: PrunedConfig) -> str | None:
@@ -83,19 +86,40 @@ def _copy_shard(entries: list[TensorEntry], names: list[str], path: Path) -> Non
         offset += entry.num_bytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as target, entries[0].shard.open("rb") as source:
-        target.write(struct.pack("<Q", len(text)) + text)
+    start = struct.pack("<Q", len(text)) + text
+    write_whole(path, lambda target: _copy_tensors(entries, start, target), advice=_ADVICE)
+
+
+def _copy_tensors(entries: list[TensorEntry], start: bytes, target: BinaryIO) -> None:
+    """Write `start`, then the bytes of tensors of one shard."""
+    target.write(start)
+    shard = entries[0].shard
+    with _opened(shard) as source:
         for entry in entries:
-            source.seek(entry.offset)
-            left = entry.num_bytes
+            left, offset = entry.num_bytes, entry.offset
             while left:
-                data = source.read(min(left, COPY_BYTES))
-                if not data:
-                    raise ExportError(f"shard {entry.shard} ended early while copying")
+                data = _read(source, offset, min(left, COPY_BYTES), shard)
                 target.write(data)
-                left -= len(data)
-        target.flush()
-        os.fsync(target.fileno())
+                left, offset = left - len(data), offset + len(data)
+
+
+def _opened(shard: Path) -> BinaryIO:
+    try:
+        return shard.open("rb")
+    except OSError as error:
+        raise ExportError(f"shard {shard} cannot be read: {error.strerror or error}") from None
+
+
+def _read(source: BinaryIO, offset: int, size: int, shard: Path) -> bytes:
+    """Bytes of a shard, at least one; what fails is the source's fault, not the target's."""
+    try:
+        source.seek(offset)
+        data = source.read(size)
+    except OSError as error:
+        raise ExportError(f"shard {shard} cannot be read: {error.strerror or error}") from None
+    if not data:
+        raise ExportError(f"shard {shard} ended early while copying")
+    return data
 
 
 def _copy_small_files(source: Path, folder: Path) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.analysis.build_plan import Outcome
-from lpserve.errors import InputError
+from lpserve.errors import InputError, first_line
 from lpserve.plan.plan import Plan
 from lpserve.store.filesystem import is_shared
 
@@ -268,5 +268,4 @@ def _patient() -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return first_line(error)[:300]

@@ -29,22 +29,12 @@ class StopCheck:
         """Whether the rules have held for two rounds."""
         if not self._rules.given:
             return False
-        holds = self._holds(model, known, waiting_MP, asked)
+        rules = self._rules
+        settled = rules.chance is None or model.settled(
+            known, waiting_MP, asked, chance=rules.chance, gain=rules.gain
+        )
+        holds = settled and (rules.width is None or model.narrow(rules.width))
         self._rounds_held = self._rounds_held + 1 if holds else 0
         if self._rounds_held >= _RULE_ROUNDS:
             self.stopped = str(self._rules)
         return bool(self.stopped)
-
-    def _holds(
-        self,
-        model: RoundModel,
-        known: KnownUtilities,
-        waiting_MP: BoolArray,
-        asked: AskedMasks,
-    ) -> bool:
-        rules = self._rules
-        if rules.chance is not None and not model.settled(
-            known, waiting_MP, asked, chance=rules.chance, gain=rules.gain
-        ):
-            return False
-        return rules.width is None or model.narrow(rules.width)

@@ -179,17 +179,7 @@ class VllmEngine:
         max_new_tokens: int,
         end_ids: Sequence[int] = (),
     ) -> list[list[int]]:
-        """Greedy continuations under a mask, by vLLM's own requests, whichever path scores.
-
-        Args:
-            mask_P: bool [P].
-            prompts: token ids, at least one each.
-            max_new_tokens: most tokens of a continuation.
-            end_ids: tokens that end one; they are left out of it.
-
-        Raises:
-            InputError: a prompt is empty, or does not fit with its continuation.
-        """
+        """See `lpserve.engine.base.Generates`. By vLLM's own requests, whichever path scores."""
         (mask_P,) = check_masks(np.asarray(mask_P)[None], self._num_players)
         longest = self._max_length + 1  # max_model_len
         for row, prompt in enumerate(prompts):

@@ -12,7 +12,7 @@ import torch
 
 from lpserve.engine.vllm.options import quiet_environment
 from lpserve.engine.vllm.worker.extension import shut_down
-from lpserve.errors import EngineError, InputError
+from lpserve.errors import EngineError, InputError, typed_first_line
 
 _in_use = threading.Lock()
 
@@ -107,7 +107,7 @@ def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and "validation error" in lines[0] and len(lines) > 1:
         return lines[1]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return typed_first_line(error)
 
 
 def stop(llm: Any, left: GlobalState) -> None:
