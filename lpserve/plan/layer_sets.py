@@ -129,6 +129,7 @@ def _from_json(path: Path, num_players: int, model_hash: str | None) -> list[Lay
     if isinstance(data, dict) and "plans" in data:
         plan = load_plan(path)
         players = players_from(plan.players)
+        removed_layers(players, [player.index for player in players])  # no parts of layers at all
         removed_by = {e.num_removed: removed_layers(players, e.removed) for e in plan.plans}
         if plan.num_players != num_players:
             raise InputError(

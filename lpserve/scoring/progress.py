@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class Progress:
         self._stream = stream or sys.stderr
         self._interval_s = interval_s
         self._started = time.monotonic()
-        self._last = 0.0
+        self._last = -math.inf  # the first update is shown at once
         console = Console(file=self._stream)
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 

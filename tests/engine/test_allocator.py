@@ -1,8 +1,10 @@
 """Freed memory is kept while an engine is open, and given back afterwards.
 
 Page faults are counted in processes of their own: what malloc has learned stays with a process.
-Where they are kept, blocks are faulted in once; where they are not, at every layer. So the counts
-differ by the number of layers run, some hundred; a factor of ten is asserted. Times are not.
+Where they are kept, blocks are faulted in once; where they are not, at every layer. So on the main
+heap the counts differ by the number of layers run, and a factor of ten is asserted. The heap of
+another thread gives memory back or not as it happens to lie in its part of 64 MiB (2,000 to 130,000
+faults a call were seen), so there only what is kept has a bound. Times are not asserted.
 Not covered here: what it is worth (scripts/bench/page_faults.py); many masks' memory (test_trie).
 """
 
@@ -69,16 +71,27 @@ else:
 """
 
 
+PAGES_OF_A_LAYER = 100
+"""0.4 MiB of temporaries and more that a layer of the tiny model takes at once."""
+
+
 @needs_glibc
-@pytest.mark.parametrize("where", ["main", "thread"])
-def test_layers_do_not_fault_their_memory_in_again(where, model_dir):
+@pytest.mark.process
+def test_layers_do_not_fault_their_memory_in_again(model_dir):
     folder = str(model_dir("llama"))
-    first, forwards, second, _ = figures(FAULTS_SCRIPT, folder, "kept", where)
-    plain_first, _, plain_second, _ = figures(FAULTS_SCRIPT, folder, "given back", where)
-    assert plain_second > 100 * forwards  # 0.4 MiB a layer and more, again and again
+    first, forwards, second, _ = figures(FAULTS_SCRIPT, folder, "kept", "main")
+    plain_first, _, plain_second, _ = figures(FAULTS_SCRIPT, folder, "given back", "main")
+    assert plain_second > PAGES_OF_A_LAYER * forwards  # again and again
     assert second < plain_second / 10
     # the first call takes its states and one layer's memory, once
     assert first + second < (plain_first + plain_second) / 2
+
+
+@needs_glibc
+@pytest.mark.process
+def test_layers_of_an_engine_in_a_thread_do_not_either(model_dir):
+    _, forwards, second, _ = figures(FAULTS_SCRIPT, str(model_dir("llama")), "kept", "thread")
+    assert second < PAGES_OF_A_LAYER / 2 * forwards  # 5 to 37 a layer were seen
 
 
 RESIDENT_SCRIPT = """
@@ -108,6 +121,7 @@ assert not other.alive
 
 
 @needs_glibc
+@pytest.mark.process
 def test_memory_is_given_back_when_the_last_owner_is_gone():
     before, both, one, none = figures(RESIDENT_SCRIPT)
     block, little = 40 << 20, 8 << 20

@@ -147,7 +147,7 @@ def test_a_plan_says_which_layers_its_players_are(tmp_path):
     assert read_sets(path, LAYERS) == [LayerSet("plan -1", (LAYERS - 2,))]
     plan["players"][3]["part"] = "mlp"
     path = written(tmp_path, "plan.json", json.dumps(plan))
-    with pytest.raises(InputError, match="player 3 is the mlp of layer 2"):
+    with pytest.raises(InputError, match="player 3 is part 'mlp' of layer 2"):
         read_sets(path, LAYERS)
 
 

@@ -652,26 +652,36 @@ def test_a_stack_weighs_means_and_deviations_and_judges_itself_by_other_folds(rn
 # -- auto ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_another_than_a_kernel_answers_where_it_predicts_better(statistical_rng):
-    """A jump that no smooth kernel has: the other's true error is smaller."""
+    """A jump that no smooth kernel has: the others' true error is smaller.
+
+    Of 60 such games the kernel was kept in 4, and the error was 0.52 of the kernel's (standard
+    deviation 0.21, at most 1). So four games have a mean below 0.9 by 3.6 standard errors, and keep
+    the kernel more than twice once in a thousand.
+    """
     shares = []
-    for _ in range(2):
+    kept = 0
+    for _ in range(4):
         masks = some_masks(11, 300, statistical_rng)
         game = threshold_game(11, statistical_rng)
         surrogate = make_surrogate("auto")
         assert isinstance(surrogate, AutoSurrogate)
         surrogate.fit(masks, game(masks))
-        assert kernel_of(surrogate) is None
         assert acquisition_model(surrogate) is surrogate.best_kernel
         assert surrogate.name == f"auto:{surrogate.best.name}"
         unseen = unseen_masks(masks)
         error = ((surrogate.mean(unseen) - game(unseen)) ** 2).mean()
         shares.append(error / ((surrogate.best_kernel.mean(unseen) - game(unseen)) ** 2).mean())
-        # a kernel in a stack has a jitter of 1e-10 of each variance: 120 kernels on such games
+        # a kernel in a stack has a jitter of 1e-10 of each variance: 180 kernels on such games
         # missed by up to 2e-5; without the masks' own parts half of them would by 6e-2 and more
         np.testing.assert_allclose(surrogate.mean(masks), game(masks), rtol=0, atol=1e-4)
-        assert 0.5 < surrogate.heldout_error.calibration < 2
-    assert np.mean(shares) < 0.75
+        if kernel_of(surrogate) is None:
+            assert 0.5 < surrogate.heldout_error.calibration < 2
+        else:
+            kept += 1
+    assert kept <= 2
+    assert np.mean(shares) < 0.9
 
 
 def test_a_kernel_that_explains_the_game_is_not_challenged(rng, monkeypatch):

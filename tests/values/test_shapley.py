@@ -350,17 +350,23 @@ def test_noise_of_the_scores_reaches_exact_values(rng):
 
 
 @pytest.mark.thorough
-def test_noise_of_the_scores_widens_estimated_values(rng):
-    """Real noise, stated as it is: 2.7 times the error of such games, over five of them."""
-    quiet, noisy = [], []
-    for _ in range(5):
-        masks = np.unique(rng.random((40, 8)) < 0.7, axis=0)
-        utilities = masks @ rng.random(8) + 0.05 * rng.normal(size=len(masks))
-        quiet.append(shapley_values(masks, utilities, (3, 7)).stderr_P.mean())
+def test_noise_of_the_scores_widens_estimated_values(statistical_rng):
+    """Real noise, stated as it is: 2.6 times the error of such games (the median of 40).
+
+    Six games of the 40 were below 1.2, where the quiet fit was a bad one: eight of 15 are once in
+    two thousand.
+    """
+    ratios = []
+    for _ in range(15):
+        masks = np.unique(statistical_rng.random((40, 8)) < 0.7, axis=0)
+        utilities = masks @ statistical_rng.random(8)
+        utilities += 0.05 * statistical_rng.normal(size=len(masks))
+        quiet = shapley_values(masks, utilities, (3, 7)).stderr_P.mean()
         noise_M = np.full(len(masks), 0.3**2)
-        utilities += 0.3 * rng.normal(size=len(masks))
-        noisy.append(shapley_values(masks, utilities, (3, 7), noise_M=noise_M).stderr_P.mean())
-    assert np.mean(noisy) > 1.2 * np.mean(quiet)
+        utilities += 0.3 * statistical_rng.normal(size=len(masks))
+        noisy = shapley_values(masks, utilities, (3, 7), noise_M=noise_M).stderr_P.mean()
+        ratios.append(noisy / quiet)
+    assert np.median(ratios) > 1.2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -95,7 +95,7 @@ def test_a_mask_that_ends_engines_is_found_alone_and_the_rest_is_scored(kind, wo
     assert set(scored) == set(keys(masks)) - set(given_up)
 
 
-def test_an_engine_that_cannot_start_says_why_at_once(tmp_path, texts, monkeypatch):
+def test_an_engine_that_cannot_start_says_why_at_once(monkeypatch):
     import lpserve.scoring.ray.pool as ray_pool
 
     starts = []
@@ -107,9 +107,8 @@ def test_an_engine_that_cannot_start_says_why_at_once(tmp_path, texts, monkeypat
 
     monkeypatch.setattr(ray_pool, "EngineFleet", Watched)
     with pytest.raises(InputError, match="has no option 'colour'"):
-        run(ray_config(tmp_path, texts, 2, colour=1))
+        pool_of(2, colour=1)
     assert len(starts) == 2  # none was tried again
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
