@@ -75,8 +75,8 @@ def sort_distinct(masks_MP: BoolArray) -> tuple[BoolArray, IntArray]:
     masks_MP = np.asarray(masks_MP, dtype=bool)
     packed = np.ascontiguousarray(pack(masks_MP))
     void_M = packed.view(np.dtype((np.void, packed.shape[1]))).ravel()
-    _, first_D, inverse_M = np.unique(void_M, return_index=True, return_inverse=True)
-    return masks_MP[first_D], inverse_M.reshape(-1).astype(np.int64)
+    _, first_M, inverse_M = np.unique(void_M, return_index=True, return_inverse=True)
+    return masks_MP[first_M], inverse_M.reshape(-1).astype(np.int64)
 
 
 def paper_kept_counts(num_players: int) -> tuple[int, ...]:
@@ -104,18 +104,18 @@ def unrank(ranks_M: IntArray, num_players: int, kept: int) -> BoolArray:
     table = _with_next_kept(num_players, kept)
     masks_MP = np.empty((len(ranks_M), num_players), dtype=bool)
     for start in range(0, len(ranks_M), _UNRANK_CHUNK):
-        left_C = ranks_M[start : start + _UNRANK_CHUNK].copy()
-        rows = slice(start, start + len(left_C))
-        need_C = np.full(len(left_C), kept, dtype=np.intp)
-        with_player_C, keep_C = np.empty_like(left_C), np.empty(len(left_C), dtype=bool)
+        left = ranks_M[start : start + _UNRANK_CHUNK].copy()
+        rows = slice(start, start + len(left))
+        need = np.full(len(left), kept, dtype=np.intp)
+        with_player, keep = np.empty_like(left), np.empty(len(left), dtype=bool)
         for player in range(num_players):
             # masks that keep this player come first; "clip" spares numpy a buffer
-            np.take(table[num_players - 1 - player], need_C, out=with_player_C, mode="clip")
-            np.less(left_C, with_player_C, out=keep_C)
-            masks_MP[rows, player] = keep_C
-            need_C -= keep_C
-            with_player_C *= np.logical_not(keep_C, out=keep_C)
-            left_C -= with_player_C
+            np.take(table[num_players - 1 - player], need, out=with_player, mode="clip")
+            np.less(left, with_player, out=keep)
+            masks_MP[rows, player] = keep
+            need -= keep
+            with_player *= np.logical_not(keep, out=keep)
+            left -= with_player
     return masks_MP
 
 
@@ -143,11 +143,11 @@ def _select(num_players: int, kept: int, count: int, rng: np.random.Generator) -
     """Selection sampling: player i is kept with probability (still needed) / (still to come)."""
     masks_MP = np.empty((count, num_players), dtype=bool)
     for start in range(0, count, _UNRANK_CHUNK):
-        need_C = np.full(min(_UNRANK_CHUNK, count - start), kept, dtype=np.int64)
+        need = np.full(min(_UNRANK_CHUNK, count - start), kept, dtype=np.int64)
         for player in range(num_players):
-            keep_C = rng.random(len(need_C)) * (num_players - player) < need_C
-            masks_MP[start : start + len(need_C), player] = keep_C
-            need_C -= keep_C
+            keep = rng.random(len(need)) * (num_players - player) < need
+            masks_MP[start : start + len(need), player] = keep
+            need -= keep
     return masks_MP
 
 
@@ -298,11 +298,11 @@ def trie_player_forwards(masks_MP: BoolArray) -> IntArray:
     """
     if not len(masks_MP):
         return np.zeros(np.asarray(masks_MP).shape[1], dtype=np.int64)
-    sorted_DP, _ = sort_distinct(masks_MP)
-    differs_DP = sorted_DP[1:] != sorted_DP[:-1]
-    first_D = differs_DP.argmax(axis=1)
-    fresh_DP = np.arange(sorted_DP.shape[1]) >= first_D[:, None]
-    return sorted_DP[0] + (sorted_DP[1:] & fresh_DP).sum(axis=0, dtype=np.int64)
+    sorted_MP, _ = sort_distinct(masks_MP)
+    differs_MP = sorted_MP[1:] != sorted_MP[:-1]
+    first_M = differs_MP.argmax(axis=1)
+    fresh_MP = np.arange(sorted_MP.shape[1]) >= first_M[:, None]
+    return sorted_MP[0] + (sorted_MP[1:] & fresh_MP).sum(axis=0, dtype=np.int64)
 
 
 def trie_layer_forwards(masks_MP: BoolArray) -> int:

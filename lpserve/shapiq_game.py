@@ -61,10 +61,10 @@ class LayerGame(Game):
     Args:
         num_players: P.
         utility: what coalitions are worth, NaN where it has no score. The first call is for the
-            whole model and the empty coalition, in this order; later calls are for new, distinct
+            full model and the empty coalition, in this order; later calls are for new, distinct
             masks.
         predict: what stands in where `utility` gives NaN; None: such coalitions are refused. Never
-            asked for the whole model or the empty coalition.
+            asked for the full model or the empty coalition.
         normalize: see above.
 
     Raises:
@@ -73,7 +73,7 @@ class LayerGame(Game):
     """
 
     masks_scored: int
-    """Distinct masks whose score was asked for so far, the whole model and the empty one included:
+    """Distinct masks whose score was asked for so far, the full model and the empty one included:
     what this game has taken from a budget."""
 
     def __init__(
@@ -94,7 +94,7 @@ class LayerGame(Game):
         if np.isnan(ends_M).any():
             # the empty coalition is like no other: a predicted one would shift every value
             raise InputError(
-                "the whole model and the empty coalition must have been scored, no surrogate knows "
+                "the full model and the empty coalition must have been scored, no surrogate knows "
                 f"a model without layers: `lpserve run --sizes 0,{num_players - 1}` scores both"
             )
         self._store(ends_MP, ends_M)
@@ -112,7 +112,7 @@ class LayerGame(Game):
         takes them up with `load_values`.
 
         Raises:
-            InputError: the utility is unknown, or the whole model has no finite score.
+            InputError: the utility is unknown, or the full model has no finite score.
         """
         chosen = utility_named(utility)
         if chosen.item == "question":
@@ -135,7 +135,7 @@ class LayerGame(Game):
         """Scored masks alone, or with a surrogate for all others.
 
         Args:
-            masks_MP: distinct masks, bool [M, P]; the whole model and the empty one among them.
+            masks_MP: distinct masks, bool [M, P]; the full model and the empty one among them.
             utilities_M: float [M], finite, higher is better.
             surrogate: one of `lpserve.surrogate.KINDS`, fitted to the table; None: a coalition that
                 was never scored is refused.
@@ -244,7 +244,7 @@ class _EngineUtility:
         scores = self._engine.score(masks_MP, extra_metrics=() if metric == "nll" else (metric,))
         loss_MN = scores.of(metric)
         if self._full_loss_N is None:
-            assert masks_MP[0].all()  # a LayerGame asks for the whole model first
+            assert masks_MP[0].all()  # a LayerGame asks for the full model first
             _check_full_model(loss_MN[0])
             self._full_loss_N = loss_MN[0]
         assert self._full_loss_N is not None
@@ -285,7 +285,7 @@ def _fitted(
 def _check_full_model(loss_N: NDArray[Any]) -> None:
     """Raise InputError unless the full model's losses, which ratios compare with, are finite."""
     if not np.isfinite(loss_N).all():
-        raise InputError("the whole model has no finite score on these windows")
+        raise InputError("the full model has no finite score on these windows")
 
 
 def _finite(utilities_M: FloatArray, utility: Utility, lowest: float) -> FloatArray:

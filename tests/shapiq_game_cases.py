@@ -321,7 +321,7 @@ def test_ppl_ratio_without_a_finite_score_is_zero(windows, rng):
 
 
 def test_a_whole_model_without_a_finite_score_is_refused(windows, rng):
-    with pytest.raises(InputError, match="whole model has no finite score"):
+    with pytest.raises(InputError, match="full model has no finite score"):
         LayerGame.from_engine(synthetic(windows, rng, nan=["111111"]))
 
 
@@ -483,7 +483,7 @@ def test_the_documented_cross_check_runs_as_written(model_dir, windows, tmp_path
 
 
 def test_utilities_of_other_metrics_are_scored_for_them(model_dir, tmp_path, rng):
-    """Divergence from the whole model, on an open engine and from a run's folder."""
+    """Divergence from the full model, on an open engine and from a run's folder."""
     windows = lpserve.TokenWindows.from_tokens(rng.integers(2, 97, (3, 12)))
     for name, num in (("calibration", 3), ("heldout", 2)):
         np.savez(tmp_path / f"{name}.npz", tokens=rng.integers(2, 97, (num, 12)))

@@ -137,7 +137,7 @@ def test_a_study_scores_all_metrics_of_its_utilities_at_once(game, tmp_path):
     assert result.scores_twice == 0
     nll = stored_scores(tmp_path / "study" / "scores.sqlite")
     assert len(nll) <= result.scores_new
-    # held-out checks alone: 3 windows, at most the whole model and 4 candidates a size
+    # held-out checks alone: 3 windows, at most the full model and 4 candidates a size
     assert all(r.scores_new <= 3 * 13 for r in result.points[1:])
     for finished in result.points:
         utility = finished.point.config.utility

@@ -67,9 +67,9 @@ def analyse(scored: RunRecord) -> Analysis:
         guess_M, noise_M = estimated(scored.masks_MP, guess_M, few_M)
     if scored.objective != SEARCH_UTILITY or noise_M is not None:
         known = np.flatnonzero(np.isfinite(guess_M))
-        noise_K = None if noise_M is None else noise_M[known]
+        noise = None if noise_M is None else noise_M[known]
         searcher = make_surrogate(scored.surrogate, scored.seed)
-        searcher.fit(scored.masks_MP[known], guess_M[known], noise_K)
+        searcher.fit(scored.masks_MP[known], guess_M[known], noise)
     values = _values(scored, surrogate, rows, finite_M)
     predicted_M = np.full(len(utilities_M), np.nan)
     predicted_M[rows[surrogate.rows]] = surrogate.left_out_M
@@ -100,19 +100,19 @@ def _values(
     scored: RunRecord, surrogate: Surrogate, rows: IntArray, finite_M: FloatArray
 ) -> ShapleyValues:
     masks_MP = scored.masks_MP[rows]
-    resampled_MB = scored.resampled(scored.loss_MI[rows])
+    resampled = scored.resampled(scored.loss_MI[rows])
     if is_enumerated(masks_MP, scored.sizes):
         return shapley_values(
             masks_MP,
             finite_M,
             scored.sizes,
             noise_M=scored.objective.noise_variance(finite_M, scored.noise_nll),
-            resampled_MB=resampled_MB,
+            resampled=resampled,
         )
     kernel = acquisition_model(surrogate)
     if kernel is not None:
         calibration = value_calibration(kernel, scored.sizes)
-        return kernel_values(kernel, scored.sizes, resampled_MB, calibration=calibration)
+        return kernel_values(kernel, scored.sizes, resampled, calibration=calibration)
     values = monte_carlo_values(
         surrogate.mean, scored.num_players, scored.sizes, _MONTE_CARLO_COALITIONS, scored.seed
     )

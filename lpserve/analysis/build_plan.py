@@ -56,17 +56,17 @@ def make_plan(
         InputError: `max_removed` or a protected player is out of range, or no scored set of some
             size keeps the protected players.
     """
-    most = scored.max_removed if max_removed is None else max_removed
-    if not 1 <= most <= scored.max_removed:
+    up_to = scored.max_removed if max_removed is None else max_removed
+    if not 1 <= up_to <= scored.max_removed:
         raise InputError(
-            f"max_removed must be 1..{scored.max_removed}, what the run scored: got {most}"
+            f"max_removed must be 1..{scored.max_removed}, what the run scored: got {up_to}"
         )
     for player in protected:
         if not 0 <= player < scored.num_players:
             raise InputError(f"protected player {player} is not one of 0..{scored.num_players - 1}")
-    greedy = _greedy(scored, analysis, most)
+    greedy = _greedy(scored, analysis, up_to)
     entries = []
-    for r, rows in enumerate(_candidates(scored, analysis, greedy, most, protected), start=1):
+    for r, rows in enumerate(_candidates(scored, analysis, greedy, up_to, protected), start=1):
         warnings = []
         if len(greedy) < r:
             warnings.append("the scored masks hold no greedy path to this size")
@@ -101,34 +101,34 @@ def make_plan(
 
 def candidate_masks(scored: RunRecord, analysis: Analysis) -> BoolArray:
     """All kept, and every candidate of the plan, each once: what held-out windows check."""
-    most = scored.max_removed
-    rows = _candidates(scored, analysis, _greedy(scored, analysis, most), most)
+    up_to = scored.max_removed
+    rows = _candidates(scored, analysis, _greedy(scored, analysis, up_to), up_to)
     masks = [full_mask(scored.num_players)]
     masks += [scored.masks_MP[row] for candidates in rows for row, _ in candidates]
     _, first = np.unique(np.array(masks), axis=0, return_index=True)
     return np.array(masks)[np.sort(first)]
 
 
-def _greedy(scored: RunRecord, analysis: Analysis, most: int) -> list[BoolArray]:
+def _greedy(scored: RunRecord, analysis: Analysis, up_to: int) -> list[BoolArray]:
     """The path that the run walked."""
     pruned = set(keys(scored.pruned_MP))
     path_M = analysis.guess_M if scored.screen else analysis.utilities_M
-    return greedy_path(scored.masks_MP, path_M, most, pruned)
+    return greedy_path(scored.masks_MP, path_M, up_to, pruned)
 
 
 def _candidates(
     scored: RunRecord,
     analysis: Analysis,
     greedy: Sequence[BoolArray],
-    most: int,
+    up_to: int,
     protected: Sequence[int] = (),
 ) -> list[list[tuple[int, str]]]:
-    """For r = 1..most the rows of the candidates, the best first, with how each was found."""
+    """For r = 1..up_to the rows of the candidates, the best first, with how each was found."""
     order_P = analysis.values.values_P.copy()
     order_P[list(protected)] = np.inf
     sources = dict(zip(keys(scored.masks_MP), scored.sources, strict=True))
     found = []
-    for r in range(1, most + 1):
+    for r in range(1, up_to + 1):
         rows = choose_candidates(
             scored.masks_MP,
             analysis.utilities_M,
@@ -156,9 +156,9 @@ def _unseen(
 ) -> Unseen | None:
     """The set that was not scored, or on the screen alone, and is likeliest to beat the best."""
     search_M = scored.view.search(scored.loss_MI)
-    begin_QP = search.starts(scored.masks_MP, search_M, num_removed)
+    begin_MP = search.starts(scored.masks_MP, search_M, num_removed)
     likely = search.best_predicted_sets(
-        analysis.searcher, scored.num_players, num_removed, begin_QP
+        analysis.searcher, scored.num_players, num_removed, begin_MP
     )
     seen = set(keys(scored.masks_MP[np.isfinite(search_M)]))
     fresh = [
@@ -169,15 +169,15 @@ def _unseen(
     if not fresh:
         return None
     best = float(search_M[best_row])
-    chance_Q = search.probability_of_improvement(analysis.searcher, likely[fresh], best, STOP_GAIN)
-    place = int(np.argmax(chance_Q))
+    chances = search.probability_of_improvement(analysis.searcher, likely[fresh], best, STOP_GAIN)
+    place = int(np.argmax(chances))
     predicted = float(analysis.searcher.mean(likely[fresh[place]][None])[0])
     full_ppl = ppl_of(scored.nll_MI[0], scored.num_tokens_I)
     perplexing = scored.objective.reports_perplexity
     return Unseen(
         removed=removed_list(likely[fresh[place]]),
         predicted_ppl=full_ppl / predicted if predicted > 0 and perplexing else None,
-        chance=float(chance_Q[place]),
+        chance=float(chances[place]),
         gain=STOP_GAIN,
     )
 

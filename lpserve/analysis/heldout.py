@@ -40,24 +40,24 @@ def heldout_gap(
     scored: RunRecord, mask_P: BoolArray, chosen_P: BoolArray
 ) -> tuple[float | None, float | None]:
     """Mean held-out loss minus the chosen set's, and its standard error paired over windows."""
-    loss_HN, judge = heldout_losses(scored)
+    loss_MN, judge = heldout_losses(scored)
     weight_N = judge.weights(scored.heldout_num_tokens_I)
     here, there = _row(scored, mask_P), _row(scored, chosen_P)
     if here is None or there is None:
         return None, None
-    gap_N = loss_HN[here].astype(np.float64) - loss_HN[there].astype(np.float64)
+    gap_N = loss_MN[here].astype(np.float64) - loss_MN[there].astype(np.float64)
     total = weight_N.sum()
     error = float(gap_N.std(ddof=1) * np.sqrt(len(gap_N)) / total) if len(gap_N) > 1 else None
     return float(gap_N.sum() / total), error
 
 
 def heldout_utility(scored: RunRecord, mask_P: BoolArray) -> float | None:
-    loss_HI, row = scored.heldout_loss_MI, _row(scored, mask_P)
+    loss_MI, row = scored.heldout_loss_MI, _row(scored, mask_P)
     full = _row(scored, full_mask(scored.num_players))
-    if loss_HI is None or row is None or full is None:
+    if loss_MI is None or row is None or full is None:
         return None
-    view = UtilityView(scored.objective, scored.heldout_num_tokens_I, loss_HI[full])
-    value_1 = view.of(loss_HI[[row]])
+    view = UtilityView(scored.objective, scored.heldout_num_tokens_I, loss_MI[full])
+    value_1 = view.of(loss_MI[[row]])
     return finite_or_none(value_1[0])
 
 

@@ -145,13 +145,13 @@ class RunRecord:
         """
         if len(self.num_tokens_I) < 2:
             return None
-        weights_BI = window_weights(self.corpus_sizes, seed=self.seed)
+        weights = window_weights(self.corpus_sizes, seed=self.seed)
         view = self.view
-        full_1B, mean_MB = (
-            mean_nll(some_MI.astype(np.float64), view.weight_I, weights_BI)
+        full_1B, mean = (
+            mean_nll(some_MI.astype(np.float64), view.weight_I, weights)
             for some_MI in (view.full_loss_I[None], loss_MI)
         )
-        return np.asarray(self.objective.of_mean(mean_MB, full_1B - mean_MB), dtype=np.float64)
+        return np.asarray(self.objective.of_mean(mean, full_1B - mean), dtype=np.float64)
 
 
 def write_record_file(path: Path, record: RunRecord) -> None:

@@ -34,6 +34,6 @@ def window_weights(corpus_sizes: Sequence[int], draws: int = DRAWS, seed: int = 
     return np.asarray(np.concatenate(parts, axis=1), dtype=np.float64)
 
 
-def mean_nll(nll_MN: FloatArray, num_tokens_N: IntArray, weights_BN: FloatArray) -> FloatArray:
+def mean_nll(nll_MN: FloatArray, num_tokens_N: IntArray, weights: FloatArray) -> FloatArray:
     """Mean loss per token of every mask under every draw, `float64[M, B]`; of NLLs in nats."""
-    return (nll_MN @ weights_BN.T) / (weights_BN @ num_tokens_N)
+    return (nll_MN @ weights.T) / (weights @ num_tokens_N)

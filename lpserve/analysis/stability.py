@@ -110,25 +110,25 @@ def set_stability(
     num_windows = len(num_tokens_N)
     if num_windows < 2:
         return None
-    weights_BN = window_weights([count for _, count in corpora], seed=seed)
-    drawn_MB = mean_nll(loss_MN, num_tokens_N, weights_BN)
-    best_B = drawn_MB.min(axis=0)
-    winner_B = drawn_MB.argmin(axis=0)
-    winner_B[drawn_MB[chosen] <= best_B] = chosen
-    wins_M = np.bincount(winner_B, minlength=len(masks_MP))
-    stays_best = float(wins_M[chosen] / len(winner_B))
+    weights = window_weights([count for _, count in corpora], seed=seed)
+    drawn_losses = mean_nll(loss_MN, num_tokens_N, weights)
+    best = drawn_losses.min(axis=0)
+    winner = drawn_losses.argmin(axis=0)
+    winner[drawn_losses[chosen] <= best] = chosen
+    wins_M = np.bincount(winner, minlength=len(masks_MP))
+    stays_best = float(wins_M[chosen] / len(winner))
     wins_M[chosen] = 0
     runner_up = int(np.argmax(wins_M)) if wins_M.any() else None
     gap, error, needed = (None, None, None)
     if runner_up is not None:
         gap = float((loss_MN[runner_up] - loss_MN[chosen]).sum() / num_tokens_N.sum())
-        error = float((drawn_MB[runner_up] - drawn_MB[chosen]).std(ddof=1))
+        error = float((drawn_losses[runner_up] - drawn_losses[chosen]).std(ddof=1))
         needed = _windows_needed(num_windows, gap, error)
     overlap, regret = _halves(masks_MP, loss_MN / scale, num_tokens_N, seed)
     return Stability(
         num_sets=len(masks_MP),
         stays_best=stays_best,
-        regret=float(np.expm1((drawn_MB[chosen] - best_B) / scale).mean()),
+        regret=float(np.expm1((drawn_losses[chosen] - best) / scale).mean()),
         rival=None if runner_up is None else list(removed_players(masks_MP[runner_up])),
         rival_gap=gap,
         rival_gap_stderr=error,

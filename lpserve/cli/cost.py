@@ -12,7 +12,7 @@ def add_cost(commands: Any) -> None:
         "cost",
         help="what a run will do, and the time that implies, before a GPU is rented",
         description="Count a run's masks, layer-forwards, FLOP and memory from config.json and "
-        "safetensors headers. A time is told for a rate that you assume. Nothing is scored.",
+        "safetensors headers. A time is estimated from a rate that you assume. Nothing is scored.",
     )
     cost.set_defaults(run=_cost)
     add = cost.add_argument
@@ -32,7 +32,7 @@ def add_cost(commands: Any) -> None:
         "--tflops-per-gpu",
         type=float,
         metavar="F",
-        help="TFLOP/s that you assume a GPU keeps up; without it no time is told",
+        help="TFLOP/s that you assume a GPU keeps up; without it no time is estimated",
     )
     add("--gpu-memory-gb", type=float, metavar="GIB", help="warn when a GPU of this memory is full")
 

@@ -12,7 +12,7 @@ from lpserve.cli.arguments import add_engine_flags, add_task_flags, engine_value
 from lpserve.errors import InputError
 
 _EVAL_HELP = """\
-Perplexity and lm-evaluation-harness tasks of the whole model and of sets of layers removed from it,
+Perplexity and lm-evaluation-harness tasks of the full model and of sets of layers removed from it,
 all at once: masks are scored without exporting, prefixes shared, every score kept in --out.
 
   lpserve eval --model Llama-2-7b --sets run --text wikitext2=wiki.txt --protocol gptq-2048

@@ -45,7 +45,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def print_plan(plan: Any) -> None:
     """Print a plan as a table: a row for each number of removed layers, with its warnings."""
-    kinds = ["utility", "ppl"] if plan.tells_utility else ["ppl"]
+    kinds = ["utility", "ppl"] if plan.reports_utility else ["ppl"]
     names = {"utility": plan.utility, "ppl": f"perplexity {plan.perplexity_of}".strip()}
 
     def figures(of: Any, kind: str, prefix: str = "") -> list[float | None]:
@@ -58,7 +58,7 @@ def print_plan(plan: Any) -> None:
         full.append(f"{names[kind]} {mine:.4g}{held}")
     print(f"\n{plan.masks_scored} masks scored; all {plan.num_players} layers: {'; '.join(full)}")
     columns = ["calibration", "held out"]
-    if plan.tells_utility:
+    if plan.reports_utility:
         print(f"{'':>6}  {plan.utility:^24}  {names['ppl']:^24}".rstrip())
         columns *= 2
     header = "  ".join(f"{name:>11}" for name in columns)

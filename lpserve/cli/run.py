@@ -71,7 +71,7 @@ def add_run(commands: Any) -> None:
     add(
         "--utility",
         help="what a coalition is worth: neg_nll (default), ppl_ratio (the paper's), "
-        "neg_kl or neg_kl_topK (divergence from the whole model), accuracy (of the next token); of "
+        "neg_kl or neg_kl_topK (divergence from the full model), accuracy (of the next token); of "
         "tasks: task_acc, task_acc_norm, task_margin, task_margin_norm",
     )
     add("--surrogate", help="auto (default), gp, ridge, gp+ridge, or paper (with ppl_ratio)")

@@ -32,7 +32,7 @@ def add_speed(commands: Any) -> None:
     add("--prompt-tokens", type=int, help="tokens of a prompt (128)")
     add("--new-tokens", type=int, help="tokens to generate (64)")
     add("--batch", type=int, help="requests of the batch (16)")
-    add("--repeats", type=int, help="timed repeats, of which the median is told (3)")
+    add("--repeats", type=int, help="timed repeats, of which the median is reported (3)")
     add(
         "--vllm-option",
         action="append",

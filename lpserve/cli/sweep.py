@@ -24,7 +24,7 @@ A study file holds the keys of `lpserve run` and a table of keys with several le
   heldout: wiki-test.txt
   budget: 400
   max_removed: 8
-  removed: [4, 8]                  # sparsities that the tables tell (all of 1 to max_removed)
+  removed: [4, 8]                  # sparsities in the tables (all of 1 to max_removed)
   sweep:
     calibration: {web: [web], wiki: [wiki], both: [web, wiki]}
     num_windows: [16, 64]
@@ -54,7 +54,7 @@ def add_sweep(commands: Any) -> None:
         "own: every point chooses its own, as lpserve run would",
     )
     add("--yes", action="store_true", help="begin, however much work it is")
-    add("--dry-run", action="store_true", help="tell the points and the work, and stop")
+    add("--dry-run", action="store_true", help="print the points and the work, and stop")
     add("--model", metavar="DIR", help="checkpoint folder, if the file names none")
     add_tracking_flags(command)
     add_engine_flags(command)

@@ -57,18 +57,18 @@ class ItemSet:
         correct answer."""
         if self.questions is None:
             return self.windows
-        return self.windows.select(self.questions.right_rows_Q)
+        return self.windows.select(self.questions.right_rows)
 
     @property
     def num_tokens_I(self) -> IntArray:
         """Scored positions of `ppl_windows`."""
         num_tokens_N = self.windows.num_tokens_N
-        return num_tokens_N if self.questions is None else num_tokens_N[self.questions.right_rows_Q]
+        return num_tokens_N if self.questions is None else num_tokens_N[self.questions.right_rows]
 
     def ppl_nll(self, values: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
         """NLLs of `ppl_windows`, `float32[M, I]`, from sums `[M, N]` by metric."""
         nll_MN = values["nll"]
-        return nll_MN if self.questions is None else nll_MN[:, self.questions.right_rows_Q]
+        return nll_MN if self.questions is None else nll_MN[:, self.questions.right_rows]
 
     def serves(self, utility: Utility) -> bool:
         """Whether the utility is about items of this kind."""
@@ -116,9 +116,9 @@ class ItemSet:
             arrays |= {
                 "answer_tokens": self.windows.tokens_NT,
                 "answer_scored": self.windows.scored_NT,
-                "answers": self.questions.answers_QC,
-                "right": self.questions.right_QC,
-                "chars": self.questions.chars_QC,
+                "answers": self.questions.answers,
+                "right": self.questions.is_right,
+                "chars": self.questions.chars,
             }
         return arrays
 

@@ -121,27 +121,27 @@ def protocol_windows(
 
 
 def _cut(
-    ids_n: Any, length: int, step: int, name: str, *, full_windows_only: bool
+    ids: Any, length: int, step: int, name: str, *, full_windows_only: bool
 ) -> tuple[Any, Any]:
     """Tokens and scored flags, `[N, length]` each; the last window is right-padded where the text
     ends within it, or left out if `full_windows_only`."""
-    if len(ids_n) < length and full_windows_only:
+    if len(ids) < length and full_windows_only:
         raise InputError(
-            f"corpus {name!r} is too short: {len(ids_n)} tokens, one window has {length}"
+            f"corpus {name!r} is too short: {len(ids)} tokens, one window has {length}"
         )
-    if len(ids_n) < 2:
-        raise InputError(f"corpus {name!r} is too short: {len(ids_n)} tokens")
+    if len(ids) < 2:
+        raise InputError(f"corpus {name!r} is too short: {len(ids)} tokens")
     rows, flags, done, start = [], [], 0, 0
     while True:
-        end = min(start + length, len(ids_n))
+        end = min(start + length, len(ids))
         if full_windows_only and end - start < length:
             break
         row, flag = np.zeros(length, dtype=np.int32), np.zeros(length, dtype=bool)
-        row[: end - start] = ids_n[start:end]
+        row[: end - start] = ids[start:end]
         flag[max(done - start, 1) : end - start] = True
         rows.append(row)
         flags.append(flag)
         done, start = end, start + step
-        if done == len(ids_n):
+        if done == len(ids):
             break
     return np.array(rows), np.array(flags)

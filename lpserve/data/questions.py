@@ -35,11 +35,11 @@ class Questions:
 
     windows: TokenWindows
     """Every answer of every question, once."""
-    answers_QC: IntArray
+    answers: IntArray
     """Rows of `windows`; -1 where a question has fewer answers."""
-    right_QC: BoolArray
+    is_right: BoolArray
     """Which answers are right: at least one of every question."""
-    chars_QC: IntArray
+    chars: IntArray
     """Characters of the answers, by which `_norm` utilities divide; 0 where there is none."""
     corpora: tuple[tuple[str, int], ...]
     """(task, number of questions), in order."""
@@ -47,37 +47,37 @@ class Questions:
     @property
     def num_questions(self) -> int:
         """Q."""
-        return len(self.answers_QC)
+        return len(self.answers)
 
     @cached_property
-    def open_ended_Q(self) -> BoolArray:
+    def open_ended(self) -> BoolArray:
         """Which questions are open-ended: they have one answer, which the model is to produce."""
-        return np.asarray((self.answers_QC >= 0).sum(axis=1) == 1)
+        return np.asarray((self.answers >= 0).sum(axis=1) == 1)
 
     @cached_property
-    def right_rows_Q(self) -> IntArray:
+    def right_rows(self) -> IntArray:
         """Rows of the windows of the (first) right answers."""
-        return self.answers_QC[np.arange(self.num_questions), self.right_QC.argmax(axis=1)]
+        return self.answers[np.arange(self.num_questions), self.is_right.argmax(axis=1)]
 
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 over the windows and everything that losses depend on."""
         digest = hashlib.sha256(self.windows.content_hash.encode())
         for question in range(self.num_questions):
-            exists_C = self.answers_QC[question] >= 0  # padding to C answers does not count
-            for array in (self.answers_QC, self.right_QC, self.chars_QC):
-                digest.update(array[question][exists_C].astype("<i8").tobytes())
+            is_answer = self.answers[question] >= 0  # padding to C answers does not count
+            for array in (self.answers, self.is_right, self.chars):
+                digest.update(array[question][is_answer].astype("<i8").tobytes())
             digest.update(b"|")
         return digest.hexdigest()
 
     def check(self, utility: Utility) -> None:
         """Raise InputError where a utility is not defined on these questions."""
-        if utility.normed and self.open_ended_Q.any():
+        if utility.normed and self.open_ended.any():
             raise InputError(
                 f"utility {utility.name} compares answers by their length; a task has "
                 "open-ended questions: use task_acc or task_margin"
             )
-        if utility.normed and (self.chars_QC[self.answers_QC >= 0] == 0).any():
+        if utility.normed and (self.chars[self.answers >= 0] == 0).any():
             raise InputError(f"utility {utility.name} divides by an answer's length; one is empty")
 
     def losses(
@@ -97,22 +97,22 @@ class Questions:
             values: metric -> sums `float32[M, N]`: `nll`, and `misses` for `task_acc` of open-ended
                 questions.
         """
-        likelihood_MQC = self._log_likelihoods(values["nll"], normed=utility.normed)
-        exists_QC = self.answers_QC >= 0
-        finite_MQ = (np.isfinite(likelihood_MQC) | ~exists_QC).all(axis=2)
+        likelihood = self._log_likelihoods(values["nll"], normed=utility.normed)
+        is_answer = self.answers >= 0
+        finite = (np.isfinite(likelihood) | ~is_answer).all(axis=2)
         if utility.formula == "share":
-            best_MQ = likelihood_MQC.argmax(axis=2)
-            loss_MQ = 1.0 - self.right_QC[np.arange(self.num_questions), best_MQ]
-            if self.open_ended_Q.any():
+            best = likelihood.argmax(axis=2)
+            loss = 1.0 - self.is_right[np.arange(self.num_questions), best]
+            if self.open_ended.any():
                 misses_MN = values["misses"]
-                missed_Mq = misses_MN[:, self.right_rows_Q[self.open_ended_Q]]
-                loss_MQ[:, self.open_ended_Q] = np.where(np.isnan(missed_Mq), np.nan, missed_Mq > 0)
+                missed = misses_MN[:, self.right_rows[self.open_ended]]
+                loss[:, self.open_ended] = np.where(np.isnan(missed), np.nan, missed > 0)
         else:
-            right_MQ = np.where(self.right_QC, likelihood_MQC, -np.inf).max(axis=2)
-            wrong_MQ = np.where(self.right_QC, -np.inf, likelihood_MQC).max(axis=2)
+            best_right = np.where(self.is_right, likelihood, -np.inf).max(axis=2)
+            best_wrong = np.where(self.is_right, -np.inf, likelihood).max(axis=2)
             with np.errstate(invalid="ignore"):  # what is not finite is left out below
-                loss_MQ = np.where(self.open_ended_Q, 0.0, wrong_MQ) - right_MQ
-        return np.where(finite_MQ, loss_MQ, np.nan).astype(np.float32)
+                loss = np.where(self.open_ended, 0.0, best_wrong) - best_right
+        return np.where(finite, loss, np.nan).astype(np.float32)
 
     def noise(self, utility: Utility, noise_nll: float, full_nll_N: NDArray[np.float32]) -> float:
         """Root mean square noise of a mask's mean loss, from that of its mean NLL over all windows.
@@ -129,31 +129,31 @@ class Questions:
         """
         num_tokens_N = self.windows.num_tokens_N
         of_token = noise_nll * float(np.sqrt(num_tokens_N.sum()))
-        exists_QC = self.answers_QC >= 0
-        tokens_QC = np.where(exists_QC, num_tokens_N[self.answers_QC], 0)
-        chars_QC = np.maximum(self.chars_QC, 1) if utility.normed else np.ones_like(tokens_QC)
-        error_QC = np.sqrt(tokens_QC) / chars_QC
-        mean_Q = (error_QC**2).sum(axis=1) / exists_QC.sum(axis=1)
-        variance_Q = of_token**2 * np.where(self.open_ended_Q, 1.0, 2.0) * mean_Q
+        is_answer = self.answers >= 0
+        tokens = np.where(is_answer, num_tokens_N[self.answers], 0)
+        chars = np.maximum(self.chars, 1) if utility.normed else np.ones_like(tokens)
+        error = np.sqrt(tokens) / chars
+        mean = (error**2).sum(axis=1) / is_answer.sum(axis=1)
+        variance = of_token**2 * np.where(self.open_ended, 1.0, 2.0) * mean
         if utility.formula == "share":
             margin = UTILITIES["task_margin_norm" if utility.normed else "task_margin"]
-            margin_Q = self.losses(margin, {"nll": full_nll_N[None]})[0].astype(np.float64)
-            wrong_Q = ndtr(-np.abs(margin_Q) / np.maximum(np.sqrt(variance_Q), 1e-300))
-            variance_Q = np.where(
-                self.open_ended_Q, np.minimum(variance_Q, 0.25), wrong_Q * (1.0 - wrong_Q)
+            margins = self.losses(margin, {"nll": full_nll_N[None]})[0].astype(np.float64)
+            wrong_chance = ndtr(-np.abs(margins) / np.maximum(np.sqrt(variance), 1e-300))
+            variance = np.where(
+                self.open_ended, np.minimum(variance, 0.25), wrong_chance * (1.0 - wrong_chance)
             )
-        return float(np.sqrt(variance_Q.sum()) / self.num_questions)
+        return float(np.sqrt(variance.sum()) / self.num_questions)
 
     def _log_likelihoods(self, nll_MN: NDArray[np.float32], *, normed: bool) -> FloatArray:
         """Log-likelihoods of the answers `[M, Q, C]`, -inf where there is none."""
-        likelihood_MQC = -nll_MN[:, self.answers_QC].astype(np.float64)
+        likelihood = -nll_MN[:, self.answers].astype(np.float64)
         if normed:
-            likelihood_MQC /= np.maximum(self.chars_QC, 1)
-        return np.where(self.answers_QC >= 0, likelihood_MQC, -np.inf)
+            likelihood /= np.maximum(self.chars, 1)
+        return np.where(self.answers >= 0, likelihood, -np.inf)
 
     def window_rows(self, questions: Sequence[int] | IntArray) -> IntArray:
         """Rows of the windows of all answers of these questions, sorted."""
-        rows = np.unique(self.answers_QC[np.asarray(questions, dtype=np.int64)])
+        rows = np.unique(self.answers[np.asarray(questions, dtype=np.int64)])
         return rows[rows >= 0]
 
     def select(self, questions: Sequence[int] | IntArray) -> Questions:
@@ -167,16 +167,16 @@ class Questions:
         place[rows] = np.arange(len(rows))
         return Questions(
             windows=self.windows.select(rows),
-            answers_QC=place[self.answers_QC[picked]],
-            right_QC=self.right_QC[picked],
-            chars_QC=self.chars_QC[picked],
+            answers=place[self.answers[picked]],
+            is_right=self.is_right[picked],
+            chars=self.chars[picked],
             corpora=((str(names[0]), len(picked)),),
         )
 
     @classmethod
     def concatenate(cls, parts: Sequence[Questions]) -> Questions:
         """Questions of several tasks; raises InputError where two have a window in common."""
-        widest = max(part.answers_QC.shape[1] for part in parts)
+        widest = max(part.answers.shape[1] for part in parts)
 
         def padded(array: NDArray[Any], value: int) -> NDArray[Any]:
             gap = widest - array.shape[1]
@@ -184,12 +184,12 @@ class Questions:
 
         answers, start = [], 0
         for part in parts:
-            answers.append(padded(np.where(part.answers_QC < 0, -1, part.answers_QC + start), -1))
+            answers.append(padded(np.where(part.answers < 0, -1, part.answers + start), -1))
             start += part.windows.num_windows
         return cls(
             windows=TokenWindows.concatenate([part.windows for part in parts]),
-            answers_QC=np.concatenate(answers),
-            right_QC=np.concatenate([padded(part.right_QC, 0) for part in parts]),
-            chars_QC=np.concatenate([padded(part.chars_QC, 0) for part in parts]),
+            answers=np.concatenate(answers),
+            is_right=np.concatenate([padded(part.is_right, 0) for part in parts]),
+            chars=np.concatenate([padded(part.chars, 0) for part in parts]),
             corpora=tuple(corpus for part in parts for corpus in part.corpora),
         )

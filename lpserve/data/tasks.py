@@ -290,8 +290,8 @@ class _Asker:
         rows: dict[Row, int] = {}
         widest = max(len(q.requests) for q in asked)
         shape = (len(asked), widest)
-        answers_QC = np.full(shape, -1)
-        right_QC, chars_QC = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
+        answers = np.full(shape, -1)
+        is_right, chars = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
         requests = [request for q in asked for request in q.requests]
         encoded = iter(encoded_rows(requests, self._tokenizer, self._max_length))
         for place, question in enumerate(asked):
@@ -304,13 +304,13 @@ class _Asker:
                         f"task {question.task_name!r}: two questions have the same answer once "
                         f"they are cut to {self._max_length} tokens"
                     )
-                answers_QC[place, c] = row
-            right_QC[place, :num], chars_QC[place, :num] = _judged(question, self._draw)
+                answers[place, c] = row
+            is_right[place, :num], chars[place, :num] = _judged(question, self._draw)
         return Questions(
             windows=windows_of_rows(list(rows), name),
-            answers_QC=answers_QC,
-            right_QC=right_QC,
-            chars_QC=chars_QC,
+            answers=answers,
+            is_right=is_right,
+            chars=chars,
             corpora=((name, len(asked)),),
         )
 

@@ -78,7 +78,7 @@ def keep_for(owner: object) -> tuple[str, Callable[[], Any]]:
 
 
 def reason_against(environment: Mapping[str, str]) -> str | None:
-    """Why this process's malloc is to be left alone; None where it may be told what to keep."""
+    """Why this process's malloc is to be left alone; None where its thresholds may be set."""
     if platform.libc_ver()[0] != "glibc":
         return "it is not glibc's"
     for name in _VARIABLES:

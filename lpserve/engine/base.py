@@ -39,7 +39,7 @@ class Engine(Protocol):
     info: EngineInfo
 
     def register(self, windows: TokenWindows) -> str:
-        """Make more windows known; returns their content hash. Weights are not loaded again."""
+        """Register more windows; returns their content hash. Weights are not loaded again."""
         ...
 
     def score(
@@ -93,12 +93,12 @@ class Generates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HiddenStates:
-    """How hidden states turn on their way through the model."""
+    """How much the players of the full model change its hidden states."""
 
     influence_P: FloatArray
     """ShortGPT's block influence (arXiv 2403.03853, eq. 1): 1 - mean cosine of a player's input and
     output, over all tokens."""
-    distance_LL: FloatArray
+    distance: FloatArray
     """Angular distance (arXiv 2403.17887, eq. 3) of the states entering players i and j (L - 1: the
     state after the last), at each window's last token: mean of arccos(cosine) / pi."""
 
@@ -125,8 +125,8 @@ class HasTaylorImportance(Protocol):
 class LayerStack(Protocol):
     """A model cut into embedding, players and head; what `trie.TrieExecutor` drives.
 
-    A state is one tensor whose first axis counts windows, `[B, T, d]`; what the other axes hold is
-    the stack's own affair. Inputs are never modified.
+    A state is one tensor whose first axis counts windows, `[B, T, d]`; the other axes are up to
+    the stack. Inputs are never modified.
     """
 
     num_players: int
@@ -142,14 +142,14 @@ class LayerStack(Protocol):
         """The state entering player 0, `[N, T, d]`, in the embedding's own dtype."""
         ...
 
-    def run_player(self, player: int, state_BTd: torch.Tensor) -> torch.Tensor:
+    def run_player(self, player: int, batch: torch.Tensor) -> torch.Tensor:
         """The state after one player, same shape, of `state_dtype`; takes that or the embedding's
         dtype."""
         ...
 
     def reduce(
         self,
-        state_BTd: torch.Tensor,
+        batch: torch.Tensor,
         block: TokenWindows,
         extra_metrics: Sequence[str] = (),
         full_NTd: torch.Tensor | None = None,
@@ -158,7 +158,7 @@ class LayerStack(Protocol):
 
         Args:
             extra_metrics: metrics beside the NLL, which comes first (`types.check_metric`).
-            full_NTd: the state after all players, for metrics that compare with the whole model.
+            full_NTd: the state after all players, for metrics that compare with the full model.
         """
         ...
 
@@ -187,8 +187,8 @@ def check_extra_metrics(info: EngineInfo, extra_metrics: Sequence[str]) -> tuple
 
 
 def scores_of(
-    values_MNC: FloatArray, extra_metrics: Sequence[str], num_tokens_N: IntArray, work: Work
+    metric_values: FloatArray, extra_metrics: Sequence[str], num_tokens_N: IntArray, work: Work
 ) -> Scores:
     """Scores from metrics side by side, the NLL first."""
-    others = {name: values_MNC[..., 1 + column] for column, name in enumerate(extra_metrics)}
-    return Scores(nll_MN=values_MNC[..., 0], num_tokens_N=num_tokens_N, work=work, others=others)
+    others = {name: metric_values[..., 1 + column] for column, name in enumerate(extra_metrics)}
+    return Scores(nll_MN=metric_values[..., 0], num_tokens_N=num_tokens_N, work=work, others=others)

@@ -1,7 +1,7 @@
-"""What single layers do to hidden states and to the loss: the criteria of one-shot rivals.
+"""How much each layer changes hidden states and the loss: the criteria of one-shot rivals.
 
-Measured once, on the full model. Shapes: P players, L = P + 1 places between them, N windows, T
-tokens, d width.
+They are measured once, on the full model. Shapes: P players, L = P + 1 places between them, N
+windows, T tokens, d width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def hidden_states(stack: LayerStack, blocks: list[TokenWindows]) -> HiddenStates
     """Block influence and angular distances on windows, given in blocks of one padded length each
     that the stack is prepared for."""
     players = stack.num_players
-    cosines_P, angles_LL = np.zeros(players), np.zeros((players + 1, players + 1))
+    cosines_P, angles = np.zeros(players), np.zeros((players + 1, players + 1))
     tokens = windows = 0
     for block in blocks:
         device_rows = torch.arange(block.num_windows)
@@ -29,24 +29,24 @@ def hidden_states(stack: LayerStack, blocks: list[TokenWindows]) -> HiddenStates
         real_NT = torch.arange(block.length)[None] <= last_N[:, None]
         state = stack.embed(block)
         real = real_NT.to(state.device)
-        ends = [_normal(state[device_rows, last_N])]
+        last_states = [_unit_vectors(state[device_rows, last_N])]
         for player in range(players):
             after = stack.run_player(player, state)
             cosine_NT = torch.nn.functional.cosine_similarity(state.float(), after.float(), dim=-1)
             cosines_P[player] += float((cosine_NT.double() * real).sum())
             state = after
-            ends.append(_normal(state[device_rows, last_N]))
-        ends_LNd = torch.stack(ends)
-        cosine_LLN = torch.einsum("ind,jnd->ijn", ends_LNd, ends_LNd).clamp(-1, 1)
-        angles_LL += (cosine_LLN.arccos() / torch.pi).sum(-1).cpu().numpy()
+            last_states.append(_unit_vectors(state[device_rows, last_N]))
+        last = torch.stack(last_states)
+        cosine = torch.einsum("ind,jnd->ijn", last, last).clamp(-1, 1)
+        angles += (cosine.arccos() / torch.pi).sum(-1).cpu().numpy()
         tokens += int(real_NT.sum())
         windows += block.num_windows
-    distance_LL = angles_LL / windows
-    np.fill_diagonal(distance_LL, 0.0)
-    return HiddenStates(1 - cosines_P / tokens, distance_LL)
+    distance = angles / windows
+    np.fill_diagonal(distance, 0.0)
+    return HiddenStates(1 - cosines_P / tokens, distance)
 
 
-def _normal(states_Nd: torch.Tensor) -> torch.Tensor:
+def _unit_vectors(states_Nd: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(states_Nd.double(), dim=-1)
 
 

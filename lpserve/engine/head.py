@@ -1,6 +1,6 @@
-"""From final hidden states to the summed metrics of each window; shared by every LayerStack.
+"""Reduces final hidden states to metrics summed over each window; shared by every LayerStack.
 
-Logits are never kept: they come in chunks of bounded memory and are reduced at once.
+Logits are computed in chunks of bounded memory and reduced immediately.
 
 Shapes: B rows (k stacked masks times N windows), T tokens, d width, n scored targets, V vocabulary,
 C metrics (NLL first).
@@ -28,10 +28,10 @@ class Targets:
     """Device index tensors of a block's scored targets."""
 
     def __init__(self, block: TokenWindows, device: torch.device) -> None:
-        window_n, position_n = np.nonzero(block.scored_NT)
-        self.window_n = on_device(window_n, device)
-        self.flat_n = on_device(window_n * block.length + position_n - 1, device)
-        self.ids_n = on_device(block.tokens_NT[window_n, position_n], device)
+        window_rows, position = np.nonzero(block.scored_NT)
+        self.window_rows = on_device(window_rows, device)
+        self.flat = on_device(window_rows * block.length + position - 1, device)
+        self.ids = on_device(block.tokens_NT[window_rows, position], device)
 
 
 class TargetCache:
@@ -51,30 +51,30 @@ class TargetCache:
 
 
 class Vocabulary(Protocol):
-    """Logits over a vocabulary, or over the part of it that a rank holds, and metrics of them.
+    """Logits of the vocabulary, or of the part of it that a rank holds, and metrics of them.
 
     Shapes: k stacked masks, `k * n` rows.
     """
 
-    def logits(self, rows_nd: torch.Tensor, /) -> torch.Tensor:
+    def logits(self, rows: torch.Tensor, /) -> torch.Tensor:
         """Logits of states before the targets, `[n, V]`, in the model's dtype."""
         ...
 
-    def nll(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
+    def nll(self, logits: torch.Tensor, ids: torch.Tensor, /) -> torch.Tensor:
         """NLL of the targets, `float32[n]` nats."""
         ...
 
-    def misses(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
+    def misses(self, logits: torch.Tensor, ids: torch.Tensor, /) -> torch.Tensor:
         """`float32[n]`: 1 where the target is not the most probable token, else 0."""
         ...
 
-    def divergence(self, whole_nV: torch.Tensor, logits_knV: torch.Tensor, /) -> torch.Tensor:
+    def divergence(self, full_logits: torch.Tensor, mask_logits: torch.Tensor, /) -> torch.Tensor:
         """`float32[k, n]` nats: KL divergence of the full model's prediction from each mask's."""
         ...
 
 
-class WholeVocabulary:
-    """A vocabulary that one device holds.
+class LocalVocabulary:
+    """All logits of the vocabulary are computed on one device.
 
     Args:
         compiled: reduce logits through `torch.compile`, which reads them once or twice in their
@@ -89,19 +89,19 @@ class WholeVocabulary:
             torch.compile(_nll) if compiled else _nll
         )
 
-    def logits(self, rows_nd: torch.Tensor, /) -> torch.Tensor:
-        return self._logits(rows_nd)
+    def logits(self, rows: torch.Tensor, /) -> torch.Tensor:
+        return self._logits(rows)
 
-    def nll(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
-        return self._nll(logits_nV, ids_n)
+    def nll(self, logits: torch.Tensor, ids: torch.Tensor, /) -> torch.Tensor:
+        return self._nll(logits, ids)
 
-    def misses(self, logits_nV: torch.Tensor, ids_n: torch.Tensor, /) -> torch.Tensor:
-        return (logits_nV.argmax(-1) != ids_n).float()
+    def misses(self, logits: torch.Tensor, ids: torch.Tensor, /) -> torch.Tensor:
+        return (logits.argmax(-1) != ids).float()
 
-    def divergence(self, whole_nV: torch.Tensor, logits_knV: torch.Tensor, /) -> torch.Tensor:
+    def divergence(self, full_logits: torch.Tensor, mask_logits: torch.Tensor, /) -> torch.Tensor:
         return _divergence(
-            whole_nV.log_softmax(-1, dtype=torch.float32),
-            logits_knV.log_softmax(-1, dtype=torch.float32),
+            full_logits.log_softmax(-1, dtype=torch.float32),
+            mask_logits.log_softmax(-1, dtype=torch.float32),
         )
 
 
@@ -109,7 +109,8 @@ class Head:
     """Reduces final states to metrics, chunk by chunk.
 
     Args:
-        vocab_size: logits of a target that are held at once.
+        vocab_size: logits of one target on this device.
+        chunk_bytes: upper bound on the memory of the logits that are held at once.
         dtype: of the logits, as the model gives them.
     """
 
@@ -132,7 +133,7 @@ class Head:
 
     def reduce(
         self,
-        state_BTd: torch.Tensor,
+        batch: torch.Tensor,
         block: TokenWindows,
         extra_metrics: Sequence[str] = (),
         full_NTd: torch.Tensor | None = None,
@@ -145,19 +146,19 @@ class Head:
             if (k := top_of(name))
         }
 
-        def metrics(rows_knd: torch.Tensor, ids_n: torch.Tensor, part: slice) -> torch.Tensor:
-            num_stacked = len(rows_knd) // len(ids_n)
-            logits = vocabulary.logits(rows_knd)
-            ids_kn = ids_n.repeat(num_stacked)
-            columns = [vocabulary.nll(logits, ids_kn)]
-            stacked = logits.view(num_stacked, len(ids_n), -1)
+        def metrics(mask_rows: torch.Tensor, ids: torch.Tensor, part: slice) -> torch.Tensor:
+            num_stacked = len(mask_rows) // len(ids)
+            logits = vocabulary.logits(mask_rows)
+            all_ids = ids.repeat(num_stacked)
+            columns = [vocabulary.nll(logits, all_ids)]
+            stacked = logits.view(num_stacked, len(ids), -1)
             for name in extra_metrics:
                 if name == "misses":
-                    columns.append(vocabulary.misses(logits, ids_kn))
+                    columns.append(vocabulary.misses(logits, all_ids))
                 elif name == "kl":
                     assert full_NTd is not None
-                    rows_nd = full_NTd.flatten(0, 1)[targets.flat_n[part]]
-                    found = vocabulary.divergence(vocabulary.logits(rows_nd), stacked)
+                    rows = full_NTd.flatten(0, 1)[targets.flat[part]]
+                    found = vocabulary.divergence(vocabulary.logits(rows), stacked)
                     columns.append(found.flatten())
                 else:
                     columns.append(tables[top_of(name) or 0].divergence(stacked, part).flatten())
@@ -166,17 +167,17 @@ class Head:
         # beside the logits: log-probabilities of both, and their products
         factor = 5 if "kl" in extra_metrics else 2 if tables else 1
         return summed(
-            state_BTd,
+            batch,
             block.num_windows,
             targets,
-            self._chunk(state_BTd, block, factor),
+            self._chunk(batch, block, factor),
             1 + len(extra_metrics),
             metrics,
         )
 
-    def _chunk(self, state_BTd: torch.Tensor, block: TokenWindows, factor: int) -> int:
+    def _chunk(self, batch: torch.Tensor, block: TokenWindows, factor: int) -> int:
         """Targets of a mask that may be worked on at once."""
-        num_stacked = state_BTd.shape[0] // block.num_windows
+        num_stacked = batch.shape[0] // block.num_windows
         target_bytes = self._logit_bytes * factor * self._vocab_size * num_stacked
         return max(1, self._chunk_bytes // target_bytes)
 
@@ -188,9 +189,9 @@ class Head:
             assert full_NTd is not None
             if len(self._tables) >= _MAX_CACHED:
                 self._tables.clear()
-            if not isinstance(self._vocabulary, WholeVocabulary):
+            if not isinstance(self._vocabulary, LocalVocabulary):
                 raise InputError("kl_topK needs tensor_parallel_size 1; kl does not")
-            rows = full_NTd.flatten(0, 1)[targets.flat_n]
+            rows = full_NTd.flatten(0, 1)[targets.flat]
             chunk, k = self._chunk(full_NTd, block, 2), min(k, self._vocab_size)
             parts = [
                 self._vocabulary.logits(rows[start : start + chunk])
@@ -206,17 +207,17 @@ class Head:
 
 
 class _TopTable:
-    """The whole model's likeliest tokens before every target of a block, `[n, K]`."""
+    """The K most probable next tokens of the full model before every target of a block."""
 
-    def __init__(self, log_p_nK: torch.Tensor, ids_nK: torch.Tensor) -> None:
-        self._log_p_nK = log_p_nK
-        self._ids_nK = ids_nK
+    def __init__(self, log_p: torch.Tensor, top_ids: torch.Tensor) -> None:
+        self._log_p = log_p
+        self._ids = top_ids
 
-    def divergence(self, logits_knV: torch.Tensor, part: slice) -> torch.Tensor:
-        """`float32[k, n]` nats: the K likeliest one by one, all others as one token."""
-        logits_knV, log_p = logits_knV.float(), self._log_p_nK[part]
-        ids_knK = self._ids_nK[part].expand(len(logits_knV), -1, -1)
-        log_q = logits_knV.gather(-1, ids_knK) - logits_knV.logsumexp(-1, keepdim=True)
+    def divergence(self, mask_logits: torch.Tensor, part: slice) -> torch.Tensor:
+        """KL divergence, `float32[k, n]` nats; all tokens outside of the K are one outcome."""
+        mask_logits, log_p = mask_logits.float(), self._log_p[part]
+        mask_top_ids = self._ids[part].expand(len(mask_logits), -1, -1)
+        log_q = mask_logits.gather(-1, mask_top_ids) - mask_logits.logsumexp(-1, keepdim=True)
         rest_p, rest_q = _rest(log_p), _rest(log_q)
         rest = torch.where(
             rest_p > 0, rest_p * (rest_p.clamp(min=1e-30).log() - rest_q.clamp(min=1e-30).log()), 0
@@ -224,12 +225,12 @@ class _TopTable:
         return _divergence(log_p, log_q) + rest
 
 
-def _nll(logits_nV: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits_nV.float(), ids_n, reduction="none")
+def _nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), ids, reduction="none")
 
 
 def _rest(log_p: torch.Tensor) -> torch.Tensor:
-    """Probability of what is not among the likeliest."""
+    """Probability of all tokens outside of the K."""
     return (1 - log_p.double().exp().sum(-1)).clamp(min=0).float()
 
 
@@ -239,7 +240,7 @@ def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def summed(
-    state_BTd: torch.Tensor,
+    batch: torch.Tensor,
     num_windows: int,
     targets: Targets,
     chunk: int,
@@ -249,21 +250,21 @@ def summed(
     """`float64[B, C]`: metrics summed over each row's scored positions.
 
     Args:
-        state_BTd: states of k masks, stacked; axes after T are the stack's own.
+        batch: states of k masks, stacked; axes after T are the stack's own.
         chunk: upper bound on the targets of one mask given to `token_metrics` at once.
     """
-    num_stacked = state_BTd.shape[0] // num_windows
-    states = state_BTd.view(num_stacked, -1, *state_BTd.shape[2:])
-    first_k1 = torch.arange(num_stacked, device=state_BTd.device)[:, None] * num_windows
-    sums_BC = state_BTd.new_zeros((state_BTd.shape[0], num_metrics), dtype=torch.float64)
-    for start in range(0, len(targets.flat_n), chunk):
+    num_stacked = batch.shape[0] // num_windows
+    states = batch.view(num_stacked, -1, *batch.shape[2:])
+    first_rows = torch.arange(num_stacked, device=batch.device)[:, None] * num_windows
+    sums = batch.new_zeros((batch.shape[0], num_metrics), dtype=torch.float64)
+    for start in range(0, len(targets.flat), chunk):
         part = slice(start, start + chunk)
         # one row for each scored target: the state just before it
-        rows = states[:, targets.flat_n[part]].flatten(0, 1)
-        values_nC = token_metrics(rows, targets.ids_n[part], part)
-        window_n = (first_k1 + targets.window_n[part]).flatten()
-        sums_BC.index_add_(0, window_n, values_nC.double())
-    return sums_BC
+        rows = states[:, targets.flat[part]].flatten(0, 1)
+        values = token_metrics(rows, targets.ids[part], part)
+        window_rows = (first_rows + targets.window_rows[part]).flatten()
+        sums.index_add_(0, window_rows, values.double())
+    return sums
 
 
 def plain_nll(logits: torch.Tensor, windows: TokenWindows, device: torch.device) -> torch.Tensor:

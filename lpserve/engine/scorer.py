@@ -1,10 +1,10 @@
-"""Windows registered, and masks scored on them through the trie; shared by all trie engines.
+"""Registers windows and scores masks on them through the trie; shared by all trie engines.
 
 Windows of a set are grouped by padded length; each group is one block for the executor.
 
-A stack may hold only some of the players, in a row (a pipeline stage). Its trie is then walked once
-for each distinct prefix over the players before it, in sorted order: the order in which the stage
-before hands on its states.
+A stack may hold only a run of consecutive players (a pipeline stage). Its trie is then walked once
+for each distinct prefix over the players before it, in sorted order, which is the order in which
+the previous stage sends its states.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PreparedStack(LayerStack, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    rows_n: IntArray
+    row_numbers: IntArray
     block: TokenWindows
 
 
@@ -106,17 +106,19 @@ class StackScorer:
         """Metrics `float64[M, N, C]` of registered windows, the NLL and those of `extra_metrics`,
         and the work it took."""
         started = time.perf_counter()
-        sorted_DP, inverse_M = sort_distinct(masks_MP)
-        values_DNC = np.empty((len(sorted_DP), len(self.num_tokens(key)), 1 + len(extra_metrics)))
+        sorted_MP, inverse_M = sort_distinct(masks_MP)
+        metric_values = np.empty(
+            (len(sorted_MP), len(self.num_tokens(key)), 1 + len(extra_metrics))
+        )
         layer_forwards = tokens = 0
         with full_precision():
             for group in self._groups[key]:
-                values, layer_forwards = self._walk(sorted_DP, group.block, extra_metrics)
-                values_DNC[:, group.rows_n] = values
-                tokens += len(sorted_DP) * group.block.tokens_NT.size
-        return values_DNC[inverse_M], Work(
+                values, layer_forwards = self._walk(sorted_MP, group.block, extra_metrics)
+                metric_values[:, group.row_numbers] = values
+                tokens += len(sorted_MP) * group.block.tokens_NT.size
+        return metric_values[inverse_M], Work(
             masks=len(masks_MP),
-            distinct_masks=len(sorted_DP),
+            distinct_masks=len(sorted_MP),
             layer_forwards=layer_forwards,
             skip_layer_forwards=int(np.asarray(masks_MP).sum()),
             tokens=tokens,
@@ -124,23 +126,23 @@ class StackScorer:
         )
 
     def _walk(
-        self, sorted_DP: BoolArray, block: TokenWindows, extra_metrics: Sequence[str]
+        self, sorted_MP: BoolArray, block: TokenWindows, extra_metrics: Sequence[str]
     ) -> tuple[FloatArray, int]:
         """Metrics [D, N, C] of one block, and its layer-forwards."""
-        values_DNC = np.empty((len(sorted_DP), block.num_windows, 1 + len(extra_metrics)))
+        metric_values = np.empty((len(sorted_MP), block.num_windows, 1 + len(extra_metrics)))
         mine = slice(self._first, self._first + self.stack.num_players)
-        bounds = prefix_bounds(sorted_DP, self._first)
+        bounds = prefix_bounds(sorted_MP, self._first)
         layer_forwards = 0
         for columns, part in self._parts(block):
             layer_forwards = 0
             for low, high in pairwise(bounds):
-                values, work = self.executor.score(sorted_DP[low:high, mine], part, extra_metrics)
-                values_DNC[low:high, columns] = values
+                values, work = self.executor.score(sorted_MP[low:high, mine], part, extra_metrics)
+                metric_values[low:high, columns] = values
                 layer_forwards += work.layer_forwards
-        return values_DNC, layer_forwards
+        return metric_values, layer_forwards
 
     def _parts(self, block: TokenWindows) -> Iterator[tuple[slice, TokenWindows]]:
-        """A block in parts whose state is as large as one may be, and where they are in it."""
+        """The parts of a block that fit one state each, with their columns in the block."""
         rows = self._rows(block)
         if rows == block.num_windows:
             yield slice(0, rows), block
@@ -150,14 +152,15 @@ class StackScorer:
             yield slice(start, stop), block.select(np.arange(start, stop))
 
     def _rows(self, block: TokenWindows) -> int:
-        """Windows of a state: every stage cuts alike, whatever its own number of players."""
+        """Windows in one state: the same for every stage, whatever its own number of players."""
         return self.executor.group_rows(block.num_windows, block.length, self._num_players)
 
     def batch_noise(self, key: str, seed: int = 0) -> float:
-        """How much the other masks of a batch change a score: nats per token, root mean square.
+        """How much the other masks of a batch change a score: nats per token, root mean square over
+        random masks, scored together and one by one.
 
-        Random masks scored together and one by one. Zero on CPU by default, where a micro-batch is
-        one state; on a GPU a kernel's rounding depends on the shape of its batch.
+        Zero on CPU by default, where a micro-batch is one state; on a GPU a kernel's rounding
+        depends on the shape of its batch.
         """
         rng = np.random.default_rng(seed)
         masks_MP = rng.random((NOISE_MASKS, self._num_players)) < 0.8
@@ -171,15 +174,15 @@ class StackScorer:
         padded_N = np.minimum(-(-windows.lengths_N // step) * step, windows.length)
         groups = []
         for length in np.unique(padded_N):
-            rows_n = np.flatnonzero(padded_N == length)
-            groups.append(_Group(rows_n, windows.select(rows_n, int(length))))
+            row_numbers = np.flatnonzero(padded_N == length)
+            groups.append(_Group(row_numbers, windows.select(row_numbers, int(length))))
         return groups
 
 
-def prefix_bounds(sorted_DP: BoolArray, num_before: int) -> list[int]:
+def prefix_bounds(sorted_MP: BoolArray, num_before: int) -> list[int]:
     """Where the first `num_before` bits of sorted masks change: 0, ..., D."""
-    changes = (sorted_DP[1:, :num_before] != sorted_DP[:-1, :num_before]).any(axis=1)
-    return [0, *(np.flatnonzero(changes) + 1).tolist(), len(sorted_DP)]
+    changes = (sorted_MP[1:, :num_before] != sorted_MP[:-1, :num_before]).any(axis=1)
+    return [0, *(np.flatnonzero(changes) + 1).tolist(), len(sorted_MP)]
 
 
 def trie_settings(options: Any, device_type: str, free_bytes: int) -> TrieSettings:

@@ -95,34 +95,34 @@ class SyntheticEngine:
         check_extra_metrics(self.info, extra_metrics)
         block = self._windows[self._default if windows is None else windows]
         masks_MP = check_masks(masks_MP, self.info.num_players)
-        sorted_DP, inverse_M = sort_distinct(masks_MP)
+        sorted_MP, inverse_M = sort_distinct(masks_MP)
         started = time.perf_counter()
-        mean_D = self.mean_nll(sorted_DP)
-        self._take_time(sorted_DP, mean_D)
+        mean_M = self.mean_nll(sorted_MP)
+        self._take_time(sorted_MP, mean_M)
         if self._tally:
             with open(self._tally, "a") as tally:
-                tally.write(f"{len(sorted_DP)}\n")
-        self.masks_scored += len(sorted_DP)
+                tally.write(f"{len(sorted_MP)}\n")
+        self.masks_scored += len(sorted_MP)
         factor_N = 1 + 0.1 * np.cos(np.array([int(h[:8], 16) for h in block.window_hashes]))
         work = Work(
             masks=len(masks_MP),
-            distinct_masks=len(sorted_DP),
+            distinct_masks=len(sorted_MP),
             layer_forwards=trie_layer_forwards(masks_MP),
             skip_layer_forwards=int(masks_MP.sum()),
-            tokens=len(sorted_DP) * block.tokens_NT.size,
+            tokens=len(sorted_MP) * block.tokens_NT.size,
             seconds=time.perf_counter() - started,
         )
         return Scores(
-            nll_MN=(mean_D[:, None] * factor_N * block.num_tokens_N)[inverse_M],
+            nll_MN=(mean_M[:, None] * factor_N * block.num_tokens_N)[inverse_M],
             num_tokens_N=block.num_tokens_N,
             work=work,
         )
 
-    def _take_time(self, sorted_DP: BoolArray, mean_D: FloatArray) -> None:
+    def _take_time(self, sorted_MP: BoolArray, mean_M: FloatArray) -> None:
         if not any(self._special.values()):
-            time.sleep(self._delay_s * len(sorted_DP))
+            time.sleep(self._delay_s * len(sorted_MP))
             return
-        for row, mask_P in enumerate(sorted_DP):
+        for row, mask_P in enumerate(sorted_MP):
             text = "".join("01"[int(bit)] for bit in mask_P)
             if text in self._special["kill"]:
                 os.kill(os.getpid(), 9)
@@ -134,7 +134,7 @@ class SyntheticEngine:
             if text in self._special["poison"]:
                 raise EngineError(f"mask {text} is poisoned")
             if text in self._special["nan"]:
-                mean_D[row] = np.nan
+                mean_M[row] = np.nan
             time.sleep(self._delay_s)
 
     def mean_nll(self, masks_MP: BoolArray) -> FloatArray:

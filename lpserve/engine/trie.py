@@ -34,8 +34,8 @@ class TrieSettings:
     """Memory and micro-batch shapes, decided once for a run; they do not change results."""
 
     state_budget_bytes: int
-    """Upper bound on the bytes of the states alive at once. Final states of the full model, kept
-    for metrics that compare with it, may take as much again."""
+    """Upper bound on the bytes of the states alive at once. Final states of the full model, which
+    are kept for metrics that compare with it, have a second budget of the same size."""
     micro_batch_tokens: int
     """Upper bound on the tokens given to a layer at once; never fewer than one window."""
     pack_states: bool
@@ -63,10 +63,10 @@ class TrieExecutor:
         self._free: list[torch.Tensor] = []
         self._num_buffers = 0
         self._batch: torch.Tensor | None = None
-        self._whole: dict[str, torch.Tensor] = {}
+        self._full_states: dict[str, torch.Tensor] = {}
 
     def group_rows(self, num_windows: int, length: int, num_players: int | None = None) -> int:
-        """Windows that one state holds: all of them, or fewer so that a path of states fits.
+        """Windows in one state: all of them, or as many as let the P + 1 states of a path fit.
 
         Args:
             num_players: of the full model, where the stack is one stage of a pipeline.
@@ -76,14 +76,14 @@ class TrieExecutor:
         """
         num_players = num_players or self._stack.num_players
         path_bytes = self._stack.state_bytes(length) * (num_players + 1)
-        fitting = self._settings.state_budget_bytes // path_bytes
-        if fitting < 1:
+        fitting_rows = self._settings.state_budget_bytes // path_bytes
+        if fitting_rows < 1:
             raise InputError(
                 f"state_budget_mb is too small: {num_players + 1} states of one "
                 f"{length}-token window take {path_bytes / 2**20:.2f} MiB"
             )
-        wanted = max(1, self._settings.micro_batch_tokens // length)
-        return int(min(num_windows, fitting, wanted))
+        batch_rows = max(1, self._settings.micro_batch_tokens // length)
+        return int(min(num_windows, fitting_rows, batch_rows))
 
     def score(
         self, masks_MP: BoolArray, block: TokenWindows, extra_metrics: Sequence[str] = ()
@@ -91,28 +91,28 @@ class TrieExecutor:
         """Metrics of every mask on windows of one padded length, `float64[M, N, C]`: the NLL, then
         those of `extra_metrics`; and the work."""
         started = time.perf_counter()
-        sorted_DP, inverse_M = sort_distinct(masks_MP)
+        sorted_MP, inverse_M = sort_distinct(masks_MP)
         rows = self.group_rows(block.num_windows, block.length)
-        values_DNC = np.empty((len(sorted_DP), block.num_windows, 1 + len(extra_metrics)))
+        metric_values = np.empty((len(sorted_MP), block.num_windows, 1 + len(extra_metrics)))
         layer_forwards = 0
         for start in range(0, block.num_windows, rows):
             group = block.select(np.arange(start, min(start + rows, block.num_windows)))
-            walk = _Walk(self, sorted_DP, group, extra_metrics)
+            walk = _Walk(self, sorted_MP, group, extra_metrics)
             try:
-                values_DNC[:, start : start + group.num_windows] = walk.run()
+                metric_values[:, start : start + group.num_windows] = walk.run()
             except BaseException:
-                self._drop_buffers()  # a walk cut short cannot say which of them are free
+                self._drop_buffers()  # an interrupted walk leaves them in use
                 raise
             layer_forwards = walk.layer_forwards
         work = Work(
             masks=len(masks_MP),
-            distinct_masks=len(sorted_DP),
+            distinct_masks=len(sorted_MP),
             layer_forwards=layer_forwards,
             skip_layer_forwards=int(np.asarray(masks_MP).sum()),
-            tokens=len(sorted_DP) * block.tokens_NT.size,
+            tokens=len(sorted_MP) * block.tokens_NT.size,
             seconds=time.perf_counter() - started,
         )
-        return values_DNC[inverse_M], work
+        return metric_values[inverse_M], work
 
     def prepare(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> int:
         """Drop buffers of another shape; returns how many of this one the budget allows."""
@@ -127,20 +127,20 @@ class TrieExecutor:
         self._batch = None
         self._num_buffers = 0
 
-    def whole(self, block: TokenWindows, embedded: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The state of these windows after all players, and the layer-forwards that it took: kept
-        for the calls to come, as long as all that are kept fit the memory budget."""
+    def full_state(self, block: TokenWindows, embedded: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The state of these windows after all players, and the layer-forwards that computing it
+        took. States are kept for later calls while they fit the memory budget together."""
         key = block.content_hash
-        if key in self._whole:
-            return self._whole[key], 0
+        if key in self._full_states:
+            return self._full_states[key], 0
         state = embedded
         for player in range(self._stack.num_players):
             state = self._stack.run_player(player, state)
         size = state.numel() * state.element_size()
-        if size * (len(self._whole) + 1) > self._settings.state_budget_bytes:
-            self._whole.clear()
-        self._whole[key] = state.clone()
-        return self._whole[key], self._stack.num_players
+        if size * (len(self._full_states) + 1) > self._settings.state_budget_bytes:
+            self._full_states.clear()
+        self._full_states[key] = state.clone()
+        return self._full_states[key], self._stack.num_players
 
     def states_per_batch(self, shape: torch.Size) -> int:
         if not self._settings.pack_states:
@@ -176,41 +176,41 @@ class _Walk:
     def __init__(
         self,
         executor: TrieExecutor,
-        sorted_DP: BoolArray,
+        sorted_MP: BoolArray,
         block: TokenWindows,
         extra_metrics: Sequence[str],
     ) -> None:
-        self._ex = executor
+        self._executor = executor
         self._stack = executor._stack
-        self._bits_DP = sorted_DP
+        self._masks_MP = sorted_MP
         self._block = block
         self._extra_metrics = tuple(extra_metrics)
-        self._whole: torch.Tensor | None = None
-        self._values_DNC = torch.empty(0)
+        self._full_NTd: torch.Tensor | None = None
+        self._metric_values = torch.empty(0)
         self.layer_forwards = 0
 
     def run(self) -> FloatArray:
         """`float64[D, N, C]`."""
         embedded = self._stack.embed(self._block)
         if any(needs_full_model(name) for name in self._extra_metrics):
-            self._whole, self.layer_forwards = self._ex.whole(self._block, embedded)
+            self._full_NTd, self.layer_forwards = self._executor.full_state(self._block, embedded)
         dtype = self._stack.state_dtype
-        self._limit = self._ex.prepare(embedded.shape, dtype, embedded.device)
-        self._per_batch = self._ex.states_per_batch(embedded.shape)
+        self._limit = self._executor.prepare(embedded.shape, dtype, embedded.device)
+        self._per_batch = self._executor.states_per_batch(embedded.shape)
         if embedded.dtype == dtype:
-            root = self._ex.take()
+            root = self._executor.take()
             root.copy_(embedded)
         else:  # kept as it is, beside the buffers, until the last mask has run a player
             root = embedded
             self._limit -= 1
         del embedded
-        self._values_DNC = torch.empty(
-            (len(self._bits_DP), self._block.num_windows, 1 + len(self._extra_metrics)),
+        self._metric_values = torch.empty(
+            (len(self._masks_MP), self._block.num_windows, 1 + len(self._extra_metrics)),
             dtype=torch.float64,
             device=root.device,
         )
-        self._walk([_Node(0, len(self._bits_DP), root)], 0)
-        return self._values_DNC.cpu().numpy()
+        self._walk([_Node(0, len(self._masks_MP), root)], 0)
+        return self._metric_values.cpu().numpy()
 
     def _walk(self, nodes: list[_Node], player: int) -> None:
         num_players = self._stack.num_players
@@ -218,8 +218,8 @@ class _Walk:
             splits = [self._split(node, player) for node in nodes]
             if len(nodes) > 1:
                 branching = sum(n.low < s < n.high for n, s in zip(nodes, splits, strict=True))
-                # a single path may still need one state a player: breadth stops short of them
-                if self._ex.num_live + branching > self._limit - num_players:
+                # walking one path to its end may still take one state for each player
+                if self._executor.num_live + branching > self._limit - num_players:
                     half = len(nodes) // 2
                     self._walk(nodes[:half], player)
                     self._walk(nodes[half:], player)
@@ -231,8 +231,8 @@ class _Walk:
     def _split(self, node: _Node, player: int) -> int:
         """First mask of the range that keeps the player (dropped sort first)."""
         if node.high - node.low == 1:
-            return node.low if self._bits_DP[node.low, player] else node.high
-        column = self._bits_DP[node.low : node.high, player]
+            return node.low if self._masks_MP[node.low, player] else node.high
+        column = self._masks_MP[node.low : node.high, player]
         return node.low + int(column.searchsorted(True))
 
     def _step(self, nodes: list[_Node], splits: list[int], player: int) -> list[_Node]:
@@ -247,10 +247,10 @@ class _Walk:
                 inputs.append(node.state_NTd)
                 # without a zeros-child the parent's own buffer takes the result
                 reused = split == node.low and self._is_buffer(node.state_NTd)
-                outputs.append(node.state_NTd if reused else self._ex.take())
+                outputs.append(node.state_NTd if reused else self._executor.take())
                 children.append(_Node(split, node.high, outputs[-1]))
         for part in self._batches(inputs):
-            result = self._stack.run_player(player, self._ex.stacked(inputs[part]))
+            result = self._stack.run_player(player, self._executor.stacked(inputs[part]))
             rows = result.split(self._block.num_windows)
             for out, rows_NTd in zip(outputs[part], rows, strict=True):
                 out.copy_(rows_NTd)
@@ -260,19 +260,19 @@ class _Walk:
     def _finish(self, nodes: list[_Node]) -> None:
         for part in self._batches([node.state_NTd for node in nodes]):
             batch = nodes[part]
-            stacked = self._ex.stacked([node.state_NTd for node in batch])
-            values_BC = self._stack.reduce(stacked, self._block, self._extra_metrics, self._whole)
+            stacked = self._executor.stacked([node.state_NTd for node in batch])
+            reduced = self._stack.reduce(stacked, self._block, self._extra_metrics, self._full_NTd)
             # leaves of a frontier are neighbours in key order
-            self._values_DNC[batch[0].low : batch[-1].high] = values_BC.view(
-                len(batch), -1, values_BC.shape[1]
+            self._metric_values[batch[0].low : batch[-1].high] = reduced.view(
+                len(batch), -1, reduced.shape[1]
             )
         for node in nodes:
             if self._is_buffer(node.state_NTd):
-                self._ex.give(node.state_NTd)
+                self._executor.give(node.state_NTd)
 
     def _batches(self, states: list[torch.Tensor]) -> Iterator[slice]:
-        """Consecutive states that go together; an embedding of another dtype goes alone. It can
-        only be the first: the masks without a player so far are first in the order."""
+        """Micro-batches of consecutive states. An embedding of another dtype is the first one by
+        itself, because masks that have kept no player so far are first in the order."""
         start = 0
         if states and not self._is_buffer(states[0]):
             yield slice(0, 1)

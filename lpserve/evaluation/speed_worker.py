@@ -38,7 +38,7 @@ def measure_checkpoint(task: dict[str, Any]) -> dict[str, Any]:
     generate, workers, about = _opened(task, "cuda" if on_gpu else "cpu")
     load_s = time.perf_counter() - started
     rng = np.random.default_rng(task["seed"])
-    prompts_BP = rng.integers(0, about.pop("vocab_size"), (task["batch"], task["prompt_tokens"]))
+    all_prompts = rng.integers(0, about.pop("vocab_size"), (task["batch"], task["prompt_tokens"]))
     new = task["new_tokens"]
 
     def seconds(prompts: Any, count: int) -> list[float]:
@@ -54,9 +54,9 @@ def measure_checkpoint(task: dict[str, Any]) -> dict[str, Any]:
                 taken.append(time.perf_counter() - begun)
         return taken
 
-    first = seconds(prompts_BP[:1], 1)
-    alone = seconds(prompts_BP[:1], new)
-    batch = seconds(prompts_BP, new)
+    first = seconds(all_prompts[:1], 1)
+    alone = seconds(all_prompts[:1], new)
+    batch = seconds(all_prompts, new)
     decode_s = (statistics.median(alone) - statistics.median(first)) / max(1, new - 1)
     rates = sorted(task["batch"] * new / s for s in batch)
     held = {pid: (on_device, taken) for pid, on_device, taken in (*workers(), _held())}

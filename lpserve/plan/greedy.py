@@ -72,21 +72,21 @@ def unpruned_options(
         masks_MP: scored masks, distinct.
         utilities_M: their utilities.
     """
-    loss_SP = _losses([np.ones(masks_MP.shape[1], dtype=bool), *path], masks_MP, utilities_M)
+    loss = _losses([np.ones(masks_MP.shape[1], dtype=bool), *path], masks_MP, utilities_M)
     options = np.flatnonzero(path[-1])
-    change = _last_changes(loss_SP)
+    change = _last_changes(loss)
     if len(change) < _MIN_CHANGES:
         return np.ones(len(options), dtype=bool)
-    steps = len(loss_SP)
-    known_SO = np.isfinite(loss_SP[:, options])
-    age_O = known_SO[::-1].argmax(axis=0)
-    predicted_O = loss_SP[steps - 1 - age_O, options] + change.mean() * age_O
-    predicted_O[~known_SO.any(axis=0)] = -np.inf  # nothing is known of it
-    if not np.isfinite(predicted_O).any():
+    steps = len(loss)
+    known = np.isfinite(loss[:, options])
+    age = known[::-1].argmax(axis=0)
+    predicted = loss[steps - 1 - age, options] + change.mean() * age
+    predicted[~known.any(axis=0)] = -np.inf  # nothing is known of it
+    if not np.isfinite(predicted).any():
         return np.ones(len(options), dtype=bool)
-    cheapest = int(np.argmin(np.where(np.isfinite(predicted_O), predicted_O, np.inf)))
-    moved_O = change.std(ddof=1) * np.sqrt(age_O + age_O[cheapest])
-    return np.asarray(predicted_O - predicted_O[cheapest] <= _PRUNE_BEYOND * moved_O)
+    cheapest = int(np.argmin(np.where(np.isfinite(predicted), predicted, np.inf)))
+    moved = change.std(ddof=1) * np.sqrt(age + age[cheapest])
+    return np.asarray(predicted - predicted[cheapest] <= _PRUNE_BEYOND * moved)
 
 
 def _losses(path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray) -> FloatArray:
@@ -95,28 +95,28 @@ def _losses(path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatAr
     NaN where a player is gone already or the mask was not scored.
     """
     row_of = {key: row for row, key in enumerate(keys(masks_MP))}
-    loss_SP = np.full((len(path), masks_MP.shape[1]), np.nan)
+    loss = np.full((len(path), masks_MP.shape[1]), np.nan)
     for step, mask_P in enumerate(path):
         here = row_of.get(keys(mask_P[None])[0])
         for player, key in zip(np.flatnonzero(mask_P), keys(drop_one(mask_P)), strict=True):
             row = row_of.get(key)
             if here is not None and row is not None:
-                loss_SP[step, player] = utilities_M[here] - utilities_M[row]
-    return loss_SP
+                loss[step, player] = utilities_M[here] - utilities_M[row]
+    return loss
 
 
-def _last_changes(loss_SP: FloatArray) -> FloatArray:
+def _last_changes(loss: FloatArray) -> FloatArray:
     """Changes of losses from step to step, of the cheaper half of the players, `float64[changes]`.
 
     From the last step backwards, until there are at least 8.
     """
     changes: list[FloatArray] = []
-    for step in range(len(loss_SP) - 1, 0, -1):
-        before_P = loss_SP[step - 1]
-        known = np.flatnonzero(np.isfinite(before_P) & np.isfinite(loss_SP[step]))
+    for step in range(len(loss) - 1, 0, -1):
+        before_P = loss[step - 1]
+        known = np.flatnonzero(np.isfinite(before_P) & np.isfinite(loss[step]))
         known = known[np.argsort(before_P[known], kind="stable")]
         cheap = known[: max(_MIN_CHANGES, len(known) // 2)]
-        changes.append(loss_SP[step, cheap] - before_P[cheap])
+        changes.append(loss[step, cheap] - before_P[cheap])
         if sum(map(len, changes)) >= _MIN_CHANGES:
             break
     return np.concatenate([np.empty(0), *changes])

@@ -101,14 +101,14 @@ class Plan:
     format: int = PLAN_FORMAT
 
     @property
-    def tells_utility(self) -> bool:
-        """Whether its figures are the utility's, since no perplexity says what that is."""
+    def reports_utility(self) -> bool:
+        """Whether it reports the utility itself, because no perplexity stands for it."""
         of_ppl = utility_named(self.utility).reports_perplexity
         return not of_ppl and self.full_calibration_utility is not None
 
     @property
     def perplexity_of(self) -> str:
-        """Whose perplexity it tells."""
+        """What its perplexities are of, in words: empty for texts."""
         if utility_named(self.utility).item == "window":
             return ""
         text = self.heldout_drawn == "windows"

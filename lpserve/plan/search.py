@@ -55,12 +55,12 @@ def starts(masks_MP: BoolArray, utilities_M: FloatArray, num_removed: int) -> Bo
     found = [np.empty((0, masks_MP.shape[1]), dtype=bool)]
     for r in (num_removed - 1, num_removed, num_removed + 1):
         rows = np.flatnonzero((removed_M == r) & np.isfinite(utilities_M))
-        best_QP = masks_MP[rows[np.argsort(-utilities_M[rows], kind="stable")[:_NUM_STARTS]]]
+        best_MP = masks_MP[rows[np.argsort(-utilities_M[rows], kind="stable")[:_NUM_STARTS]]]
         if r == num_removed:
-            found.append(best_QP)
+            found.append(best_MP)
         else:
             found += [
-                drop_one(mask_P) if r < num_removed else add_one(mask_P) for mask_P in best_QP
+                drop_one(mask_P) if r < num_removed else add_one(mask_P) for mask_P in best_MP
             ]
     return np.concatenate(found)
 
@@ -79,7 +79,7 @@ def best_predicted_sets(
         pool = all_masks(num_players, num_players - num_removed)
         return _top(pool, surrogate.mean(pool))[0]
     pool, _ = sort_distinct(starts_MP)
-    pool, value_Q = _top(pool, surrogate.mean(pool))
+    pool, value = _top(pool, surrogate.mean(pool))
     expanded: set[bytes] = set()
     for _ in range(_MAX_STEPS):
         fresh = [row for row, key in enumerate(keys(pool[:_BEAM_WIDTH])) if key not in expanded]
@@ -87,11 +87,11 @@ def best_predicted_sets(
             break
         expanded.update(keys(pool[fresh]))
         near = [_best_swaps(surrogate, pool[row]) for row in fresh]
-        pool, place_Q = sort_distinct(np.concatenate([pool, *(masks for masks, _ in near)]))
-        predicted_Q = np.concatenate([value_Q, *(values for _, values in near)])
-        value_Q = np.empty(len(pool))
-        value_Q[place_Q[::-1]] = predicted_Q[::-1]  # of repeated sets the first prediction stays
-        pool, value_Q = _top(pool, value_Q)
+        pool, place = sort_distinct(np.concatenate([pool, *(masks for masks, _ in near)]))
+        predicted = np.concatenate([value, *(values for _, values in near)])
+        value = np.empty(len(pool))
+        value[place[::-1]] = predicted[::-1]  # of repeated sets the first prediction stays
+        pool, value = _top(pool, value)
     return pool
 
 
@@ -103,28 +103,28 @@ def _best_swaps(surrogate: Surrogate, mask_P: BoolArray) -> tuple[BoolArray, Flo
     return _top(near, surrogate.mean(near))
 
 
-def _top(masks_QP: BoolArray, value_Q: FloatArray) -> tuple[BoolArray, FloatArray]:
+def _top(queried_MP: BoolArray, value: FloatArray) -> tuple[BoolArray, FloatArray]:
     """The masks of the highest values and these values, best first, at most 64."""
-    order = np.lexsort((*pack(masks_QP).T[::-1], -value_Q))[:_SHORTLIST]
-    return masks_QP[order], value_Q[order]
+    order = np.lexsort((*pack(queried_MP).T[::-1], -value))[:_SHORTLIST]
+    return queried_MP[order], value[order]
 
 
-def expected_improvement(mean_Q: FloatArray, std_Q: FloatArray, best_Q: FloatArray) -> FloatArray:
+def expected_improvement(mean: FloatArray, std: FloatArray, best: FloatArray) -> FloatArray:
     """Expected improvement, E max(u - best, 0) for u ~ N(mean, std^2), `float64[Q]`.
 
-    Mockus 1975; Jones, Schonlau & Welch 1998, eq. 15. Infinite where `best_Q` is -inf, since no set
+    Mockus 1975; Jones, Schonlau & Welch 1998, eq. 15. Infinite where `best` is -inf, since no set
     of that size is scored.
     """
-    std_Q = np.maximum(std_Q, 1e-12)
-    z_Q = (mean_Q - best_Q) / std_Q
+    std = np.maximum(std, 1e-12)
+    z = (mean - best) / std
     with np.errstate(invalid="ignore"):
-        gain_Q = std_Q * (z_Q * norm.cdf(z_Q) + norm.pdf(z_Q))
-    return np.where(np.isfinite(best_Q), gain_Q, np.inf)
+        gain = std * (z * norm.cdf(z) + norm.pdf(z))
+    return np.where(np.isfinite(best), gain, np.inf)
 
 
 def select_by_expected_improvement(
     surrogate: Surrogate,
-    sets_QP: BoolArray,
+    sets_MP: BoolArray,
     best_of: Mapping[int, float],
     count: int,
     *,
@@ -141,70 +141,70 @@ def select_by_expected_improvement(
 
     Args:
         surrogate: fitted to search utilities.
-        sets_QP: distinct sets, none scored or pending.
+        sets_MP: distinct sets, none scored or pending.
         best_of: number removed -> best scored utility; -inf where none is scored.
         count: size of the batch.
         pending_MP: masks that are being scored.
         min_improvement: selection ends at a smaller expected improvement.
     """
     surrogate = kernel_of(surrogate) or surrogate
-    if not len(sets_QP) or count < 1:
-        return sets_QP[:0]
-    removed_Q = (~sets_QP).sum(axis=1)
-    best_Q = np.array([best_of.get(int(r), -np.inf) for r in removed_Q])
-    share_Q = np.where(best_Q > 0, best_Q, 1.0)
+    if not len(sets_MP) or count < 1:
+        return sets_MP[:0]
+    removed = (~sets_MP).sum(axis=1)
+    best = np.array([best_of.get(int(r), -np.inf) for r in removed])
+    share = np.where(best > 0, best, 1.0)
     if not isinstance(surrogate, KernelSurrogate):
-        mean_Q, std_Q = surrogate.predict(sets_QP)
-        gain_Q = expected_improvement(mean_Q, STD_INFLATION * std_Q, best_Q) / share_Q
-        order = np.argsort(-gain_Q, kind="stable")[:count]
-        return sets_QP[order[gain_Q[order] > min_improvement]]
-    sets_QP, rows = _shortlist(surrogate, sets_QP, best_Q)
-    removed_Q, best_Q, share_Q = removed_Q[rows], best_Q[rows], share_Q[rows]
-    mean_Q, cov_QQ = surrogate.joint(np.concatenate([pending_MP, sets_QP]))
-    cov_QQ *= STD_INFLATION**2
+        mean, std = surrogate.predict(sets_MP)
+        gain = expected_improvement(mean, STD_INFLATION * std, best) / share
+        order = np.argsort(-gain, kind="stable")[:count]
+        return sets_MP[order[gain[order] > min_improvement]]
+    sets_MP, rows = _shortlist(surrogate, sets_MP, best)
+    removed, best, share = removed[rows], best[rows], share[rows]
+    mean, covariance = surrogate.joint(np.concatenate([pending_MP, sets_MP]))
+    covariance *= STD_INFLATION**2
     for row in range(len(pending_MP)):
-        _condition_on(cov_QQ, row)
-    mean_Q, cov_QQ = mean_Q[len(pending_MP) :], cov_QQ[len(pending_MP) :, len(pending_MP) :]
-    free_Q = np.ones(len(sets_QP), dtype=bool)
+        _condition_on(covariance, row)
+    mean, covariance = mean[len(pending_MP) :], covariance[len(pending_MP) :, len(pending_MP) :]
+    free = np.ones(len(sets_MP), dtype=bool)
     picked: list[int] = []
-    for _ in range(min(count, len(sets_QP))):
-        std_Q = np.sqrt(np.maximum(cov_QQ.diagonal(), _MIN_VARIANCE))
-        gain_Q = expected_improvement(mean_Q, std_Q, best_Q) / share_Q
-        unscored_Q = free_Q & ~np.isfinite(best_Q)
-        if unscored_Q.any():  # a size without any score: its best predicted set first
-            pick = int(np.argmax(np.where(unscored_Q, mean_Q, -np.inf)))
-            best_Q = np.where(removed_Q == removed_Q[pick], mean_Q[pick], best_Q)
+    for _ in range(min(count, len(sets_MP))):
+        std = np.sqrt(np.maximum(covariance.diagonal(), _MIN_VARIANCE))
+        gain = expected_improvement(mean, std, best) / share
+        unscored = free & ~np.isfinite(best)
+        if unscored.any():  # a size without any score: its best predicted set first
+            pick = int(np.argmax(np.where(unscored, mean, -np.inf)))
+            best = np.where(removed == removed[pick], mean[pick], best)
         else:
-            pick = int(np.argmax(np.where(free_Q, gain_Q, -np.inf)))
-            if gain_Q[pick] <= min_improvement:
+            pick = int(np.argmax(np.where(free, gain, -np.inf)))
+            if gain[pick] <= min_improvement:
                 break
         picked.append(pick)
-        free_Q[pick] = False
-        _condition_on(cov_QQ, pick)
-    return sets_QP[picked]
+        free[pick] = False
+        _condition_on(covariance, pick)
+    return sets_MP[picked]
 
 
 def _shortlist(
-    surrogate: KernelSurrogate, sets_QP: BoolArray, best_Q: FloatArray
+    surrogate: KernelSurrogate, sets_MP: BoolArray, best: FloatArray
 ) -> tuple[BoolArray, np.ndarray]:
     """At most 512 sets, those of the highest expected improvement, and their rows; order kept."""
-    rows = np.arange(len(sets_QP))
-    if len(sets_QP) > _MAX_JOINT:
-        mean_Q, std_Q = surrogate.predict(sets_QP)
-        gain_Q = expected_improvement(mean_Q, STD_INFLATION * std_Q, best_Q)
-        rows = np.sort(np.argsort(-gain_Q, kind="stable")[:_MAX_JOINT])
-    return sets_QP[rows], rows
+    rows = np.arange(len(sets_MP))
+    if len(sets_MP) > _MAX_JOINT:
+        mean, std = surrogate.predict(sets_MP)
+        gain = expected_improvement(mean, STD_INFLATION * std, best)
+        rows = np.sort(np.argsort(-gain, kind="stable")[:_MAX_JOINT])
+    return sets_MP[rows], rows
 
 
-def _condition_on(cov_QQ: FloatArray, row: int) -> None:
+def _condition_on(covariance: FloatArray, row: int) -> None:
     """Condition a covariance on the score of one of its masks, in place."""
-    if cov_QQ[row, row] > _MIN_VARIANCE:
-        half_Q = cov_QQ[row] / math.sqrt(cov_QQ[row, row])
-        cov_QQ -= np.outer(half_Q, half_Q)
+    if covariance[row, row] > _MIN_VARIANCE:
+        half = covariance[row] / math.sqrt(covariance[row, row])
+        covariance -= np.outer(half, half)
 
 
 def probability_of_improvement(
-    surrogate: Surrogate, sets_QP: BoolArray, best: float, gain: float
+    surrogate: Surrogate, sets_MP: BoolArray, best: float, gain: float
 ) -> FloatArray:
     """Probability that each unscored set of one size beats the best scored one, `float64[Q]`.
 
@@ -215,6 +215,6 @@ def probability_of_improvement(
         gain: a set of utility u beats it if u (1 - gain) > best, which for a perplexity ratio is a
             perplexity lower by the share `gain`; if u - gain > best where best <= 0.
     """
-    mean_Q, std_Q = surrogate.predict(sets_QP)
+    mean, std = surrogate.predict(sets_MP)
     target = best / (1.0 - gain) if best > 0 else best + gain
-    return norm.sf((target - mean_Q) / np.maximum(STD_INFLATION * std_Q, 1e-12))
+    return norm.sf((target - mean) / np.maximum(STD_INFLATION * std, 1e-12))

@@ -69,8 +69,8 @@ def _curve(outcome: Outcome) -> dict[str, Any]:
     """Perplexity on a log scale, or the utility, against layers removed: points and ticks in
     pixels."""
     plan = outcome.plan
-    measure = "utility" if plan.tells_utility else "ppl"
-    scale = (float, float) if plan.tells_utility else (math.log, math.exp)
+    measure = "utility" if plan.reports_utility else "ppl"
+    scale = (float, float) if plan.reports_utility else (math.log, math.exp)
     series: dict[str, list[tuple[int, float]]] = {}
     for name, side in (("calibration", "calibration"), ("held-out", "heldout")):
         points = [(0, getattr(plan, f"full_{side}_{measure}"))]
@@ -88,7 +88,7 @@ def _curve(outcome: Outcome) -> dict[str, Any]:
 
     ticks = np.linspace(low, high, 5).tolist()
     return {
-        "title": plan.utility if plan.tells_utility else "Perplexity",
+        "title": plan.utility if plan.reports_utility else "Perplexity",
         "series": {
             name: [(*place(r, scale[0](value)), r, value) for r, value in points]
             for name, points in series.items()

@@ -59,7 +59,7 @@ def plot_plan(plan: Plan) -> Figure:
     """
     figure, axes = _figure()
     removed = [0, *(entry.num_removed for entry in plan.plans)]
-    measure = "utility" if plan.tells_utility else "ppl"
+    measure = "utility" if plan.reports_utility else "ppl"
     sides = {"calibration": ("calibration", BLUE), "heldout": ("held out", ORANGE)}
     for side, (name, colour) in sides.items():
         values = [getattr(plan, f"full_{side}_{measure}")]
@@ -68,14 +68,14 @@ def plot_plan(plan: Plan) -> Figure:
             continue
         known = [np.nan if value is None else value for value in values]
         axes.plot(removed, known, marker="o", markersize=4, color=colour, label=name)
-    if not plan.tells_utility:
+    if not plan.reports_utility:
         axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.set_xticks(removed)
     in_layers = all(player.get("part", "layer") == "layer" for player in plan.players)
     axes.set_xlabel("layers removed" if in_layers else "players removed")
-    axes.set_ylabel(plan.utility if plan.tells_utility else "perplexity")
+    axes.set_ylabel(plan.utility if plan.reports_utility else "perplexity")
     axes.legend(frameon=False)
     return figure
 

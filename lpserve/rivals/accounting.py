@@ -46,10 +46,10 @@ class Spent:
         nothing_N = np.zeros(self.num_windows, dtype=bool)
         have_MN = np.array([self.scored.get(key, nothing_N) for key in mask_keys])
         # windows that the same masks lack are run together
-        lacking_MW = ~have_MN if ask.windows is None else ~have_MN[:, ask.windows]
-        runs_MJ, count_J = np.unique(lacking_MW, axis=1, return_counts=True)
+        lacking = ~have_MN if ask.windows is None else ~have_MN[:, ask.windows]
+        runs, counts = np.unique(lacking, axis=1, return_counts=True)
         forwards = self.forwards
-        for run_M, count in zip(runs_MJ.T, count_J, strict=True):
+        for run_M, count in zip(runs.T, counts, strict=True):
             layers = trie_layer_forwards(ask.masks_MP[run_M]) + HEAD_COST * run_M.sum()
             forwards += count / self.num_windows * layers
         return self.masks + sum(key not in self.scored for key in mask_keys), forwards

@@ -179,7 +179,7 @@ class _Comparing:
     ) -> Comparison:
         masks_MP = np.array([full_mask(self._players), *(mask_P for _, mask_P, _ in sets)])
         heldout_M = self._mean("held-out", masks_MP, self._heldout)
-        full = self._mean("whole model", masks_MP[:1], self._calibration)[0]
+        full = self._mean("full model", masks_MP[:1], self._calibration)[0]
         found = [
             FoundSet(
                 rival=name,

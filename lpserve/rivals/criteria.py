@@ -32,18 +32,18 @@ def block_influence(influence_P: FloatArray, max_removed: int) -> Proposer:
     yield from ranked_sets(influence_P, max_removed)
 
 
-def contiguous_layers(distance_LL: FloatArray, max_removed: int) -> Proposer:
+def contiguous_layers(distance: FloatArray, max_removed: int) -> Proposer:
     """Gromov et al. (arXiv 2403.17887): the r consecutive players around which
     the hidden states differ least.
 
     Args:
-        distance_LL: angular distance of the states entering players i and j, `float64[P+1, P+1]`
+        distance: angular distance of the states entering players i and j, `float64[P+1, P+1]`
             (`engine.criteria.HiddenStates`).
     """
-    num_players = len(distance_LL) - 1
+    num_players = len(distance) - 1
     sets = []
     for r in range(1, min(max_removed, num_players) + 1):
-        start = int(np.argmin([distance_LL[i, i + r] for i in range(num_players - r + 1)]))
+        start = int(np.argmin([distance[i, i + r] for i in range(num_players - r + 1)]))
         sets.append(without(num_players, list(range(start, start + r))))
     yield Ask(np.array(sets))
 
@@ -75,7 +75,7 @@ def propose_shortgpt(setting: SearchSetting) -> Proposer:
 
 def propose_angular(setting: SearchSetting) -> Proposer:
     """`contiguous_layers` for the registry; `measured` is an `engine.criteria.HiddenStates`."""
-    return contiguous_layers(setting.measured.distance_LL, setting.max_removed)
+    return contiguous_layers(setting.measured.distance, setting.max_removed)
 
 
 def propose_taylor(setting: SearchSetting) -> Proposer:

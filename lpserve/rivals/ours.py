@@ -20,19 +20,19 @@ def propose(setting: SearchSetting) -> Proposer:
     Raises:
         InputError: the budget is smaller than lpserve's own smallest.
     """
-    players, most = setting.num_players, setting.max_removed
+    players, max_removed = setting.num_players, setting.max_removed
     settings = RoundSettings(
         num_players=players,
-        max_removed=most,
-        sizes=(players - most, players - 1),
+        max_removed=max_removed,
+        sizes=(players - max_removed, players - 1),
         seed=setting.seed,
         surrogate="auto",
         round_size=players,
         goal="plan",
     )
-    least = settings.minimum_budget()
-    if setting.budget < least:
-        raise InputError(f"budget must be at least {least} for lpserve: got {setting.budget}")
+    minimum = settings.minimum_budget()
+    if setting.budget < minimum:
+        raise InputError(f"budget must be at least {minimum} for lpserve: got {setting.budget}")
     return ours(settings)
 
 
@@ -48,5 +48,5 @@ def ours(settings: RoundSettings) -> Proposer:
         if last is not None:
             rounds.append(last)
         nll_M = yield Ask(asked.all_masks)
-        nll_M1 = nll_M[:, None]  # means, not rounded as a store would round them
-        last = CompletedRound(asked.all_masks, nll_M1, nll_M1)
+        nll_column = nll_M[:, None]  # means, not rounded as a store would round them
+        last = CompletedRound(asked.all_masks, nll_column, nll_column)

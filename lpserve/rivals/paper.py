@@ -53,18 +53,18 @@ def paper(
             f"{1 + PAPER_MIN_DRAWS + max_removed} masks: got {budget}"
         )
     rng = np.random.default_rng(seed)
-    draws_DP = paper_draws(num_players, PAPER_DRAWS, rng, strata)
-    coalitions_QP = paper_draws(num_players, PAPER_COALITIONS, rng, strata)
-    draws_DP = draws_DP[_distinct_so_far(draws_DP) <= room]
+    draws_MP = paper_draws(num_players, PAPER_DRAWS, rng, strata)
+    coalitions_MP = paper_draws(num_players, PAPER_COALITIONS, rng, strata)
+    draws_MP = draws_MP[_distinct_so_far(draws_MP) <= room]
     known = KnownScores()
-    nll_M = yield from known.score(np.concatenate([full_mask(num_players)[None], draws_DP]))
-    finite_D = np.isfinite(nll_M[1:])
-    if not np.isfinite(nll_M[0]) or finite_D.sum() < 2:
+    nll_M = yield from known.score(np.concatenate([full_mask(num_players)[None], draws_MP]))
+    finite_M = np.isfinite(nll_M[1:])
+    if not np.isfinite(nll_M[0]) or finite_M.sum() < 2:
         return
     surrogate = PaperSurrogate(seed)
     # not `fit`, which refuses repeated masks and measures a held-out error that is not needed
-    surrogate.train(draws_DP[finite_D], np.exp(nll_M[0] - nll_M[1:][finite_D]))
-    values_P = paper_values(surrogate.mean, coalitions_QP).values_P
+    surrogate.train(draws_MP[finite_M], np.exp(nll_M[0] - nll_M[1:][finite_M]))
+    values_P = paper_values(surrogate.mean, coalitions_MP).values_P
     sets_MP = np.array([ranking_mask(values_P, r) for r in range(1, max_removed + 1)])
     yield from known.score(sets_MP)
 
@@ -82,15 +82,15 @@ def paper_draws(
     """
     strata = paper_kept_counts(num_players) if strata is None else strata
     share = -(-count // len(strata))
-    masks_SDP = np.array([draw(num_players, kept, share, rng) for kept in strata])
-    return masks_SDP.swapaxes(0, 1).reshape(-1, num_players)[:count]
+    masks_by_size = np.array([draw(num_players, kept, share, rng) for kept in strata])
+    return masks_by_size.swapaxes(0, 1).reshape(-1, num_players)[:count]
 
 
-def _distinct_so_far(masks_DP: BoolArray) -> IntArray:
+def _distinct_so_far(masks_MP: BoolArray) -> IntArray:
     """Number of different masks up to and including each row, `int64[D]`."""
     seen: set[bytes] = set()
     counts = []
-    for key in keys(masks_DP):
+    for key in keys(masks_MP):
         seen.add(key)
         counts.append(len(seen))
     return np.array(counts, dtype=np.int64)

@@ -73,7 +73,7 @@ def _branches(masks_MP: BoolArray, rng: np.random.Generator) -> BoolArray:
 def select_for_values(
     surrogate: KernelSurrogate,
     sizes: tuple[int, int],
-    pool_QP: BoolArray,
+    pool_MP: BoolArray,
     count: int,
     *,
     pending_MP: BoolArray,
@@ -84,19 +84,19 @@ def select_for_values(
     Args:
         surrogate: fitted to the scored masks.
         sizes: (k_min, k_max) of the values, sizes before a player joins.
-        pool_QP: candidates: distinct masks, none scored or pending.
+        pool_MP: candidates: distinct masks, none scored or pending.
         count: size of the batch; masks come in the order of selection.
         pending_MP: masks that are being scored, conditioned on like scored ones.
         head_cost: the head's part of a mask's cost, in layer-forwards.
     """
-    masks_MP = np.concatenate([pending_MP, pool_QP])
+    masks_MP = np.concatenate([pending_MP, pool_MP])
     posterior = _Posterior(surrogate, sizes, masks_MP, room=len(pending_MP) + count)
     for row in range(len(pending_MP)):
         posterior.condition_on(row)
     free_M = np.arange(len(masks_MP)) >= len(pending_MP)
     cost_M = masks_MP.sum(axis=1) + head_cost
     picked: list[int] = []
-    for _ in range(min(count, len(pool_QP))):
+    for _ in range(min(count, len(pool_MP))):
         reduction_M = (posterior.covariance_PM**2).sum(axis=0)
         gain_M = reduction_M / (posterior.variance_M * cost_M)
         pick = int(np.argmax(np.where(free_M, gain_M, -np.inf)))
@@ -118,29 +118,29 @@ class _Posterior:
         assert kernel is not None
         self._kernel, self._masks_MP = kernel, masks_MP
         self._own_M = np.maximum(kernel.nugget_of(masks_MP), _MIN_VARIANCE)
-        scored_SP, whiten_SS = surrogate.masks_MP, surrogate.whiten_MM
-        self._known = len(scored_SP)
+        scored_MP, whiten = surrogate.masks_MP, surrogate.whiten_MM
+        self._known = len(scored_MP)
         # rows of the Cholesky factor: scored masks, then picks
-        self._rows_RM = np.empty((self._known + room, len(masks_MP)))
-        self._rows_RM[: self._known] = whiten_SS @ kernel.smooth(scored_SP, masks_MP)
+        self._known_rows = np.empty((self._known + room, len(masks_MP)))
+        self._known_rows[: self._known] = whiten @ kernel.smooth(scored_MP, masks_MP)
         value_of = partial(
             value_covariance, kernel, sizes=sizes, empty_known=surrogate.empty is not None
         )
-        whitened_SP = whiten_SS @ value_of(scored_SP).T
-        explained_SM = self._rows_RM[: self._known]
-        self.covariance_PM = value_of(masks_MP) - whitened_SP.T @ explained_SM
-        self.variance_M = kernel.variance(masks_MP) - (explained_SM**2).sum(axis=0)
+        whitened = whiten @ value_of(scored_MP).T
+        explained = self._known_rows[: self._known]
+        self.covariance_PM = value_of(masks_MP) - whitened.T @ explained
+        self.variance_M = kernel.variance(masks_MP) - (explained**2).sum(axis=0)
         self.variance_M = np.maximum(self.variance_M, self._own_M)
 
     def condition_on(self, row: int) -> None:
         """Condition on the score of one of the masks, whatever it will be."""
-        known_RM = self._rows_RM[: self._known]
+        known = self._known_rows[: self._known]
         deviation = np.sqrt(self.variance_M[row])
         new_M = self._kernel.smooth(self._masks_MP[row : row + 1], self._masks_MP)[0]
-        new_M -= known_RM[:, row] @ known_RM
+        new_M -= known[:, row] @ known
         new_M[row] = self.variance_M[row]
         new_M /= deviation
-        self._rows_RM[self._known] = new_M
+        self._known_rows[self._known] = new_M
         self._known += 1
         self.covariance_PM -= np.outer(self.covariance_PM[:, row] / deviation, new_M)
         self.variance_M = np.maximum(self.variance_M - new_M**2, self._own_M)

@@ -23,7 +23,7 @@ from lpserve.errors import InputError
 from lpserve.surrogate import KernelSurrogate
 from lpserve.types import BoolArray, FloatArray, IntArray
 
-_LEAST_WHOLE = 3  # masks scored on all windows: with fewer nothing is said about the others
+_MIN_FULLY_SCORED = 3  # masks scored on all windows: with fewer nothing is said about the others
 
 
 def screen_rows(corpora: Sequence[tuple[str, int]], num_windows: int) -> IntArray:
@@ -60,16 +60,20 @@ def estimated(
         few_M: the same utility on the screen alone, NaN where it is not finite.
     """
     value_M, variance_M = all_M.copy(), np.zeros(len(all_M))
-    whole = np.flatnonzero(np.isfinite(all_M) & np.isfinite(few_M))
+    full = np.flatnonzero(np.isfinite(all_M) & np.isfinite(few_M))
     screened = np.flatnonzero(~np.isfinite(all_M) & np.isfinite(few_M))
-    if not len(screened) or len(whole) < _LEAST_WHOLE:
+    if not len(screened) or len(full) < _MIN_FULLY_SCORED:
         return value_M, variance_M
-    few_W, all_W = few_M[whole], all_M[whole]
-    spread = float(((few_W - few_W.mean()) ** 2).sum())
-    rho = float((few_W - few_W.mean()) @ (all_W - all_W.mean())) / spread if spread else 1.0
+    few_known, all_known = few_M[full], all_M[full]
+    spread = float(((few_known - few_known.mean()) ** 2).sum())
+    rho = (
+        float((few_known - few_known.mean()) @ (all_known - all_known.mean())) / spread
+        if spread
+        else 1.0
+    )
     delta = KernelSurrogate("gp")
-    delta.fit(masks_MP[whole], all_W - rho * few_W)
-    mean_S, std_S = delta.predict(masks_MP[screened])
-    value_M[screened] = rho * few_M[screened] + mean_S
-    variance_M[screened] = std_S**2
+    delta.fit(masks_MP[full], all_known - rho * few_known)
+    mean, std = delta.predict(masks_MP[screened])
+    value_M[screened] = rho * few_M[screened] + mean
+    variance_M[screened] = std**2
     return value_M, variance_M

@@ -26,9 +26,9 @@ def conclude(loop: RunLoop) -> Outcome:
     record = record_of(loop)
     analysis = analyse(record)
     wanted_MP = candidate_masks(record, analysis)
-    calibration, loop.board = loop.board, loop.make_board(loop.heldout, None)
+    calibration, loop.tracker = loop.tracker, loop.make_tracker(loop.heldout, None)
     loop.progress.begin("held-out", len(wanted_MP))
-    request = loop.board.request(wanted_MP)
+    request = loop.tracker.request(wanted_MP)
     while not request.complete:
         loop.drain(POLL_S)
         loop.show()
@@ -41,7 +41,7 @@ def conclude(loop: RunLoop) -> Outcome:
         heldout_nll_MI=nll_MI,
         heldout_loss_MI=_heldout_losses(loop, nll_MI, request.values),
     )
-    quarantined = {**calibration.quarantined, **loop.board.quarantined}
+    quarantined = {**calibration.quarantined, **loop.tracker.quarantined}
     outcome = Outcome(
         scored=record,
         analysis=analysis,

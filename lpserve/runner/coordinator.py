@@ -91,7 +91,7 @@ class RunLoop:
         self.session, self.dispatcher, self.game = session, session.dispatcher, session.game
         screened = config.screen_windows
         self.screen = screen_rows(calibration.corpora, screened) if screened else None
-        self.board = self.make_board(calibration, self.screen)
+        self.tracker = self.make_tracker(calibration, self.screen)
         self.settings = round_settings(config, pool.info.num_players)
         self.utility = utility_named(config.utility)
         self.planner = RoundPlanner(
@@ -105,7 +105,7 @@ class RunLoop:
         """Noise of a mask's mean loss, root mean square."""
         self.scores_new = 0
 
-    def make_board(self, sample: ItemSet, screen: IntArray | None) -> ScoreTracker:
+    def make_tracker(self, sample: ItemSet, screen: IntArray | None) -> ScoreTracker:
         rows = None if screen is None else sample.window_rows(screen)
         where = (self.store, self.game, sample.windows, self.dispatcher)
         return ScoreTracker(*where, screen=rows, extra_metrics=self.metrics)
@@ -158,9 +158,9 @@ class RunLoop:
                 self.check_signals()
 
     def _ask(self, asked: Round) -> _Asked:
-        requests = [self.board.request(asked.masks_MP, asked.full_M)]
+        requests = [self.tracker.request(asked.masks_MP, asked.full_M)]
         if len(asked.promoted_MP):
-            requests.append(self.board.request(asked.promoted_MP, promoted=True))
+            requests.append(self.tracker.request(asked.promoted_MP, promoted=True))
         return _Asked(asked, requests)
 
     def _complete(self, pending: deque[_Asked]) -> None:
@@ -181,7 +181,7 @@ class RunLoop:
             of_nll = self.pool.info.noise_nll
             self.noise_loss = self.calibration.noise(self.utility, of_nll, values["nll"][0])
             if not np.isfinite([nll_MI[0], loss_MI[0]]).all():
-                what = "the whole model's own score is not finite"
+                what = "the full model's own score is not finite"
                 raise LpserveError(f"{what}: check the model and the dtype")
         self.rounds.append(CompletedRound(masks_MP, nll_MI, loss_MI))
 
@@ -210,7 +210,7 @@ class RunLoop:
         self.session.drain(timeout_s, self.accept)
 
     def accept(self, result: UnitResult | GivenUp) -> None:
-        self.board.accept(result)
+        self.tracker.accept(result)
         if isinstance(result, GivenUp):
             mask = key_text(keys(result.unit.masks_MP)[0], self.settings.num_players)
             self.folder.event("quarantined", mask=mask, reason=result.reason)
@@ -223,16 +223,16 @@ class RunLoop:
         self.session.check_signals(self.accept, self._interrupted)
 
     def _interrupted(self) -> int:
-        self.folder.event("interrupted", scored=self.board.scored)
-        return self.board.scored
+        self.folder.event("interrupted", scored=self.tracker.scored)
+        return self.tracker.scored
 
     # -- progress ------------------------------------------------------------------------------
 
     def show(self) -> None:
         state = self.progress.state
-        state.done = self.board.scored
-        state.reused = self.board.reused
-        state.quarantined = len(self.board.quarantined)
+        state.done = self.tracker.scored
+        state.reused = self.tracker.reused
+        state.quarantined = len(self.tracker.quarantined)
         surrogate = self.planner.model.surrogate
         heldout = getattr(surrogate, "heldout_error", None)
         if surrogate is not None and heldout is not None:

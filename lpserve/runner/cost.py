@@ -8,7 +8,7 @@ Which masks a run asks for depends on scores that do not exist yet. Round sizes,
 neighbourhoods and the sampled design are the run's own; scores come from a stand-in (a random loss
 for every layer), in place of the surrogate's proposals stand sets of low stand-in loss, and random
 masks stand for those that a run chooses for what they say about the values and for what they cost.
-The latter share more prefixes, so a run takes fewer layer-forwards than told, rarely more.
+The latter share more prefixes, so a run takes fewer layer-forwards than estimated, rarely more.
 
 Notation: M masks, P players (layers), N windows, T tokens.
 """
@@ -62,7 +62,7 @@ class CostSettings:
     """GiB of one GPU; None: nothing to compare with."""
 
     def __post_init__(self) -> None:
-        whole = {
+        minimum = {
             "budget": 1,
             "num_windows": 1,
             "heldout_windows": 1,
@@ -71,7 +71,7 @@ class CostSettings:
             "engines": 1,
             "gpus_per_engine": 1,
         }
-        for name, least in whole.items():
+        for name, least in minimum.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}: got {getattr(self, name)}")
         for name in ("max_removed", "round_size"):
@@ -158,10 +158,10 @@ def cost(settings: CostSettings) -> Cost:
         surrogate="ridge",
         round_size=settings.round_size or players,
     )
-    least = rounds_settings.minimum_budget()
-    if settings.budget < least:
+    minimum = rounds_settings.minimum_budget()
+    if settings.budget < minimum:
         raise InputError(
-            f"budget must be at least {least} for {players} layers and max_removed {removed}: "
+            f"budget must be at least {minimum} for {players} layers and max_removed {removed}: "
             f"got {settings.budget}"
         )
     rounds = sample_rounds(rounds_settings, settings.budget)
@@ -260,28 +260,28 @@ def sample_rounds(settings: RoundSettings, budget: int) -> list[BoolArray]:
         if not len(masks_MP):
             break
         asked += len(masks_MP)
-        loss_M1 = (1.0 + (~masks_MP) @ loss_P)[:, None].astype(np.float32)
-        rounds.append(CompletedRound(masks_MP, loss_M1, loss_M1))
+        loss_column = (1.0 + (~masks_MP) @ loss_P)[:, None].astype(np.float32)
+        rounds.append(CompletedRound(masks_MP, loss_column, loss_column))
     return [done.masks_MP for done in rounds]
 
 
-def split_units(masks_MP: BoolArray, most: int, engines: int) -> list[BoolArray]:
+def split_units(masks_MP: BoolArray, largest: int, engines: int) -> list[BoolArray]:
     """A round cut in key order into units of at most `most` masks, and at least one an engine."""
-    sorted_DP, _ = sort_distinct(masks_MP)
-    size = max(1, min(most, -(-len(sorted_DP) // engines)))
-    return [sorted_DP[start : start + size] for start in range(0, len(sorted_DP), size)]
+    sorted_MP, _ = sort_distinct(masks_MP)
+    size = max(1, min(largest, -(-len(sorted_MP) // engines)))
+    return [sorted_MP[start : start + size] for start in range(0, len(sorted_MP), size)]
 
 
 def _unit_masks(
     settings: CostSettings, size: ModelSize, rounds: list[BoolArray], tokens: int
 ) -> int:
     """Masks in two seconds of one engine at the assumed rate; without a rate a whole round."""
-    most = max(len(masks_MP) for masks_MP in rounds)
+    largest = max(len(masks_MP) for masks_MP in rounds)
     if settings.tflops_per_gpu is None:
-        return most
-    whole = _part(rounds, size, tokens, settings.length)
+        return largest
+    round_work = _part(rounds, size, tokens, settings.length)
     rate = settings.gpus_per_engine * settings.tflops_per_gpu * 1e12
-    return max(1, min(most, int(TARGET_UNIT_S * rate * whole.masks / whole.flop)))
+    return max(1, min(largest, int(TARGET_UNIT_S * rate * round_work.masks / round_work.flop)))
 
 
 def _heldout_masks(settings: RoundSettings) -> BoolArray:
@@ -329,7 +329,7 @@ def describe(found: Cost) -> str:
     ]
     seconds = found.seconds
     if seconds is None:
-        lines.append("time       not told: give --tflops-per-gpu, the rate that you assume")
+        lines.append("time       unknown: give --tflops-per-gpu, the rate that you assume")
     else:
         lines.append(
             f"time       {_duration(seconds)} = FLOP / (engines {settings.engines} x "

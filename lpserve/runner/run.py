@@ -77,13 +77,13 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
 
 def run_at(
     config: RunConfig,
-    samples: tuple[ItemSet, ItemSet],
+    item_sets: tuple[ItemSet, ItemSet],
     session: ScoringSession,
     *,
     masks_of: RunRecord | None = None,
     extra_metrics: tuple[str, ...] = (),
 ) -> RunResult:
-    """A run at engines that are open, on calibration and held-out samples that are cut.
+    """A run at engines that are open, on calibration and held-out item_sets that are cut already.
 
     Args:
         config: with every default filled in (`setup.check_model`).
@@ -95,8 +95,8 @@ def run_at(
     """
     session.progress = Progress(interval_s=config.progress_s)
     with closing(RunFolder(config.out)) as folder:
-        stored = _same_run(folder, config, samples[0], None)
-        return _at_work(config, folder, stored, samples, session, masks_of, extra_metrics)
+        stored = _same_run(folder, config, item_sets[0], None)
+        return _at_work(config, folder, stored, item_sets, session, masks_of, extra_metrics)
 
 
 def _same_run(
@@ -117,7 +117,7 @@ def _at_work(
     config: RunConfig,
     folder: RunFolder,
     stored: dict[str, Any] | None,
-    samples: tuple[ItemSet, ItemSet],
+    item_sets: tuple[ItemSet, ItemSet],
     session: ScoringSession,
     masks_of: RunRecord | None,
     extra_metrics: tuple[str, ...],
@@ -128,7 +128,7 @@ def _at_work(
     metrics = tuple(dict.fromkeys(m for m in (metric, *extra_metrics) if m != "nll"))
     check_extra_metrics(session.info, metrics)  # before the folder is this run's
     folder.begun = True
-    loop = RunLoop(config, folder, session, *samples, metrics)
+    loop = RunLoop(config, folder, session, *item_sets, metrics)
     session.signals.at_work = True
     loop.write_config(stored)
     with session.at_work():

@@ -26,10 +26,10 @@ def check_model(config: RunConfig) -> RunConfig:
     """The config with its depth-dependent defaults, after the checkpoint's headers are read."""
     num_players = num_players_of(config)
     config = config.resolved(num_players)
-    least = round_settings(config, num_players).minimum_budget()
-    if config.budget < least:
+    minimum = round_settings(config, num_players).minimum_budget()
+    if config.budget < minimum:
         raise InputError(
-            f"budget must be at least {least} for {num_players} players and max_removed "
+            f"budget must be at least {minimum} for {num_players} players and max_removed "
             f"{config.max_removed}: got {config.budget}"
         )
     return config

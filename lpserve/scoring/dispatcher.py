@@ -108,9 +108,9 @@ class Dispatcher:
             windows: hash of the block's windows, which are registered.
             extra_metrics: metrics beside the NLL.
         """
-        sorted_DP, _ = sort_distinct(masks_MP)
+        sorted_MP, _ = sort_distinct(masks_MP)
         unit = QueuedUnit(
-            masks_MP=sorted_DP, block=block, windows=windows, extra_metrics=extra_metrics
+            masks_MP=sorted_MP, block=block, windows=windows, extra_metrics=extra_metrics
         )
         self._enqueue(unit, first=False)
         self._pump()

@@ -210,7 +210,7 @@ class ScoringSession:
             RunInterrupted: a signal came; what was scored is kept.
         """
         check_extra_metrics(self.info, extra_metrics)
-        distinct_DP, inverse_M = sort_distinct(masks_MP)
+        distinct_MP, inverse_M = sort_distinct(masks_MP)
         tracker = ScoreTracker(
             self.store, self.game, windows, self.dispatcher, extra_metrics=extra_metrics
         )
@@ -223,8 +223,8 @@ class ScoringSession:
             elif result.scores is not None:
                 self.progress.state.work += result.scores.work
 
-        self.progress.begin(stage, len(distinct_DP))
-        request = tracker.request(distinct_DP)
+        self.progress.begin(stage, len(distinct_MP))
+        request = tracker.request(distinct_MP)
         while not request.complete:
             self.drain(POLL_S, accept)
             self._show(tracker)
@@ -232,7 +232,7 @@ class ScoringSession:
         self._show(tracker)
         self.masks_scored += tracker.scored - tracker.reused
         self.masks_read += tracker.reused
-        return {metric: values_DN[inverse_M] for metric, values_DN in request.values.items()}
+        return {metric: values_MN[inverse_M] for metric, values_MN in request.values.items()}
 
     def _show(self, tracker: ScoreTracker) -> None:
         state = self.progress.state

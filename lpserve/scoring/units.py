@@ -43,7 +43,7 @@ class SplitUnit:
     """A unit of one mask whose windows are scored in several parts, and the scores so far."""
 
     unit: QueuedUnit
-    values_CN: FloatArray
+    values_MN: FloatArray
     """One row for each metric, NLL first; a column for each window."""
     missing: int
     """Parts whose scores have not come."""
@@ -102,8 +102,8 @@ def split_over_windows(
         register: makes windows known to the engines; returns their hash.
     """
     num_windows = windows.num_windows
-    values_CN = np.empty((1 + len(unit.extra_metrics), num_windows))
-    split = SplitUnit(unit=unit, values_CN=values_CN, missing=num_parts)
+    values_MN = np.empty((1 + len(unit.extra_metrics), num_windows))
+    split = SplitUnit(unit=unit, values_MN=values_MN, missing=num_parts)
     bounds = np.linspace(0, num_windows, num_parts + 1).astype(int).tolist()
     parts = []
     for start, stop in pairwise(bounds):
@@ -123,7 +123,7 @@ def joined(result: UnitResult, windows_of: Callable[[str], TokenWindows]) -> Uni
     if unit.window_slice is None or scores is None:
         return result
     split = unit.window_slice.split
-    for values_N, metric in zip(split.values_CN, ("nll", *unit.extra_metrics), strict=True):
+    for values_N, metric in zip(split.values_MN, ("nll", *unit.extra_metrics), strict=True):
         values_N[unit.window_slice.rows] = scores.of(metric)[0]
     split.missing -= 1
     split.work += scores.work
@@ -131,7 +131,7 @@ def joined(result: UnitResult, windows_of: Callable[[str], TokenWindows]) -> Uni
         return None
     # One mask was scored: a layer-forward counts once for all windows.
     work = replace(scores.work, tokens=split.work.tokens, seconds=split.work.seconds)
-    nll_1N, *others = split.values_CN[:, None]
+    nll_1N, *others = split.values_MN[:, None]
     full = Scores(
         nll_MN=nll_1N,
         num_tokens_N=windows_of(split.unit.windows).num_tokens_N,

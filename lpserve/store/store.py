@@ -174,8 +174,8 @@ class Store:
         ids = self._blocks.ids(windows)
         mask_keys = keys(masks_MP)
         row_of = {key: row for row, key in enumerate(dict.fromkeys(mask_keys))}
-        nll_DN = np.full((len(row_of), len(ids)), np.nan, dtype=np.float32)
-        known_DN = np.zeros(nll_DN.shape, dtype=bool)
+        nll_MN = np.full((len(row_of), len(ids)), np.nan, dtype=np.float32)
+        known_MN = np.zeros(nll_MN.shape, dtype=bool)
         for held in self._blocks.holding(ids):
             for key, value in self._rows(game, held.block, metric, list(row_of)):
                 value_N = np.frombuffer(value, dtype="<f4")
@@ -183,10 +183,10 @@ class Store:
                     raise self._file.refused(
                         f"is corrupt (a score of {len(value_N)} windows in a block of {held.size})"
                     )
-                nll_DN[row_of[key], held.columns] = value_N[held.positions]
-                known_DN[row_of[key], held.columns] = True
+                nll_MN[row_of[key], held.columns] = value_N[held.positions]
+                known_MN[row_of[key], held.columns] = True
         rows_M = [row_of[key] for key in mask_keys]
-        return nll_DN[rows_M], known_DN[rows_M]
+        return nll_MN[rows_M], known_MN[rows_M]
 
     def read_all(self, masks: int = 512) -> Iterator[StoredScores]:
         """Every score held, by game, block, metric and mask, at most `masks` masks at once."""

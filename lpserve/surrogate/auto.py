@@ -91,11 +91,11 @@ class AutoSurrogate:
         each = [left_out_predictions(single, masks_MP) for single in singles]
         rows = np.flatnonzero(masks_MP.any(axis=1))
         targets_M = utilities_M[rows]
-        error_K = [float(np.sqrt(((targets_M - one.mean_M) ** 2).mean())) for one in each]
+        error = [float(np.sqrt(((targets_M - one.mean_M) ** 2).mean())) for one in each]
         stack = Stack(singles, each, rows, targets_M)
-        error_K.append(stack.heldout_error.rmse)
-        best = int(np.argmin(error_K))
-        if error_K[best] >= _MAX_ERROR_RATIO * error_K[0]:
+        error.append(stack.heldout_error.rmse)
+        best = int(np.argmin(error))
+        if error[best] >= _MAX_ERROR_RATIO * error[0]:
             return self.best_kernel
         return [*singles, stack][best]
 
@@ -114,13 +114,13 @@ class AutoSurrogate:
         """Utility of each of them as predicted without it, by the selected model."""
         return self.best.left_out_M
 
-    def mean(self, masks_QP: BoolArray) -> FloatArray:
+    def mean(self, queried_MP: BoolArray) -> FloatArray:
         """See `base.Predictor`."""
-        return self.best.mean(masks_QP)
+        return self.best.mean(queried_MP)
 
-    def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+    def predict(self, queried_MP: BoolArray) -> tuple[FloatArray, FloatArray]:
         """See `base.Predictor`."""
-        return self.best.predict(masks_QP)
+        return self.best.predict(queried_MP)
 
 
 def build(kind: str, seed: int, *, quick: bool) -> AutoSurrogate:

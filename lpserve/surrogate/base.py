@@ -59,11 +59,11 @@ class Predictor(Protocol):
         """Utility of each training mask as predicted without it, in the order of `rows`."""
         ...
 
-    def mean(self, masks_QP: BoolArray) -> FloatArray:
+    def mean(self, queried_MP: BoolArray) -> FloatArray:
         """Predicted utility, `float64[Q]`."""
         ...
 
-    def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+    def predict(self, queried_MP: BoolArray) -> tuple[FloatArray, FloatArray]:
         """Predicted utility and its standard deviation, `float64[Q]` each."""
         ...
 

@@ -18,7 +18,7 @@ _MAX_TREES, _PATIENCE = 100, 10
 
 
 def train(
-    masks_MP: BoolArray, targets_EM: FloatArray, weights_EM: FloatArray, seed: int
+    masks_MP: BoolArray, member_targets: FloatArray, member_weights: FloatArray, seed: int
 ) -> Members:
     """Train all members, see `crossfit.Train`.
 
@@ -27,7 +27,7 @@ def train(
     from sklearn.ensemble import HistGradientBoostingRegressor
 
     members = []
-    for target_M, weight_M in zip(targets_EM, weights_EM, strict=True):
+    for target_M, weight_M in zip(member_targets, member_weights, strict=True):
         use_M = weight_M > 0
         trees = HistGradientBoostingRegressor(
             learning_rate=_LEARNING_RATE,
@@ -48,8 +48,8 @@ def train(
         )
         members.append(trees)
 
-    def predict(masks_QP: BoolArray) -> FloatArray:
-        return np.stack([trees.predict(masks_QP) for trees in members])
+    def predict(queried_MP: BoolArray) -> FloatArray:
+        return np.stack([trees.predict(queried_MP) for trees in members])
 
     return predict
 

@@ -41,7 +41,7 @@ _QUERY_MASKS = 4096  # at once: bounds the memory
 Members = Callable[[BoolArray], FloatArray]
 """Predictions of all members: masks `bool[Q, P]` -> `float64[E, Q]`."""
 Train = Callable[[BoolArray, FloatArray, FloatArray, int], Members]
-"""Trains all members: (masks_MP, targets_EM, weights_EM, seed) -> their predictions.
+"""Trains all members: (masks_MP, targets_EM, member_weights, seed) -> their predictions.
 
 A weight is 0 where a member leaves a mask out; these masks serve for early stopping. Targets have
 about unit variance."""
@@ -73,16 +73,16 @@ class CrossFitted:
         self._scale = float(targets_M.std()) if np.ptp(targets_M) > 0 else 1.0
         scaled_M = (targets_M - self._offset) / self._scale
         noise_M = noise_M[self.rows] / self._scale**2
-        out_EM = left_out_by(len(self.rows), self._seed)
+        out = left_out_by(len(self.rows), self._seed)
         with threadpool_limits(1, user_api="openmp"):
-            self._fit_members(trained_MP, scaled_M, np.where(out_EM, 0.0, 1.0 / (1.0 + noise_M)))
-            each_EM = self._members(trained_MP)
-        mean_M = each_EM.sum(axis=0, where=out_EM) / out_EM.sum(axis=0)
-        varies_M = each_EM.var(axis=0, ddof=1, where=out_EM)
+            self._fit_members(trained_MP, scaled_M, np.where(out, 0.0, 1.0 / (1.0 + noise_M)))
+            each = self._members(trained_MP)
+        mean_M = each.sum(axis=0, where=out) / out.sum(axis=0)
+        varies_M = each.var(axis=0, ddof=1, where=out)
         residual_M = scaled_M - mean_M
-        excess_M = noise_M + (0.5 - 1 / len(out_EM)) * varies_M
+        excess_M = noise_M + (0.5 - 1 / len(out)) * varies_M
         self._deviation = Deviation.fitted(residual_M, varies_M, excess_M)
-        honest_M = _from_other_folds(residual_M, varies_M, excess_M, out_EM[: len(out_EM) // 2])
+        honest_M = _from_other_folds(residual_M, varies_M, excess_M, out[: len(out) // 2])
         self.left_out_M = self._offset + self._scale * mean_M
         """Utility of each training mask as predicted by the members that left it out."""
         self.left_out_std_M = self._scale * np.sqrt(honest_M + excess_M)
@@ -99,41 +99,41 @@ class CrossFitted:
             self._known[keys(masks_MP[row : row + 1])[0]] = (utilities_M[row], 0.0)
 
     def _fit_members(
-        self, masks_MP: BoolArray, scaled_M: FloatArray, weights_EM: FloatArray
+        self, masks_MP: BoolArray, scaled_M: FloatArray, member_weights: FloatArray
     ) -> None:
-        self._main_EF = main_effects(masks_MP, scaled_M, weights_EM)
-        rest_EM = scaled_M - self._main_EF @ _features(masks_MP).T
-        self._rest_scale = float(np.sqrt((weights_EM * rest_EM**2).sum() / weights_EM.sum()))
+        self._main = main_effects(masks_MP, scaled_M, member_weights)
+        rest = scaled_M - self._main @ _features(masks_MP).T
+        self._rest_scale = float(np.sqrt((member_weights * rest**2).sum() / member_weights.sum()))
         self._rest: Members | None = None
         if self._rest_scale > _MIN_REST:
-            self._rest = self._train(masks_MP, rest_EM / self._rest_scale, weights_EM, self._seed)
+            self._rest = self._train(masks_MP, rest / self._rest_scale, member_weights, self._seed)
 
-    def _members(self, masks_QP: BoolArray) -> FloatArray:
+    def _members(self, queried_MP: BoolArray) -> FloatArray:
         """Scaled utility by every member, `float64[E, Q]`."""
-        scaled_EQ = self._main_EF @ _features(masks_QP).T
+        scaled = self._main @ _features(queried_MP).T
         if self._rest is not None:
-            scaled_EQ += self._rest_scale * self._rest(masks_QP)
-        return scaled_EQ
+            scaled += self._rest_scale * self._rest(queried_MP)
+        return scaled
 
-    def mean(self, masks_QP: BoolArray) -> FloatArray:
+    def mean(self, queried_MP: BoolArray) -> FloatArray:
         """See `base.Predictor`."""
-        return self.predict(masks_QP)[0]
+        return self.predict(queried_MP)[0]
 
-    def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+    def predict(self, queried_MP: BoolArray) -> tuple[FloatArray, FloatArray]:
         """See `base.Predictor`."""
-        masks_QP = np.asarray(masks_QP, dtype=bool)
-        mean_Q, std_Q = np.empty(len(masks_QP)), np.empty(len(masks_QP))
+        queried_MP = np.asarray(queried_MP, dtype=bool)
+        mean, std = np.empty(len(queried_MP)), np.empty(len(queried_MP))
         with threadpool_limits(1, user_api="openmp"):
-            for start in range(0, len(masks_QP), _QUERY_MASKS):
+            for start in range(0, len(queried_MP), _QUERY_MASKS):
                 some = slice(start, start + _QUERY_MASKS)
-                each_EQ = self._members(masks_QP[some])
-                mean_Q[some] = self._offset + self._scale * each_EQ.mean(axis=0)
-                variance_Q = self._deviation.variance(each_EQ.var(axis=0, ddof=1))
-                std_Q[some] = self._scale * np.sqrt(variance_Q)
-        for row, key in enumerate(keys(masks_QP)):
+                each = self._members(queried_MP[some])
+                mean[some] = self._offset + self._scale * each.mean(axis=0)
+                variance = self._deviation.variance(each.var(axis=0, ddof=1))
+                std[some] = self._scale * np.sqrt(variance)
+        for row, key in enumerate(keys(queried_MP)):
             if key in self._known:
-                mean_Q[row], std_Q[row] = self._known[key]
-        return mean_Q, std_Q
+                mean[row], std[row] = self._known[key]
+        return mean, std
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,17 +172,17 @@ class Deviation:
                 best = cls(factor=factor, share=share, mean_variance=one.mean_variance)
         return best
 
-    def variance(self, varies_Q: FloatArray) -> FloatArray:
+    def variance(self, varies: FloatArray) -> FloatArray:
         """Predictive variance, `float64[Q]`, from the members' variances."""
-        return self.factor * (1 - self.share + self.share * varies_Q / self.mean_variance)
+        return self.factor * (1 - self.share + self.share * varies / self.mean_variance)
 
 
 def _from_other_folds(
-    residual_M: FloatArray, varies_M: FloatArray, excess_M: FloatArray, fold_EM: BoolArray
+    residual_M: FloatArray, varies_M: FloatArray, excess_M: FloatArray, fold: BoolArray
 ) -> FloatArray:
     """Variance of each left-out prediction, `float64[M]`, fitted to the other folds' residuals."""
     variance_M = np.empty(len(residual_M))
-    for out_M in fold_EM:
+    for out_M in fold:
         rest = Deviation.fitted(residual_M[~out_M], varies_M[~out_M], excess_M[~out_M])
         variance_M[out_M] = rest.variance(varies_M[out_M])
     return variance_M
@@ -196,26 +196,28 @@ def left_out_by(num_masks: int, seed: int) -> BoolArray:
     return np.concatenate([fold[None] == np.arange(folds)[:, None] for fold in fold_M])
 
 
-def main_effects(masks_MP: BoolArray, scaled_M: FloatArray, weights_EM: FloatArray) -> FloatArray:
+def main_effects(
+    masks_MP: BoolArray, scaled_M: FloatArray, member_weights: FloatArray
+) -> FloatArray:
     """Every member's constant and effects of dropped players, `float64[E, F]`.
 
     Ridge regression, with the penalty of the smallest error on the masks that members left out.
     """
-    features_MF = _features(masks_MP)
-    share_EM = weights_EM / weights_EM.sum(axis=1, keepdims=True)
-    gram_EFF = np.stack([(features_MF.T * share_M) @ features_MF for share_M in share_EM])
-    right_EF = share_EM @ (features_MF * scaled_M[:, None])
-    penalised_F = np.arange(features_MF.shape[1]) > 0
-    best_EF, min_error = np.zeros(right_EF.shape), np.inf
+    features = _features(masks_MP)
+    share = member_weights / member_weights.sum(axis=1, keepdims=True)
+    gram = np.stack([(features.T * share_M) @ features for share_M in share])
+    right = share @ (features * scaled_M[:, None])
+    penalised = np.arange(features.shape[1]) > 0
+    best, min_error = np.zeros(right.shape), np.inf
     for penalty in _PENALTIES:
-        solved = np.linalg.solve(gram_EFF + penalty * np.diag(penalised_F), right_EF[..., None])
-        main_EF = np.asarray(solved[..., 0], dtype=np.float64)
-        error = float(((scaled_M - main_EF @ features_MF.T) ** 2).sum(where=weights_EM == 0))
+        solved = np.linalg.solve(gram + penalty * np.diag(penalised), right[..., None])
+        main = np.asarray(solved[..., 0], dtype=np.float64)
+        error = float(((scaled_M - main @ features.T) ** 2).sum(where=member_weights == 0))
         if error < min_error:
-            best_EF, min_error = main_EF, error
-    return best_EF
+            best, min_error = main, error
+    return best
 
 
-def _features(masks_QP: BoolArray) -> FloatArray:
-    dropped_QP = np.asarray(~masks_QP, dtype=np.float64)
-    return np.concatenate([np.ones((len(masks_QP), 1)), dropped_QP], axis=1)
+def _features(queried_MP: BoolArray) -> FloatArray:
+    dropped_MP = np.asarray(~queried_MP, dtype=np.float64)
+    return np.concatenate([np.ones((len(queried_MP), 1)), dropped_MP], axis=1)

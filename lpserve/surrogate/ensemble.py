@@ -38,18 +38,18 @@ Layers = Sequence["torch.Tensor"]
 
 
 def train(
-    masks_MP: BoolArray, targets_EM: FloatArray, weights_EM: FloatArray, seed: int
+    masks_MP: BoolArray, member_targets: FloatArray, member_weights: FloatArray, seed: int
 ) -> Members:
     """Train all members together, see `crossfit.Train`."""
     import torch
 
     rng = np.random.default_rng(seed)
-    num_members, num_masks = targets_EM.shape
+    num_members, num_masks = member_targets.shape
     initial = _initial(num_members, masks_MP.shape[1], rng)
     layers = [torch.from_numpy(array).requires_grad_() for array in initial]
     inputs = torch.from_numpy(_coded(masks_MP))
-    targets = torch.from_numpy(targets_EM.astype(np.float32))
-    weights = weights_EM / weights_EM.mean(axis=1, keepdims=True)
+    targets = torch.from_numpy(member_targets.astype(np.float32))
+    weights = member_weights / member_weights.mean(axis=1, keepdims=True)
     weights = torch.from_numpy(weights.astype(np.float32))
     optimizer = torch.optim.AdamW(layers, lr=_RATE, weight_decay=_DECAY / num_masks, foreach=True)
     num_batches = -(-num_masks // _BATCH)
@@ -74,7 +74,7 @@ def train(
                 best, min_error, best_step = _as_arrays(layers), error, step
             elif step - best_step > _PATIENCE:
                 break
-    return lambda masks_QP: _predict(_coded(masks_QP), best)
+    return lambda queried_MP: _predict(_coded(queried_MP), best)
 
 
 def _initial(
@@ -90,8 +90,8 @@ def _initial(
     return [array.astype(np.float32) for array in arrays]
 
 
-def _coded(masks_QP: BoolArray) -> NDArray[np.float32]:
-    return 2 * masks_QP.astype(np.float32) - 1
+def _coded(queried_MP: BoolArray) -> NDArray[np.float32]:
+    return 2 * queried_MP.astype(np.float32) - 1
 
 
 def _network(inputs: torch.Tensor, layers: Layers) -> torch.Tensor:
@@ -122,16 +122,16 @@ def _as_arrays(layers: Layers) -> list[NDArray[np.float32]]:
     return [layer.detach().numpy().copy() for layer in layers]
 
 
-def _predict(inputs_QP: NDArray[np.float32], layers: list[NDArray[np.float32]]) -> FloatArray:
+def _predict(inputs_MP: NDArray[np.float32], layers: list[NDArray[np.float32]]) -> FloatArray:
     """`_network` in numpy: predictions of every member, `float64[E, Q]`."""
-    hidden_EQH = inputs_QP[None]
+    hidden = inputs_MP[None]
     for index in (0, 2):
-        hidden_EQH = np.matmul(hidden_EQH, layers[index]) + layers[index + 1]
-        tanh_units, silu_units = np.split(hidden_EQH, 2, axis=-1)
+        hidden = np.matmul(hidden, layers[index]) + layers[index + 1]
+        tanh_units, silu_units = np.split(hidden, 2, axis=-1)
         np.tanh(tanh_units, out=tanh_units)
         silu_units *= 0.5 + 0.5 * np.tanh(0.5 * silu_units)  # SiLU without an overflow
-    output_EQ1 = np.matmul(hidden_EQH, layers[4]) + layers[5]
-    return output_EQ1[..., 0].astype(np.float64)
+    output = np.matmul(hidden, layers[4]) + layers[5]
+    return output[..., 0].astype(np.float64)
 
 
 def build(kind: str, seed: int, *, quick: bool) -> CrossFitted:

@@ -89,42 +89,42 @@ class KernelSurrogate:
             self.name, self.masks_MP[some], self.scaled_M[some], self.noise_M[some], self.kernel
         )
 
-    def mean(self, masks_QP: BoolArray) -> FloatArray:
+    def mean(self, queried_MP: BoolArray) -> FloatArray:
         """See `base.Predictor`."""
-        masks_QP = np.asarray(masks_QP, dtype=bool)
+        queried_MP = np.asarray(queried_MP, dtype=bool)
         parts = [
-            self._cross(masks_QP[start : start + _QUERY_MASKS]) @ self.alpha_M
-            for start in range(0, len(masks_QP), _QUERY_MASKS)
+            self._cross(queried_MP[start : start + _QUERY_MASKS]) @ self.alpha_M
+            for start in range(0, len(queried_MP), _QUERY_MASKS)
         ]
-        return self._or_empty(masks_QP, np.concatenate([np.empty(0), *parts]))
+        return self._or_empty(queried_MP, np.concatenate([np.empty(0), *parts]))
 
-    def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+    def predict(self, queried_MP: BoolArray) -> tuple[FloatArray, FloatArray]:
         """See `base.Predictor`."""
         assert self.kernel is not None
-        masks_QP = np.asarray(masks_QP, dtype=bool)
-        cross_QM = self._cross(masks_QP)
-        half_MQ = self.whiten_MM @ cross_QM.T
-        variance_Q = self.kernel.variance(masks_QP) - (half_MQ**2).sum(axis=0)
+        queried_MP = np.asarray(queried_MP, dtype=bool)
+        cross = self._cross(queried_MP)
+        half = self.whiten_MM @ cross.T
+        variance = self.kernel.variance(queried_MP) - (half**2).sum(axis=0)
         if self.empty is not None:
-            variance_Q *= masks_QP.any(axis=1)
-        std_Q = self.scale * max(1.0, self.calibration) * np.sqrt(np.maximum(variance_Q, 0.0))
-        return self._or_empty(masks_QP, cross_QM @ self.alpha_M), std_Q
+            variance *= queried_MP.any(axis=1)
+        std = self.scale * max(1.0, self.calibration) * np.sqrt(np.maximum(variance, 0.0))
+        return self._or_empty(queried_MP, cross @ self.alpha_M), std
 
-    def joint(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+    def joint(self, queried_MP: BoolArray) -> tuple[FloatArray, FloatArray]:
         """Predicted utilities `float64[Q]` and their posterior covariance `float64[Q, Q]`.
 
         The covariance is scaled by the same calibration as the standard deviations of `predict`.
 
         Args:
-            masks_QP: masks not scored, or scored with noise; without the empty coalition.
+            queried_MP: masks not scored, or scored with noise; without the empty coalition.
         """
         assert self.kernel is not None
-        cross_QM = self._cross(masks_QP)
-        half_MQ = self.whiten_MM @ cross_QM.T
-        cov_QQ = self.kernel.smooth(masks_QP, masks_QP) - half_MQ.T @ half_MQ
-        cov_QQ[np.diag_indices_from(cov_QQ)] += self.kernel.nugget_of(masks_QP)
-        cov_QQ *= (self.scale * max(1.0, self.calibration)) ** 2
-        return self.offset + self.scale * (cross_QM @ self.alpha_M), cov_QQ
+        cross = self._cross(queried_MP)
+        half = self.whiten_MM @ cross.T
+        covariance = self.kernel.smooth(queried_MP, queried_MP) - half.T @ half
+        covariance[np.diag_indices_from(covariance)] += self.kernel.nugget_of(queried_MP)
+        covariance *= (self.scale * max(1.0, self.calibration)) ** 2
+        return self.offset + self.scale * (cross @ self.alpha_M), covariance
 
     def swap_means(self, mask_P: BoolArray) -> FloatArray:
         """Predicted utility of every swap of a kept for a dropped player, `float64[kept, dropped]`.
@@ -140,40 +140,40 @@ class KernelSurrogate:
         inner_M = coded_MP @ (2.0 * mask_P - 1.0)
         alpha_M = self.alpha_M
         # dropping i changes the inner product by -2 z_i, bringing j back by 2 z_j
-        out_MK, back_MD = -2.0 * coded_MP[:, kept], 2.0 * coded_MP[:, dropped]
+        out, back = -2.0 * coded_MP[:, kept], 2.0 * coded_MP[:, dropped]
         pairs = 0.5 * kernel.pairs
         ridge_M = kernel.constant + kernel.linear * inner_M
         ridge_M += pairs * (inner_M**2 - len(mask_P) + 8.0)  # + 8: two squared changes of 4
         slope_M = alpha_M * (kernel.linear + 2.0 * pairs * inner_M)
-        mean_KD = np.full((len(kept), len(dropped)), float(alpha_M @ ridge_M))
-        mean_KD += (slope_M @ out_MK)[:, None] + slope_M @ back_MD
+        mean_by_draw = np.full((len(kept), len(dropped)), float(alpha_M @ ridge_M))
+        mean_by_draw += (slope_M @ out)[:, None] + slope_M @ back
         if pairs:
-            mean_KD += 2.0 * pairs * ((out_MK * alpha_M[:, None]).T @ back_MD)
+            mean_by_draw += 2.0 * pairs * ((out * alpha_M[:, None]).T @ back)
         if kernel.product:
             here_M = kernel.products(mask_P[None], self.masks_MP)[0]
             # dropping i: exp(g_i + lambda_i) where the other mask drops it too, else g_i - lambda_i
             change_MP = np.exp(kernel.growth_P - coded_MP * kernel.decay_P)
-            weighted_MK = change_MP[:, kept] * (alpha_M * here_M)[:, None]
-            mean_KD += weighted_MK.T @ (1.0 / change_MP[:, dropped])
-        return self.offset + self.scale * mean_KD
+            weighted = change_MP[:, kept] * (alpha_M * here_M)[:, None]
+            mean_by_draw += weighted.T @ (1.0 / change_MP[:, dropped])
+        return self.offset + self.scale * mean_by_draw
 
-    def _or_empty(self, masks_QP: BoolArray, scaled_Q: FloatArray) -> FloatArray:
+    def _or_empty(self, queried_MP: BoolArray, scaled: FloatArray) -> FloatArray:
         """Utilities from scaled ones; the empty coalition's as it was scored."""
-        mean_Q = self.offset + self.scale * scaled_Q
+        mean = self.offset + self.scale * scaled
         if self.empty is not None:
-            mean_Q[~masks_QP.any(axis=1)] = self.empty
-        return mean_Q
+            mean[~queried_MP.any(axis=1)] = self.empty
+        return mean
 
-    def _cross(self, masks_QP: BoolArray) -> FloatArray:
+    def _cross(self, queried_MP: BoolArray) -> FloatArray:
         """Covariance with the training masks; a training mask's own part included, `[Q, M]`."""
         assert self.kernel is not None
-        cross_QM = self.kernel.smooth(masks_QP, self.masks_MP)
+        cross = self.kernel.smooth(queried_MP, self.masks_MP)
         row_of = {key: row for row, key in enumerate(keys(self.masks_MP))}
-        known = [(q, row_of[key]) for q, key in enumerate(keys(masks_QP)) if key in row_of]
+        known = [(q, row_of[key]) for q, key in enumerate(keys(queried_MP)) if key in row_of]
         if known:
-            rows_Q, rows_M = np.array(known).T
-            cross_QM[rows_Q, rows_M] += self.kernel.nugget_of(self.masks_MP[rows_M])
-        return cross_QM
+            rows, rows_M = np.array(known).T
+            cross[rows, rows_M] += self.kernel.nugget_of(self.masks_MP[rows_M])
+        return cross
 
 
 def _spaced(num_rows: int, limit: int) -> np.ndarray:

@@ -66,22 +66,22 @@ class MaskKernel:
     growth_P: FloatArray
     """g_i."""
 
-    def smooth(self, masks_QP: BoolArray, masks_MP: BoolArray) -> FloatArray:
+    def smooth(self, queried_MP: BoolArray, masks_MP: BoolArray) -> FloatArray:
         """Covariance without the nugget, `float64[Q, M]`."""
-        left, right = _dropped(masks_QP), _dropped(masks_MP)
-        gram_QM = np.full((len(left), len(right)), self.constant)
+        left, right = _dropped(queried_MP), _dropped(masks_MP)
+        cross_gram = np.full((len(left), len(right)), self.constant)
         if self.linear or self.pairs:
-            inner_QM = (1 - 2 * left) @ (1 - 2 * right).T
-            gram_QM += self.linear * inner_QM
+            inner = (1 - 2 * left) @ (1 - 2 * right).T
+            cross_gram += self.linear * inner
             if self.pairs:
-                gram_QM += 0.5 * self.pairs * (inner_QM**2 - left.shape[1])
+                cross_gram += 0.5 * self.pairs * (inner**2 - left.shape[1])
         if self.product:
-            gram_QM += self.products(masks_QP, masks_MP)
-        return gram_QM
+            cross_gram += self.products(queried_MP, masks_MP)
+        return cross_gram
 
-    def products(self, masks_QP: BoolArray, masks_MP: BoolArray) -> FloatArray:
+    def products(self, queried_MP: BoolArray, masks_MP: BoolArray) -> FloatArray:
         """The product part alone, `float64[Q, M]`."""
-        return self.product * np.exp(_log_product(self, _dropped(masks_QP), _dropped(masks_MP)))
+        return self.product * np.exp(_log_product(self, _dropped(queried_MP), _dropped(masks_MP)))
 
     def nugget_of(self, masks_MP: BoolArray) -> FloatArray:
         """Variance of each mask's own part, `float64[M]`."""
@@ -130,14 +130,14 @@ def _dropped(masks_MP: BoolArray) -> FloatArray:
     return 1.0 - np.asarray(masks_MP, dtype=np.float64)
 
 
-def _log_product(kernel: MaskKernel, left_QP: FloatArray, right_MP: FloatArray) -> FloatArray:
+def _log_product(kernel: MaskKernel, left_MP: FloatArray, right_MP: FloatArray) -> FloatArray:
     """log (s(S) s(T) prod ...): bits differ where d + d' - 2 d d' is 1."""
     decay_P, growth_P = kernel.decay_P, kernel.growth_P
     own_P = growth_P - decay_P
-    log_QM = (2 * left_QP * decay_P) @ right_MP.T
-    log_QM += (left_QP @ own_P)[:, None]
-    log_QM += right_MP @ own_P
-    return log_QM
+    log = (2 * left_MP * decay_P) @ right_MP.T
+    log += (left_MP @ own_P)[:, None]
+    log += right_MP @ own_P
+    return log
 
 
 def tune(

@@ -85,9 +85,9 @@ class PaperSurrogate:
         self._first = first.weight.detach().numpy().T.copy(), first.bias.detach().numpy()
         self._last = last.weight.detach().numpy()[0].copy(), float(last.bias.detach())
 
-    def mean(self, masks_QP: BoolArray) -> FloatArray:
+    def mean(self, queried_MP: BoolArray) -> FloatArray:
         """See `base.Predictor`."""
-        hidden = np.asarray(masks_QP, dtype=np.float32) @ self._first[0]
+        hidden = np.asarray(queried_MP, dtype=np.float32) @ self._first[0]
         hidden += self._first[1]
         # CELU(x) = max(x, 0) + min(exp(x) - 1, 0)
         negative = np.minimum(hidden, 0.0)
@@ -96,10 +96,10 @@ class PaperSurrogate:
         hidden += negative
         return 1.0 / (1.0 + np.exp(-(hidden @ self._last[0] + self._last[1]).astype(np.float64)))
 
-    def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+    def predict(self, queried_MP: BoolArray) -> tuple[FloatArray, FloatArray]:
         """See `base.Predictor`."""
-        mean_Q = self.mean(masks_QP)
-        return mean_Q, np.full(len(mean_Q), self.heldout_error.rmse)
+        mean = self.mean(queried_MP)
+        return mean, np.full(len(mean), self.heldout_error.rmse)
 
 
 def build(kind: str, seed: int, *, quick: bool) -> PaperSurrogate:

@@ -76,17 +76,17 @@ def _retuned(surrogate: KernelSurrogate) -> LeftOutPredictions:
     )
 
 
-def stack_weights(errors_MK: FloatArray) -> FloatArray:
+def stack_weights(errors: FloatArray) -> FloatArray:
     """Stacking weights (see the module), `float64[K]`, by non-negative least squares.
 
     The sum of w need not be a constraint: for x = t w with t > 0, |R x|^2 + (sum x - 1)^2 has
     its minimum over t, q / (1 + q) with q = |R w|^2, which grows with q.
     """
     # in units of the smallest error, so that none is lost beside the row of ones
-    scaled = errors_MK / (float(np.sqrt((errors_MK**2).sum(axis=0).min())) or 1.0)
-    system = np.concatenate([scaled, np.ones((1, errors_MK.shape[1]))])
-    share_K, _ = nnls(system, np.concatenate([np.zeros(len(errors_MK)), [1.0]]))
-    return share_K / share_K.sum()
+    scaled = errors / (float(np.sqrt((errors**2).sum(axis=0).min())) or 1.0)
+    system = np.concatenate([scaled, np.ones((1, errors.shape[1]))])
+    share, _ = nnls(system, np.concatenate([np.zeros(len(errors)), [1.0]]))
+    return share / share.sum()
 
 
 class Stack:
@@ -113,45 +113,43 @@ class Stack:
             rows: rows of the predicted masks among those of the fit (all but the empty coalition).
             targets_M: scored utilities of these rows.
         """
-        mean_MK = np.stack([one.mean_M for one in left_out], axis=1)
-        std_MK = np.stack([one.std_M for one in left_out], axis=1)
-        weights_K, self._factor = _weigh(targets_M, mean_MK, std_MK)
-        used = np.flatnonzero(weights_K >= _MIN_WEIGHT)
+        mean = np.stack([one.mean_M for one in left_out], axis=1)
+        std = np.stack([one.std_M for one in left_out], axis=1)
+        weights, self._factor = _weigh(targets_M, mean, std)
+        used = np.flatnonzero(weights >= _MIN_WEIGHT)
         self.members = tuple(members[k] for k in used)
-        self.weights_K = weights_K[used] / weights_K[used].sum()
+        self.weights = weights[used] / weights[used].sum()
         self.rows = rows
         self.left_out_M = np.empty(len(targets_M))
         std_M = np.empty(len(targets_M))
         for out_M in _folds(len(targets_M)):
-            rest_K, factor = _weigh(targets_M[~out_M], mean_MK[~out_M], std_MK[~out_M])
-            self.left_out_M[out_M] = mean_MK[out_M] @ rest_K
-            std_M[out_M] = factor * (std_MK[out_M] @ rest_K)
+            rest, factor = _weigh(targets_M[~out_M], mean[~out_M], std[~out_M])
+            self.left_out_M[out_M] = mean[out_M] @ rest
+            std_M[out_M] = factor * (std[out_M] @ rest)
         self.heldout_error: HeldOutError = heldout_error(
             targets_M, self.left_out_M, f"{FOLDS}-fold", std_M
         )
-        parts = zip(self.weights_K, self.members, strict=True)
+        parts = zip(self.weights, self.members, strict=True)
         self.name = ", ".join(f"{weight:.0%} {member.name}" for weight, member in parts)
 
-    def mean(self, masks_QP: BoolArray) -> FloatArray:
+    def mean(self, queried_MP: BoolArray) -> FloatArray:
         """See `base.Predictor`."""
-        mean_KQ = np.stack([member.mean(masks_QP) for member in self.members])
-        return self.weights_K @ mean_KQ
+        mean = np.stack([member.mean(queried_MP) for member in self.members])
+        return self.weights @ mean
 
-    def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
+    def predict(self, queried_MP: BoolArray) -> tuple[FloatArray, FloatArray]:
         """See `base.Predictor`."""
-        each = [member.predict(masks_QP) for member in self.members]
-        mean_KQ, std_KQ = (np.stack(part) for part in zip(*each, strict=True))
-        return self.weights_K @ mean_KQ, self._factor * (self.weights_K @ std_KQ)
+        each = [member.predict(queried_MP) for member in self.members]
+        mean, std = (np.stack(part) for part in zip(*each, strict=True))
+        return self.weights @ mean, self._factor * (self.weights @ std)
 
 
-def _weigh(
-    targets_M: FloatArray, mean_MK: FloatArray, std_MK: FloatArray
-) -> tuple[FloatArray, float]:
+def _weigh(targets_M: FloatArray, mean: FloatArray, std: FloatArray) -> tuple[FloatArray, float]:
     """Weights `float64[K]`, and the factor that calibrates the weighted standard deviations."""
-    weights_K = stack_weights(mean_MK - targets_M[:, None])
-    residual_M = targets_M - mean_MK @ weights_K
-    std_M = np.maximum(std_MK @ weights_K, 1e-300)
-    return weights_K, float(np.sqrt(((residual_M / std_M) ** 2).mean()))
+    weights = stack_weights(mean - targets_M[:, None])
+    residual_M = targets_M - mean @ weights
+    std_M = np.maximum(std @ weights, 1e-300)
+    return weights, float(np.sqrt(((residual_M / std_M) ** 2).mean()))
 
 
 def _folds(num_masks: int) -> BoolArray:

@@ -1,6 +1,6 @@
 """What a layer game is like: losses, interactions, growth, spread over windows, regret of plans.
 
-A loss is an NLL less the whole model's on
+A loss is an NLL less the full model's on
 the same windows, nats per token. Strata are named by the share of players removed, k/12, so that
 games of any depth compare; those with many masks are sampled.
 
@@ -47,13 +47,13 @@ class EnumeratedGame:
 
     def __init__(self, path: Path) -> None:
         with np.load(path, allow_pickle=False) as data:
-            self._nll_CN = data["nll_sum"].astype(np.float64)
-            self.tokens_N = np.full(self._nll_CN.shape[1], data["tokens"].shape[1] - 1)
-        self.num_players = len(self._nll_CN).bit_length() - 1
+            self._nll_MN = data["nll_sum"].astype(np.float64)
+            self.tokens_N = np.full(self._nll_MN.shape[1], data["tokens"].shape[1] - 1)
+        self.num_players = len(self._nll_MN).bit_length() - 1
 
     def nll(self, masks_MP: BoolArray) -> FloatArray:
         """Summed nats, `float64[M, N]`."""
-        return self._nll_CN[masks_MP @ (1 << np.arange(self.num_players))]
+        return self._nll_MN[masks_MP @ (1 << np.arange(self.num_players))]
 
     def exact(self, sizes: tuple[int, int]) -> FloatArray:
         """Values over all windows, by enumeration, `float64[P]`."""
@@ -72,17 +72,17 @@ def losses(game: ValuedGame, masks_MP: BoolArray) -> FloatArray:
     return (game.nll(masks_MP) - game.nll(full_1P)) / game.tokens_N
 
 
-def statistics(game: ValuedGame, best_RP: BoolArray, seed: int) -> dict[str, float]:
+def statistics(game: ValuedGame, best_MP: BoolArray, seed: int) -> dict[str, float]:
     """Name -> figure, in the order of a table.
 
     Args:
-        best_RP: the best mask known for each number removed 1..R, R >= 6.
+        best_MP: the best mask known for each number removed 1..R, R >= 6.
         seed: of the masks drawn from strata that are too large to list.
     """
     rng = np.random.default_rng(seed)
     found = _single_rows(game) | _pair_rows(game)
     found |= _growth_rows(game, rng) | _fit_rows(game, rng)
-    found |= _plan_rows(game, best_RP) | _window_rows(game, rng)
+    found |= _plan_rows(game, best_MP) | _window_rows(game, rng)
     return {name: float(value) for name, value in found.items()}
 
 
@@ -107,23 +107,23 @@ def _pair_rows(game: ValuedGame) -> dict[str, float]:
     """Loss of two less the losses of each, as it is and over the root of their product."""
     players = game.num_players
     one_P = _mean(game, drop_one(full_mask(players)))
-    i_Q, j_Q = np.triu_indices(players, 1)
-    masks_QP = np.ones((len(i_Q), players), dtype=bool)
-    masks_QP[np.arange(len(i_Q)), i_Q] = masks_QP[np.arange(len(i_Q)), j_Q] = False
-    pair_Q = _mean(game, masks_QP) - one_P[i_Q] - one_P[j_Q]
-    share_Q = pair_Q / np.sqrt(np.abs(one_P[i_Q] * one_P[j_Q]))
-    later_Q, apart_Q = i_Q > 0, (j_Q - i_Q) / (players - 1)
-    found = {"pair/sqrt(l l'): neighbours": np.median(share_Q[later_Q & (j_Q == i_Q + 1)]).item()}
+    i, j = np.triu_indices(players, 1)
+    pair_masks_MP = np.ones((len(i), players), dtype=bool)
+    pair_masks_MP[np.arange(len(i)), i] = pair_masks_MP[np.arange(len(i)), j] = False
+    pair_effects = _mean(game, pair_masks_MP) - one_P[i] - one_P[j]
+    share = pair_effects / np.sqrt(np.abs(one_P[i] * one_P[j]))
+    later, apart = i > 0, (j - i) / (players - 1)
+    found = {"pair/sqrt(l l'): neighbours": np.median(share[later & (j == i + 1)]).item()}
     for low, high in ((0.1, 0.3), (0.3, 0.6), (0.6, 1.0)):
-        inside_Q = later_Q & (apart_Q > low) & (apart_Q <= high)
+        inside = later & (apart > low) & (apart <= high)
         name = f"pair/sqrt(l l'): {low} to {high} of the depth"
-        found[name] = np.median(share_Q[inside_Q]).item()
-    first_Q = pair_Q[~later_Q] / np.median(one_P)
+        found[name] = np.median(share[inside]).item()
+    first = pair_effects[~later] / np.median(one_P)
     return found | {
-        "pairs below 0, share": (pair_Q[later_Q] < 0).mean(),
-        "pairs, largest": pair_Q[later_Q].max(),
-        "pairs with the first / median l: mean": first_Q.mean(),
-        "pairs with the first / median l: spread": first_Q.std(),
+        "pairs below 0, share": (pair_effects[later] < 0).mean(),
+        "pairs, largest": pair_effects[later].max(),
+        "pairs with the first / median l: mean": first.mean(),
+        "pairs with the first / median l: spread": first.std(),
     }
 
 
@@ -140,39 +140,39 @@ def _growth_rows(game: ValuedGame, rng: np.random.Generator) -> dict[str, float]
 def _fit_rows(game: ValuedGame, rng: np.random.Generator) -> dict[str, float]:
     """R2 of least squares inside a stratum; the first player kept, else it is all the variance."""
     found = {}
-    i_Q, j_Q = np.triu_indices(game.num_players - 1, 1)
+    i, j = np.triu_indices(game.num_players - 1, 1)
     for k in (3, 6):
         masks_MP, listed = _stratum(game, k, True, game.num_players**2, rng)
         loss_M = _mean(game, masks_MP)
         dropped_MP = (~masks_MP[:, 1:]).astype(np.float64)
         # as many are dropped in all masks: no intercept, and pairs hold the main effects
-        for name, features_MF in (("main effects", dropped_MP), ("pairs", None)):
-            if features_MF is None:
-                features_MF = dropped_MP[:, i_Q] * dropped_MP[:, j_Q]
-            weights_F = np.linalg.solve(features_MF.T @ features_MF, features_MF.T @ loss_M)
-            unexplained = (loss_M - features_MF @ weights_F).var() / loss_M.var()
+        for name, features in (("main effects", dropped_MP), ("pairs", None)):
+            if features is None:
+                features = dropped_MP[:, i] * dropped_MP[:, j]
+            weights = np.linalg.solve(features.T @ features, features.T @ loss_M)
+            unexplained = (loss_M - features @ weights).var() / loss_M.var()
             if not listed:  # least squares fits part of the sample's own noise
-                unexplained *= (len(loss_M) - 1) / (len(loss_M) - len(weights_F))
+                unexplained *= (len(loss_M) - 1) / (len(loss_M) - len(weights))
             found[f"R2 of {name}, {k}/12, first kept"] = 1 - unexplained
     return found
 
 
-def _plan_rows(game: ValuedGame, best_RP: BoolArray) -> dict[str, float]:
+def _plan_rows(game: ValuedGame, best_MP: BoolArray) -> dict[str, float]:
     """Regret in % of perplexity over the best known sets: of ranking by exact truncated values, and
     of removing the player that costs least, one after another."""
-    players, most = game.num_players, len(best_RP)
+    players, most = game.num_players, len(best_MP)
     order = np.argsort(game.exact((players - most, players - 1)))
-    ranked_RP = np.array([without(players, order[:r].tolist()) for r in range(1, most + 1)])
+    ranked_MP = np.array([without(players, order[:r].tolist()) for r in range(1, most + 1)])
     greedy = [full_mask(players)]
     for _ in range(most):
         fewer_MP = drop_one(greedy[-1])
         greedy.append(fewer_MP[_mean(game, fewer_MP).argmin()])
-    best_R = _mean(game, best_RP)
-    found = {f"best known, {r} removed": best_R[r - 1] for r in range(1, 7)}
-    for name, masks_RP in (("exact ranking", ranked_RP), ("greedy", np.array(greedy[1:]))):
-        regret_R = 100 * np.expm1(_mean(game, masks_RP) - best_R)
-        found[f"regret %, {name}: mean"] = regret_R.mean()
-        found[f"regret %, {name}: worst"] = regret_R.max()
+    best = _mean(game, best_MP)
+    found = {f"best known, {r} removed": best[r - 1] for r in range(1, 7)}
+    for name, masks_MP in (("exact ranking", ranked_MP), ("greedy", np.array(greedy[1:]))):
+        regret = 100 * np.expm1(_mean(game, masks_MP) - best)
+        found[f"regret %, {name}: mean"] = regret.mean()
+        found[f"regret %, {name}: worst"] = regret.max()
     return found
 
 

@@ -50,13 +50,13 @@ class TableGame:
 
     def __init__(self, num_players: int, rng: np.random.Generator, failing: float = 0.0) -> None:
         self.num_players = num_players
-        self.nll_CN = rng.gamma(2.0, size=(1 << num_players, NUM_WINDOWS))
+        self.nll_MN = rng.gamma(2.0, size=(1 << num_players, NUM_WINDOWS))
         failed = rng.random(1 << num_players) < failing
-        self.nll_CN[failed] = rng.choice([np.nan, np.inf, -np.inf], (failed.sum(), 1))
+        self.nll_MN[failed] = rng.choice([np.nan, np.inf, -np.inf], (failed.sum(), 1))
 
     def score(self, ask: _Request) -> FloatArray:
         """Mean NLL over the windows asked for, `float64[M]`."""
-        nll_MN = self.nll_CN[ask.masks_MP @ (1 << np.arange(self.num_players))]
+        nll_MN = self.nll_MN[ask.masks_MP @ (1 << np.arange(self.num_players))]
         return (nll_MN if ask.windows is None else nll_MN[:, ask.windows]).mean(axis=1)
 
     def of(self, removed: Sequence[int]) -> float:

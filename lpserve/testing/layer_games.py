@@ -54,7 +54,7 @@ from lpserve.values.semivalue import each_left_out, shares
 NUM_TOKENS = 127
 """Scored tokens of a window."""
 SCALES = {12: (4.065, 1.0), 32: (math.log(12.19), 0.9), 80: (math.log(5.71), 0.25)}
-"""Players -> nats per token of the whole model, factor on the losses."""
+"""Players -> nats per token of the full model, factor on the losses."""
 PUBLISHED = {
     32: {3: (12.19, 14.24), 6: (12.19, 18.87), 9: (12.19, 24.61), 12: (12.19, 38.12)},
     80: {8: (5.71, 6.32), 16: (5.71, 7.31)},
@@ -127,8 +127,8 @@ class ProductGame:
         low, high = self.num_players - 1 - sizes[1], self.num_players - 1 - sizes[0]
         factors_PT = self._factors_TP.T
         values_PN = self.main_PN.copy()
-        for i, mean_ET in _means_without_each(factors_PT, high):
-            term_T = mean_ET[low:].mean(axis=0) * (factors_PT[i] - 1.0)
+        for i, mean in _means_without_each(factors_PT, high):
+            term_T = mean[low:].mean(axis=0) * (factors_PT[i] - 1.0)
             values_PN[i] += term_T.real @ self.coefficients_TN
         return values_PN
 
@@ -148,28 +148,28 @@ class ProductGame:
         """Mean NLL, less a constant, with the r-th removed player put back and player i removed
         instead, `float64[R, P]`: the set itself where i is that player, infinite for the others."""
         state_T = self._mean_T * np.exp(self.log_factors_TP[:, removed].sum(axis=1))
-        without_RT = state_T * np.exp(-self.log_factors_TP[:, removed].T)
+        without = state_T * np.exp(-self.log_factors_TP[:, removed].T)
         main_P = self.main_PN.mean(axis=1)
-        mean_RP = (without_RT @ self._factors_TP).real + main_P
-        mean_RP += (main_P[removed].sum() - main_P[removed])[:, None]
-        itself_R = mean_RP[np.arange(len(removed)), removed]
-        mean_RP[:, removed] = np.inf
-        mean_RP[np.arange(len(removed)), removed] = itself_R
-        return mean_RP
+        mean = (without @ self._factors_TP).real + main_P
+        mean += (main_P[removed].sum() - main_P[removed])[:, None]
+        itself = mean[np.arange(len(removed)), removed]
+        mean[:, removed] = np.inf
+        mean[np.arange(len(removed)), removed] = itself
+        return mean
 
 
 def _means_without_each(factors_PT: np.ndarray, high: int) -> Iterator[tuple[int, np.ndarray]]:
     """(i, mean of the product over all sets of E = 0..high players that lack i, `[E, T]`)."""
 
-    def insert(mean_ET: np.ndarray, j: int, n: int) -> np.ndarray:
-        lack_E, have_E = shares(high, n)
-        more_ET = lack_E[:, None] * mean_ET
-        more_ET[1:] += have_E[1:, None] * factors_PT[j] * mean_ET[:-1]
-        return more_ET
+    def insert(mean: np.ndarray, j: int, n: int) -> np.ndarray:
+        lack, have = shares(high, n)
+        more = lack[:, None] * mean
+        more[1:] += have[1:, None] * factors_PT[j] * mean[:-1]
+        return more
 
-    empty_ET = np.zeros((high + 1, factors_PT.shape[1]), dtype=factors_PT.dtype)
-    empty_ET[0] = 1.0
-    yield from each_left_out(range(len(factors_PT)), empty_ET, 0, insert)
+    empty = np.zeros((high + 1, factors_PT.shape[1]), dtype=factors_PT.dtype)
+    empty[0] = 1.0
+    yield from each_left_out(range(len(factors_PT)), empty, 0, insert)
 
 
 @dataclass(frozen=True)
@@ -198,19 +198,19 @@ def layer_game(
     groups = [_damage(loss_P), _waves(loss_P, rng), _backups(loss_P, rng), _grain(loss_P, rng)]
     widths = [g.num_draws for g in groups] + [num_players, 1]
     rng = np.random.default_rng([seed, num_players, window_seed])
-    draws_NZ = rng.standard_normal((num_windows, sum(widths)))  # more windows hold fewer
-    *group_ZN, token_ZN, base_ZN = np.split(draws_NZ.T, np.cumsum(widths)[:-1])
-    gain_N = group_ZN[0][0]
-    above_N = math.sqrt(1 - GAIN_ON_BASE**2) * base_ZN[0] - GAIN_ON_BASE * gain_N
+    draws = rng.standard_normal((num_windows, sum(widths)))  # more windows hold fewer
+    *group_draws, token_draws, base_draws = np.split(draws.T, np.cumsum(widths)[:-1])
+    gain_N = group_draws[0][0]
+    above_N = math.sqrt(1 - GAIN_ON_BASE**2) * base_draws[0] - GAIN_ON_BASE * gain_N
     return ProductGame(
         log_factors_TP=np.concatenate([g.log_factors_TP for g in groups]).astype(complex),
         coefficients_TN=np.concatenate(
             [
-                g.mean_T[:, None] + g.spread_T[:, None] * z_ZN
-                for g, z_ZN in zip(groups, group_ZN, strict=True)
+                g.mean_T[:, None] + g.spread_T[:, None] * z
+                for g, z in zip(groups, group_draws, strict=True)
             ]
         ),
-        main_PN=TOKEN_SD * np.sqrt(np.append(FIRST_NOISY, loss_P[1:]))[:, None] * token_ZN,
+        main_PN=TOKEN_SD * np.sqrt(np.append(FIRST_NOISY, loss_P[1:]))[:, None] * token_draws,
         base_N=base + BASE_SD * above_N,
         expected_T=np.concatenate([g.mean_T for g in groups]),
         expected_base=base,
@@ -218,7 +218,7 @@ def layer_game(
 
 
 def _losses(num_players: int, rng: np.random.Generator) -> tuple[float, FloatArray]:
-    """Nats of the whole model, and about what each player's drop costs, `float64[P]`."""
+    """Nats of the full model, and about what each player's drop costs, `float64[P]`."""
     at = np.log(list(SCALES))
     base, scale = (
         float(np.interp(math.log(num_players), at, column))
@@ -319,9 +319,9 @@ def _descend(game: ProductGame, removed: IntArray) -> IntArray:
     """Steepest descent over single swaps."""
     removed = removed.copy()
     while True:
-        mean_RP = game.swapped(removed)
-        out, put = divmod(int(mean_RP.argmin()), game.num_players)
-        if mean_RP[out, put] > mean_RP[0, removed[0]] - _GAIN:
+        mean = game.swapped(removed)
+        out, put = divmod(int(mean.argmin()), game.num_players)
+        if mean[out, put] > mean[0, removed[0]] - _GAIN:
             return removed
         removed[out] = put
 

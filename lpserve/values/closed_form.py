@@ -25,7 +25,7 @@ _FOLD_CORRECTION = 1.15  # unscored masks are farther from the scored ones than 
 def kernel_values(
     surrogate: KernelSurrogate,
     sizes: tuple[int, int],
-    resampled_MB: FloatArray | None = None,
+    resampled: FloatArray | None = None,
     *,
     calibration: float | None = None,
 ) -> ShapleyValues:
@@ -36,7 +36,7 @@ def kernel_values(
     Args:
         surrogate: fitted.
         sizes: (k_min, k_max), sizes before the player joins.
-        resampled_MB: utilities of all masks of the fit under B draws of the windows, for
+        resampled: utilities of all masks of the fit under B draws of the windows, for
             `window_stderr_P`.
         calibration: factor on the standard deviations; default: that of leave-one-out residuals,
             at least 1.
@@ -50,22 +50,22 @@ def kernel_values(
     variance_P = np.maximum(prior_P - (half_PM**2).sum(axis=1), 0.0)
     empty = empty_weight(sizes) if empty_known else 0.0
 
-    def values_of(utilities_MJ: FloatArray) -> FloatArray:
+    def values_of(utilities: FloatArray) -> FloatArray:
         """Values of J utilities of all masks, `float64[P, J]`."""
-        trained_MJ = utilities_MJ[surrogate.rows]
-        offset_J = trained_MJ.mean(axis=0)
-        values_PJ = weights_PM @ (trained_MJ - offset_J)
+        trained = utilities[surrogate.rows]
+        offset = trained.mean(axis=0)
+        values = weights_PM @ (trained - offset)
         if empty:
-            values_PJ += empty * (offset_J - utilities_MJ[surrogate.empty_row])
-        return values_PJ
+            values += empty * (offset - utilities[surrogate.empty_row])
+        return values
 
     values_P = surrogate.scale * (cross_PM @ surrogate.alpha_M)
     if surrogate.empty is not None:
         values_P += empty * (surrogate.offset - surrogate.empty)
     factor = max(1.0, surrogate.calibration) if calibration is None else calibration
     window_stderr_P = None
-    if resampled_MB is not None:
-        window_stderr_P = spread_over_draws(values_of(resampled_MB))
+    if resampled is not None:
+        window_stderr_P = spread_over_draws(values_of(resampled))
     return ShapleyValues(
         values_P=values_P,
         stderr_P=surrogate.scale * factor * np.sqrt(variance_P),
@@ -107,16 +107,16 @@ def value_calibration(surrogate: KernelSurrogate, sizes: tuple[int, int]) -> flo
         empty_known = surrogate.empty is not None
         weights_PM = value_covariance(kernel, masks_MP, sizes, empty_known=empty_known) @ inverse
         out = np.flatnonzero(fold_M == fold)
-        weights_PB = weights_PM[:, out]
-        solved = np.linalg.solve(inverse[np.ix_(out, out)], weights_PB.T)
+        weights = weights_PM[:, out]
+        solved = np.linalg.solve(inverse[np.ix_(out, out)], weights.T)
         change_P = (inverse @ scaled_M)[out] @ solved
-        squares.append(change_P**2 / np.maximum((weights_PB.T * solved).sum(axis=0), 1e-300))
+        squares.append(change_P**2 / np.maximum((weights.T * solved).sum(axis=0), 1e-300))
     return _FOLD_CORRECTION * float(np.sqrt(np.mean(squares)))
 
 
 def _of_incomplete_strata(masks_MP: BoolArray) -> BoolArray:
     """Which of distinct masks belong to a stratum that is not completely among them, `bool[M]`."""
     num_players, kept_M = masks_MP.shape[1], masks_MP.sum(axis=1)
-    have_K = np.bincount(kept_M, minlength=num_players + 1).tolist()
-    lacking_K = np.array([n < math.comb(num_players, k) for k, n in enumerate(have_K)])
-    return lacking_K[kept_M]
+    have = np.bincount(kept_M, minlength=num_players + 1).tolist()
+    lacking = np.array([n < math.comb(num_players, k) for k, n in enumerate(have)])
+    return lacking[kept_M]

@@ -27,14 +27,12 @@ def is_enumerated(masks_MP: BoolArray, sizes: tuple[int, int]) -> bool:
     return num_players <= MAX_EXACT_PLAYERS and have == need
 
 
-def exact_values(
-    masks_MP: BoolArray, utilities_MJ: FloatArray, sizes: tuple[int, int]
-) -> FloatArray:
+def exact_values(masks_MP: BoolArray, utilities: FloatArray, sizes: tuple[int, int]) -> FloatArray:
     """Values by the definition, for J utilities at once: `float64[P, J]`.
 
     Args:
         masks_MP: distinct masks, at least every one that keeps k_min..k_max+1 players.
-        utilities_MJ: their utilities under J games.
+        utilities: their utilities under J games.
         sizes: (k_min, k_max), sizes before the player joins.
     """
     num_players = masks_MP.shape[1]
@@ -42,19 +40,19 @@ def exact_values(
     row_of = np.full(1 << num_players, -1, dtype=np.int64)
     row_of[code_M] = np.arange(len(code_M))
     kept_M = masks_MP.sum(axis=1)
-    values_PJ = np.empty((num_players, utilities_MJ.shape[1]))
+    values = np.empty((num_players, utilities.shape[1]))
     # every coalition of size k without i weighs 1 / (number of sizes * C(P-1, k))
     num_sizes = sizes[1] - sizes[0] + 1
-    weight_K = np.array(
+    weight = np.array(
         [1.0 / (num_sizes * math.comb(num_players - 1, k)) for k in range(num_players)]
     )
     in_range_M = (kept_M >= sizes[0]) & (kept_M <= sizes[1])
     for player in range(num_players):
         without = np.flatnonzero(in_range_M & ~masks_MP[:, player])
         joined = row_of[code_M[without] | (1 << player)]
-        gain = utilities_MJ[joined] - utilities_MJ[without]
-        values_PJ[player] = weight_K[kept_M[without]] @ gain
-    return values_PJ
+        gain = utilities[joined] - utilities[without]
+        values[player] = weight[kept_M[without]] @ gain
+    return values
 
 
 def exact_noise(

@@ -71,31 +71,31 @@ def kernel_interactions(surrogate: KernelSurrogate, sizes: tuple[int, int]) -> F
 
 
 def _products(
-    kernel: MaskKernel, masks_CP: BoolArray, alpha_C: FloatArray, sizes: tuple[int, int]
+    kernel: MaskKernel, part_MP: BoolArray, alpha: FloatArray, sizes: tuple[int, int]
 ) -> FloatArray:
     """The part from the kernel's product, `float64[P, P]`, above the diagonal."""
-    num_players = masks_CP.shape[1]
+    num_players = part_MP.shape[1]
     low, high = num_players - 1 - sizes[1], num_players - 2 - sizes[0]
     growth_P = np.exp(kernel.growth_P)
     apart_P = np.exp(-kernel.decay_P) * growth_P
-    if_kept_PC = np.where(masks_CP.T, 1.0, apart_P[:, None])
-    if_dropped_PC = np.where(masks_CP.T, apart_P[:, None], growth_P[:, None] ** 2)
-    change_PC = if_kept_PC - if_dropped_PC
+    if_kept = np.where(part_MP.T, 1.0, apart_P[:, None])
+    if_dropped = np.where(part_MP.T, apart_P[:, None], growth_P[:, None] ** 2)
+    change = if_kept - if_dropped
 
-    def insert(state_EC: FloatArray, i: int, n: int) -> FloatArray:
-        keep_E, drop_E = shares(high, n)
-        more_EC = keep_E[:, None] * (state_EC * if_kept_PC[i])
-        more_EC[1:] += drop_E[1:, None] * (state_EC[:-1] * if_dropped_PC[i])
-        return more_EC
+    def insert(state: FloatArray, i: int, n: int) -> FloatArray:
+        keep, drop = shares(high, n)
+        more = keep[:, None] * (state * if_kept[i])
+        more[1:] += drop[1:, None] * (state[:-1] * if_dropped[i])
+        return more
 
     index_PP = np.zeros((num_players, num_players))
-    before_EC = np.zeros((high + 1, len(masks_CP)))  # players 0..i-1 in it
-    before_EC[0] = 1.0
+    before = np.zeros((high + 1, len(part_MP)))  # players 0..i-1 in it
+    before[0] = 1.0
     for i in range(num_players - 1):
-        weight_C = kernel.product * alpha_C * change_PC[i]
-        for j, state_EC in each_left_out(range(i + 1, num_players), before_EC, i, insert):
-            index_PP[i, j] = (weight_C * change_PC[j]) @ state_EC[low:].mean(axis=0)
-        before_EC = insert(before_EC, i, i + 1)
+        weight = kernel.product * alpha * change[i]
+        for j, state in each_left_out(range(i + 1, num_players), before, i, insert):
+            index_PP[i, j] = (weight * change[j]) @ state[low:].mean(axis=0)
+        before = insert(before, i, i + 1)
     return index_PP
 
 
@@ -107,16 +107,16 @@ def _own_parts(masks_MP: BoolArray, weights_M: FloatArray, sizes: tuple[int, int
     num_players = masks_MP.shape[1]
     if sizes[1] <= sizes[0]:
         raise InputError(f"interactions need at least two sizes: got {list(sizes)}")
-    ways_K = np.zeros(num_players + 1)
+    ways = np.zeros(num_players + 1)
     for k in range(sizes[0], sizes[1]):
-        ways_K[k] = 1.0 / ((sizes[1] - sizes[0]) * math.comb(num_players - 2, k))
+        ways[k] = 1.0 / ((sizes[1] - sizes[0]) * math.comb(num_players - 2, k))
     kept_M = masks_MP.sum(axis=1)
     on_MP = masks_MP.astype(np.float64)
     off_MP = 1.0 - on_MP
 
     def both(left_MP: FloatArray, right_MP: FloatArray, inside: int) -> FloatArray:
         others_M = kept_M - inside
-        factor_M = np.where(others_M >= 0, ways_K[np.maximum(others_M, 0)], 0.0) * weights_M
+        factor_M = np.where(others_M >= 0, ways[np.maximum(others_M, 0)], 0.0) * weights_M
         return (left_MP * factor_M[:, None]).T @ right_MP
 
     one_PP = both(on_MP, off_MP, 1)

@@ -45,8 +45,8 @@ class ShapleyValues:
         return self.sizes == (0, len(self.values_P) - 1)
 
 
-def spread_over_draws(values_PB: FloatArray) -> FloatArray:
+def spread_over_draws(values: FloatArray) -> FloatArray:
     """Standard deviation of values over draws of the windows, `float64[P]`; NaN for one draw."""
-    if values_PB.shape[1] < 2:
-        return np.full(len(values_PB), np.nan)
-    return values_PB.std(axis=1, ddof=1)
+    if values.shape[1] < 2:
+        return np.full(len(values), np.nan)
+    return values.std(axis=1, ddof=1)

@@ -45,29 +45,29 @@ def monte_carlo_values(
     shape = (num_players, num_players + 1)
     count, total, square = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     for kept in range(low, high + 2):
-        sets_QP = draw(num_players, kept, per_size, rng)
-        gain_QP = toggle_differences(mean, sets_QP)
+        sets_MP = draw(num_players, kept, per_size, rng)
+        gain_MP = toggle_differences(mean, sets_MP)
         for member, k in ((True, kept - 1), (False, kept)):
             if low <= k <= high:
-                chosen = sets_QP == member
+                chosen = sets_MP == member
                 count[:, k] += chosen.sum(axis=0)
-                total[:, k] += np.where(chosen, gain_QP, 0.0).sum(axis=0)
-                square[:, k] += np.where(chosen, gain_QP**2, 0.0).sum(axis=0)
+                total[:, k] += np.where(chosen, gain_MP, 0.0).sum(axis=0)
+                square[:, k] += np.where(chosen, gain_MP**2, 0.0).sum(axis=0)
     use = slice(low, high + 1)
     if (count[:, use] < 2).any():
         raise InputError(f"{num_coalitions} coalitions are too few for {high - low + 1} sizes")
-    mean_PK = total[:, use] / count[:, use]
-    spread_PK = np.maximum(square[:, use] / count[:, use] - mean_PK**2, 0.0)
-    error_PK = spread_PK / (count[:, use] - 1)
+    stratum_mean = total[:, use] / count[:, use]
+    stratum_spread = np.maximum(square[:, use] / count[:, use] - stratum_mean**2, 0.0)
+    stratum_error = stratum_spread / (count[:, use] - 1)
     return ShapleyValues(
-        values_P=mean_PK.mean(axis=1),
-        stderr_P=np.sqrt(error_PK.sum(axis=1)) / (high - low + 1),
+        values_P=stratum_mean.mean(axis=1),
+        stderr_P=np.sqrt(stratum_error.sum(axis=1)) / (high - low + 1),
         sizes=sizes,
         estimator=f"Monte Carlo, {per_size * (high - low + 2)} coalitions",
     )
 
 
-def paper_values(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray) -> ShapleyValues:
+def paper_values(mean: Callable[[BoolArray], FloatArray], masks_MP: BoolArray) -> ShapleyValues:
     """Values of arXiv 2602.07804, stage 2: phi_i = mean over q of f(m_q + i) - f(m_q - i).
 
     A stratum k mixes marginal contributions at sizes k-1 and k, so that this is not a Shapley
@@ -76,33 +76,33 @@ def paper_values(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray) -
 
     Args:
         mean: masks `bool[Q, P]` -> predicted utilities `float64[Q]`.
-        masks_QP: the drawn masks.
+        masks_MP: the drawn masks.
     """
-    gain_QP = toggle_differences(mean, masks_QP)
-    kept = masks_QP.sum(axis=1)
-    num_players = masks_QP.shape[1]
+    gain_MP = toggle_differences(mean, masks_MP)
+    kept = masks_MP.sum(axis=1)
+    num_players = masks_MP.shape[1]
     sizes = (max(int(kept.min()) - 1, 0), min(int(kept.max()), num_players - 1))
     return ShapleyValues(
-        values_P=gain_QP.mean(axis=0),
-        stderr_P=gain_QP.std(axis=0, ddof=1) / math.sqrt(len(gain_QP)),
+        values_P=gain_MP.mean(axis=0),
+        stderr_P=gain_MP.std(axis=0, ddof=1) / math.sqrt(len(gain_MP)),
         sizes=sizes,
-        estimator=f"paper, {len(masks_QP)} masks",
+        estimator=f"paper, {len(masks_MP)} masks",
     )
 
 
-def toggle_differences(mean: Callable[[BoolArray], FloatArray], masks_QP: BoolArray) -> FloatArray:
+def toggle_differences(mean: Callable[[BoolArray], FloatArray], masks_MP: BoolArray) -> FloatArray:
     """Marginal contributions u(m + i) - u(m - i) of every player at every mask, `float64[Q, P]`.
 
     One of the two masks is m itself, so that P + 1 evaluations suffice for a mask.
     """
-    num_masks, num_players = masks_QP.shape
-    gain_QP = np.empty((num_masks, num_players))
+    num_masks, num_players = masks_MP.shape
+    gain_MP = np.empty((num_masks, num_players))
     step = max(1, _TOGGLE_ROWS // (num_players + 1))
     flips = np.concatenate([np.zeros((1, num_players), bool), np.eye(num_players, dtype=bool)])
     for start in range(0, num_masks, step):
-        part = masks_QP[start : start + step]
+        part = masks_MP[start : start + step]
         rows = (part[:, None, :] ^ flips[None]).reshape(-1, num_players)
         value = mean(rows).reshape(len(part), num_players + 1)
         change = value[:, :1] - value[:, 1:]
-        gain_QP[start : start + step] = np.where(part, change, -change)
-    return gain_QP
+        gain_MP[start : start + step] = np.where(part, change, -change)
+    return gain_MP

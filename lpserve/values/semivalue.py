@@ -90,28 +90,28 @@ def value_variance(
 
 
 def _product_covariance(
-    kernel: MaskKernel, masks_CP: BoolArray, sizes: tuple[int, int]
+    kernel: MaskKernel, part_MP: BoolArray, sizes: tuple[int, int]
 ) -> FloatArray:
     """The part of `value_covariance` from the kernel's product, `float64[P, C]`."""
-    num_players = masks_CP.shape[1]
+    num_players = part_MP.shape[1]
     low, high = _dropped_range(num_players, sizes)
     growth_P = np.exp(kernel.growth_P)
     apart_P = np.exp(-kernel.decay_P) * growth_P
-    if_kept_PC = np.where(masks_CP.T, 1.0, apart_P[:, None])
-    if_dropped_PC = np.where(masks_CP.T, apart_P[:, None], growth_P[:, None] ** 2)
+    if_kept = np.where(part_MP.T, 1.0, apart_P[:, None])
+    if_dropped = np.where(part_MP.T, apart_P[:, None], growth_P[:, None] ** 2)
 
-    def insert(state_EC: FloatArray, i: int, n: int) -> FloatArray:
-        keep_E, drop_E = shares(high, n)
-        more_EC = keep_E[:, None] * (state_EC * if_kept_PC[i])
-        more_EC[1:] += drop_E[1:, None] * (state_EC[:-1] * if_dropped_PC[i])
-        return more_EC
+    def insert(state: FloatArray, i: int, n: int) -> FloatArray:
+        keep, drop = shares(high, n)
+        more = keep[:, None] * (state * if_kept[i])
+        more[1:] += drop[1:, None] * (state[:-1] * if_dropped[i])
+        return more
 
-    first_EC = np.zeros((high + 1, len(masks_CP)))
-    first_EC[0] = 1.0
-    covariance_PC = np.empty((num_players, len(masks_CP)))
-    for i, state_EC in each_left_out(range(num_players), first_EC, 0, insert):
-        covariance_PC[i] = (if_kept_PC[i] - if_dropped_PC[i]) * state_EC[low:].mean(axis=0)
-    return kernel.product * covariance_PC
+    first = np.zeros((high + 1, len(part_MP)))
+    first[0] = 1.0
+    covariance = np.empty((num_players, len(part_MP)))
+    for i, state in each_left_out(range(num_players), first, 0, insert):
+        covariance[i] = (if_kept[i] - if_dropped[i]) * state[low:].mean(axis=0)
+    return kernel.product * covariance
 
 
 def _product_variance(kernel: MaskKernel, sizes: tuple[int, int]) -> FloatArray:
@@ -121,21 +121,21 @@ def _product_variance(kernel: MaskKernel, sizes: tuple[int, int]) -> FloatArray:
     growth_P = np.exp(kernel.growth_P)
     apart_P = np.exp(-kernel.decay_P) * growth_P
 
-    def insert(state_EE: FloatArray, i: int, n: int) -> FloatArray:
-        keep_E, drop_E = shares(high, n)
-        kept_EE = keep_E[:, None] * state_EE
-        dropped_EE = np.zeros_like(state_EE)
-        dropped_EE[1:] = drop_E[1:, None] * state_EE[:-1]
-        more_EE = keep_E * (kept_EE + apart_P[i] * dropped_EE)
-        other_EE = apart_P[i] * kept_EE + growth_P[i] ** 2 * dropped_EE
-        more_EE[:, 1:] += drop_E[1:] * other_EE[:, :-1]
-        return more_EE
+    def insert(state: FloatArray, i: int, n: int) -> FloatArray:
+        keep, drop = shares(high, n)
+        kept = keep[:, None] * state
+        dropped = np.zeros_like(state)
+        dropped[1:] = drop[1:, None] * state[:-1]
+        more = keep * (kept + apart_P[i] * dropped)
+        other = apart_P[i] * kept + growth_P[i] ** 2 * dropped
+        more[:, 1:] += drop[1:] * other[:, :-1]
+        return more
 
-    first_EE = np.zeros((high + 1, high + 1))
-    first_EE[0, 0] = 1.0
+    first = np.zeros((high + 1, high + 1))
+    first[0, 0] = 1.0
     mean_P = np.empty(num_players)
-    for i, state_EE in each_left_out(range(num_players), first_EE, 0, insert):
-        mean_P[i] = state_EE[low:, low:].mean()
+    for i, state in each_left_out(range(num_players), first, 0, insert):
+        mean_P[i] = state[low:, low:].mean()
     return kernel.product * (1 - 2 * apart_P + growth_P**2) * mean_P
 
 
@@ -144,21 +144,21 @@ def _own_variance(kernel: MaskKernel, sizes: tuple[int, int]) -> FloatArray:
     num_players = len(kernel.growth_P)
     low, high = _dropped_range(num_players, sizes)
     squared_P = np.exp(2 * kernel.growth_P)
-    dropped_E = np.arange(low, high + 1)
-    ways_E = np.array([math.comb(num_players - 1, e) for e in dropped_E], dtype=np.float64)
+    dropped = np.arange(low, high + 1)
+    ways = np.array([math.comb(num_players - 1, e) for e in dropped], dtype=np.float64)
 
-    def insert(state_E: FloatArray, i: int, n: int) -> FloatArray:
-        keep_E, drop_E = shares(high, n)
-        more_E = keep_E * state_E
-        more_E[1:] += drop_E[1:] * squared_P[i] * state_E[:-1]
-        return more_E
+    def insert(state: FloatArray, i: int, n: int) -> FloatArray:
+        keep, drop = shares(high, n)
+        more = keep * state
+        more[1:] += drop[1:] * squared_P[i] * state[:-1]
+        return more
 
-    first_E = np.zeros(high + 1)
-    first_E[0] = 1.0
+    first = np.zeros(high + 1)
+    first[0] = 1.0
     variance_P = np.empty(num_players)
-    for i, state_E in each_left_out(range(num_players), first_E, 0, insert):
-        variance_P[i] = (1 + squared_P[i]) * (state_E[low:] / ways_E).sum()
-    return kernel.nugget * variance_P / len(dropped_E) ** 2
+    for i, state in each_left_out(range(num_players), first, 0, insert):
+        variance_P[i] = (1 + squared_P[i]) * (state[low:] / ways).sum()
+    return kernel.nugget * variance_P / len(dropped) ** 2
 
 
 def each_left_out(
@@ -190,8 +190,8 @@ def shares(max_dropped: int, n: int) -> tuple[FloatArray, FloatArray]:
 
     `float64[E]` each, for e = 0..max_dropped.
     """
-    dropped_E = np.arange(max_dropped + 1)
-    return np.maximum(n - dropped_E, 0) / n, np.minimum(dropped_E, n) / n
+    dropped = np.arange(max_dropped + 1)
+    return np.maximum(n - dropped, 0) / n, np.minimum(dropped, n) / n
 
 
 def _dropped_range(num_players: int, sizes: tuple[int, int]) -> tuple[int, int]:
@@ -207,7 +207,7 @@ def _mean_code(num_players: int, sizes: tuple[int, int]) -> float:
 def coalition_weights(num_players: int, sizes: tuple[int, int]) -> FloatArray:
     """|W| of a mask by the number of other players that it keeps, `float64[P + 1]`."""
     num_sizes = sizes[1] - sizes[0] + 1
-    weight_K = np.zeros(num_players + 1)
+    weight = np.zeros(num_players + 1)
     for k in range(sizes[0], sizes[1] + 1):
-        weight_K[k] = 1.0 / (num_sizes * math.comb(num_players - 1, k))
-    return weight_K
+        weight[k] = 1.0 / (num_sizes * math.comb(num_players - 1, k))
+    return weight

@@ -30,7 +30,7 @@ def shapley_values(
     sizes: tuple[int, int] | None = None,
     *,
     noise_M: FloatArray | None = None,
-    resampled_MB: FloatArray | None = None,
+    resampled: FloatArray | None = None,
 ) -> ShapleyValues:
     """Values from scored masks: exact if every mask needed is there, else by a kernel surrogate.
 
@@ -42,7 +42,7 @@ def shapley_values(
         utilities_M: float [M], finite, higher is better.
         sizes: (k_min, k_max), sizes before the player joins; default (0, P-1).
         noise_M: variance of each utility, if it is noisy.
-        resampled_MB: the utilities under B >= 2 draws of the windows (`lpserve.analysis.resample`),
+        resampled: the utilities under B >= 2 draws of the windows (`lpserve.analysis.resample`),
             for `window_stderr_P`.
 
     Raises:
@@ -50,7 +50,7 @@ def shapley_values(
             out of range, or there are fewer than 3 masks and they do not enumerate the game.
     """
     masks_MP, utilities_M, sizes = check_game(masks_MP, utilities_M, sizes)
-    for name, array, ndim in (("noise", noise_M, 1), ("resampled", resampled_MB, 2)):
+    for name, array, ndim in (("noise", noise_M, 1), ("resampled", resampled, 2)):
         if array is not None and (np.ndim(array) != ndim or len(array) != len(masks_MP)):
             raise InputError(
                 f"{name} values must have {ndim} dimensions and a row for each of {len(masks_MP)} "
@@ -58,14 +58,14 @@ def shapley_values(
             )
     if is_enumerated(masks_MP, sizes):
         columns = utilities_M[:, None]
-        if resampled_MB is not None:
-            columns = np.concatenate([columns, resampled_MB], axis=1)
-        values_PJ = exact_values(masks_MP, columns, sizes)
+        if resampled is not None:
+            columns = np.concatenate([columns, resampled], axis=1)
+        values = exact_values(masks_MP, columns, sizes)
         window_stderr_P = None
-        if resampled_MB is not None:
-            window_stderr_P = spread_over_draws(values_PJ[:, 1:])
+        if resampled is not None:
+            window_stderr_P = spread_over_draws(values[:, 1:])
         return ShapleyValues(
-            values_P=values_PJ[:, 0],
+            values_P=values[:, 0],
             stderr_P=exact_noise(masks_MP, noise_M, sizes),
             window_stderr_P=window_stderr_P,
             sizes=sizes,
@@ -77,7 +77,7 @@ def shapley_values(
     surrogate.fit(masks_MP, utilities_M, noise_M)
     best = surrogate.best_kernel
     calibration = value_calibration(best, sizes)
-    return kernel_values(best, sizes, resampled_MB, calibration=calibration)
+    return kernel_values(best, sizes, resampled, calibration=calibration)
 
 
 def check_game(

@@ -70,7 +70,7 @@ class ExactGame:
 
     name: str
     num_players: int
-    nll_CN: np.ndarray
+    nll_MN: np.ndarray
     row_of: np.ndarray
     """Code -> row, -1 where not scored."""
     tokens_N: np.ndarray
@@ -80,7 +80,7 @@ class ExactGame:
         rows_M = self.row_of[masks_MP @ (1 << np.arange(self.num_players))]
         if (rows_M < 0).any():
             raise ValueError(f"{self.name} holds masks of at least {self.least_kept} layers alone")
-        return self.nll_CN[rows_M]
+        return self.nll_MN[rows_M]
 
     def known_masks(self) -> BoolArray:
         """Every mask of the game, `bool[M, P]`."""
@@ -88,7 +88,7 @@ class ExactGame:
         return np.concatenate([all_masks(self.num_players, kept) for kept in strata])
 
     def utility(self, name: str, nll_MN: np.ndarray) -> FloatArray:
-        full_N = self.nll_CN[self.row_of[-1]].astype(np.float64)
+        full_N = self.nll_MN[self.row_of[-1]].astype(np.float64)
         return utility_named(name).of(nll_MN.astype(np.float64), self.tokens_N, full_N)
 
     def exact(self, name: str, sizes: tuple[int, int]) -> FloatArray:
@@ -99,22 +99,22 @@ class ExactGame:
 
 def read_game(path: Path) -> ExactGame:
     with np.load(path, allow_pickle=False) as data:
-        nll_CN, tokens = data["nll_sum"], data["tokens"]
-        codes = data["codes"] if "codes" in data else np.arange(len(nll_CN))
+        nll_MN, tokens = data["nll_sum"], data["tokens"]
+        codes = data["codes"] if "codes" in data else np.arange(len(nll_MN))
     players = int(codes.max()).bit_length()
     row_of = np.full(1 << players, -1)
     row_of[codes] = np.arange(len(codes))
     kept_C = ((codes[:, None] >> np.arange(players)) & 1).sum(axis=1)
     least = int(kept_C.min())
     expected = sum(math.comb(players, kept) for kept in range(least, players + 1))
-    if len(np.unique(codes)) != expected or len(nll_CN) != expected:
-        sys.exit(f"{path}: {len(nll_CN)} rows, but {expected} masks keep {least} or more layers")
+    if len(np.unique(codes)) != expected or len(nll_MN) != expected:
+        sys.exit(f"{path}: {len(nll_MN)} rows, but {expected} masks keep {least} or more layers")
     return ExactGame(
         name=path.stem,
         num_players=players,
-        nll_CN=nll_CN.astype(np.float32),
+        nll_MN=nll_MN.astype(np.float32),
         row_of=row_of,
-        tokens_N=np.full(nll_CN.shape[1], tokens.shape[1] - 1),
+        tokens_N=np.full(nll_MN.shape[1], tokens.shape[1] - 1),
         least_kept=least,
     )
 
@@ -127,9 +127,9 @@ def score_game(model: Path, text: Path, most_removed: int | None, path: Path) ->
         least = 0 if most_removed is None else players - most_removed
         strata = [all_masks(players, kept) for kept in range(least, players + 1)]
         masks_CP = np.concatenate(strata)
-        nll_CN = engine.score(masks_CP).nll_MN.astype(np.float32)
+        nll_MN = engine.score(masks_CP).nll_MN.astype(np.float32)
     codes = masks_CP @ (1 << np.arange(players))
-    np.savez_compressed(path, nll_sum=nll_CN, tokens=windows.tokens_NT, codes=codes)
+    np.savez_compressed(path, nll_sum=nll_MN, tokens=windows.tokens_NT, codes=codes)
     return read_game(path)
 
 
@@ -196,7 +196,7 @@ def value_lines(game: ExactGame, args: argparse.Namespace) -> list[str]:
                 continue
             sizes = (low, players - 1)
             exact_P = game.exact(utility, sizes)
-            budgets = [b for b in BUDGETS if b <= args.most and b < len(game.nll_CN)]
+            budgets = [b for b in BUDGETS if b <= args.most and b < len(game.nll_MN)]
             kind = "Shapley values" if low == 0 else "Truncated values"
             lines += [f"## {kind}, sizes {sizes}, utility {utility}", ""]
             for chosen in ("for the values alone", "by a run"):

@@ -41,7 +41,7 @@ BUDGETS = (90, 120, 160, 200, 300)
 class Spending:
     """One run."""
 
-    regret_R: FloatArray
+    regret: FloatArray
     mask_windows: int
     forwards: float
     screened: int
@@ -84,7 +84,7 @@ def spend(
                 spent.add(Ask(masks_MP, windows))
     done_MP = np.concatenate(whole)
     return Spending(
-        regret_R=arena.regret_R([Ask(done_MP)]),
+        regret=arena.regret([Ask(done_MP)]),
         mask_windows=mask_windows,
         forwards=spent.forwards,
         screened=masks - len(done_MP),
@@ -107,7 +107,7 @@ def table_lines(
         for screen in (0, *screens):
             found = [spend(arena, game, screen, seed, budget, goal) for seed in range(seeds)]
             base = base or found
-            regret_SR = np.array([one.regret_R for one in found])
+            regret_SR = np.array([one.regret for one in found])
             cells = [f"{r_S.max():.2f} ({r_S.mean():.2f})" for r_S in regret_SR.T]
             windows = sum(o.mask_windows for o in found) / sum(o.mask_windows for o in base)
             forwards = sum(o.forwards for o in found) / sum(o.forwards for o in base)

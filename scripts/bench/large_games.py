@@ -106,7 +106,7 @@ def value_row(game: ProductGame, masks_MP: BoolArray, sizes: tuple[int, int]) ->
         masks_MP,
         -nll_MN.sum(axis=1) / tokens_N.sum(),
         sizes,
-        resampled_MB=-mean_nll(nll_MN, tokens_N, weights_BN),
+        resampled=-mean_nll(nll_MN, tokens_N, weights_BN),
     )
     seconds = time.process_time() - started
     exact_P, source_P = game.exact(sizes), game.population.exact(sizes)
@@ -117,13 +117,13 @@ def value_row(game: ProductGame, masks_MP: BoolArray, sizes: tuple[int, int]) ->
     return [relative, inside, 2 * Z90 * values.stderr_P.mean(), total, seconds]
 
 
-def regret_R(game: ProductGame, masks_MP: BoolArray, best_RP: BoolArray) -> FloatArray:
+def regret_R(game: ProductGame, masks_MP: BoolArray, best_MP: BoolArray) -> FloatArray:
     """% of perplexity over the best known set of each size."""
     nll_M, removed_M = game.mean_nll(masks_MP), (~masks_MP).sum(axis=1)
     found_R = np.array(
-        [nll_M[removed_M == r].min(initial=np.inf) for r in range(1, len(best_RP) + 1)]
+        [nll_M[removed_M == r].min(initial=np.inf) for r in range(1, len(best_MP) + 1)]
     )
-    return 100 * np.expm1(found_R - game.mean_nll(best_RP))
+    return 100 * np.expm1(found_R - game.mean_nll(best_MP))
 
 
 def reach(players: int) -> tuple[int, tuple[int, int]]:
@@ -140,13 +140,13 @@ def lines_of(players: int, seeds: int, most: int | None) -> list[str]:
     rival_rows: dict[str, list[list[float]]] = {}
     for seed in range(seeds):
         game = layer_game(players, NUM_WINDOWS, seed=seed)
-        best_RP = reference_best(game, max_removed, seed=seed)
+        best_MP = reference_best(game, max_removed, seed=seed)
         for name, search in (
             ("greedy", greedy(players, max_removed)),
             ("the paper's pipeline", paper(players, max_removed, budget=published, seed=seed)),
         ):
             scored_MP = everything_asked(game, search)
-            behind_R = regret_R(game, scored_MP, best_RP)
+            behind_R = regret_R(game, scored_MP, best_MP)
             rival_rows.setdefault(name, []).append(
                 [behind_R.mean(), behind_R.max(), len(scored_MP)]
             )
@@ -154,7 +154,7 @@ def lines_of(players: int, seeds: int, most: int | None) -> list[str]:
         for budget in budgets:
             some = played.masks_MP[:budget]
             last = max(n for n, asked in enumerate(played.asked) if asked <= budget)
-            regret = regret_R(game, some, best_RP)
+            regret = regret_R(game, some, best_MP)
             rows[budget].append(
                 [
                     *value_row(game, some, sizes),

@@ -85,7 +85,7 @@ class Arena:
         strata = range(players - self.max_removed, players)
         return self._lowest(np.concatenate([all_masks(players, kept) for kept in strata]))
 
-    def regret_R(self, batches: Sequence[Ask]) -> FloatArray:
+    def regret(self, batches: Sequence[Ask]) -> FloatArray:
         """% of perplexity over the best set of each size, r = 1..max_removed; inf: none scored."""
         whole = [ask.masks_MP for ask in batches if ask.windows is None]
         found_R = self._lowest(np.concatenate(whole)) if whole else np.inf
@@ -230,7 +230,7 @@ def _row(arena: Arena, search: str, budget: int, cut: list[tuple[list[Ask], Spen
         budget=budget,
         masks_S=np.array([spent.masks for _, spent in cut]),
         forwards_S=np.array([spent.forwards for _, spent in cut], dtype=np.float64),
-        regret_SR=np.array([arena.regret_R(batches) for batches, _ in cut], dtype=np.float64),
+        regret_SR=np.array([arena.regret(batches) for batches, _ in cut], dtype=np.float64),
     )
 
 

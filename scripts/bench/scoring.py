@@ -305,7 +305,7 @@ def run_ours(
 
 
 def arithmetic_shares(
-    baselines: Baselines, masks_CP: BoolArray, device: torch.device
+    baselines: Baselines, part_MP: BoolArray, device: torch.device
 ) -> dict[str, tuple[float, float]]:
     """Share of the baselines' wall time spent in arithmetic, by torch.profiler.
 
@@ -316,9 +316,9 @@ def arithmetic_shares(
     shares = {}
     for name in ("zero", "skip"):
         method = getattr(baselines, name)
-        method(masks_CP[0])
+        method(part_MP[0])
         plain = arithmetic = wall = 0.0
-        for mask_P in masks_CP:
+        for mask_P in part_MP:
             call = partial(method, mask_P)
             laps = []
             for _ in range(PROFILE_REPEATS):
@@ -341,14 +341,14 @@ def measure_flat(folder: Path, windows: TokenWindows, args: argparse.Namespace) 
         part = len(masks_MP) * windows.num_windows / FLAT_STEPS
 
         def counted(
-            state_BTd: torch.Tensor,
+            batch: torch.Tensor,
             block: TokenWindows,
             extra_metrics: Sequence[str] = (),
             full_NTd: torch.Tensor | None = None,
         ) -> torch.Tensor:
             nonlocal done
-            result = reduce(state_BTd, block, extra_metrics, full_NTd)
-            done += state_BTd.shape[0]
+            result = reduce(batch, block, extra_metrics, full_NTd)
+            done += batch.shape[0]
             while done >= part * (len(flat.points) + 1):
                 flat.points.append(memory_now(device))
             return result

@@ -1,4 +1,4 @@
-"""What KL from the whole model loses when only its K likeliest tokens are told apart.
+"""What KL from the full model loses when only its K likeliest tokens are told apart.
 
     PYTHONPATH=. python scripts/bench/top_k.py --out top_k.md
 
@@ -52,7 +52,7 @@ def main() -> int:
         _, alone = mean("nll", ())
         exact_M, exact_s = mean("kl", ("kl",))
         lines = [
-            "# KL by the whole model's likeliest tokens",
+            "# KL by the full model's likeliest tokens",
             "",
             *machine_lines(2),
             "",

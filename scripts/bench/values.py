@@ -60,10 +60,10 @@ class OneRowAtATime:
         self._network = torch.nn.Sequential(one, torch.nn.CELU(), two, torch.nn.Sigmoid())
 
     @torch.no_grad()
-    def differences(self, masks_QP: BoolArray) -> FloatArray:
+    def differences(self, queried_MP: BoolArray) -> FloatArray:
         """f(m + i) - f(m - i), `float64[Q, P]`, two values for each entry."""
-        gain_QP = np.empty(masks_QP.shape)
-        for row, mask_P in enumerate(masks_QP):
+        gain_QP = np.empty(queried_MP.shape)
+        for row, mask_P in enumerate(queried_MP):
             for player in range(len(mask_P)):
                 bits = torch.from_numpy(mask_P.astype(np.float32))
                 bits[player] = 1.0
@@ -106,17 +106,17 @@ def surrogate_rows(args: argparse.Namespace) -> tuple[list[str], float]:
     surrogate = PaperSurrogate(args.seed)
     # the time to evaluate does not depend on the fit: one batch an epoch will do
     surrogate.fit(*random_game(args.players, surrogate.BATCH, args.seed))
-    masks_QP = paper_masks(args.players, args.masks, args.seed)
-    few_QP = masks_QP[:: -(-len(masks_QP) // args.reference_masks)]
+    queried_MP = paper_masks(args.players, args.masks, args.seed)
+    few_QP = queried_MP[:: -(-len(queried_MP) // args.reference_masks)]
     reference = OneRowAtATime(surrogate)
     difference = np.abs(
         reference.differences(few_QP) - toggle_differences(surrogate.mean, few_QP)
     ).max()
-    needed = 2 * masks_QP.size
-    ours = seconds(lambda: paper_values(surrogate.mean, masks_QP), args.repeats)
+    needed = 2 * queried_MP.size
+    ours = seconds(lambda: paper_values(surrogate.mean, queried_MP), args.repeats)
     sample = seconds(lambda: reference.differences(few_QP), args.repeats)
-    theirs = sample * len(masks_QP) / len(few_QP)
-    size = f"{len(masks_QP):,} masks x {args.players} players x 2"
+    theirs = sample * len(queried_MP) / len(few_QP)
+    size = f"{len(queried_MP):,} masks x {args.players} players x 2"
     sizes = (0, args.players - 1)
     sampled = seconds(
         lambda: monte_carlo_values(surrogate.mean, args.players, sizes, args.masks, args.seed),

@@ -135,9 +135,9 @@ def test_losses_are_those_of_a_plain_loop(utility, rng):
     for m, q in np.ndindex(*got_MQ.shape):
         wanted = loss_by_hand(
             utility,
-            questions.answers_QC[q],
-            questions.right_QC[q],
-            questions.chars_QC[q],
+            questions.answers[q],
+            questions.is_right[q],
+            questions.chars[q],
             nll_MN[m],
             misses_MN[m],
         )
@@ -151,7 +151,7 @@ def test_a_question_with_an_answer_that_has_no_score_has_no_loss(utility, bad, r
     questions, nll_MN = some_questions(rng)
     misses_MN = np.zeros_like(nll_MN)
     question = int(rng.integers(questions.num_questions))
-    nll_MN[3, questions.answers_QC[question][0]] = bad
+    nll_MN[3, questions.answers[question][0]] = bad
     got_MQ = questions.losses(utility_named(utility), {"nll": nll_MN, "misses": misses_MN})
     missing = np.argwhere(np.isnan(got_MQ)).tolist()
     assert missing == [[3, question]]
@@ -163,9 +163,9 @@ def test_noise_of_a_loss_is_that_of_its_answers(utility, rng):
     the mean length). 4,000 draws tell 2%; the rest of the 25% is for questions on which a third
     answer comes near the first two."""
     questions, _ = some_questions(rng, 60)
-    questions = replace(questions, chars_QC=np.where(questions.answers_QC >= 0, 10, 0))
+    questions = replace(questions, chars=np.where(questions.answers >= 0, 10, 0))
     if "margin" not in utility:  # misses of open-ended ones are not made of NLLs
-        questions = questions.select(np.flatnonzero(~questions.open_ended_Q))
+        questions = questions.select(np.flatnonzero(~questions.open_ended))
     num_tokens_N = questions.windows.num_tokens_N
     full_N = rng.gamma(2.0, 5.0, len(num_tokens_N)).astype(np.float32)
     of_token = 0.5
@@ -193,7 +193,7 @@ def test_parts_of_questions_are_the_same_questions(rng):
     renamed = TokenWindows.from_tokens(
         other.windows.tokens_NT + 100, other.windows.scored_NT, name="u"
     )
-    other = Questions(renamed, other.answers_QC, other.right_QC, other.chars_QC, (("u", 30),))
+    other = Questions(renamed, other.answers, other.is_right, other.chars, (("u", 30),))
     both = Questions.concatenate([part, other])
     joined = {"nll": np.concatenate([nll_MN[:, rows], other_nll_MN], axis=1)}
     assert both.corpora == (("t", 7), ("u", 30))
@@ -366,8 +366,8 @@ def test_a_run_of_a_task_resumes_extends_and_exports(small_model, tmp_path, caps
         calibration, _ = item_sets_of(config_from(values, "test"))
         assert calibration.questions is not None
         assert np.array_equal(stored["answer_tokens"], calibration.windows.tokens_NT)
-        assert np.array_equal(stored["answers"], calibration.questions.answers_QC)
-        assert np.array_equal(stored["right"], calibration.questions.right_QC)
+        assert np.array_equal(stored["answers"], calibration.questions.answers)
+        assert np.array_equal(stored["right"], calibration.questions.is_right)
     path = tasks / "continuation.jsonl"
     documents = [json.loads(line) for line in path.read_text().split("\n") if line]
     for document in documents:
@@ -543,17 +543,17 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
 
 def test_questions_are_known_by_themselves_and_not_by_how_wide_others_are(rng):
     questions, _ = some_questions(rng)
-    narrow = np.flatnonzero((questions.answers_QC >= 0).sum(axis=1) <= 3)[:4]
+    narrow = np.flatnonzero((questions.answers >= 0).sum(axis=1) <= 3)[:4]
     part = questions.select(narrow)
     trimmed = replace(
         part,
-        answers_QC=part.answers_QC[:, :3],
-        right_QC=part.right_QC[:, :3],
-        chars_QC=part.chars_QC[:, :3],
+        answers=part.answers[:, :3],
+        is_right=part.is_right[:, :3],
+        chars=part.chars[:, :3],
     )
     assert trimmed.content_hash == part.content_hash
-    other = replace(part, right_QC=np.roll(part.right_QC, 1, axis=0))
-    assert other.content_hash != part.content_hash or (part.right_QC == other.right_QC).all()
+    other = replace(part, is_right=np.roll(part.is_right, 1, axis=0))
+    assert other.content_hash != part.content_hash or (part.is_right == other.is_right).all()
 
 
 def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import lpserve
-from lpserve.engine.head import WholeVocabulary
+from lpserve.engine.head import LocalVocabulary
 from lpserve.engine.vllm.ranks import prompt_metrics
 from lpserve.errors import InputError
 from lpserve.testing.parity import (
@@ -42,7 +42,7 @@ def test_metrics_equal_those_of_the_model_without_the_layers(family, pack, model
         plain = engine.score(masks)
     assert relative(scores.nll_MN, plain.nll_MN) < TOLERANCE
     assert (np.abs(scores.of("misses") - expected["misses"]) <= close_MN).all()
-    # the whole model from itself: two roundings of the same log-probabilities, 1e-6 a target
+    # the full model from itself: two roundings of the same log-probabilities, 1e-6 a target
     assert (np.abs(scores.of("kl")[0]) < 1e-6 * windows.num_tokens_N).all()
     for name in ("kl", f"kl_top{TOP}"):
         got, wanted = scores.of(name)[1:], expected[name][1:]
@@ -60,10 +60,10 @@ def test_targets_are_worked_on_in_chunks_of_bounded_memory(model_dir, rng):
         head = cast("Any", engine)._scorer.stack._reducer
         head._chunk_bytes = 97 * 8 * 5 * 7  # seven targets of one mask with their divergences
         original = head._vocabulary.logits
-        head._vocabulary = WholeVocabulary(lambda rows: largest.append(len(rows)) or original(rows))
+        head._vocabulary = LocalVocabulary(lambda rows: largest.append(len(rows)) or original(rows))
         chunked = engine.score(masks, extra_metrics=extra_metrics)
     assert max(largest) == 7
-    for name in ("nll", *extra_metrics):  # a divergence of the whole model from itself is 0
+    for name in ("nll", *extra_metrics):  # a divergence of the full model from itself is 0
         difference = np.abs(chunked.of(name) - whole.of(name)).max()
         assert difference < TOLERANCE * max(1.0, whole.of(name).max())
 

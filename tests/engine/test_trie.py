@@ -44,18 +44,18 @@ class AffineStack:
         tokens = torch.from_numpy(block.tokens_NT).double()
         return tokens[..., None].expand(*tokens.shape, WIDTH).contiguous()
 
-    def run_player(self, player, state_BTd):
+    def run_player(self, player, batch):
         if player == self.fail_at:
             raise RuntimeError("this player fails")
-        self.rows_run.append(len(state_BTd))
-        return state_BTd * self.scale_P[player] + self.shift_P[player]
+        self.rows_run.append(len(batch))
+        return batch * self.scale_P[player] + self.shift_P[player]
 
-    def reduce(self, state_BTd, block, extra_metrics=(), full_NTd=None):
-        columns = [state_BTd.sum(dim=(1, 2))]
+    def reduce(self, batch, block, extra_metrics=(), full_NTd=None):
+        columns = [batch.sum(dim=(1, 2))]
         for name in extra_metrics:
-            if name == "kl":  # what is left of the whole model's sum
+            if name == "kl":  # what is left of the full model's sum
                 assert full_NTd is not None
-                whole_B = full_NTd.sum(dim=(1, 2)).repeat(len(state_BTd) // block.num_windows)
+                whole_B = full_NTd.sum(dim=(1, 2)).repeat(len(batch) // block.num_windows)
                 columns.append(whole_B - columns[0])
             else:
                 columns.append(2 * columns[0])

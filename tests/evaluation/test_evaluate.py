@@ -59,7 +59,7 @@ def pruned(tmp_path_factory):
 
 @pytest.fixture
 def lm(tmp_path):
-    """Ours, for the whole model, that set, and another."""
+    """Ours, for the full model, that set, and another."""
     sets = [full_model(), LayerSet("three", REMOVED), LayerSet("first", (0,))]
     probe = TokenWindows.from_tokens(np.array([[0, 1]]))
     config = EngineConfig(model=MODEL)

@@ -41,16 +41,16 @@ class Fixed:
     def __init__(self, function: Callable[[BoolArray], FloatArray], std: float = 1.0) -> None:
         self._function, self._std = function, std
 
-    def mean(self, masks_QP: BoolArray) -> FloatArray:
-        return self._function(masks_QP)
+    def mean(self, queried_MP: BoolArray) -> FloatArray:
+        return self._function(queried_MP)
 
     def fit(
         self, masks_MP: BoolArray, utilities_M: FloatArray, noise_M: FloatArray | None = None
     ) -> None:
         raise NotImplementedError
 
-    def predict(self, masks_QP: BoolArray) -> tuple[FloatArray, FloatArray]:
-        return self.mean(masks_QP), np.full(len(masks_QP), self._std)
+    def predict(self, queried_MP: BoolArray) -> tuple[FloatArray, FloatArray]:
+        return self.mean(queried_MP), np.full(len(queried_MP), self._std)
 
 
 def fitted_to_ratios(

@@ -88,8 +88,8 @@ def test_hidden_states_turn_as_in_transformers(family, model_dir, rng):
         ]
     )
     off = ~np.eye(NUM_LAYERS + 1, dtype=bool)  # the arc cosine of one is steep
-    assert np.abs(got.distance_LL - angle)[off].max() < TOLERANCE
-    assert (np.diag(got.distance_LL) == 0).all()
+    assert np.abs(got.distance - angle)[off].max() < TOLERANCE
+    assert (np.diag(got.distance) == 0).all()
     assert np.ptp(influence) > 100 * TOLERANCE
 
 

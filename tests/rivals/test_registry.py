@@ -231,7 +231,7 @@ def test_one_shot_removes_the_players_whose_loss_costs_least(failing, rng):
 def test_greedy_equals_the_naive_one(ties, failing, rng):
     game = TableGame(8, rng, failing)
     if ties:
-        game.nll_CN = np.repeat(np.ceil(game.nll_CN[:, :1]), NUM_WINDOWS, axis=1)
+        game.nll_MN = np.repeat(np.ceil(game.nll_MN[:, :1]), NUM_WINDOWS, axis=1)
     removed: tuple[int, ...] = ()
     expected = []
     for _ in range(6):
@@ -346,7 +346,7 @@ def test_the_evolution_finds_the_best_sets_of_an_additive_game(rng):
     players = 9
     cost = rng.normal(size=players)
     game = TableGame(players, rng)
-    game.nll_CN = np.repeat((~all_masks(players)[:, ::-1] @ cost)[:, None], NUM_WINDOWS, axis=1)
+    game.nll_MN = np.repeat((~all_masks(players)[:, ::-1] @ cost)[:, None], NUM_WINDOWS, axis=1)
     record = drive(
         evolutionary(players, 3, num_windows=NUM_WINDOWS, seed=int(rng.integers(99))),
         game.score,
@@ -363,7 +363,7 @@ def test_the_evolution_finds_the_best_sets_of_an_additive_game(rng):
 def test_the_papers_pipeline_equals_its_parts(rng):
     players, most, budget = 10, 4, 70
     game, seed = TableGame(players, rng, failing=0.3), int(rng.integers(1 << 30))
-    game.nll_CN[-1] = rng.gamma(2.0, size=NUM_WINDOWS)  # all kept is scored
+    game.nll_MN[-1] = rng.gamma(2.0, size=NUM_WINDOWS)  # all kept is scored
     record = drive(paper(players, most, budget=budget, seed=seed), game.score, budget)
     draw_rng = np.random.default_rng(seed)
     draws = paper_draws(players, PAPER_DRAWS, draw_rng)
@@ -425,7 +425,7 @@ def test_with_room_for_them_all_8000_draws_are_made():
 
 def test_the_papers_pipeline_ends_where_it_has_nothing_to_train_on(rng):
     game = TableGame(10, rng)
-    game.nll_CN[-1] = np.nan
+    game.nll_MN[-1] = np.nan
     assert len(drive(paper(10, 3, budget=40, seed=0), game.score, 40)) == 1
 
 

@@ -156,7 +156,7 @@ def test_an_engine_that_cannot_start_says_why_and_leaves_nothing(tmp_path, texts
 
 def test_a_model_whose_own_score_is_not_finite_stops_the_run(tmp_path, texts):
     options = {"num_players": P, "nan": ["1" * P]}
-    with pytest.raises(Exception, match="whole model's own score is not finite"):
+    with pytest.raises(Exception, match="full model's own score is not finite"):
         run(make_config(tmp_path, texts, engine_options=options))
 
 

@@ -130,7 +130,7 @@ def test_experts_that_a_token_does_not_meet_are_not_counted(tmp_path):
 def test_a_time_is_told_for_a_named_rate_only(tmp_path, capsys):
     assert main(["cost", "--model", MODEL]) == 0
     plain = capsys.readouterr().out
-    assert "not told" in plain
+    assert "unknown" in plain
     flags = ["--tflops-per-gpu", "2", "--engines", "3", "--gpus-per-engine", "2"]
     assert main(["cost", "--model", MODEL, *flags]) == 0
     text = capsys.readouterr().out

@@ -624,7 +624,7 @@ def test_a_stack_weighs_means_and_deviations_and_judges_itself_by_other_folds(rn
     weights = stack.stack_weights(matrix)
     used = weights >= 0.01
     assert stacked.members == tuple(m for m, use in zip(members, used, strict=True) if use)
-    np.testing.assert_allclose(stacked.weights_K, weights[used] / weights[used].sum())
+    np.testing.assert_allclose(stacked.weights, weights[used] / weights[used].sum())
     mean, std = stacked.predict(np.ones((3, 4), dtype=bool))
     share = np.where(used, weights, 0) / weights[used].sum()
     np.testing.assert_allclose(mean, share @ [1.0, 2.0, 50.0])

@@ -54,7 +54,7 @@ def test_values_are_those_of_enumeration(num_players, rng):
 
 @pytest.mark.parametrize(("num_players", "most"), [(32, 3), (80, 2)])
 def test_values_of_deep_games(num_players, most, rng):
-    """Near the whole model all coalitions can still be listed; over all sizes values must sum to
+    """Near the full model all coalitions can still be listed; over all sizes values must sum to
     the NLL of nothing kept less that of all."""
     game = game_of(rng, num_players, 4)
     listed_P = np.zeros(num_players)

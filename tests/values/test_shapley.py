@@ -122,7 +122,7 @@ def test_values_are_linear_in_the_utilities(rng):
 def test_window_stderr_of_enumerated_games_is_the_spread_of_resampled_values(rng):
     masks = all_masks(4)
     columns = rng.normal(size=(16, 6))
-    values = shapley_values(masks, columns.mean(axis=1), (1, 3), resampled_MB=columns)
+    values = shapley_values(masks, columns.mean(axis=1), (1, 3), resampled=columns)
     drawn = np.array([naive_values(as_dict(masks, c), 4, (1, 3)) for c in columns.T])
     assert values.window_stderr_P is not None
     np.testing.assert_allclose(values.window_stderr_P, drawn.std(axis=0, ddof=1), rtol=1e-10)
@@ -273,7 +273,7 @@ def test_values_are_those_of_the_kernel_with_the_smaller_heldout_error(rng):
     best = min(each, key=lambda s: s.heldout_error.rmse)
     calibration = value_calibration(best, (1, 4))
     expected = kernel_values(best, (1, 4), columns, calibration=calibration)
-    got = shapley_values(masks, utilities, (1, 4), noise_M=noise, resampled_MB=columns)
+    got = shapley_values(masks, utilities, (1, 4), noise_M=noise, resampled=columns)
     for name in ("values_P", "stderr_P", "window_stderr_P"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
     assert (got.estimator, got.heldout_error) == (expected.estimator, expected.heldout_error)
@@ -316,8 +316,8 @@ FIVE = np.arange(5.0)
         (GOOD[:2], FIVE[:2], None, {}, "too few"),
         (GOOD[:0], FIVE[:0], None, {}, "too few"),
         (GOOD, FIVE, None, {"noise_M": FIVE[:4]}, "noise"),
-        (GOOD, FIVE, None, {"resampled_MB": np.zeros((4, 2))}, "resampled"),
-        (GOOD, FIVE, None, {"resampled_MB": FIVE}, "resampled"),
+        (GOOD, FIVE, None, {"resampled": np.zeros((4, 2))}, "resampled"),
+        (GOOD, FIVE, None, {"resampled": FIVE}, "resampled"),
     ],
 )
 def test_bad_input_is_refused_in_words(masks, utilities, sizes, more, message):
@@ -327,7 +327,7 @@ def test_bad_input_is_refused_in_words(masks, utilities, sizes, more, message):
 
 def test_a_single_window_has_no_window_error(rng):
     masks = all_masks(3)
-    values = shapley_values(masks, rng.normal(size=8), resampled_MB=rng.normal(size=(8, 1)))
+    values = shapley_values(masks, rng.normal(size=8), resampled=rng.normal(size=(8, 1)))
     assert values.window_stderr_P is not None
     assert np.isnan(values.window_stderr_P).all()
 

@@ -116,11 +116,11 @@ class TransformersEngine:
         key = self._default if windows is None else windows
         masks_MP = check_masks(masks_MP, self.info.num_players)
         extra_metrics = check_extra_metrics(self.info, extra_metrics)
-        values_MNC, work = self._scorer.score(masks_MP, key, extra_metrics)
-        return scores_of(values_MNC, extra_metrics, self._scorer.num_tokens(key), work)
+        metric_values, work = self._scorer.score(masks_MP, key, extra_metrics)
+        return scores_of(metric_values, extra_metrics, self._scorer.num_tokens(key), work)
 
     def hidden_states(self, windows: str | None = None) -> HiddenStates:
-        """How hidden states turn in the whole model, on registered windows."""
+        """Block influence and angular distances in the full model, on registered windows."""
         with full_precision():
             return hidden_states(self._scorer.stack, self._scorer.blocks(windows or self._default))
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.head import Head, WholeVocabulary, on_device, plain_nll
+from lpserve.engine.head import Head, LocalVocabulary, on_device, plain_nll
 from lpserve.engine.hf.recording import LayerCall, hidden_of, record_forward
 from lpserve.engine.hf.structure import (
     check_chain,
@@ -61,7 +61,7 @@ class RecordedStack:
         self._calls: dict[int, list[LayerCall]] = {}
         self._tail: tuple[nn.Module, ...] = ()
         self._reducer = Head(
-            WholeVocabulary(self._logits, compiled=compile_layers),
+            LocalVocabulary(self._logits, compiled=compile_layers),
             vocab_size=self.vocab_size,
             chunk_bytes=head_chunk_bytes,
             dtype=self.dtype,
@@ -97,23 +97,23 @@ class RecordedStack:
             self.base(input_ids=on_device(block.tokens_NT, self.device), use_cache=False)
         return captured[0]
 
-    def run_player(self, player: int, state_BTd: torch.Tensor) -> torch.Tensor:
-        call = self._calls[state_BTd.shape[1]][player]
-        hidden = state_BTd if self._inputs_survive else state_BTd.clone()
+    def run_player(self, player: int, batch: torch.Tensor) -> torch.Tensor:
+        call = self._calls[batch.shape[1]][player]
+        hidden = batch if self._inputs_survive else batch.clone()
         return hidden_of(call.replay(self._run[player], hidden))
 
     def reduce(
         self,
-        state_BTd: torch.Tensor,
+        batch: torch.Tensor,
         block: TokenWindows,
         extra_metrics: Sequence[str] = (),
         full_NTd: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._reducer.reduce(state_BTd, block, extra_metrics, full_NTd)
+        return self._reducer.reduce(batch, block, extra_metrics, full_NTd)
 
-    def _logits(self, rows_nd: torch.Tensor) -> torch.Tensor:
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
         """`[n, V]`."""
-        rows_1nd = rows_nd[None]
+        rows_1nd = rows[None]
         for module in self._tail:
             rows_1nd = module(rows_1nd)
         return self._head(rows_1nd).squeeze(0)

@@ -33,9 +33,9 @@ class AttentionSpec:
     """Tokens see only tokens of their own chunk of this many; None: no chunks."""
     soft_cap: float | None = None
     """Scores become cap * tanh(score / cap)."""
-    sinks_H: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
     """A learned score beside the keys' that takes probability and gives nothing."""
-    alibi_H: torch.Tensor | None = None
+    alibi: torch.Tensor | None = None
     """Slope of the linear distance bias (ALiBi) of each head."""
 
     def attend(
@@ -48,7 +48,7 @@ class AttentionSpec:
         q = query.reshape(-1, length, self.num_heads, self.head_size).transpose(1, 2)
         k = key.reshape(-1, length, self.num_kv_heads, self.head_size).transpose(1, 2)
         v = value.reshape(-1, length, self.num_kv_heads, self.head_size_v).transpose(1, 2)
-        explicit = self.soft_cap is not None or self.sinks_H is not None
+        explicit = self.soft_cap is not None or self.sinks is not None
         out = (_explicit if explicit else _fused)(q, k, v, self, length)
         return out.transpose(1, 2).reshape(-1, self.num_heads * self.head_size_v)
 
@@ -58,8 +58,8 @@ def _fused(
 ) -> torch.Tensor:
     grouped = spec.num_kv_heads != spec.num_heads
     visible = _visible(length, spec.window, spec.chunk, q.device)
-    if spec.alibi_H is not None:
-        bias = _alibi(spec.alibi_H, length).to(q.dtype)
+    if spec.alibi is not None:
+        bias = _alibi(spec.alibi, length).to(q.dtype)
         causal = visible if visible is not None else _causal(length, q.device)
         return F.scaled_dot_product_attention(
             q,
@@ -89,11 +89,11 @@ def _explicit(
         scores = (q[part] @ keys.transpose(2, 3)).float() * spec.scale
         if spec.soft_cap is not None:
             scores = torch.tanh(scores / spec.soft_cap) * spec.soft_cap
-        if spec.alibi_H is not None:
-            scores = scores + _alibi(spec.alibi_H, length)
+        if spec.alibi is not None:
+            scores = scores + _alibi(spec.alibi, length)
         scores = scores.masked_fill(hidden, float("-inf"))
-        if spec.sinks_H is not None:
-            sink = spec.sinks_H.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        if spec.sinks is not None:
+            sink = spec.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
             weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
         else:
             weights = scores.softmax(-1)
@@ -125,8 +125,8 @@ def _causal(length: int, device: torch.device) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
-def _alibi(slopes_H: torch.Tensor, length: int) -> torch.Tensor:
+def _alibi(slopes: torch.Tensor, length: int) -> torch.Tensor:
     """float32[H, T, T]: slope * (key position - query position)."""
-    position = torch.arange(length, device=slopes_H.device)
+    position = torch.arange(length, device=slopes.device)
     distance = position[None] - position[:, None]
-    return slopes_H.float().view(-1, 1, 1) * distance
+    return slopes.float().view(-1, 1, 1) * distance

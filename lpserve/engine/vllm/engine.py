@@ -7,7 +7,7 @@ Two paths, one contract:
 * `requests`: every layer is patched to pass its input on when masked; windows are ordinary requests
   with prompt log-probabilities. Slower; serves what vLLM can serve; the reference of the other.
 
-`auto` takes `scoring` when the model's structure allows it and both paths agree on the whole model,
+`auto` takes `scoring` when the model's structure allows it and both paths agree on the full model,
 on nothing kept and on random masks; which ran, and why, is in `info`.
 """
 
@@ -132,7 +132,7 @@ class VllmEngine:
     def _metrics(self) -> tuple[str, ...]:
         if self.path == "requests":
             return ("nll", "misses")
-        # no stage of a pipeline sees the whole model's last state but the last one
+        # only the last stage of a pipeline sees the full model's final state
         return METRICS if self._ranks.num_stages == 1 else ("nll", "misses")
 
     def register(self, windows: TokenWindows) -> str:
@@ -160,8 +160,8 @@ class VllmEngine:
         extra_metrics = check_extra_metrics(self.info, extra_metrics)
         scoring = self.path == "scoring"
         score = self._ranks.score_by_stack if scoring else self._ranks.score_by_requests
-        values_MNC, work = score(masks_MP, self._windows[key], extra_metrics)
-        return scores_of(values_MNC, extra_metrics, self._windows[key].num_tokens_N, work)
+        metric_values, work = score(masks_MP, self._windows[key], extra_metrics)
+        return scores_of(metric_values, extra_metrics, self._windows[key].num_tokens_N, work)
 
     def score_by_requests(
         self, masks_MP: BoolArray, windows: TokenWindows, extra_metrics: Sequence[str] = ()
@@ -169,8 +169,8 @@ class VllmEngine:
         """Scores by the requests path, whichever path this engine runs: the slow reference.
         `extra_metrics` may be `misses`."""
         masks_MP = check_masks(masks_MP, self._num_players)
-        values_MNC, work = self._ranks.score_by_requests(masks_MP, windows, extra_metrics)
-        return scores_of(values_MNC, extra_metrics, windows.num_tokens_N, work)
+        metric_values, work = self._ranks.score_by_requests(masks_MP, windows, extra_metrics)
+        return scores_of(metric_values, extra_metrics, windows.num_tokens_N, work)
 
     def generate(
         self,

@@ -103,7 +103,7 @@ class Ranks:
         from vllm import SamplingParams
 
         started = time.perf_counter()
-        sorted_DP, inverse_M = sort_distinct(masks_MP)
+        sorted_MP, inverse_M = sort_distinct(masks_MP)
         # what follows the last scored position changes nothing before it
         prompts = [
             {"prompt_token_ids": row[: int(last)].tolist()}
@@ -115,21 +115,21 @@ class Ranks:
             temperature=0,
             detokenize=False,
         )
-        values_DNC = np.empty((len(sorted_DP), windows.num_windows, 1 + len(extra_metrics)))
-        for row, mask_P in enumerate(sorted_DP):
+        metric_values = np.empty((len(sorted_MP), windows.num_windows, 1 + len(extra_metrics)))
+        for row, mask_P in enumerate(sorted_MP):
             self.set_mask(mask_P)
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
             for window, output in enumerate(outputs):
-                values_DNC[row, window] = prompt_metrics(
+                metric_values[row, window] = prompt_metrics(
                     output, windows.scored_NT[window], extra_metrics
                 )
         self.set_mask(np.ones(self.num_players, dtype=bool))
-        return values_DNC[inverse_M], Work(
+        return metric_values[inverse_M], Work(
             masks=len(masks_MP),
-            distinct_masks=len(sorted_DP),
-            layer_forwards=int(sorted_DP.sum()),
+            distinct_masks=len(sorted_MP),
+            layer_forwards=int(sorted_MP.sum()),
             skip_layer_forwards=int(np.asarray(masks_MP).sum()),
-            tokens=len(sorted_DP) * windows.tokens_NT.size,
+            tokens=len(sorted_MP) * windows.tokens_NT.size,
             seconds=time.perf_counter() - started,
         )
 

@@ -62,7 +62,7 @@ class DrivenModel(Protocol):
 
     def session(self) -> AbstractContextManager[None]: ...
 
-    def run(self, ids_n: torch.Tensor, positions_n: torch.Tensor) -> torch.Tensor: ...
+    def run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor: ...
 
     def vocabulary(self) -> Vocabulary: ...
 
@@ -117,55 +117,55 @@ class VllmStack:
         if not self._model.link.is_first:
             parts = (2,) if self.state_kind == "pair" else ()
             return self._model.link.receive(torch.Size((*shape[:2], *parts, self.width)))
-        ids_n = on_device(block.tokens_NT.reshape(-1), self._model.device)
-        state = self._record(ids_n, block.length, block.num_windows).hidden.view(shape)
+        ids = on_device(block.tokens_NT.reshape(-1), self._model.device)
+        state = self._record(ids, block.length, block.num_windows).hidden.view(shape)
         if self.state_kind == "pair":
             return torch.stack([state, torch.zeros_like(state)], dim=2)
         return state
 
-    def run_player(self, player: int, state_BTd: torch.Tensor) -> torch.Tensor:
-        rows, length = state_BTd.shape[:2]
+    def run_player(self, player: int, batch: torch.Tensor) -> torch.Tensor:
+        rows, length = batch.shape[:2]
         record = self._recorded(length, rows)
-        hidden, residual = self._unpack(state_BTd, record)
+        hidden, residual = self._unpack(batch, record)
         out, left = self._layer(record, player, hidden, residual)
         if self.state_kind == "pair":
-            return torch.stack([_flat(out), _flat(left)], dim=1).view(state_BTd.shape)
+            return torch.stack([_flat(out), _flat(left)], dim=1).view(batch.shape)
         if self.state_kind == "sum":
             out = out + left
-        return out.view(state_BTd.shape)
+        return out.view(batch.shape)
 
     def reduce(
         self,
-        state_BTd: torch.Tensor,
+        batch: torch.Tensor,
         block: TokenWindows,
         extra_metrics: Sequence[str] = (),
         full_NTd: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        rows = len(state_BTd)
+        rows = len(batch)
         if not self._model.link.is_last:
-            for state in state_BTd.split(block.num_windows):
+            for state in batch.split(block.num_windows):
                 self._model.link.send(state)
-            return state_BTd.new_zeros((rows, 1 + len(extra_metrics)), dtype=torch.float64)
-        whole = None if full_NTd is None else self._final(full_NTd)
-        return self._head.reduce(self._final(state_BTd), block, extra_metrics, whole)
+            return batch.new_zeros((rows, 1 + len(extra_metrics)), dtype=torch.float64)
+        full = None if full_NTd is None else self._final(full_NTd)
+        return self._head.reduce(self._final(batch), block, extra_metrics, full)
 
-    def _final(self, state_BTd: torch.Tensor) -> torch.Tensor:
+    def _final(self, batch: torch.Tensor) -> torch.Tensor:
         """What the model gives its head, `[B, T, d]`."""
-        rows, length = state_BTd.shape[:2]
+        rows, length = batch.shape[:2]
         record = self._recorded(length, rows)
-        return self._tail(record, *self._unpack(state_BTd, record)).view(rows, length, -1)
+        return self._tail(record, *self._unpack(batch, record)).view(rows, length, -1)
 
     # -- calls ---------------------------------------------------------------------------------
 
     def _unpack(
-        self, state_BTd: torch.Tensor, record: _Recorded
+        self, batch: torch.Tensor, record: _Recorded
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Fresh tensors in the model's own shape: layers may write into what they are given."""
         shape = record.hidden.shape
         if self.state_kind == "pair":
-            hidden, residual = state_BTd.flatten(0, 1).unbind(1)
+            hidden, residual = batch.flatten(0, 1).unbind(1)
             return hidden.reshape(shape).clone(), residual.reshape(shape).clone()
-        return state_BTd.reshape(shape).clone(), None
+        return batch.reshape(shape).clone(), None
 
     def _layer(
         self, record: _Recorded, player: int, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -192,19 +192,19 @@ class VllmStack:
             return self._tap.identity_output(index, taken, arguments, ends=ends)
 
         with self._tap.handled(pass_on):
-            return self._model.run(record.ids_n, record.positions_n)
+            return self._model.run(record.ids, record.positions)
 
     def _recorded(self, length: int, rows: int) -> _Recorded:
         if (length, rows) not in self._calls:
-            ids_n = torch.zeros(length * rows, dtype=torch.long, device=self._model.device)
-            self._record(ids_n, length, rows)
+            ids = torch.zeros(length * rows, dtype=torch.long, device=self._model.device)
+            self._record(ids, length, rows)
         return self._calls[length, rows]
 
-    def _record(self, ids_n: torch.Tensor, length: int, rows: int) -> _Recorded:
+    def _record(self, ids: torch.Tensor, length: int, rows: int) -> _Recorded:
         """One forward in which no layer does anything: embedding, and every layer's arguments."""
         device = self._model.device
-        positions_n = torch.arange(length, device=device).repeat(rows)
-        record = _Recorded(ids_n, positions_n, length)
+        positions = torch.arange(length, device=device).repeat(rows)
+        record = _Recorded(ids, positions, length)
         handed: list[torch.Tensor] = []  # what the layer before returned
 
         def pass_on(index: int, arguments: dict[str, Any]) -> Any:
@@ -231,7 +231,7 @@ class VllmStack:
             return hidden, residual
 
         with self._tap.handled(pass_on):
-            self._model.run(ids_n, positions_n)
+            self._model.run(ids, positions)
         if len(record.arguments) != self.num_players:
             raise EngineError(
                 f"{self._model.name} ran {len(record.arguments)} of its {self.num_players} layers"
@@ -321,9 +321,9 @@ class VllmStack:
 class _Recorded:
     """Arguments of every layer for one batch shape, hidden state and residual left out."""
 
-    def __init__(self, ids_n: torch.Tensor, positions_n: torch.Tensor, length: int) -> None:
-        self.ids_n = ids_n
-        self.positions_n = positions_n
+    def __init__(self, ids: torch.Tensor, positions: torch.Tensor, length: int) -> None:
+        self.ids = ids
+        self.positions = positions
         self.length = length
         self.hidden = torch.empty(0)
         self.residual: torch.Tensor | None = None

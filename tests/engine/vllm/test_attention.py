@@ -28,10 +28,10 @@ def slow_attention(q, k, v, spec: AttentionSpec) -> np.ndarray:
                 score = k[at, h // group] @ q[w * LENGTH + i, h] * spec.scale
                 if spec.soft_cap is not None:
                     score = spec.soft_cap * np.tanh(score / spec.soft_cap)
-                if spec.alibi_H is not None:
-                    score = score + float(spec.alibi_H[h]) * (np.array(seen) - i)
+                if spec.alibi is not None:
+                    score = score + float(spec.alibi[h]) * (np.array(seen) - i)
                 weight = np.exp(score)
-                sink = np.exp(float(spec.sinks_H[h])) if spec.sinks_H is not None else 0.0
+                sink = np.exp(float(spec.sinks[h])) if spec.sinks is not None else 0.0
                 out[w * LENGTH + i, h] = weight @ v[at, h // group] / (weight.sum() + sink)
     return out.reshape(len(out), -1)
 
@@ -68,8 +68,8 @@ def test_attention_follows_its_definition(features, rng):
         window=features.get("window"),
         chunk=features.get("chunk"),
         soft_cap=features.get("soft_cap"),
-        sinks_H=torch.from_numpy(rng.normal(size=HEADS)) if "sinks" in features else None,
-        alibi_H=torch.from_numpy(rng.random(HEADS)) if "alibi" in features else None,
+        sinks=torch.from_numpy(rng.normal(size=HEADS)) if "sinks" in features else None,
+        alibi=torch.from_numpy(rng.random(HEADS)) if "alibi" in features else None,
     )
     n = WINDOWS * LENGTH
     q, k, v = (

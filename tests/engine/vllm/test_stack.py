@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import lpserve
-from lpserve.engine.head import WholeVocabulary
+from lpserve.engine.head import LocalVocabulary
 from lpserve.engine.scorer import StackScorer, prefix_bounds
 from lpserve.engine.trie import TrieSettings
 from lpserve.engine.vllm.stack import VllmStack
@@ -63,7 +63,7 @@ class Link:
 
 
 class Model:
-    """A whole model, or its layers `first..last` behind a link."""
+    """A full model, or its layers `first..last` behind a link."""
 
     device, dtype, vocab_size = torch.device("cpu"), torch.float64, VOCABULARY
     tensor_parallel_size, name = 1, "Model"
@@ -82,13 +82,13 @@ class Model:
     def session(self):
         return nullcontext()
 
-    def run(self, ids_n: torch.Tensor, positions_n: torch.Tensor) -> torch.Tensor:
-        hidden = self.embedding[ids_n]
+    def run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding[ids]
         residual = None if self.link.is_first else torch.zeros_like(hidden)
         if self.text_reaches_layers:
-            positions_n = positions_n + ids_n
+            positions = positions + ids
         for layer in self.layers:
-            hidden, residual = layer(positions_n, hidden, residual)
+            hidden, residual = layer(positions, hidden, residual)
             if self.between is not None:
                 hidden = self.between(hidden)
         kept = hidden
@@ -96,12 +96,12 @@ class Model:
             kept = hidden + residual
         return kept / kept.norm(dim=-1, keepdim=True)
 
-    def vocabulary(self) -> WholeVocabulary:
-        return WholeVocabulary(self.logits)
+    def vocabulary(self) -> LocalVocabulary:
+        return LocalVocabulary(self.logits)
 
-    def logits(self, rows_nd: torch.Tensor) -> torch.Tensor:
-        self.largest_rows = max(self.largest_rows, len(rows_nd))
-        return rows_nd @ self.embedding.T
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        self.largest_rows = max(self.largest_rows, len(rows))
+        return rows @ self.embedding.T
 
 
 def settings(**changes) -> TrieSettings:

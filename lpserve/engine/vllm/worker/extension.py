@@ -127,10 +127,10 @@ class WorkerExtension:
 
         def score() -> dict[str, Any]:
             with self._lpserve_stack.session():
-                values_MNC, work = self._lpserve_scorer.score(masks_MP, key, extra_metrics)
+                metric_values, work = self._lpserve_scorer.score(masks_MP, key, extra_metrics)
             return {
-                "values": values_MNC.tobytes(),
-                "shape": list(values_MNC.shape),
+                "values": metric_values.tobytes(),
+                "shape": list(metric_values.shape),
                 "work": [
                     work.masks,
                     work.distinct_masks,

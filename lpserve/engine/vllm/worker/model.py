@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lpserve.engine.head import Vocabulary, WholeVocabulary
+from lpserve.engine.head import LocalVocabulary, Vocabulary
 from lpserve.engine.vllm.attention import AttentionSpec
 from lpserve.engine.vllm.tap import LayerTap
 from lpserve.engine.vllm.worker.contract import IMPL_ATTRIBUTES
@@ -67,16 +67,16 @@ class VllmModel:
                 for processor in processors:
                     del processor._gather_logits
 
-    def run(self, ids_n: torch.Tensor, positions_n: torch.Tensor) -> torch.Tensor:
+    def run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The model's forward under the tap's handler: final hidden states."""
         if self.uses_mrope:
-            positions_n = positions_n.expand(3, -1)
+            positions = positions.expand(3, -1)
         if self.link.is_first:
-            return self.model(input_ids=ids_n, positions=positions_n)
+            return self.model(input_ids=ids, positions=positions)
         received = self.model.make_empty_intermediate_tensors(
-            batch_size=len(ids_n), dtype=self.dtype, device=self.device
+            batch_size=len(ids), dtype=self.dtype, device=self.device
         )
-        return self.model(input_ids=None, positions=positions_n, intermediate_tensors=received)
+        return self.model(input_ids=None, positions=positions, intermediate_tensors=received)
 
     def vocabulary(self) -> Vocabulary:
         """The whole of it, or, under tensor parallelism, this rank's part."""
@@ -84,9 +84,9 @@ class VllmModel:
             return VocabularyPart(
                 self.shard_indices, self.model.compute_logits, self.tensor_parallel_size
             )
-        return WholeVocabulary(self.model.compute_logits)
+        return LocalVocabulary(self.model.compute_logits)
 
-    def shard_indices(self, rows_nd: torch.Tensor) -> Any:
+    def shard_indices(self, rows: torch.Tensor) -> Any:
         """Which rows of the vocabulary this rank's head holds."""
         if self._shard is None:
             processor = self._processors[0]
@@ -99,7 +99,7 @@ class VllmModel:
 
             processor.forward = forward
             try:
-                self.model.compute_logits(rows_nd[:1])
+                self.model.compute_logits(rows[:1])
             finally:
                 del processor.forward
             self._shard = heads[0].shard_indices
@@ -204,8 +204,8 @@ def attention_spec(name: str, module: Any) -> AttentionSpec:
         window=window or None,
         chunk=getattr(module, "attention_chunk_size", None),
         soft_cap=float(cap) if cap else None,
-        sinks_H=sinks,
-        alibi_H=slopes,
+        sinks=sinks,
+        alibi=slopes,
     )
 
 

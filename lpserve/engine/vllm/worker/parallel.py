@@ -32,36 +32,36 @@ class VocabularyPart:
         self._shard_indices, self._logits, self._num_ranks = shard_indices, logits, num_ranks
         self._start = self._size = 0
 
-    def logits(self, rows_nd: torch.Tensor) -> torch.Tensor:
-        shard = self._shard_indices(rows_nd)
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        shard = self._shard_indices(rows)
         self._start, self._size = shard.org_vocab_start_index, shard.num_org_elements
-        return self._logits(rows_nd)[:, : self._size].float()
+        return self._logits(rows)[:, : self._size].float()
 
-    def nll(self, logits_nV: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
-        here_n = (ids_n >= self._start) & (ids_n < self._start + self._size)
-        local_n = (ids_n - self._start).clamp(0, max(self._size - 1, 0))
-        most_n, sums_n = _most_and_sum(logits_nV)
-        target_n = torch.where(here_n, logits_nV.gather(1, local_n[:, None])[:, 0], 0.0)
-        most_Rn, sums_Rn, target_Rn = self._gathered(most_n, sums_n, target_n)
-        return _log_sum(most_Rn, sums_Rn) - target_Rn.sum(dim=0)
+    def nll(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        here = (ids >= self._start) & (ids < self._start + self._size)
+        local = (ids - self._start).clamp(0, max(self._size - 1, 0))
+        maxima, sums = _max_and_sum(logits)
+        targets = torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
+        rank_max, rank_sums, rank_targets = self._gathered(maxima, sums, targets)
+        return _log_sum(rank_max, rank_sums) - rank_targets.sum(dim=0)
 
-    def misses(self, logits_nV: torch.Tensor, ids_n: torch.Tensor) -> torch.Tensor:
-        most_n, at_n = logits_nV.max(dim=1)
+    def misses(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        maxima, places = logits.max(dim=1)
         # vocabulary rows are exact in float64
-        most_Rn, at_Rn = self._gathered(most_n.double(), (at_n + self._start).double())
+        rank_max, rank_at = self._gathered(maxima.double(), (places + self._start).double())
         # ranks hold the vocabulary in order: of equals, the first
-        first_n = at_Rn.gather(0, most_Rn.argmax(dim=0, keepdim=True))[0]
-        return (first_n != ids_n).float()
+        first = rank_at.gather(0, rank_max.argmax(dim=0, keepdim=True))[0]
+        return (first != ids).float()
 
-    def divergence(self, whole_nV: torch.Tensor, logits_knV: torch.Tensor) -> torch.Tensor:
-        num_stacked, num_targets = logits_knV.shape[:2]
-        most_p, sums_p = _most_and_sum(whole_nV)
-        most_q, sums_q = _most_and_sum(logits_knV.flatten(0, 1))
-        gaps = (whole_nV - most_p[:, None]).exp() * (whole_nV - logits_knV)
+    def divergence(self, full_logits: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
+        num_stacked, num_targets = mask_logits.shape[:2]
+        max_p, sums_p = _max_and_sum(full_logits)
+        max_q, sums_q = _max_and_sum(mask_logits.flatten(0, 1))
+        gaps = (full_logits - max_p[:, None]).exp() * (full_logits - mask_logits)
         parts = self._gathered(
-            most_p.repeat(num_stacked),
+            max_p.repeat(num_stacked),
             sums_p.repeat(num_stacked),
-            most_q,
+            max_q,
             sums_q,
             gaps.sum(-1).flatten(),
         )
@@ -69,24 +69,24 @@ class VocabularyPart:
         gap = (parts[4] * (parts[0] - log_p).exp()).sum(dim=0)  # sum of p (logit p - logit q)
         return (gap - log_p + log_q).view(num_stacked, num_targets)
 
-    def _gathered(self, *numbers_n: torch.Tensor) -> torch.Tensor:
-        """Numbers of every rank, `[len(numbers_n), R, n]`."""
+    def _gathered(self, *numbers: torch.Tensor) -> torch.Tensor:
+        """Numbers of every rank, `[len(numbers), R, n]`."""
         from vllm.distributed import tensor_model_parallel_all_gather
 
-        parts = tensor_model_parallel_all_gather(torch.stack(numbers_n), dim=1)
-        return parts.view(len(numbers_n), self._num_ranks, -1)
+        parts = tensor_model_parallel_all_gather(torch.stack(numbers), dim=1)
+        return parts.view(len(numbers), self._num_ranks, -1)
 
 
-def _most_and_sum(logits_nV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _max_and_sum(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest logit of each row, and the sum of exponentials beside it."""
-    most_n = logits_nV.amax(dim=1)
-    return most_n, (logits_nV - most_n[:, None]).exp().sum(dim=1)
+    maxima = logits.amax(dim=1)
+    return maxima, (logits - maxima[:, None]).exp().sum(dim=1)
 
 
-def _log_sum(most_Rn: torch.Tensor, sums_Rn: torch.Tensor) -> torch.Tensor:
+def _log_sum(rank_max: torch.Tensor, rank_sums: torch.Tensor) -> torch.Tensor:
     """log of the sum of exponentials over all ranks, `float32[n]`."""
-    top_n = most_Rn.amax(dim=0)
-    return top_n + (sums_Rn * (most_Rn - top_n).exp()).sum(dim=0).log()
+    top = rank_max.amax(dim=0)
+    return top + (rank_sums * (rank_max - top).exp()).sum(dim=0).log()
 
 
 class PipelineLink:
