@@ -51,28 +51,51 @@ def logits_of(model: torch.nn.Module, windows: lpserve.TokenWindows) -> torch.Te
 
 def metrics_by_hand(
     folder: Path, masks: np.ndarray, windows: lpserve.TokenWindows
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Metric -> [M, N], one mask at a time from whole logits."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Metric -> [M, N], one mask at a time from whole logits; and by how much rounding may change
+    each, where logits within `CLOSE` of each other may change places: another token is the most
+    probable, or another is the last of the full model's `TOP`."""
+    truncated = f"kl_top{TOP}"
     model = reference_model(folder)
-    log_p = logits_of(model, windows).log_softmax(-1)
+    full_logits = logits_of(model, windows)
+    log_p = full_logits.log_softmax(-1)
     scored = torch.from_numpy(windows.scored_NT[:, 1:])
     targets = torch.from_numpy(windows.tokens_NT[:, 1:]).long()
-    found: dict[str, list[np.ndarray]] = {"misses": [], "kl": [], f"kl_top{TOP}": [], "close": []}
+    ids = full_logits.topk(TOP + 1, dim=-1).indices
+    swapped = torch.cat([ids[..., : TOP - 1], ids[..., TOP:]], dim=-1)
+    ids = ids[..., :TOP]
+    close_top = _gap(full_logits, TOP) < CLOSE
+    found: dict[str, list[np.ndarray]] = {"misses": [], "kl": [], truncated: []}
+    doubt: dict[str, list[np.ndarray]] = {name: [] for name in found}
     for mask in masks:
         logits = logits_of(with_layers_deleted(model, mask), windows)
-        two = logits.topk(2, dim=-1).values
-        close = two[..., 0] - two[..., 1] < CLOSE
         log_q = logits.log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        top, ids = log_p.topk(TOP, dim=-1)
-        rest_p, rest_q = 1 - top.exp().sum(-1), 1 - log_q.gather(-1, ids).exp().sum(-1)
-        lumped = (top.exp() * (top - log_q.gather(-1, ids))).sum(-1)
-        lumped += rest_p * (rest_p / rest_q).log()
+        lumped = _lumped(log_p, log_q, ids)
         assert (lumped <= kl + 1e-9).all()
-        missed = logits.argmax(-1) != targets
-        for name, values in zip(found, (missed, kl, lumped, close), strict=True):
-            found[name].append((values * scored).sum(1).numpy())
-    arrays = {name: np.array(rows, dtype=np.float64) for name, rows in found.items()}
-    close_MN = arrays.pop("close")
-    assert close_MN.sum() < 0.01 * len(masks) * int(scored.sum())
-    return arrays, close_MN
+        other = (_lumped(log_p, log_q, swapped) - lumped).abs()
+        figures = {"misses": logits.argmax(-1) != targets, "kl": kl, truncated: lumped}
+        doubts = {"misses": _gap(logits, 1) < CLOSE, "kl": torch.zeros_like(kl)}
+        doubts[truncated] = torch.where(close_top, other, 0.0)
+        for sums, values in ((found, figures), (doubt, doubts)):
+            for name in sums:
+                sums[name].append((values[name] * scored).sum(1).numpy().astype(np.float64))
+    count = len(masks) * int(scored.sum())
+    assert np.array(doubt["misses"]).sum() < 0.01 * count
+    return (
+        {name: np.array(rows) for name, rows in found.items()},
+        {name: np.array(rows) for name, rows in doubt.items()},
+    )
+
+
+def _gap(logits: torch.Tensor, place: int) -> torch.Tensor:
+    """From each `place`-th highest logit to the next."""
+    highest = logits.topk(place + 1, dim=-1).values
+    return highest[..., place - 1] - highest[..., place]
+
+
+def _lumped(log_p: torch.Tensor, log_q: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """KL divergence where all tokens but these are one outcome."""
+    top_p, top_q = log_p.gather(-1, ids), log_q.gather(-1, ids)
+    rest_p, rest_q = 1 - top_p.exp().sum(-1), 1 - top_q.exp().sum(-1)
+    return (top_p.exp() * (top_p - top_q)).sum(-1) + rest_p * (rest_p / rest_q).log()
