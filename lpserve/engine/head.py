@@ -165,7 +165,7 @@ class Head:
             return torch.stack(columns, dim=1)
 
         # beside the logits: log-probabilities of both, and their products
-        factor = 5 if "kl" in extra_metrics else 2 if tables else 1
+        factor = 5 if "kl" in extra_metrics else 3 if tables else 1
         return summed(
             batch,
             block.num_windows,
@@ -192,46 +192,52 @@ class Head:
             if not isinstance(self._vocabulary, LocalVocabulary):
                 raise InputError("kl_topK needs tensor_parallel_size 1; kl does not")
             rows = full_NTd.flatten(0, 1)[targets.flat]
-            chunk, k = self._chunk(full_NTd, block, 2), min(k, self._vocab_size)
-            parts = [
-                self._vocabulary.logits(rows[start : start + chunk])
-                .log_softmax(-1, dtype=torch.float32)
-                .topk(k)
-                for start in range(0, len(rows), chunk)
-            ]
-            self._tables[key] = _TopTable(
-                torch.cat([part.values for part in parts]),
-                torch.cat([part.indices for part in parts]),
-            )
+            chunk, k = self._chunk(full_NTd, block, 3), min(k, self._vocab_size)
+            log_p, ids, log_rest = [], [], []
+            for start in range(0, len(rows), chunk):
+                logits = self._vocabulary.logits(rows[start : start + chunk])
+                all_log_p = logits.log_softmax(-1, dtype=torch.float32)
+                top = all_log_p.topk(k)
+                log_p.append(top.values)
+                ids.append(top.indices)
+                log_rest.append(_log_rest(all_log_p, top.indices))
+            self._tables[key] = _TopTable(torch.cat(log_p), torch.cat(ids), torch.cat(log_rest))
         return self._tables[key]
 
 
 class _TopTable:
-    """The K most probable next tokens of the full model before every target of a block."""
+    """The K most probable next tokens of the full model before every target of a block.
 
-    def __init__(self, log_p: torch.Tensor, top_ids: torch.Tensor) -> None:
-        self._log_p = log_p
-        self._ids = top_ids
+    Args:
+        log_p: of those tokens, `float32[n, K]`, most probable first.
+        ids: of those tokens, `int64[n, K]`.
+        log_rest: log-probability of all other tokens together, `float32[n]`.
+    """
+
+    def __init__(self, log_p: torch.Tensor, ids: torch.Tensor, log_rest: torch.Tensor) -> None:
+        self._log_p = torch.cat([log_p, log_rest[:, None]], dim=-1)
+        self._ids = ids
 
     def divergence(self, mask_logits: torch.Tensor, part: slice) -> torch.Tensor:
         """KL divergence, `float32[k, n]` nats; all tokens outside of the K are one outcome."""
-        mask_logits, log_p = mask_logits.float(), self._log_p[part]
-        mask_top_ids = self._ids[part].expand(len(mask_logits), -1, -1)
-        log_q = mask_logits.gather(-1, mask_top_ids) - mask_logits.logsumexp(-1, keepdim=True)
-        rest_p, rest_q = _rest(log_p), _rest(log_q)
-        rest = torch.where(
-            rest_p > 0, rest_p * (rest_p.clamp(min=1e-30).log() - rest_q.clamp(min=1e-30).log()), 0
+        mask_logits = mask_logits.float()
+        ids = self._ids[part].expand(len(mask_logits), -1, -1)
+        outcomes = torch.cat(
+            [mask_logits.gather(-1, ids), _log_rest(mask_logits, ids)[..., None]], dim=-1
         )
-        return _divergence(log_p, log_q) + rest
+        return _divergence(self._log_p[part], outcomes.log_softmax(-1))
 
 
 def _nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), ids, reduction="none")
 
 
-def _rest(log_p: torch.Tensor) -> torch.Tensor:
-    """Probability of all tokens outside of the K."""
-    return (1 - log_p.double().exp().sum(-1)).clamp(min=0).float()
+def _log_rest(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """logsumexp over all tokens but those of `ids`; -inf where there is no other.
+
+    Summed, not subtracted from 1: where the others share a millionth, float32 has one digit of it.
+    """
+    return scores.scatter(-1, ids, -torch.inf).logsumexp(-1)
 
 
 def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
