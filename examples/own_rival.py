@@ -26,17 +26,9 @@ def propose(setting: SearchSetting) -> Proposer:
         yield Ask(masks_MP)
 
 
-class Blocks(Rival):
-    """In lpserve/rivals/ a line in RIVALS with "module:function" does without this class."""
-
-    def make(self, setting: SearchSetting) -> Proposer:
-        """The rival's proposer for a game."""
-        return propose(setting)
-
-
 def main(out: str = "own-rival") -> None:
     """Print what each rival found on the bundled model, and what it cost."""
-    RIVALS["blocks"] = Blocks("every contiguous block", "examples/own_rival.py")
+    RIVALS["blocks"] = Rival("every contiguous block", propose)
     windows = {"num_windows": 4, "heldout_windows": 4, "length": 64, "max_removed": 3, "out": out}
     config: dict[str, Any] = demo_values() | windows | {"budget": 60}
     comparison = compare(CompareConfig(**config, rivals=("blocks", "greedy")))

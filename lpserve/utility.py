@@ -59,6 +59,8 @@ class Utility:
     """
 
     name: str
+    about: str
+    """What a mask is worth, in words, for the command line's help and the documentation."""
     formula: Literal["negative", "share", "ratio"]
     metric: str = "nll"
     """What engines sum over windows for it (`check_metric`)."""
@@ -162,26 +164,63 @@ class Utility:
 UTILITIES: dict[str, Utility] = {
     made.name: made
     for made in (
-        Utility(name="neg_nll", formula="negative"),
-        Utility(name="ppl_ratio", formula="ratio"),
-        Utility(name="neg_kl", formula="negative", metric="kl"),
-        Utility(name="accuracy", formula="share", metric="misses"),
-        Utility(name="task_acc", formula="share", metric="misses", item="question"),
-        Utility(name="task_acc_norm", formula="share", item="question", normed=True),
-        Utility(name="task_margin", formula="negative", item="question", answer_scale=True),
-        Utility(name="task_margin_norm", formula="negative", item="question", normed=True),
+        Utility(
+            name="neg_nll",
+            formula="negative",
+            about="mean log-likelihood of a token, nats",
+        ),
+        Utility(
+            name="ppl_ratio",
+            formula="ratio",
+            about="the full model's perplexity divided by the mask's (the paper's)",
+        ),
+        Utility(
+            name="neg_kl",
+            formula="negative",
+            metric="kl",
+            about="minus the mean divergence from the full model's prediction, nats per token",
+        ),
+        Utility(
+            name="accuracy",
+            formula="share",
+            metric="misses",
+            about="share of tokens that are the model's first choice",
+        ),
+        Utility(
+            name="task_acc",
+            formula="share",
+            metric="misses",
+            item="question",
+            about="lm-eval's acc: share of questions answered correctly",
+        ),
+        Utility(
+            name="task_acc_norm",
+            formula="share",
+            item="question",
+            normed=True,
+            about="lm-eval's acc_norm: the same with log-likelihoods per character",
+        ),
+        Utility(
+            name="task_margin",
+            formula="negative",
+            item="question",
+            answer_scale=True,
+            about="mean by which the correct answer's log-likelihood exceeds that of the likeliest "
+            "wrong one, nats; of a task without choices, the answer's log-likelihood",
+        ),
+        Utility(
+            name="task_margin_norm",
+            formula="negative",
+            item="question",
+            normed=True,
+            about="that margin per character of the answers",
+        ),
     )
 }
-"""Every utility by name; `neg_kl_topK` is `neg_kl` of the metric `kl_topK`.
+"""Every utility by name, the default first; `neg_kl_topK` is `neg_kl` of the metric `kl_topK`.
 
-Of texts: `neg_nll` is the mean log-likelihood in nats per token; `ppl_ratio` is that of arXiv
-2602.07804; `neg_kl` is minus the mean divergence from the full model's prediction in nats per
-token; `accuracy` is the share of tokens that are the model's first choice.
-
-Of lm-eval's tasks (`lpserve.data.questions.Questions.losses`): `task_acc` and `task_acc_norm` are
-the shares of questions answered correctly, lm-eval's `acc` and `acc_norm`; `task_margin` is the
-mean by which the correct answer's log-likelihood exceeds that of the likeliest wrong one in nats,
-and `task_margin_norm` is that margin per character of the answers."""
+`ppl_ratio` is that of arXiv 2602.07804. Losses of lm-eval's tasks are
+`lpserve.data.questions.Questions.losses`."""
 TEXT_UTILITIES = tuple(u.name for u in UTILITIES.values() if u.item == "window")
 TASK_UTILITIES = tuple(u.name for u in UTILITIES.values() if u.item == "question")
 SEARCH_UTILITY = UTILITIES["ppl_ratio"]

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 from lpserve.cli.entry import make_parser
 from lpserve.config import CHANGEABLE, EngineConfig, RunConfig, WindowConfig
 from lpserve.rivals.registry import RIVALS
+from lpserve.utility import TASK_UTILITIES, TEXT_UTILITIES, UTILITIES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lpserve"
@@ -37,7 +39,12 @@ def pages() -> dict[str, str]:
 
 def filled(text: str) -> str:
     """A page with its generated parts in place."""
-    parts = {"rivals": rivals_table, "cluster": cluster_part}
+    parts = {
+        "rivals": rivals_table,
+        "text_utilities": lambda: utilities_table(TEXT_UTILITIES),
+        "task_utilities": lambda: utilities_table(TASK_UTILITIES),
+        "cluster": cluster_part,
+    }
     return re.sub(r"<!-- generated: (\w+) -->", lambda found: parts[found[1]](), text)
 
 
@@ -174,6 +181,12 @@ def rivals_table() -> str:
         for name, rival in RIVALS.items()
     ]
     return "\n".join(["| `--rivals` | search | needs |", "|---|---|---|", *rows])
+
+
+def utilities_table(names: Sequence[str]) -> str:
+    """Utilities with what they are."""
+    rows = [f"| `{name}` | {_cell(UTILITIES[name].about)} |" for name in names]
+    return "\n".join(["| `--utility` | what a mask is worth |", "|---|---|", *rows])
 
 
 def cluster_part() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lpserve.cli.arguments import (
 )
 from lpserve.cli.export import export_and_report
 from lpserve.cli.plan import print_plan
+from lpserve.utility import TASK_UTILITIES, TEXT_UTILITIES, UTILITIES
 
 _HELP = """\
 Score layer masks of a model on a text and find out which layers can go.
@@ -70,9 +72,9 @@ def add_run(commands: Any) -> None:
     )
     add(
         "--utility",
-        help="what a coalition is worth: neg_nll (default), ppl_ratio (the paper's), "
-        "neg_kl or neg_kl_topK (divergence from the full model), accuracy (of the next token); of "
-        "tasks: task_acc, task_acc_norm, task_margin, task_margin_norm",
+        help="what a coalition is worth (neg_nll). Of texts: "
+        f"{_utilities(TEXT_UTILITIES)}; neg_kl_topK (neg_kl with all tokens but the full model's K "
+        f"likeliest merged into one). Of tasks: {_utilities(TASK_UTILITIES)}",
     )
     add("--surrogate", help="auto (default), gp, ridge, gp+ridge, or paper (with ppl_ratio)")
     add("--goal", help="what masks are chosen for: both (default), plan, or values alone")
@@ -134,3 +136,8 @@ def _demo_export(folder: Path, removed: int) -> int:
         print(f"exported before: {target}")
         return 0
     return export_and_report(folder, removed, target)
+
+
+def _utilities(names: Sequence[str]) -> str:
+    """Utilities with what they are, for the help."""
+    return "; ".join(f"{name} ({UTILITIES[name].about})" for name in names)

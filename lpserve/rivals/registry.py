@@ -1,12 +1,14 @@
 """Every rival by name: its source, what it needs, and the function that makes its proposer.
 
 A new rival is one file in this folder with a function `propose(setting) -> Proposer`, and one line
-here. Proposers are named as "module:function" and imported when they are made, so that the command
-line can list the names without loading a numeric library.
+here. Those listed here are named as "module:function" and imported when they are made, so that the
+command line can list the names without loading what they need; a rival of one's own may be given as
+the function itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -33,8 +35,8 @@ class Rival:
 
     source: str
     """Where it comes from, in words."""
-    proposer: str
-    """"module:function" in this folder; the function takes a `SearchSetting`."""
+    proposer: str | Callable[[SearchSetting], Proposer]
+    """The function that begins the search, or "module:function" in this folder."""
     needs: Measurement | None = None
     """What `SearchSetting.measured` has to hold; None: the rival needs nothing but scores."""
     plans_its_budget: bool = False
@@ -46,6 +48,8 @@ class Rival:
         Raises:
             InputError: the rival cannot begin with this setting (some raise at the first step).
         """
+        if callable(self.proposer):
+            return self.proposer(setting)
         module, _, function = self.proposer.partition(":")
         return getattr(import_module(f"lpserve.rivals.{module}"), function)(setting)
 
