@@ -112,7 +112,7 @@ TESTED_BY = {
     "data/task_requests": "data/test_tasks",
     "demo/tasks/documents": "data/test_tasks",
     "engine/base": "engine/hf/test_engine",
-    "engine/criteria": "rivals/test_compare",
+    "engine/hf/criteria": "rivals/test_compare",
     "engine/hf/in_use": "export/test_export",
     "engine/hf/kind": "engine/test_registry",
     "engine/hf/recording": "engine/hf/test_engine",

@@ -1,7 +1,7 @@
 """Searches that rank players by a criterion instead of scoring masks: one `Ask`, the ranked sets.
 
 The last layers need nothing; block influence, angular distance and Taylor+ are measured inside the
-model (`lpserve.engine.criteria`).
+model (`lpserve.engine.hf.criteria`).
 
 Notation: P players; L = P + 1 hidden states between them, the input and the output included.
 """
@@ -27,7 +27,7 @@ def block_influence(influence_P: FloatArray, max_removed: int) -> Proposer:
 
     Args:
         influence_P: 1 - mean cosine of a player's input and output
-            (`engine.criteria.HiddenStates`).
+            (`engine.base.HiddenStates`).
     """
     yield from ranked_sets(influence_P, max_removed)
 
@@ -38,7 +38,7 @@ def contiguous_layers(distance: FloatArray, max_removed: int) -> Proposer:
 
     Args:
         distance: angular distance of the states entering players i and j, `float64[P+1, P+1]`
-            (`engine.criteria.HiddenStates`).
+            (`engine.base.HiddenStates`).
     """
     num_players = len(distance) - 1
     sets = []
@@ -53,7 +53,7 @@ def taylor(importance_P: FloatArray, max_removed: int) -> Proposer:
     first-order importance; the first 4 and last 2 are spared as long as others are left.
 
     Args:
-        importance_P: sum of |weight x gradient| over a player (`engine.criteria`).
+        importance_P: sum of |weight x gradient| over a player (`engine.hf.criteria`).
     """
     spared_P = np.ones(len(importance_P), dtype=bool)
     spared_P[TAYLOR_SPARED_FIRST : len(importance_P) - TAYLOR_SPARED_LAST] = False
@@ -69,12 +69,12 @@ def propose_last(setting: SearchSetting) -> Proposer:
 
 
 def propose_shortgpt(setting: SearchSetting) -> Proposer:
-    """`block_influence` for the registry; `measured` is an `engine.criteria.HiddenStates`."""
+    """`block_influence` for the registry; `measured` is an `engine.base.HiddenStates`."""
     return block_influence(setting.measured.influence_P, setting.max_removed)
 
 
 def propose_angular(setting: SearchSetting) -> Proposer:
-    """`contiguous_layers` for the registry; `measured` is an `engine.criteria.HiddenStates`."""
+    """`contiguous_layers` for the registry; `measured` is an `engine.base.HiddenStates`."""
     return contiguous_layers(setting.measured.distance, setting.max_removed)
 
 

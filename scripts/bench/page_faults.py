@@ -43,7 +43,7 @@ from probes import machine_lines, publish, random_windows, save_random_llama, ve
 from scoring import Baselines, baseline_chunks, paper_masks
 
 from lpserve import open_engine
-from lpserve.engine.allocator import keep_for
+from lpserve.engine.hf.allocator import keep_for
 from lpserve.types import BoolArray, FloatArray
 
 TOLERANCE = 1e-5

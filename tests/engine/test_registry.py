@@ -17,7 +17,7 @@ from lpserve.runner.setup import num_players_of
 from lpserve.testing.parity import NUM_LAYERS, some_windows
 from lpserve.types import EngineSpec
 
-UNKNOWN = "engine must be one of transformers, vllm, synthetic: got 'sglang'"
+UNKNOWN = f"engine must be one of {', '.join(ENGINE_KINDS)}: got 'unknown'"
 
 
 def test_listing_the_kinds_loads_no_heavy_library():
@@ -31,10 +31,10 @@ def test_listing_the_kinds_loads_no_heavy_library():
 
 def test_an_unknown_kind_is_refused_by_name_before_anything_loads():
     for refuse in (
-        lambda: check_engine_kind("sglang"),
-        lambda: num_players_of(EngineConfig(model="nowhere", engine="sglang")),
+        lambda: check_engine_kind("unknown"),
+        lambda: num_players_of(EngineConfig(model="nowhere", engine="unknown")),
         lambda: build_engine(
-            EngineSpec(kind="sglang", model=""), TokenWindows.from_tokens(np.array([[0, 1]]))
+            EngineSpec(kind="unknown", model=""), TokenWindows.from_tokens(np.array([[0, 1]]))
         ),
     ):
         with pytest.raises(InputError) as caught:
@@ -89,5 +89,7 @@ def test_resources_follow_ranks_and_weights(model_dir):
     assert (wants.ranks, wants.stages, wants.may_use_gpu) == (2, 3, True)
     assert wants.weight_bytes > 0
     assert engine_kind("synthetic").resources(EngineSpec(kind="synthetic", model="")).ranks == 1
-    assert [kind.name for kind in shown_kinds()] == ["transformers", "vllm"]
+    assert [kind.name for kind in ENGINE_KINDS.values() if kind not in shown_kinds()] == [
+        "synthetic"
+    ]
     assert engine_kind("vllm").num_players(str(model_dir("llama")), {}) == NUM_LAYERS

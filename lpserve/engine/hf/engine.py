@@ -20,14 +20,14 @@ from transformers.utils import logging as hf_logging
 
 from lpserve.data.prepare import check_windows
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.allocator import keep_for
 from lpserve.engine.base import (
     HiddenStates,
     check_extra_metrics,
     check_masks,
     scores_of,
 )
-from lpserve.engine.criteria import hidden_states, taylor_importance
+from lpserve.engine.hf.allocator import keep_for
+from lpserve.engine.hf.criteria import hidden_states, taylor_importance
 from lpserve.engine.hf.stack import RecordedStack
 from lpserve.engine.scorer import (
     HEAD_CHUNK_BYTES,
@@ -60,7 +60,7 @@ class TransformersEngine:
     * `compile_layers`: run the layers, and the reduction of logits, through `torch.compile`, which
       fuses norms, rotary and gates (default: on a GPU). Layers of one shape share what is compiled.
     * `keep_freed_memory`: what layers free stays with the process until the engine is closed, see
-      `lpserve.engine.allocator` (default: on CPU).
+      `lpserve.engine.hf.allocator` (default: on CPU).
     """
 
     def __init__(self, spec: EngineSpec, windows: TokenWindows) -> None:

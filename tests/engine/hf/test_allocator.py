@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import lpserve
-from lpserve.engine import allocator
+from lpserve.engine.hf import allocator
 from lpserve.errors import InputError
 
 CLEAN = {
@@ -39,7 +39,7 @@ def figures(script: str, *arguments: str) -> list[int]:
     """The integers that a script prints in a fresh process."""
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3],
         env=CLEAN | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return [int(word) for word in done.stdout.split()]
@@ -96,7 +96,7 @@ def test_layers_of_an_engine_in_a_thread_do_not_either(model_dir):
 
 RESIDENT_SCRIPT = """
 import psutil, torch
-from lpserve.engine.allocator import keep_for
+from lpserve.engine.hf.allocator import keep_for
 class Owner: pass
 def use():
     torch.ones(10 << 20)  # 40 MiB, freed at once
