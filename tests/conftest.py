@@ -24,6 +24,16 @@ def pytest_report_header() -> str:
     return inputs if FRESH_STATISTICS else f"{inputs}, but of statistical claims"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with the longest tests first: at the end no worker is left alone with one of them."""
+    waits = ("vllm", "ray", "process", "thorough")
+    order: dict[Path, int] = {}
+    for item in items:
+        marked = [n for n, mark in enumerate(waits) if item.get_closest_marker(mark)]
+        order[item.path] = min([*marked, order.get(item.path, len(waits))])
+    items.sort(key=lambda item: order[item.path])
+
+
 def drawn_for(request: pytest.FixtureRequest, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, *request.node.nodeid.encode()])
 

@@ -165,6 +165,7 @@ def test_a_folder_without_weights_or_config_is_refused(tmp_path, capsys):
     assert "config.json is missing" in refused(capsys, tmp_path, *run_flags(tmp_path, model=model))
 
 
+@pytest.mark.thorough
 def test_the_results_folder_of_another_game_is_refused(tmp_path, capsys, texts):
     out = run(make_config(tmp_path, texts)).folder
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.name != "run.lock"}
@@ -173,6 +174,7 @@ def test_the_results_folder_of_another_game_is_refused(tmp_path, capsys, texts):
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != "run.lock"} == before
 
 
+@pytest.mark.thorough
 def test_a_model_changed_in_place_is_another_game(tmp_path, texts):
     from lpserve.errors import InputError
 
@@ -214,6 +216,7 @@ def test_a_corrupt_store_is_kept_and_refused(tmp_path, capsys, rng):
     assert store.read_bytes() == junk
 
 
+@pytest.mark.thorough
 def test_a_full_disk_stops_the_run_and_the_same_command_resumes(tmp_path, texts, monkeypatch):
     """A real SQLITE_FULL, by a page limit set on the run's own connection."""
     np.savez(texts["calibration"], tokens=np.arange(60 * 40).reshape(60, 40))

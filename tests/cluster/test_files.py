@@ -147,6 +147,7 @@ def test_commands_are_found_in_every_file_that_has_some():
     assert sum(words[0] == "cost" for _, words in commands()) >= 4
 
 
+@pytest.mark.thorough
 def test_costs_in_the_readme_are_what_the_command_prints(tmp_path, monkeypatch, capsys):
     for name, shape in SHAPES.items():
         llama_headers(tmp_path / name, *shape)

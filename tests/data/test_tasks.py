@@ -345,6 +345,7 @@ def mean_losses(model: str, sample: ItemSet, utility: str) -> dict[bytes, float]
     return dict(zip(keys(masks_MP), mean_M.tolist(), strict=True))
 
 
+@pytest.mark.thorough
 def test_a_run_of_a_task_resumes_extends_and_exports(small_model, tmp_path, capsys):
     tasks = tmp_path / "tasks"
     shutil.copytree(TASKS, tasks)
@@ -377,6 +378,7 @@ def test_a_run_of_a_task_resumes_extends_and_exports(small_model, tmp_path, caps
         run(config_from(values | {"budget": 45}, "test"))
 
 
+@pytest.mark.thorough
 def test_few_questions_may_screen_sets(small_model, tmp_path):
     values = task_run_values(
         tmp_path,
@@ -492,6 +494,7 @@ def made_documents(rng, gold) -> list[dict]:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["several right", "several contexts", "mutual information"])
 def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_path, rng):
     changes: dict = {}
@@ -556,6 +559,7 @@ def test_questions_are_known_by_themselves_and_not_by_how_wide_others_are(rng):
     assert other.content_hash != part.content_hash or (part.is_right == other.is_right).all()
 
 
+@pytest.mark.thorough
 def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):
     from lpserve.study.parse import study_of
     from lpserve.study.sweep import sweep
@@ -639,6 +643,7 @@ def test_what_one_seed_holds_out_no_other_calibrates_on(small_model, tmp_path):
     assert sets[0] == sets[1]
 
 
+@pytest.mark.thorough
 def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model, tmp_path):
     """A study whose leader was given up on one window of a wrong answer."""
     from lpserve.runner.run import run_at
@@ -665,6 +670,7 @@ def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model,
     assert np.isnan(told.outcome.scored.loss_MI[5]).any()
 
 
+@pytest.mark.thorough
 def test_shares_of_a_margin_are_for_each_token(small_model, tmp_path):
     """A task without choices is a text whose scored tokens are the answers': of the same windows,
     the draws of questions and of windows tell alike."""
@@ -814,6 +820,7 @@ def test_rivals_are_not_compared_on_tasks(small_model, tmp_path, capsys):
 # -- studies -------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
     from lpserve.study.output import write_sweep
     from lpserve.study.parse import study_of
@@ -866,6 +873,7 @@ def test_a_study_of_tasks_scores_everything_once(small_model, tmp_path):
     assert mine == pytest.approx(theirs, abs=TOLERANCE)
 
 
+@pytest.mark.thorough
 def test_a_study_may_hold_texts_beside_tasks_with_a_text_held_out(small_model, tmp_path):
     from lpserve.study.parse import study_of
     from lpserve.study.sweep import sweep

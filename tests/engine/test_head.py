@@ -30,6 +30,7 @@ from lpserve.utility import check_metric, top_of
 TOLERANCE = 1e-5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("pack", [False, True])
 def test_metrics_equal_those_of_the_model_without_the_layers(family, pack, model_dir, rng):

@@ -59,6 +59,7 @@ def test_a_kind_says_what_its_engines_can_do(name, model_dir, rng):
             assert isinstance(engine, protocol) == (protocol in kind.capabilities)
 
 
+@pytest.mark.vllm
 def test_vllm_generates():
     pytest.importorskip("vllm")
     from lpserve.engine.vllm.engine import VllmEngine

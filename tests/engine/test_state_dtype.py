@@ -52,6 +52,7 @@ def deleted_nll(path, masks_MP, windows) -> np.ndarray:
     return np.array(rows)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("packed", [False, True])
 def test_states_keep_the_dtype_that_layers_return(packed, mamba, rng):
     windows = lpserve.TokenWindows.from_tokens(rng.integers(2, 97, (2, 16)))

@@ -173,6 +173,7 @@ def test_tensors_pass_through_bit_by_bit_in_any_dtype(tmp_path, rng):
         assert torch.equal(new[".".join(parts)], old), name
 
 
+@pytest.mark.thorough
 def test_reloading_reports_its_own_error(tmp_path, rng):
     windows = lpserve.TokenWindows.from_tokens(rng.integers(0, 97, (1, 8)))
     with pytest.raises(ExportError, match="does not load in a fresh process"):

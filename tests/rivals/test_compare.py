@@ -151,6 +151,7 @@ def test_a_mask_on_few_windows_counts_for_its_share(rng):
     assert spent.tokens(np.array([5, 6, 7, 8])) == 12 * 26
 
 
+@pytest.mark.thorough
 def test_ours_asks_for_what_a_run_scores(texts, tmp_path):
     """The same masks until a surrogate chooses, as good sets after it: means are rounded in another
     order than a run's sums, and a fit may turn on a last bit."""
@@ -203,6 +204,7 @@ def table(tmp_path_factory):
     return config, compare(config)
 
 
+@pytest.mark.thorough
 def test_every_rival_is_in_the_table_with_its_cost(table):
     config, comparison = table
     assert {c.rival for c in comparison.costs} == set(RIVALS)
@@ -222,6 +224,7 @@ def test_every_rival_is_in_the_table_with_its_cost(table):
             assert f.num_removed > 1 or f.calibration_ppl == best[1]  # all scored every single
 
 
+@pytest.mark.thorough
 def test_what_is_found_scores_what_the_table_says(table):
     config, comparison = table
     with np.load(cut_again(config)) as data:
@@ -241,6 +244,7 @@ def cut_again(config: CompareConfig) -> str:
     return path
 
 
+@pytest.mark.thorough
 def test_again_everything_is_read_back(table):
     config, comparison = table
     again = compare(config)

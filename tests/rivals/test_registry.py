@@ -360,6 +360,7 @@ def test_the_evolution_finds_the_best_sets_of_an_additive_game(rng):
 # -- the paper's pipeline ----------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_papers_pipeline_equals_its_parts(rng):
     players, most, budget = 10, 4, 70
     game, seed = TableGame(players, rng, failing=0.3), int(rng.integers(1 << 30))

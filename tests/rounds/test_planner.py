@@ -283,6 +283,7 @@ def test_games_without_any_structure_are_played(constant, rng):
     assert len(set(keys(played.masks))) == 93
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "rules", [StopRules(chance=0.01), StopRules(width=0.02), StopRules(chance=0.01, width=0.02)]
 )
@@ -333,6 +334,7 @@ def test_passed_by_sets_of_a_greedy_step_are_never_its_best(rng):
         np.testing.assert_array_equal(mask, best)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("goal", ["plan", "values"])
 def test_a_run_may_have_one_goal_alone(goal, rng):
     settings = settings_of(12, 4, goal=goal)
@@ -359,6 +361,7 @@ def test_an_additive_game_is_solved_by_the_least_budget(rng):
         assert played.best(r) == optimum(game, 12, r)
 
 
+@pytest.mark.thorough
 def test_games_of_pairs_are_solved_by_two_fifths_of_their_sets(statistical_rng):
     """150 of 385 sets. In simulations 80 of 80 optima were found by 80; one miss is let pass."""
     found = []
@@ -517,6 +520,7 @@ class Screened:
         self.history.append(CompletedRound(asked.all_masks, nll, nll))
 
 
+@pytest.mark.thorough
 def test_screened_sets_are_promoted_once_and_only_they(rng):
     settings = settings_of(12, 5)
     game, off = pair_game(12, rng), pair_game(12, rng)
@@ -539,6 +543,7 @@ def test_screened_sets_are_promoted_once_and_only_they(rng):
     np.testing.assert_array_equal(nll[done], played.true_nll(masks[done]))
 
 
+@pytest.mark.thorough
 def test_a_screened_search_finds_the_best_sets_on_all_windows(rng):
     """Losses on the screen are off by a sixth of their spread. All of 40 optima were found in
     simulations, 33 of them by the screen alone; one miss of 10 is let pass."""
@@ -558,6 +563,7 @@ def test_a_screened_search_finds_the_best_sets_on_all_windows(rng):
     assert sum(found) >= len(found) - 1
 
 
+@pytest.mark.thorough
 def test_a_screened_round_reads_nothing_beyond_the_round_before_the_last(rng):
     settings = settings_of(12, 5)
     game, off = pair_game(12, rng), pair_game(12, rng)

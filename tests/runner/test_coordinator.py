@@ -75,6 +75,7 @@ def test_a_run_finds_the_best_sets_and_writes_everything(tmp_path, texts):
     assert strength == sorted(strength, reverse=True)
 
 
+@pytest.mark.thorough
 def test_values_are_those_of_the_known_game(tmp_path, texts):
     result = run(make_config(tmp_path, texts, budget=256, sizes=[0, P - 1]))
     masks = all_masks(P)
@@ -89,6 +90,7 @@ def test_values_are_those_of_the_known_game(tmp_path, texts):
     assert {row["k_min"] for row in rows} == {"0"}
 
 
+@pytest.mark.thorough
 def test_a_finished_run_again_scores_nothing_and_gives_the_same_plan(tmp_path, texts):
     config = make_config(tmp_path, texts)
     first = run(config)
@@ -101,6 +103,7 @@ def test_a_finished_run_again_scores_nothing_and_gives_the_same_plan(tmp_path, t
     assert poisoned == config.engine_options
 
 
+@pytest.mark.thorough
 def test_a_larger_budget_extends_the_same_sequence(tmp_path, texts):
     small = read_record(run(make_config(tmp_path, texts, budget=60)).folder)
     large = read_record(run(make_config(tmp_path, texts, budget=90)).folder)
@@ -109,6 +112,7 @@ def test_a_larger_budget_extends_the_same_sequence(tmp_path, texts):
     assert (large.masks_MP == alone.masks_MP).all()
 
 
+@pytest.mark.thorough
 def test_a_shared_store_saves_the_scoring_and_changes_no_proposal(tmp_path, texts):
     store = str(tmp_path / "shared.sqlite")
     first = run(make_config(tmp_path, texts, store=store, out=str(tmp_path / "a")))
@@ -124,6 +128,7 @@ def test_a_shared_store_saves_the_scoring_and_changes_no_proposal(tmp_path, text
     assert events[-1]["event"] == "finished"
 
 
+@pytest.mark.thorough
 def test_a_poisoned_mask_is_left_out_and_the_rest_is_scored(tmp_path, texts):
     poison = "".join("01"[int(b)] for b in without(P, [2]))
     options = {"num_players": P, "game_seed": 3, "poison": [poison]}
@@ -160,6 +165,7 @@ def test_a_model_whose_own_score_is_not_finite_stops_the_run(tmp_path, texts):
         run(make_config(tmp_path, texts, engine_options=options))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_run_and_the_same_command_resumes_it(tmp_path, texts, number):
     options = {"num_players": P, "game_seed": 3, "delay_s": 0.02}
@@ -199,6 +205,7 @@ def test_other_windows_or_settings_are_refused_in_a_used_folder(tmp_path, texts)
     assert (tmp_path / "run" / "plan.json").read_bytes() == before
 
 
+@pytest.mark.thorough
 def test_a_torn_event_line_is_cut_off(tmp_path, texts):
     config = make_config(tmp_path, texts)
     run(config)
@@ -241,6 +248,7 @@ def screened_windows(folder: Path, texts) -> dict[bytes, set[int]]:
     return found
 
 
+@pytest.mark.thorough
 def test_a_screen_scores_sets_on_few_windows_first(tmp_path, texts):
     plain = run(make_config(tmp_path, texts, out=str(tmp_path / "plain")))
     result = run(make_config(tmp_path, texts, screen_windows=1))
@@ -265,6 +273,7 @@ def test_a_screen_scores_sets_on_few_windows_first(tmp_path, texts):
     assert int(scored.screened_M().sum()) == len(alone)
 
 
+@pytest.mark.thorough
 def test_a_screen_asks_for_the_same_whatever_a_store_holds(tmp_path, texts):
     """Scores on more windows than are asked for save time and change nothing."""
     store = str(tmp_path / "shared.sqlite")
@@ -276,6 +285,7 @@ def test_a_screen_asks_for_the_same_whatever_a_store_holds(tmp_path, texts):
     assert known.outcome.plan == fresh.outcome.plan
 
 
+@pytest.mark.thorough
 def test_a_larger_budget_goes_on_from_a_screened_run(tmp_path, texts):
     run(make_config(tmp_path, texts, screen_windows=1, budget=60))
     extended = run(make_config(tmp_path, texts, screen_windows=1, budget=90))

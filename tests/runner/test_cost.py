@@ -85,6 +85,7 @@ def test_rounds_are_distinct_masks_up_to_the_budget_and_start_as_a_run_starts(rn
     assert keys(rounds[1]) == unseen[:10]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("players", [8, 14])
 def test_a_real_run_takes_about_the_layer_forwards_that_were_told(tmp_path, texts, players):
     budget = 16 * players

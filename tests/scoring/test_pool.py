@@ -25,7 +25,7 @@ SPEC = EngineSpec(kind="synthetic", model="", options={"num_players": 8, "poison
 WINDOWS = TokenWindows.from_tokens(np.random.default_rng(0).integers(0, 100, (3, 16)))
 
 
-@pytest.fixture(scope="module", params=["local", "ray"])
+@pytest.fixture(scope="module", params=["local", pytest.param("ray", marks=pytest.mark.ray)])
 def pool(request: pytest.FixtureRequest) -> Iterator[EnginePool]:
     if request.param == "local":
         opened = LocalPool(SPEC, WINDOWS)

@@ -95,6 +95,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary(name, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("call", "name"), [(1, "windows.npz"), (2, "scores.npz")])
 def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_later(call, name, run_command, tmp_path):
     done = python(COMMAND_WITH_LIMIT, call, *run_command)

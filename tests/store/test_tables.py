@@ -103,6 +103,7 @@ def test_a_table_holds_every_score_once_and_says_what_it_is_of(suffix, tmp_path,
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_importing_gives_the_same_store_and_again_adds_nothing(suffix, tmp_path, rng):
     path = tmp_path / f"scores.{suffix}"

@@ -93,6 +93,7 @@ def test_intervals_need_seeds_and_stay_within_what_is_possible(rng):
                 assert least <= estimate.low <= estimate.mean <= estimate.high <= 1.0
 
 
+@pytest.mark.thorough
 def test_the_interval_covers_as_it_says(statistical_rng):
     """Random answers do not depend on the utility: the true mean of every difference is 0.
 

@@ -106,6 +106,7 @@ def test_with_texts_held_out_a_points_windows_are_those_of_lpserve_run(tmp_path)
         assert (calibration.content_hash, heldout.content_hash) == windows_by_run(point)
 
 
+@pytest.mark.thorough
 def test_held_out_windows_are_one_yardstick(tmp_path):
     sweep = {"length": [16, 48], "window_seed": [0, 5], "calibration": [["sherlock"], ["dracula"]]}
     study = study_of(study_values(tmp_path, sweep=sweep), "test")

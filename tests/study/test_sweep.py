@@ -319,7 +319,7 @@ def test_a_killed_sweep_goes_on_without_scoring_again(tmp_path, rng, capsys):
         ) as process:
             deadline = time.monotonic() + 120
             while process.poll() is None and time.monotonic() < deadline:
-                if store.exists() and stored_count(store) > counts[-1]:
+                if stored_count(store) > counts[-1]:
                     break
                 time.sleep(0.01)
             time.sleep(float(rng.uniform(0, 0.5)))

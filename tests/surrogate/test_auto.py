@@ -454,6 +454,7 @@ def test_additive_games_are_reproduced(kind, rng):
     assert surrogate.heldout_error.rmse < 1e-5 * truth.std()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", TRAINS)
 def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, statistical_rng):
     squares, inside = [], []
@@ -475,6 +476,7 @@ def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, statistical
     assert 0.8 < np.mean(inside) < 0.99
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", TRAINS)
 def test_scores_said_to_be_noise_change_little(kind, statistical_rng):
     """Medians of five games: in one game of twenty either kind may miss such a bound."""

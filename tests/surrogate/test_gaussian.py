@@ -227,6 +227,7 @@ def test_auto_is_the_kernel_with_the_smaller_error(rng):
         assert "ridge" in best or targets is not utilities
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", [*KERNELS, "auto"])
 def test_heldout_error_tells_a_game_from_chance(kind, rng):
     masks = some_masks(8, 120, rng)

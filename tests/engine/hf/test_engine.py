@@ -47,6 +47,7 @@ def test_skipping_layers_equals_deleting_them(family, model_dir, rng):
     assert gaps[np.triu_indices(len(distinct), k=1)].min() > SPREAD
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", slow_but(FAMILIES, "llama"))
 def test_other_masks_budget_and_micro_batch_do_not_matter(family, model_dir, rng):
     path = model_dir(family)

@@ -200,6 +200,7 @@ def test_prefix_bounds_cut_where_the_prefix_changes(rng):
         assert len(groups) == len({tuple(m[:before]) for m in masks})
 
 
+@pytest.mark.thorough
 def test_the_head_takes_no_more_rows_than_its_memory_allows(rng):
     model = Model("sum")
     model.vocab_size = 150_000

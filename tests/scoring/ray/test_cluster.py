@@ -26,7 +26,7 @@ from lpserve.scoring.progress import RunState
 from lpserve.scoring.ray.cluster import _left_behind
 from lpserve.testing.ray_pools import pool_of, ray_config, score_all, undisturbed
 from lpserve.testing.runs import NUM_PLAYERS as P
-from lpserve.testing.runs import stored_scores
+from lpserve.testing.runs import stored_count, stored_scores
 from lpserve.types import Work
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
@@ -69,7 +69,7 @@ def test_a_run_outlives_a_killed_raylet(cluster, tmp_path, texts):
     import threading
 
     def kill_one() -> None:
-        while not path.exists() or len(stored_scores(path)) < 40:
+        while stored_count(path) < 10:
             time.sleep(0.05)
         cluster.remove_node(nodes[0], allow_graceful=False)
 

@@ -24,7 +24,7 @@ from lpserve.masks import keys
 from lpserve.runner.run import run
 from lpserve.testing.ray_pools import pool_of, ray_config, score_all, undisturbed
 from lpserve.testing.runs import NUM_PLAYERS as P
-from lpserve.testing.runs import run_lpserve, stored_scores
+from lpserve.testing.runs import run_lpserve, stored_count, stored_scores
 
 pytestmark = [
     pytest.mark.ray,
@@ -138,7 +138,7 @@ def test_a_run_of_the_ray_pool_resumes_with_the_local_one(tmp_path, texts):
     config = ray_config(tmp_path, texts, 2, delay_s=0.05)
 
     def interrupt() -> None:
-        while not path.exists() or not len(stored_scores(path)):
+        while not stored_count(path):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
