@@ -10,6 +10,7 @@ import ast
 import re
 import subprocess
 import sys
+import tokenize
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -417,6 +418,21 @@ def test_folders_hold_five_to_twelve_files():
         for folder, count in counts.items()
         if count > MAX_FILES or (count < MIN_FILES and folder not in FEWER_FILES)
     )
+
+
+def test_suffixes_are_axes_of_the_legend():
+    """`masks_MP`, not `masks_QP`: the letters are those that CONTRIBUTING names."""
+    legend = set(re.findall(r"^\| `(\w)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
+    assert {"M", "P", "N", "T", "d"} <= legend
+    violations = []
+    for name, path in MODULES.items():
+        with tokenize.open(path) as source:
+            words = {t.string for t in tokenize.generate_tokens(source.readline)}
+        for word in sorted(words):
+            suffix = re.fullmatch(r"_?[a-z][a-z0-9_]*_1?([A-Z][A-Za-z0-9]*)", word)
+            if suffix and not set(suffix[1]) <= legend:
+                violations.append(f"{name}: {word}")
+    report(violations)
 
 
 def test_the_formatter_is_the_style():

@@ -1,6 +1,6 @@
 """What held-out items say of a run's sets. They report and warn; they never choose.
 
-Notation: M masks, P players, I items, H held-out masks.
+Notation: M held-out masks, P players, I items.
 """
 
 from __future__ import annotations

@@ -147,11 +147,11 @@ class RunRecord:
             return None
         weights = window_weights(self.corpus_sizes, seed=self.seed)
         view = self.view
-        full_1B, mean = (
+        full, mean = (
             mean_nll(some_MI.astype(np.float64), view.weight_I, weights)
             for some_MI in (view.full_loss_I[None], loss_MI)
         )
-        return np.asarray(self.objective.of_mean(mean, full_1B - mean), dtype=np.float64)
+        return np.asarray(self.objective.of_mean(mean, full - mean), dtype=np.float64)
 
 
 def write_record_file(path: Path, record: RunRecord) -> None:

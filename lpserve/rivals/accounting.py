@@ -4,7 +4,7 @@ A distinct mask counts once, on however few windows it was scored. Layer-forward
 trie of each batch (prefixes are shared inside a batch only) plus `HEAD_COST` for each mask,
 weighted by the share of windows that the masks had not been scored on.
 
-Notation: M masks, N windows, W windows asked for, J different runs.
+Notation: M masks, N windows.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,7 +157,7 @@ class _Comparing:
         self._calibration, self._heldout = calibration, heldout
         self._players = session.info.num_players
         self._setting = _setting(config, self._players, max_removed, calibration.num_windows)
-        self._measurements: dict[str, Any] = {}
+        self._measurements: dict[type, Any] = {}
 
     def run(self) -> Comparison:
         sets: list[tuple[str, BoolArray, float]] = []
@@ -217,11 +217,13 @@ class _Comparing:
 
     def _measured(self, needs: Measurement) -> Any:
         """The measurement inside the model, made once; None where the engine cannot make it."""
-        if needs.method not in self._measurements:
-            self._measurements[needs.method] = self._session.with_engine(
-                _call_if_present(needs.method)
+        if needs.capability not in self._measurements:
+            self._measurements[needs.capability] = self._session.with_engine(
+                lambda engine: (
+                    needs.measure(engine) if isinstance(engine, needs.capability) else None
+                )
             )
-        return self._measurements[needs.method]
+        return self._measurements[needs.capability]
 
     def _score(self, stage: str, ask: Ask) -> FloatArray:
         windows = self._calibration
@@ -244,10 +246,6 @@ class _Comparing:
             layer_forwards=spent.forwards,
             note=note,
         )
-
-
-def _call_if_present(method: str) -> Callable[[Any], Any]:
-    return lambda engine: getattr(engine, method)() if hasattr(engine, method) else None
 
 
 def _write(

@@ -1,6 +1,6 @@
 """The pipeline of arXiv 2602.07804: random masks, a network, values, the lowest values removed.
 
-Notation: P players, D random draws, Q coalitions of the paper's second stage, S strata.
+Notation: P players, D random draws, S strata.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lpserve.engine.base import HasHiddenStates, HasTaylorImportance
 
 if TYPE_CHECKING:
     from lpserve.rivals.proposer import Proposer, SearchSetting
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 class Measurement:
     """What an engine measures inside the model for a rival, beside scoring masks."""
 
-    method: str
-    """Of the engine; engines without it cannot measure this."""
+    capability: type
+    """Protocol of `engine.base`; engines that do not satisfy it cannot measure this."""
+    measure: Callable[[Any], Any]
+    """What is asked of an engine that does."""
     cost: str
     """What it takes, in words."""
     refusal: str
@@ -55,12 +59,14 @@ class Rival:
 
 
 HIDDEN_STATES = Measurement(
-    method="hidden_states",
+    capability=HasHiddenStates,
+    measure=lambda engine: engine.hidden_states(),
     cost="one forward pass over the calibration windows",
     refusal="not run: hidden states need engine transformers in this process",
 )
 GRADIENTS = Measurement(
-    method="taylor_importance",
+    capability=HasTaylorImportance,
+    measure=lambda engine: engine.taylor_importance(),
     cost="one forward and backward pass over the calibration windows",
     refusal="not run: gradients need engine transformers in this process",
 )

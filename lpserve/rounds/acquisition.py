@@ -11,7 +11,7 @@ where cost(q) is the number of layers that the batch's trie has not run yet (mas
 plus the head. Masks chosen like this are no random sample of their strata: values are estimated by
 the surrogate's posterior, never by a mean over these masks.
 
-Notation: M masks (pending ones, then candidates), Q candidates, P players, S scored masks.
+Notation: M masks (pending ones, then candidates), P players.
 """
 
 from __future__ import annotations

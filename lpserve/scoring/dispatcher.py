@@ -18,7 +18,7 @@ The policy is the same for every pool:
 
 Non-finite scores are results, not failures.
 
-Notation: M masks, P players, D distinct masks.
+Notation: M masks, P players.
 """
 
 from __future__ import annotations

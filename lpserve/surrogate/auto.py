@@ -7,7 +7,7 @@ whenever the number of masks has grown by half, and at every fit those that cont
 selected model. The model with the smallest held-out error among them, the best kernel and their
 stack is selected, if its error is below the best kernel's by a twentieth; else the best kernel is.
 
-Notation: M training masks, Q queried masks, K models.
+Notation: M training masks.
 """
 
 from __future__ import annotations

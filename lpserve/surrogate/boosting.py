@@ -3,7 +3,7 @@
 For games with thresholds and exceptions, which a tree expresses in a few splits and a smooth kernel
 needs many masks for. scikit-learn is imported when a member is trained.
 
-Notation: M training masks, Q queried masks, P players, E members.
+Notation: M training masks, P players, E members.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ All three share the posterior, the leave-one-out formula and the closed form of 
 a jitter of 1e-10 of their variance); for unseen masks the part of a score that no neighbour shares
 remains as uncertainty.
 
-Notation: M training masks, Q queried masks, P players, K kept and D dropped players of one mask.
+Notation: M training masks, Q queried masks, P players.
 """
 
 from __future__ import annotations

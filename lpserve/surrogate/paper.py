@@ -1,6 +1,6 @@
 """The network of arXiv 2602.07804 (section 4.2 and its published code).
 
-Linear(P, 2P)-CELU-Linear(2P, 1)-Sigmoid. Notation: M training masks, Q queried masks, P players.
+Linear(P, 2P)-CELU-Linear(2P, 1)-Sigmoid. Notation: M training masks, P players.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ of (R w)^2 over w >= 0 that sum to 1 (Breiman 1996, Stacked regressions). Leave-
 kernel whose hyperparameters were tuned to all masks are too small, the more so the fewer masks
 there are: up to 1,000 masks the kernel is tuned again without each of 5 folds.
 
-Notation: M training masks (the empty coalition is none), Q queried masks, K surrogates.
+Notation: M training masks (the empty coalition is none), K surrogates.
 """
 
 from __future__ import annotations

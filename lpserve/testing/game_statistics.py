@@ -4,7 +4,7 @@ A loss is an NLL less the full model's on
 the same windows, nats per token. Strata are named by the share of players removed, k/12, so that
 games of any depth compare; those with many masks are sampled.
 
-Notation: M masks, P players, N windows, Q pairs of players, F features, R numbers removed.
+Notation: M masks, P players, N windows, R numbers removed.
 """
 
 from __future__ import annotations

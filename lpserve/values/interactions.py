@@ -10,7 +10,7 @@ so that it needs the same coalitions as the values, those with k_min..k_max+1 pl
 two are complements, below 0 substitutes. Computed exactly where every mask was scored, else in
 closed form from a kernel surrogate, conditioned on all scores.
 
-Notation: M masks, C of them at once, P players, E numbers of dropped others.
+Notation: M masks, P players.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ arXiv 2602.07804 estimates with its strata. `shapley_values` chooses the estimat
 (`lpserve.values.exact`) where every mask was scored, else the closed form of a kernel surrogate
 (`lpserve.values.closed_form`). `lpserve.values.sampling` serves surrogates without one.
 
-Notation: M masks, P players, J columns of utilities, B draws of the windows.
+Notation: M masks, P players, B draws of the windows.
 """
 
 from __future__ import annotations

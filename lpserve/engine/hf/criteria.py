@@ -1,7 +1,6 @@
 """How much each layer changes hidden states and the loss: the criteria of one-shot rivals.
 
-They are measured once, on the full model. Shapes: P players, L = P + 1 places between them, N
-windows, T tokens, d width.
+They are measured once, on the full model. Shapes: P players, N windows, T tokens, d width.
 """
 
 from __future__ import annotations
