@@ -108,7 +108,7 @@ class VllmStack:
         tokens_T = on_device(windows.tokens_NT[0], self._model.device)
         length = windows.length
         record = self._record(tokens_T, length, 1)
-        self._refuse_text(record, self._record((tokens_T + 1) % self._model.vocab_size, length, 1))
+        self._check_text_alone_differs(record, self._record((tokens_T + 1) % self._model.vocab_size, length, 1))
         self.width, self.state_dtype = record.hidden.shape[-1], record.hidden.dtype
         self._prepared.add(length)
 
@@ -241,7 +241,7 @@ class VllmStack:
         self._calls[length, rows] = record
         return record
 
-    def _refuse_text(self, record: _Recorded, other: _Recorded) -> None:
+    def _check_text_alone_differs(self, record: _Recorded, other: _Recorded) -> None:
         """Raise EngineError when an argument notices other tokens."""
         for index, (a, b) in enumerate(zip(record.arguments, other.arguments, strict=True)):
             for name, value in a.items():
