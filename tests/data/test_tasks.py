@@ -239,7 +239,7 @@ def few_documents(tmp_path_factory) -> str:
     [
         (CHOICE, "task_acc", "acc", None),
         pytest.param(CHOICE, "task_acc_norm", "acc_norm", 2, marks=pytest.mark.slow),
-        (LAST_WORD, "task_acc", "acc", None),
+        pytest.param(LAST_WORD, "task_acc", "acc", None, marks=pytest.mark.slow),
         pytest.param(LAST_WORD, "task_margin", "perplexity", 2, marks=pytest.mark.slow),
     ],
 )
