@@ -108,7 +108,8 @@ class VllmStack:
         tokens_T = on_device(windows.tokens_NT[0], self._model.device)
         length = windows.length
         record = self._record(tokens_T, length, 1)
-        self._check_text_alone_differs(record, self._record((tokens_T + 1) % self._model.vocab_size, length, 1))
+        other = self._record((tokens_T + 1) % self._model.vocab_size, length, 1)
+        self._check_text_alone_differs(record, other)
         self.width, self.state_dtype = record.hidden.shape[-1], record.hidden.dtype
         self._prepared.add(length)
 
