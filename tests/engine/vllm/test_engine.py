@@ -9,6 +9,7 @@ Not covered here: several ranks (test_vllm_parallel), GPUs.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,11 +164,11 @@ def test_other_masks_budget_and_micro_batch_do_not_matter(model_dir, rng):
         assert (together == alone).all()  # on CPU a micro-batch is one state
         assert engine.info.noise_nll == 0.0
     state = 40 * 64 * 4
-    smallest = {
-        "state_budget_mb": (NUM_LAYERS + 1) * state / 2**20,
-        "micro_batch_tokens": 2 * 5 * 40,
-    }
-    for options in (smallest, {"micro_batch_tokens": 1 << 20}):
+    settings: list[dict[str, Any]] = [
+        {"state_budget_mb": (NUM_LAYERS + 1) * state / 2**20, "micro_batch_tokens": 2 * 5 * 40},
+        {"micro_batch_tokens": 1 << 20},
+    ]
+    for options in settings:
         with open_vllm(path, windows, path="scoring", **options) as engine:
             assert relative(engine.score(masks).nll_MN, together) < TOLERANCE
 
