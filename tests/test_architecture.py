@@ -135,7 +135,6 @@ TESTED_BY = {
     "evaluation/task_evaluation": "evaluation/test_evaluate",
     "export/mergekit": "export/test_export",
     "export/reload": "export/test_export",
-    "model/checkpoint": "export/test_export",
     "export/pruned_config": "export/test_export",
     "model/size": "runner/test_cost",
     "report/files": "runner/test_coordinator",

@@ -13,14 +13,21 @@ def add_scores(commands: Any) -> None:
     """Define `lpserve scores`."""
     scores = commands.add_parser(
         "scores",
-        help="copy a score store to or from Parquet or CSV",
-        description="One row for each game, mask and window, with its NLL in nats.",
+        help="copy a score store to or from Parquet or CSV; take over scores of an old version",
+        description="A table has one row for each game, mask and window, with its NLL in nats.",
     )
     scores.set_defaults(run=_scores)
     scores.add_argument("store", metavar="STORE", help="a store file, or a run folder")
     way = scores.add_mutually_exclusive_group(required=True)
     way.add_argument("--out", metavar="FILE", help="write .parquet or .csv")
     way.add_argument("--import", dest="source", metavar="FILE", help="read .parquet or .csv")
+    way.add_argument(
+        "--adopt",
+        dest="model",
+        metavar="MODEL",
+        help="take over this checkpoint's scores that an earlier version kept under a hash of "
+        "samples of the weights; only where the weights have not changed since",
+    )
 
 
 def _scores(arguments: argparse.Namespace) -> int:
@@ -28,6 +35,8 @@ def _scores(arguments: argparse.Namespace) -> int:
     from lpserve.store.tables import export_scores, import_scores
 
     path = Path(arguments.store)
+    if arguments.model:
+        return _adopt(path, arguments.model)
     path = path / "scores.sqlite" if path.is_dir() else path
     if arguments.out and not path.exists():
         raise InputError(f"store {path} does not exist")
@@ -36,4 +45,22 @@ def _scores(arguments: argparse.Namespace) -> int:
             print(f"{export_scores(store, arguments.out)} rows written to {arguments.out}")
         else:
             print(f"{import_scores(store, arguments.source)} new scores in {path}")
+    return 0
+
+
+def _adopt(path: Path, model: str) -> int:
+    from lpserve.model.checkpoint import read_checkpoint
+    from lpserve.model.content_hash import checkpoint_hash, sampled_hash
+    from lpserve.store.rekey import rekey_run, rekey_store
+
+    store = path / "scores.sqlite" if path.is_dir() else path
+    if not store.exists():
+        raise InputError(f"store {store} does not exist")
+    checkpoint = read_checkpoint(model)
+    old, new = sampled_hash(checkpoint), checkpoint_hash(checkpoint)
+    moved = rekey_run(path, old, new) if path.is_dir() else rekey_store(path, old, new)
+    if not moved:
+        raise InputError(f"store {store} holds no scores of {model} under a hash of samples")
+    count = sum(scores for _, scores in moved.values())
+    print(f"{count} scores of {model} in {store} are now kept under the hash of all its weights")
     return 0

@@ -24,7 +24,8 @@ from lpserve.errors import InputError
 from lpserve.evaluation.results import Evaluation, Result, write_results
 from lpserve.evaluation.settings import EvalConfig
 from lpserve.evaluation.task_evaluation import TaskEvaluation
-from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
+from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.content_hash import checkpoint_hash
 from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks, read_sets
 from lpserve.runner.setup import num_players_of
 from lpserve.scoring.progress import Progress

@@ -30,7 +30,8 @@ from lpserve.export.verify import (
 from lpserve.export.writer import REPORT_NAME, write_checkpoint
 from lpserve.masks import without
 from lpserve.model.architecture import read_architecture
-from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
+from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.content_hash import checkpoint_hash
 from lpserve.model.players import players_from, removed_layers
 from lpserve.plan.plan import load_plan
 from lpserve.store.files import write_text

@@ -115,7 +115,8 @@ def required(value: int | None, name: str) -> int:
 
 
 def check_decoder(checkpoint: Checkpoint) -> None:
-    """Raise InputError unless the config says decoder-only language model."""
+    """Raise InputError unless the config says decoder-only language model, with as many layers as
+    the files hold."""
     names = checkpoint.config.get("architectures") or []
     decoder = any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names)
     if not decoder or checkpoint.config.get("is_encoder_decoder"):
@@ -123,6 +124,32 @@ def check_decoder(checkpoint: Checkpoint) -> None:
             f"model {checkpoint.path} is not a decoder-only language model: architectures is "
             f"{names}; a name ending in ForCausalLM is needed"
         )
+    _check_layer_count(checkpoint)
+
+
+def _check_layer_count(checkpoint: Checkpoint) -> None:
+    """Raise InputError where the files hold decoder layers that the config does not count.
+
+    transformers and vLLM leave them out. Layers that predict several tokens ahead, as DeepSeek-V3
+    keeps them behind its decoder layers, are counted by the config in a key of their own.
+    """
+    num_layers = read_architecture(checkpoint).num_layers
+    if num_layers is None:
+        return
+    lists = _numbered_lists(checkpoint)
+    counted = set(range(num_layers))
+    if any(indices == counted for indices in lists.values()):
+        return
+    ahead = text_section(checkpoint.config).get("num_nextn_predict_layers")
+    allowed = num_layers + (ahead if type(ahead) is int else 0)
+    for prefix, indices in lists.items():
+        more = sorted(index for index in indices if index >= allowed)
+        if counted <= indices and more:
+            raise InputError(
+                f"model {checkpoint.path}: config.json counts {num_layers} layers, and the files "
+                f"hold {prefix}{more[0]} too: correct num_hidden_layers, or copy the checkpoint "
+                "again"
+            )
 
 
 def find_layer_prefix(checkpoint: Checkpoint, num_layers: int, list_name: str | None = None) -> str:
@@ -137,16 +164,10 @@ def find_layer_prefix(checkpoint: Checkpoint, num_layers: int, list_name: str | 
     Raises:
         InputError: no prefix, or several, fit.
     """
-    pattern = re.compile(r"^(?P<prefix>(?:[^0-9.][^.]*\.)+)(?P<index>\d+)\.")
-    found: dict[str, set[int]] = {}
-    for entry in checkpoint.tensors:
-        match = pattern.match(entry.name)
-        if match:
-            found.setdefault(match["prefix"], set()).add(int(match["index"]))
     all_layers = set(range(num_layers))
     fitting = [
         prefix
-        for prefix, indices in found.items()
+        for prefix, indices in _numbered_lists(checkpoint).items()
         if indices == all_layers and list_name in (None, prefix.split(".")[-2])
     ]
     if len(fitting) == 1:
@@ -160,3 +181,13 @@ def find_layer_prefix(checkpoint: Checkpoint, num_layers: int, list_name: str | 
         f"model {checkpoint.path}: {len(fitting)} tensor-name prefixes fit a list of "
         f"{num_layers} decoder layers named {list_name!r}; need exactly one"
     )
+
+
+def _numbered_lists(checkpoint: Checkpoint) -> dict[str, set[int]]:
+    """The numbers in tensor names by what stands before them, such as `model.layers.`."""
+    pattern = re.compile(r"^(?P<prefix>(?:[^0-9.][^.]*\.)+)(?P<index>\d+)\.")
+    found: dict[str, set[int]] = {}
+    for entry in checkpoint.tensors:
+        if match := pattern.match(entry.name):
+            found.setdefault(match["prefix"], set()).add(int(match["index"]))
+    return found

@@ -1,4 +1,4 @@
-"""A checkpoint folder on disk: its config, shards, tensor headers and content hash.
+"""A checkpoint folder on disk: its config, shards and tensor headers.
 
 Reads the safetensors format directly (an 8-byte little-endian header length, a JSON header, raw
 data), so that a checkpoint is checked and copied without loading a tensor. A shard's header is read
@@ -8,10 +8,10 @@ Imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,8 @@ from lpserve.errors import InputError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-SAMPLE_BYTES = 4096
+ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+"""PEFT's names: transformers applies such an adapter where peft is installed, vLLM never."""
 MAX_HEADER_BYTES = 512 << 20
 _CACHED_SHARDS = 1024
 
@@ -63,7 +64,8 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
     """Check a checkpoint folder and read its headers.
 
     Raises:
-        InputError: the folder, its config.json or a shard is missing, unreadable or truncated.
+        InputError: the folder, its config.json or a shard is missing, unreadable or truncated; or
+            transformers and vLLM would load other files of the folder than each other.
     """
     path = Path(model)
     if not path.is_dir():
@@ -73,6 +75,7 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
         )
     config = _read_json(path / "config.json", "the model's config")
     shards = _shards(path)
+    _check_loaded_alike(path, config, shards)
     tensors: list[TensorEntry] = []
     for shard in shards:
         state = shard.stat()
@@ -80,32 +83,6 @@ def read_checkpoint(model: str | Path) -> Checkpoint:
     if not tensors:
         raise InputError(f"model {path}: its safetensors files hold no tensors")
     return Checkpoint(path=path, config=config, shards=shards, tensors=tuple(tensors))
-
-
-def checkpoint_hash(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the config, every tensor's header and at least 4 KiB sampled of every tensor.
-
-    Samples come from the start, the middle and the end; a tensor up to three samples long is read
-    in full. Shard boundaries and file names do not matter.
-    """
-    digest = hashlib.sha256()
-    skipped = {"transformers_version", "_name_or_path"}
-    config = {k: v for k, v in checkpoint.config.items() if k not in skipped}
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for entry in sorted(checkpoint.tensors, key=lambda entry: entry.name):
-        digest.update(json.dumps([entry.name, entry.dtype, list(entry.shape)]).encode())
-        with entry.shard.open("rb") as file:
-            for start, size in _samples(entry.num_bytes):
-                file.seek(entry.offset + start)
-                digest.update(file.read(size))
-    return digest.hexdigest()
-
-
-def _samples(num_bytes: int) -> list[tuple[int, int]]:
-    if num_bytes <= 3 * SAMPLE_BYTES:
-        return [(0, num_bytes)]
-    middle = (num_bytes - SAMPLE_BYTES) // 2
-    return [(start, SAMPLE_BYTES) for start in (0, middle, num_bytes - SAMPLE_BYTES)]
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
@@ -143,6 +120,37 @@ def _shards(path: Path) -> tuple[Path, ...]:
             "copy the checkpoint again"
         )
     return tuple(path / name for name in names)
+
+
+def _check_loaded_alike(path: Path, config: Mapping[str, Any], shards: Sequence[Path]) -> None:
+    """Raise InputError where loaders differ in what they take for the model's weights."""
+    for name in ADAPTER_NAMES:
+        if (path / name).exists():
+            raise InputError(
+                f"model {path} holds an adapter ({name}) beside its weights, which transformers "
+                "applies where peft is installed and vLLM does not; merge it into the weights, or "
+                "move it to another folder"
+            )
+    explicit = config.get("transformers_weights")
+    if explicit is not None and [path / str(explicit)] != list(shards):
+        raise InputError(
+            f"model {path}: its config names {explicit!r} as the weights (transformers_weights), "
+            f"where vLLM loads {shards[0].name}; keep one of them and leave the key out"
+        )
+    if (path / INDEX_NAME).exists():
+        # vLLM takes what the index names, transformers this file before the index
+        others = [path / SINGLE_NAME] if path / SINGLE_NAME not in shards else []
+    else:
+        # vLLM takes all of these, but those of Mistral's own format
+        others = [file for file in sorted(path.glob("*.safetensors")) if file not in shards]
+        others = [file for file in others if not file.name.startswith("consolidated")]
+    for other in others:
+        if other.exists():
+            known = INDEX_NAME if (path / INDEX_NAME).exists() else shards[0].name
+            raise InputError(
+                f"model {path} holds both {other.name} and {known}, and transformers and vLLM do "
+                "not load the same of them; keep one and move the other to another folder"
+            )
 
 
 @lru_cache(maxsize=_CACHED_SHARDS)

@@ -8,6 +8,7 @@ from typing import Any
 from lpserve.config import RunConfig, as_json
 from lpserve.data.items import ItemSet
 from lpserve.errors import InputError
+from lpserve.model.content_hash import is_sampled
 from lpserve.store.files import write_npz
 from lpserve.store.run_folder import CONFIG_FORMAT, RunFolder
 from lpserve.types import EngineInfo
@@ -67,6 +68,12 @@ def described(
 
 def check_same_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo) -> None:
     """Raise InputError when the folder's scores are of another model or other numerics."""
+    if is_sampled(stored["model_hash"]) and not is_sampled(info.model_hash):
+        raise InputError(
+            f"run folder {folder.path} is of an lpserve that knew a model by samples of its "
+            f"weights: if these are the same still, `lpserve scores {folder.path} --adopt MODEL` "
+            "takes its scores over; else choose another --out"
+        )
     if stored["model_hash"] != info.model_hash:
         raise InputError(
             f"run folder {folder.path} belongs to another game: the model at {info.model} "

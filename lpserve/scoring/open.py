@@ -9,6 +9,8 @@ from lpserve.config import EngineConfig
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
+from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.content_hash import checkpoint_hash
 from lpserve.scoring.local import LocalPool
 from lpserve.scoring.pool import EnginePool
 from lpserve.types import EngineSpec
@@ -28,6 +30,9 @@ def open_pool(
         EngineError: no engine can start.
     """
     if config.pool == "local":
+        if engine_kind(config.engine).reads_checkpoint:
+            # the engine does the same and finds it known: a large one is told before it is read
+            checkpoint_hash(read_checkpoint(config.model), tell=log)
         return LocalPool(spec, windows)
     try:
         from lpserve.scoring.ray.pool import RayPool

@@ -25,6 +25,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine, check_extra_metrics
 from lpserve.errors import EngineError, LpserveError, RunInterrupted
 from lpserve.masks import key_text, keys, sort_distinct
+from lpserve.model.content_hash import is_sampled
 from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.local import LocalPool
 from lpserve.scoring.open import engine_spec, open_pool
@@ -90,6 +91,7 @@ class ScoringSession:
             self.pool = open_pool(config, spec, windows, log or self.progress.note)
             stack.callback(self.pool.close)
             self._stack = stack.pop_all()
+        self._tell_unread_scores(log or self.progress.note)
         self.dispatcher = Dispatcher(self.pool)
         self.masks_scored = 0
         """Masks that engines scored for `score`, over all windows that were asked for."""
@@ -113,6 +115,15 @@ class ScoringSession:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _tell_unread_scores(self, tell: Callable[[str], None]) -> None:
+        held = [game.model_hash for game in self.store.games().values()]
+        if any(map(is_sampled, held)) and not is_sampled(self.info.model_hash):
+            tell(
+                f"store {self.store.path} holds scores of an lpserve that knew a model by samples "
+                "of its weights; they are not read (lpserve scores STORE --adopt MODEL takes them "
+                "over)"
+            )
 
     @cached_property
     def game(self) -> int:

@@ -104,6 +104,13 @@ def game_of(description: str) -> Game:
     return Game(model_hash=about["model"], players=tuple(players), numerics=about["numerics"])
 
 
+def description_of(game: Game) -> str:
+    """A game in JSON, as a row of games describes it."""
+    players = [[player.layer, player.part] for player in game.players]
+    about = {"model": game.model_hash, "numerics": game.numerics, "players": players}
+    return json.dumps(about)
+
+
 def _problem(db: sqlite3.Connection) -> str | None:
     structure = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if structure != "ok":

@@ -10,7 +10,6 @@ Notation: M masks, N windows, P players.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.masks import keys
 from lpserve.store.blocks import KEYS_PER_QUERY, StoredWindows, WindowBlock, WindowBlocks
 from lpserve.store.connection import StoreConnection
-from lpserve.store.schema import checksum, game_of
+from lpserve.store.schema import checksum, description_of, game_of
 from lpserve.types import BoolArray, FloatArray, Game
 
 
@@ -88,15 +87,10 @@ class Store:
 
     def game_id(self, game: Game) -> int:
         """The store's number of a game, registered if it is new."""
-        description = {
-            "model": game.model_hash,
-            "numerics": game.numerics,
-            "players": [[p.layer, p.part] for p in game.players],
-        }
         with self._file.transaction():
             self._file.db.execute(
                 "INSERT OR IGNORE INTO games (hash, description) VALUES (?, ?)",
-                (game.content_hash, json.dumps(description)),
+                (game.content_hash, description_of(game)),
             )
         with self._file.translated():
             query = "SELECT id FROM games WHERE hash = ?"

@@ -39,7 +39,8 @@ from lpserve.engine.scorer import (
 )
 from lpserve.errors import EngineError, InputError, first_line
 from lpserve.model.architecture import check_decoder, read_architecture
-from lpserve.model.checkpoint import Checkpoint, checkpoint_hash, read_checkpoint
+from lpserve.model.checkpoint import Checkpoint, read_checkpoint
+from lpserve.model.content_hash import checkpoint_hash
 from lpserve.model.players import layer_players
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores
 from lpserve.utility import METRICS

@@ -40,7 +40,8 @@ from lpserve.engine.vllm.process import GlobalState, start, stop
 from lpserve.engine.vllm.ranks import Ranks
 from lpserve.errors import InputError
 from lpserve.model.architecture import check_decoder
-from lpserve.model.checkpoint import checkpoint_hash, read_checkpoint
+from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.content_hash import checkpoint_hash
 from lpserve.model.players import layer_players
 from lpserve.types import (
     BoolArray,

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lpserve.data.windows import TokenWindows
@@ -165,6 +166,9 @@ def engine_arguments(
         "skip_tokenizer_init": True,
         "worker_extension_cls": "lpserve.engine.vllm.worker.extension.WorkerExtension",
     }
+    if any(Path(spec.model).glob("consolidated*.safetensors")):
+        # vLLM would take these files, of Mistral's own format, in place of those that are hashed
+        forced |= {"load_format": "safetensors", "config_format": "hf"}
     if "gpu_memory_utilization" in passed and "kv_cache_memory_bytes" not in passed:
         del defaults["kv_cache_memory_bytes"]  # the user sizes the cache by the device's share
     return defaults | passed | forced
