@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError, first_line
+from lpserve.model.own_code import FROM_FOLDER
 
 
 def load_tokenizer(tokenizer: str | Path | Any) -> Any:
@@ -18,9 +19,11 @@ def load_tokenizer(tokenizer: str | Path | Any) -> Any:
     if not Path(tokenizer).is_dir():
         raise InputError(f"tokenizer {str(tokenizer)!r} is not a folder")
     try:
-        return AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(tokenizer), **FROM_FOLDER)
     except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
         line = first_line(error)
+        if "custom code" in line:
+            line = "it needs Python code of its own, which is never run"
         raise InputError(
             f"no usable tokenizer in {tokenizer} ({line}); add tokenizer.json or give .npz windows"
         ) from None

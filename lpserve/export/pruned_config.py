@@ -25,6 +25,7 @@ from lpserve.model.architecture import (
     text_section,
 )
 from lpserve.model.checkpoint import Checkpoint
+from lpserve.model.own_code import FROM_FOLDER, check_own_code
 
 PER_LAYER_LISTS = (
     "layer_types",
@@ -73,7 +74,8 @@ def prune_config(checkpoint: Checkpoint, removed: Sequence[int]) -> PrunedConfig
     """
     from transformers import AutoConfig
 
-    original = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True)
+    check_own_code(checkpoint)
+    original = AutoConfig.from_pretrained(str(checkpoint.path), **FROM_FOLDER)
     defaults = original.get_text_config()
     num_layers = read_architecture(checkpoint).num_layers or int(defaults.num_hidden_layers)
     unique = sorted(set(removed))
@@ -133,7 +135,7 @@ def _check_structure(checkpoint: Checkpoint, config: dict[str, Any], kept: list[
     def layers(values: dict[str, Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             (Path(scratch) / "config.json").write_text(json.dumps(values))
-            loaded = AutoConfig.from_pretrained(scratch, local_files_only=True)
+            loaded = AutoConfig.from_pretrained(scratch, **FROM_FOLDER)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(loaded)
         count = int(loaded.get_text_config().num_hidden_layers)

@@ -30,6 +30,7 @@ def score_checkpoint(
         checkpoint,
         dtype=getattr(torch, dtype),
         local_files_only=True,
+        trust_remote_code=False,
         **({"attn_implementation": attention} if attention else {}),
     )
     model = model.to(device).eval()

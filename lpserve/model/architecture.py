@@ -17,6 +17,7 @@ from typing import Any
 
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import Checkpoint
+from lpserve.model.own_code import check_own_code
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Config keys that hold the number of decoder layers."""
@@ -125,6 +126,7 @@ def check_decoder(checkpoint: Checkpoint) -> None:
             f"{names}; a name ending in ForCausalLM is needed"
         )
     _check_layer_count(checkpoint)
+    check_own_code(checkpoint)
 
 
 def _check_layer_count(checkpoint: Checkpoint) -> None:

@@ -41,6 +41,7 @@ from lpserve.errors import EngineError, InputError, first_line
 from lpserve.model.architecture import check_decoder, read_architecture
 from lpserve.model.checkpoint import Checkpoint, read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
+from lpserve.model.own_code import FROM_FOLDER
 from lpserve.model.players import layer_players
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores
 from lpserve.utility import METRICS
@@ -182,8 +183,8 @@ def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(checkpoint.path),
                 dtype=DTYPES[spec.dtype],
-                local_files_only=True,
                 output_loading_info=True,
+                **FROM_FOLDER,
                 **kwargs,
             )
         except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:

@@ -16,7 +16,10 @@ def open_checkpoint(task: dict[str, Any], device: str, memory: Callable[..., Any
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(
-        task["model"], dtype=getattr(torch, task["dtype"]), local_files_only=True
+        task["model"],
+        dtype=getattr(torch, task["dtype"]),
+        local_files_only=True,
+        trust_remote_code=False,
     )
     model = model.to(device).eval()
 

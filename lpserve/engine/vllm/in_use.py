@@ -39,7 +39,10 @@ def open_checkpoint(task: dict[str, Any], device: str, memory: Callable[..., Any
         outputs = llm.generate(requests, parameters, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    config = AutoConfig.from_pretrained(task["model"], local_files_only=True).get_text_config()
+    whole: Any = AutoConfig.from_pretrained(
+        task["model"], local_files_only=True, trust_remote_code=False
+    )
+    config = whole.get_text_config()
     about = {
         "num_layers": config.num_hidden_layers,
         "vocab_size": config.vocab_size,

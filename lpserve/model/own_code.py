@@ -1,0 +1,28 @@
+"""Code that comes with a checkpoint is never run: transformers would ask on the terminal."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from types import MappingProxyType
+
+from lpserve.errors import InputError
+from lpserve.model.checkpoint import Checkpoint
+
+FROM_FOLDER = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
+"""Arguments of every `from_pretrained`: nothing from a network, no code from the folder. Left to
+itself transformers asks whether to run such code, and a `y` on standard input runs it."""
+
+
+def check_own_code(checkpoint: Checkpoint) -> None:
+    """Raise InputError for a model that only code in its own folder can build."""
+    if not checkpoint.config.get("auto_map"):
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = checkpoint.config.get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES:
+        version = importlib.metadata.version("transformers")
+        raise InputError(
+            f"model {checkpoint.path} needs Python code of its own (auto_map in config.json), "
+            f"which is never run: transformers {version} itself knows no model_type {kind!r}"
+        )
