@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError, first_line
+from lpserve.redact import redact
 from lpserve.utility import TASK_UTILITIES, utility_named
 
 POOLS = ("local", "ray")
@@ -340,12 +341,11 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:
-    """Plain values that `config_from` reads back; names and passwords in MLflow's address left
-    out, since they are written to files."""
+    """Plain values that `config_from` reads back; names, passwords and tokens in MLflow's address
+    are hidden, since they are written to files."""
     values = asdict(config)
-    if config.mlflow is not None and "@" in config.mlflow:
-        scheme, _, rest = config.mlflow.rpartition("//")
-        values["mlflow"] = f"{scheme}//{rest.rpartition('@')[2]}"
+    if config.mlflow is not None:
+        values["mlflow"] = redact(config.mlflow, config.mlflow)
     values["sizes"] = list(config.sizes) if config.sizes else None
     return values
 

@@ -25,6 +25,7 @@ from typing import Any
 from lpserve.analysis.build_plan import Outcome
 from lpserve.errors import InputError, first_line
 from lpserve.plan.plan import Plan
+from lpserve.redact import redact
 from lpserve.store.filesystem import is_shared
 
 FOLDER_TAG, ID_TAG = "lpserve.folder", "lpserve.id"
@@ -61,7 +62,7 @@ class Tracking:
         except ImportError as error:
             raise InputError(f"mlflow needs MLflow ({error}): install lpserve[mlflow]") from None
         except Exception as error:  # requests', sqlalchemy's and mlflow's own kinds
-            raise InputError(f"mlflow {uri} cannot be used: {_line(error)}") from None
+            raise InputError(self._told("cannot be used", error)) from None
 
     def log(
         self,
@@ -95,7 +96,7 @@ class Tracking:
                     tags=tags or {},
                 )
         except Exception as error:
-            raise InputError(f"mlflow {self.uri} cannot be written to: {_line(error)}") from None
+            raise InputError(self._told("cannot be written to", error)) from None
 
     def _log(
         self,
@@ -140,6 +141,10 @@ class Tracking:
                 self._client.log_artifact(run, str(path))
         self._client.set_terminated(run, "FINISHED")
         return run
+
+    def _told(self, trouble: str, error: BaseException) -> str:
+        """A line about an error of MLflow's, without what is secret in the address."""
+        return redact(f"mlflow {self.uri} {trouble}: {first_line(error)[:300]}", self.uri)
 
     def _experiment_id(self, name: str) -> str:
         known = self._client.get_experiment_by_name(name)
@@ -265,7 +270,3 @@ def _patient() -> Iterator[None]:
             logger.setLevel(level)
         for name in added:
             os.environ.pop(name, None)
-
-
-def _line(error: BaseException) -> str:
-    return first_line(error)[:300]
