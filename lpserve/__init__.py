@@ -52,6 +52,10 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lpserve' has no attribute {name!r}")

@@ -9,7 +9,11 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +26,8 @@ from lpserve.cli.run import add_run
 from lpserve.cli.scores import add_scores
 from lpserve.cli.speed import add_speed
 from lpserve.cli.sweep import add_sweep
-from lpserve.errors import InputError, LpserveError, RunInterrupted
+from lpserve.errors import InputError, LpserveError, RunInterrupted, first_line, typed_first_line
+from lpserve.redact import redact
 
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_run,
@@ -42,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = make_parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments) or 0)
+        code = int(arguments.run(arguments) or 0)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"lpserve: {error}", file=sys.stderr)
         return 2
@@ -55,6 +62,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lpserve: interrupted before anything was scored", file=sys.stderr)
         return 130
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            return 1
+        # the machine's: no permission, no space, a device that fails
+        about = f"{error.filename}: " if error.filename is not None else ""
+        print(f"lpserve: {about}{error.strerror or first_line(error)}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        print(
+            f"lpserve: unexpected {redact(typed_first_line(error))}; this is a fault of lpserve's: "
+            f"please report it, with the traceback {_keep_traceback()}",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads standard output any more, as behind `| head`; it then goes nowhere."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file, as in a notebook
+        return False
+    pipe = select.poll()
+    pipe.register(output, 0)  # an error is reported unasked
+    closed = any(event & select.POLLERR for _, event in pipe.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return closed
+
+
+def _keep_traceback() -> str:
+    """Where the traceback of the exception at hand is kept, or the traceback itself.
+
+    A file of a new name that its owner alone can read, without what is secret in addresses.
+    """
+    text = redact(traceback.format_exc())
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="lpserve-", suffix=".log")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:
+        return f"that follows\n{text}"
+    return f"in {path}"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from lpserve.evaluation.settings import EvalConfig
+from lpserve.report.csv_rows import csv_text
 from lpserve.store.files import write_text
 from lpserve.types import EngineInfo
 
@@ -87,10 +86,9 @@ def write_results(
         ],
     }
     write_text(folder / "results.json", json.dumps(about, indent=1) + "\n")
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["set", "removed", "measure", "value", "stderr"])
-    for r in evaluation.results:
-        removed = " ".join(map(str, r.removed))
-        writer.writerow([r.layer_set, removed, r.measure, repr(r.value), r.stderr])
-    write_text(folder / "results.csv", text.getvalue())
+    rows = [
+        [r.layer_set, " ".join(map(str, r.removed)), r.measure, r.value, r.stderr]
+        for r in evaluation.results
+    ]
+    header = ["set", "removed", "measure", "value", "stderr"]
+    write_text(folder / "results.csv", csv_text(header, rows))

@@ -5,12 +5,10 @@ Notation: P players.
 
 from __future__ import annotations
 
-import csv
-import io
-
 import numpy as np
 
 from lpserve.analysis.build_plan import Outcome
+from lpserve.report.csv_rows import csv_text
 from lpserve.types import Z90, Player
 
 
@@ -22,58 +20,37 @@ def player_label(player: Player) -> str:
 def shapley_csv(outcome: Outcome) -> str:
     """shapley.csv: a row for each player, with its value, standard errors, 90% interval and the
     probability of being among the lowest values."""
+    header = "player layer part value stderr window_stderr total_stderr low90 high90 p_lowest"
     values = outcome.analysis.values
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "player",
-            "layer",
-            "part",
-            "value",
-            "stderr",
-            "window_stderr",
-            "total_stderr",
-            "low90",
-            "high90",
-            "p_lowest",
-            "k_min",
-            "k_max",
-            "estimator",
-        ]
-    )
     window_P = values.window_stderr_P
+    rows = []
     for player in outcome.scored.players:
         i = player.index
         value, total = float(values.values_P[i]), float(values.total_stderr_P[i])
-        writer.writerow(
+        rows.append(
             [
                 i,
                 player.layer,
                 player.part,
-                repr(value),
-                repr(float(values.stderr_P[i])),
-                "" if window_P is None else repr(float(window_P[i])),
-                repr(total),
-                repr(value - Z90 * total),
-                repr(value + Z90 * total),
-                float(outcome.analysis.lowest_probability_P[i]),
+                value,
+                values.stderr_P[i],
+                None if window_P is None else window_P[i],
+                total,
+                value - Z90 * total,
+                value + Z90 * total,
+                outcome.analysis.lowest_probability_P[i],
                 *values.sizes,
                 values.estimator,
             ]
         )
-    return text.getvalue()
+    return csv_text([*header.split(), "k_min", "k_max", "estimator"], rows)
 
 
 def interactions_csv(outcome: Outcome) -> str:
     """interactions.csv: a row for each pair of players, the largest magnitude first."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["player", "other", "interaction", "k_min", "k_max"])
     sizes = outcome.analysis.values.sizes
-    for i, j, index in strongest_pairs(outcome):
-        writer.writerow([i, j, repr(index), *sizes])
-    return text.getvalue()
+    rows = [[i, j, index, *sizes] for i, j, index in strongest_pairs(outcome)]
+    return csv_text(["player", "other", "interaction", "k_min", "k_max"], rows)
 
 
 def strongest_pairs(outcome: Outcome) -> list[tuple[int, int, float]]:

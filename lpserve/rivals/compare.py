@@ -8,8 +8,6 @@ choose. Sets from files are scored as well.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from contextlib import closing
@@ -24,6 +22,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, removed_players
 from lpserve.plan.layer_sets import LayerSet, layer_set_masks
+from lpserve.report.csv_rows import csv_text
 from lpserve.rivals.accounting import Spent
 from lpserve.rivals.proposer import Answer, Ask, SearchSetting, best_sets, drive
 from lpserve.rivals.registry import RIVALS, Measurement
@@ -254,25 +253,14 @@ def _write(
     import lpserve
 
     info = session.info
-    found, costs = io.StringIO(), io.StringIO()
-    writer = csv.writer(found, lineterminator="\n")
-    writer.writerow(["rival", "num_removed", "removed", "calibration_ppl", "heldout_ppl"])
-    for f in comparison.found:
-        writer.writerow(
-            [
-                f.rival,
-                f.num_removed,
-                " ".join(map(str, f.removed)),
-                repr(f.calibration_ppl),
-                repr(f.heldout_ppl),
-            ]
-        )
-    writer = csv.writer(costs, lineterminator="\n")
-    writer.writerow(["rival", "source", "masks", "tokens", "layer_forwards", "note"])
-    for c in comparison.costs:
-        writer.writerow(
-            [c.rival, RIVALS[c.rival].source, c.masks, c.tokens, repr(c.layer_forwards), c.note]
-        )
+    found = [
+        [f.rival, f.num_removed, " ".join(map(str, f.removed)), f.calibration_ppl, f.heldout_ppl]
+        for f in comparison.found
+    ]
+    costs = [
+        [c.rival, RIVALS[c.rival].source, c.masks, c.tokens, c.layer_forwards, c.note]
+        for c in comparison.costs
+    ]
     about = {
         "format": RESULTS_FORMAT,
         "model": info.model,
@@ -289,6 +277,8 @@ def _write(
         "full_heldout_ppl": comparison.full_heldout_ppl,
         "versions": {"lpserve": lpserve.__version__, **info.versions},
     }
-    write_text(folder / "results.csv", found.getvalue())
-    write_text(folder / "costs.csv", costs.getvalue())
+    header = ["rival", "num_removed", "removed", "calibration_ppl", "heldout_ppl"]
+    write_text(folder / "results.csv", csv_text(header, found))
+    header = ["rival", "source", "masks", "tokens", "layer_forwards", "note"]
+    write_text(folder / "costs.csv", csv_text(header, costs))
     write_text(folder / "results.json", json.dumps(about, indent=1) + "\n")

@@ -20,6 +20,7 @@ from pyarrow import csv as pa_csv
 from pyarrow import parquet
 
 from lpserve.plan.plan import Plan, load_plan
+from lpserve.report.csv_rows import literal
 from lpserve.store.files import write_whole
 from lpserve.study.finished import Finished, SweepResult
 from lpserve.study.study import DIMENSIONS
@@ -147,5 +148,7 @@ def _values(run: Finished) -> list[dict[str, Any]]:
 
 def _write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     table = pa.Table.from_pylist(rows, schema=schema)
-    for suffix, write in ((".parquet", parquet.write_table), (".csv", pa_csv.write_csv)):
-        write_whole(path.with_suffix(suffix), partial(write, table))
+    write_whole(path.with_suffix(".parquet"), partial(parquet.write_table, table))
+    safe = [{k: literal(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
+    table = pa.Table.from_pylist(safe, schema=schema)
+    write_whole(path.with_suffix(".csv"), partial(pa_csv.write_csv, table))

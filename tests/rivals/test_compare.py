@@ -216,6 +216,9 @@ def test_every_rival_is_in_the_table_with_its_cost(table):
     text = (Path(config.out) / "results.csv").read_text()
     rows = list(csv.DictReader(text.splitlines()))
     assert len(rows) == len(comparison.found) == 2 * len(RIVALS) + 1
+    costs = csv.DictReader((Path(config.out) / "costs.csv").read_text().splitlines())
+    told = {row["rival"]: float(row["layer_forwards"]) for row in costs}
+    assert told == {c.rival: c.layer_forwards for c in comparison.costs}
     best = {
         r: min(f.calibration_ppl for f in comparison.found if f.num_removed == r) for r in (1, 2)
     }
