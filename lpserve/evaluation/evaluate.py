@@ -26,7 +26,8 @@ from lpserve.evaluation.settings import EvalConfig
 from lpserve.evaluation.task_evaluation import TaskEvaluation
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
-from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks, read_sets
+from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks
+from lpserve.plan.set_files import read_sets
 from lpserve.runner.setup import num_players_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession

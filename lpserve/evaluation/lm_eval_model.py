@@ -36,7 +36,8 @@ from lpserve.data.texts import load_tokenizer
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Generates
 from lpserve.errors import EngineError, InputError
-from lpserve.plan.layer_sets import full_model, layer_set, read_sets
+from lpserve.plan.layer_sets import full_model, layer_set
+from lpserve.plan.set_files import read_sets
 from lpserve.runner.setup import num_players_of
 from lpserve.scoring.session import ScoringSession
 from lpserve.types import BoolArray

@@ -11,8 +11,8 @@ import pytest
 from lpserve.errors import InputError
 from lpserve.export.export import export_checkpoint, export_run
 from lpserve.model.players import layer_players, players_from, removed_layers
-from lpserve.plan.layer_sets import read_sets
 from lpserve.plan.plan import Plan, PlanEntry
+from lpserve.plan.set_files import read_sets
 from lpserve.types import Player
 
 NUM_LAYERS = 6
