@@ -24,7 +24,7 @@ from lpserve.config import TASK_PREFIX, is_task
 from lpserve.data.corpora import WindowRequest, cut_corpora
 from lpserve.data.items import ItemSet
 from lpserve.data.questions import Questions
-from lpserve.data.texts import load_tokenizer
+from lpserve.data.tokenizer import load_tokenizer
 from lpserve.data.windows import HELDOUT_SHARE
 from lpserve.errors import InputError, first_line
 

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lpserve.data.texts import load_tokenizer, read_text
+from lpserve.data.text_files import read_text
+from lpserve.data.tokenizer import load_tokenizer
 from lpserve.errors import InputError, first_line
 from lpserve.types import BoolArray, IntArray
 
@@ -230,7 +231,7 @@ class TokenStream:
 
     @classmethod
     def read(cls, path: str | Path, tokenizer: Any, *, field: str, name: str) -> TokenStream:
-        """Read and tokenize a text; see `texts.read_text`."""
+        """Read and tokenize a text; see `text_files.read_text`."""
         text = read_text(Path(path), field=field, name=name)
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return cls(name, np.asarray(ids, dtype=np.int32), tokenizer.bos_token_id)

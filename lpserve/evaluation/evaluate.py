@@ -17,7 +17,7 @@ import numpy as np
 from lpserve.config import EngineConfig
 from lpserve.data.prepare import check_windows
 from lpserve.data.protocols import ProtocolWindows, protocol_windows
-from lpserve.data.texts import load_tokenizer
+from lpserve.data.tokenizer import load_tokenizer
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from lpserve.config import EngineConfig
 from lpserve.data.task_requests import Request, RequestsLM, Row, max_input_length, windows_of_rows
-from lpserve.data.texts import load_tokenizer
+from lpserve.data.tokenizer import load_tokenizer
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Generates
 from lpserve.errors import EngineError, InputError

@@ -26,7 +26,7 @@ import lpserve
 from lpserve.cli.entry import main
 from lpserve.config import EngineConfig
 from lpserve.data.protocols import PROTOCOLS, Protocol
-from lpserve.data.texts import load_tokenizer
+from lpserve.data.tokenizer import load_tokenizer
 from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError

@@ -13,7 +13,7 @@ import pytest
 
 import lpserve
 from lpserve.cli.entry import main
-from lpserve.data.texts import load_tokenizer
+from lpserve.data.tokenizer import load_tokenizer
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.own_code import check_own_code
