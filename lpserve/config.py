@@ -124,7 +124,8 @@ class WindowConfig(EngineConfig):
     """And on which windows: what a run and a comparison have in common."""
 
     calibration: dict[str, str]
-    """Corpus name -> text, folder of .txt, .jsonl or .npz, or task:NAME, a task of lm-eval."""
+    """Corpus name -> text, .jsonl, .json, .csv or .parquet (also .gz, .zst), folder of one kind,
+    .npz, or task:NAME, a task of lm-eval."""
     heldout: dict[str, str] = field(default_factory=dict)
     """The same for held-out windows; empty: the last fifth of the calibration texts."""
     num_windows: int = 10
@@ -136,7 +137,7 @@ class WindowConfig(EngineConfig):
     bos: bool = False
     """Begin every window with the tokenizer's BOS."""
     text_field: str = "text"
-    """The jsonl field that holds the text."""
+    """The field or column that holds the text of a record."""
     window_seed: int = 0
     """Seed of the windows."""
 

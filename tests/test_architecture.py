@@ -111,6 +111,7 @@ TESTED_BY = {
     "cli/sweep": "study/test_sweep",
     "data/prepare": "data/test_tasks",
     "data/task_requests": "data/test_tasks",
+    "data/tokenizer": "model/test_own_code",
     "demo/tasks/documents": "data/test_tasks",
     "engine/base": "engine/hf/test_engine",
     "engine/hf/criteria": "rivals/test_compare",

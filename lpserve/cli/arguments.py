@@ -44,7 +44,9 @@ def add_window_flags(command: argparse.ArgumentParser, *, tasks: bool = False) -
     """
     add = command.add_argument
     text: dict[str, Any] = {"action": "append", "metavar": "[NAME=]PATH"}
-    kinds = "text, folder of .txt, .jsonl or .npz" + (", or task:NAME of lm-eval" if tasks else "")
+    kinds = "text, JSON, CSV or Parquet (also .gz, .zst), folder of one kind, .npz" + (
+        ", or task:NAME of lm-eval" if tasks else ""
+    )
     units = "windows of each text, questions of each task" if tasks else "windows of each corpus"
     add("--calibration", **text, help=f"{kinds}; may be repeated")
     add("--heldout", **text, help="the same, for checking (a last fifth of what calibrates)")
@@ -52,7 +54,7 @@ def add_window_flags(command: argparse.ArgumentParser, *, tasks: bool = False) -
     add("--heldout-windows", type=int, help=f"held-out {units} (64)")
     add("--length", type=int, help="tokens of a window, BOS included (128)")
     add("--bos", action="store_true", default=None, help="begin every window with BOS")
-    add("--text-field", help="the field of a .jsonl that holds the text (text)")
+    add("--text-field", help="the field or column that holds a record's text (text)")
     add("--window-seed", type=int, help="seed of the windows (0)")
 
 

@@ -65,13 +65,15 @@ def add_eval(commands: Any) -> None:
         action="append",
         default=[],
         metavar="[NAME=]PATH",
-        help="text, folder of .txt or .jsonl for perplexity; may be repeated",
+        help="text, JSON, CSV or Parquet for perplexity; may be repeated",
     )
     add("--protocol", metavar="NAME", help="gptq-2048 (default), llm-pruner-128, sliding-1024-512")
     add("--length", type=int, help="tokens of a window, instead of the protocol's")
     add("--stride", type=int, help="how far windows advance (their length)")
     add("--bos", help="none, once or each, instead of the protocol's")
-    add("--text-field", default="text", help="the field of a .jsonl that holds the text (text)")
+    add(
+        "--text-field", default="text", help="the field or column that holds a record's text (text)"
+    )
     add("--tasks", default="", metavar="A,B", help="lm-eval tasks")
     add_task_flags(command)
     add("--limit", type=int, help="most documents of each task")

@@ -408,7 +408,7 @@ def test_an_npz_that_cannot_be_read_is_refused(kind, words, tmp_path, rng):
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2 has no text field 'text'"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}\n', "line 3 has no text field 'text'"),
         ("a.jsonl", b'{"text": "a"', "line 1 has no text field 'text'"),
-        ("a.jsonl", b'[3]', "record 1 has no text field 'text'"),
+        ("a.jsonl", b"[3]", "record 1 has no text field 'text'"),
     ],
 )
 def test_a_text_that_cannot_be_used_is_refused(name, content, words, tmp_path, tokenizer):
