@@ -87,6 +87,7 @@ OTHER_TESTS = {
     "test_architecture": "this file",
     "docs": "the README, the pages and the examples",
     "cli/test_bad_input": "refusals of the command line, whatever module they come from",
+    "cli/test_unexpected": "exceptions that end a command, whatever module they come from",
     "cli/test_run_vllm": "`lpserve run` with the vLLM engine",
     "runner/test_kills": "processes that run and are killed",
     "engine/test_state_dtype": "the dtype of states, in every stack",
