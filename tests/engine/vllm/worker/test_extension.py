@@ -37,13 +37,13 @@ if __name__ == "__main__":
         folder, windows, kind="vllm", dtype=dtype, **json.loads(options)
     ) as engine:
         before = engine.layer_calls()
-        also = ("misses", "kl") if "kl" in engine.info.metrics else ("misses",)
-        scores = engine.score(data["masks"], also=also)
+        extra = ("misses", "kl") if "kl" in engine.info.metrics else ("misses",)
+        scores = engine.score(data["masks"], extra_metrics=extra)
         calls = engine.layer_calls()
         requests = engine.score_by_requests(data["masks"], windows).nll_MN
         print("RESULT", json.dumps({
             "scoring": scores.nll_MN.tolist(), "requests": requests.tolist(),
-            "others": {name: scores.of(name).tolist() for name in also},
+            "others": {name: scores.of(name).tolist() for name in extra},
             "path": engine.info.path, "layer_forwards": scores.work.layer_forwards,
             "calls": [
                 [b - a for a, b in zip(x["calls"], y["calls"])] for x, y in zip(before, calls)
