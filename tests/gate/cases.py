@@ -193,6 +193,8 @@ def run_case(case: GateCase, out: Path) -> dict[str, str]:
     store.parent.mkdir(parents=True, exist_ok=True)
     if case.recorded_scores and scores.exists():
         command("scores", str(store), "--import", str(scores))
+        # they were recorded when a model was known by samples of its weights
+        command("scores", str(store), "--adopt", str(DEMO / "model"))
     given = () if case.arguments[0] == "sweep" else ("--store", str(store))
     command(*case.arguments, "--out", str(out), *given)
     return comparable({name: written(out, name) for name in case.files})
