@@ -17,10 +17,10 @@ def check_own_code(checkpoint: Checkpoint) -> None:
     """Raise InputError for a model that only code in its own folder can build."""
     if not checkpoint.config.get("auto_map"):
         return
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
     kind = checkpoint.config.get("model_type")
-    if kind not in CONFIG_MAPPING_NAMES:
+    if kind not in CONFIG_MAPPING:
         version = importlib.metadata.version("transformers")
         raise InputError(
             f"model {checkpoint.path} needs Python code of its own (auto_map in config.json), "
