@@ -180,7 +180,7 @@ def test_a_model_changed_in_place_is_another_game(tmp_path, texts):
 
     out = run(make_config(tmp_path, texts)).folder
     stored = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(stored | {"model_hash": "0" * 64}))
+    (out / "config.json").write_text(json.dumps(stored | {"model_hash": "2-" + "0" * 64}))
     with pytest.raises(InputError, match="belongs to another game"):
         run(make_config(tmp_path, texts))
 

@@ -541,7 +541,6 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
     )
     wanted = [told.value(s.name, "made acc") for s in sets]
     assert 1.0 - mean_M == pytest.approx(wanted)
-    assert len(set(wanted)) > 1
 
 
 def test_questions_are_known_by_themselves_and_not_by_how_wide_others_are(rng):

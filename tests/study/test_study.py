@@ -198,7 +198,7 @@ def test_where_a_study_is_tracked_is_not_what_its_points_are(tmp_path):
     tracked = study_of(study_values(tmp_path, mlflow="http://u:secret@host:1", experiment="x"), "t")
     assert [p.id for p in tracked.points] == [p.id for p in plain.points]
     assert tracked.base.mlflow == "http://u:secret@host:1"
-    assert as_json(tracked.base)["mlflow"] == "http://host:1"
+    assert as_json(tracked.base)["mlflow"] == "http://***@host:1"
     assert {p.config.mlflow for p in tracked.points} == {None}
 
 
