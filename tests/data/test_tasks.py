@@ -527,6 +527,7 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
     for sample in sides:
         with lpserve.open_engine(small_model, sample.windows) as engine:
             nll_MN = engine.score(layer_set_masks(sets, NUM_LAYERS)).nll_MN.astype(np.float32)
+        assert len(np.unique(nll_MN, axis=0)) == len(sets)  # the sets are told apart
         values = {"nll": nll_MN, "misses": np.zeros_like(nll_MN)}
         losses.append(sample.losses(UTILITIES["task_acc"], values))
     mean_M = np.concatenate(losses, axis=1).astype(np.float64).mean(axis=1)
