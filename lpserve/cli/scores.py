@@ -34,12 +34,12 @@ def _scores(arguments: argparse.Namespace) -> int:
     from lpserve.store.store import Store
     from lpserve.store.tables import export_scores, import_scores
 
-    path = Path(arguments.store)
-    if arguments.model:
-        return _adopt(path, arguments.model)
-    path = path / "scores.sqlite" if path.is_dir() else path
-    if arguments.out and not path.exists():
+    given = Path(arguments.store)
+    path = given / "scores.sqlite" if given.is_dir() else given
+    if not arguments.source and not path.exists():
         raise InputError(f"store {path} does not exist")
+    if arguments.model:
+        return _adopt(given, path, arguments.model)
     with Store(path, holder="lpserve scores") as store:
         if arguments.out:
             print(f"{export_scores(store, arguments.out)} rows written to {arguments.out}")
@@ -48,19 +48,17 @@ def _scores(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _adopt(path: Path, model: str) -> int:
+def _adopt(given: Path, path: Path, model: str) -> int:
+    """Re-key the store at `path`, which is that of the run folder `given`, or the same file."""
     from lpserve.model.checkpoint import read_checkpoint
     from lpserve.model.content_hash import checkpoint_hash, sampled_hash
     from lpserve.store.rekey import rekey_run, rekey_store
 
-    store = path / "scores.sqlite" if path.is_dir() else path
-    if not store.exists():
-        raise InputError(f"store {store} does not exist")
     checkpoint = read_checkpoint(model)
     old, new = sampled_hash(checkpoint), checkpoint_hash(checkpoint)
-    moved = rekey_run(path, old, new) if path.is_dir() else rekey_store(path, old, new)
+    moved = rekey_run(given, old, new) if given.is_dir() else rekey_store(path, old, new)
     if not moved:
-        raise InputError(f"store {store} holds no scores of {model} under a hash of samples")
+        raise InputError(f"store {path} holds no scores of {model} under a hash of samples")
     count = sum(scores for _, scores in moved.values())
-    print(f"{count} scores of {model} in {store} are now kept under the hash of all its weights")
+    print(f"{count} scores of {model} in {path} are now kept under the hash of all its weights")
     return 0

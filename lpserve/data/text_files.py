@@ -22,6 +22,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from lpserve.errors import InputError, first_line
+from lpserve.utf8 import decoded
 
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 _RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -114,15 +115,7 @@ def _text_of(path: Path, field: str) -> str:
 
 
 def _decoded(path: Path) -> str:
-    data = _bytes_of(path)
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(f"{path} is UTF-16: save it as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} cannot be read as UTF-8 (byte {error.start}): convert it, as by iconv -t UTF-8"
-        ) from None
+    text = decoded(_bytes_of(path), path)
     if "\0" in text:
         raise InputError(f"{path} holds zero bytes: it is no text")
     return text

@@ -139,14 +139,12 @@ def _check_loaded_alike(path: Path, config: Mapping[str, Any], shards: Sequence[
         )
     if (path / INDEX_NAME).exists():
         # vLLM takes what the index names, transformers this file before the index
-        others = [path / SINGLE_NAME] if path / SINGLE_NAME not in shards else []
+        known, candidates = INDEX_NAME, path.glob(SINGLE_NAME)
     else:
         # vLLM takes all of these, but those of Mistral's own format
-        others = [file for file in sorted(path.glob("*.safetensors")) if file not in shards]
-        others = [file for file in others if not file.name.startswith("consolidated")]
-    for other in others:
-        if other.exists():
-            known = INDEX_NAME if (path / INDEX_NAME).exists() else shards[0].name
+        known, candidates = SINGLE_NAME, path.glob("*.safetensors")
+    for other in sorted(candidates):
+        if other not in shards and not other.name.startswith("consolidated"):
             raise InputError(
                 f"model {path} holds both {other.name} and {known}, and transformers and vLLM do "
                 "not load the same of them; keep one and move the other to another folder"

@@ -22,6 +22,7 @@ from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.players import players_from, removed_layers
 from lpserve.plan.layer_sets import LayerSet, layer_set, set_name
 from lpserve.plan.plan import load_plan
+from lpserve.utf8 import decoded
 
 _DROPPED = {
     frozenset(["none"]): "none",
@@ -68,13 +69,10 @@ def read_sets(path: str | Path, num_players: int, model_hash: str | None = None)
 
 def _read(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise InputError(f"{path} is UTF-16: save it as UTF-8")
-        return data.decode("utf-8-sig")
+        return decoded(path.read_bytes(), path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"{path} cannot be read as text: {error}") from None
 
 
