@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from lpserve.data.windows import TokenWindows
-from lpserve.errors import InputError
+from lpserve.errors import EngineError, InputError
 from lpserve.types import (
     BoolArray,
     EngineInfo,
@@ -122,11 +122,15 @@ class HasTaylorImportance(Protocol):
         ...
 
 
+class PaddingMattersError(EngineError):
+    """Windows of a padded length score otherwise than by themselves."""
+
+
 class LayerStack(Protocol):
     """A model cut into embedding, players and head; what `trie.TrieExecutor` drives.
 
-    A state is one tensor whose first axis counts windows, `[B, T, d]`; the other axes are up to
-    the stack. Inputs are never modified.
+    A state is one tensor whose first axes count windows and tokens, `[B, T, ...]`; the others are
+    up to the stack. Inputs are never modified. Players run on the block that was embedded last.
     """
 
     num_players: int

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.base import LayerStack
+from lpserve.engine.base import LayerStack, PaddingMattersError
 from lpserve.engine.trie import TrieExecutor, TrieSettings
 from lpserve.errors import InputError
 from lpserve.masks import sort_distinct
@@ -67,7 +67,8 @@ class StackScorer:
         self._first, self._num_players = part or (0, stack.num_players)
         self.stack = stack
         self.executor = TrieExecutor(stack, settings)
-        self._padded_step = padded_step
+        self.padded_step = padded_step
+        """Windows are padded to a multiple of this many tokens; 1: not at all."""
         self._groups: dict[str, list[_Group]] = {}
         self._sizes: dict[str, IntArray] = {}
 
@@ -80,14 +81,22 @@ class StackScorer:
         """
         key = windows.content_hash
         if key not in self._groups:
-            groups = self._split(windows)
             with full_precision():
-                for group in groups:
-                    self.stack.prepare(group.block)
-                    self._rows(group.block)
+                try:
+                    groups = self._prepared(windows)
+                except PaddingMattersError:
+                    self.padded_step = 1  # windows of each length by themselves
+                    groups = self._prepared(windows)
             self._groups[key] = groups
             self._sizes[key] = windows.num_tokens_N
         return key
+
+    def _prepared(self, windows: TokenWindows) -> list[_Group]:
+        groups = self._split(windows)
+        for group in groups:
+            self.stack.prepare(group.block)
+            self._rows(group.block)
+        return groups
 
     def num_tokens(self, key: str) -> IntArray:
         """Scored positions of each window, int64[N]."""
@@ -170,7 +179,7 @@ class StackScorer:
         return float(np.sqrt(np.mean(difference_M**2)))
 
     def _split(self, windows: TokenWindows) -> list[_Group]:
-        step = self._padded_step
+        step = self.padded_step
         padded_N = np.minimum(-(-windows.lengths_N // step) * step, windows.length)
         groups = []
         for length in np.unique(padded_N):

@@ -31,6 +31,7 @@ from lpserve.plan.set_files import read_sets
 from lpserve.runner.setup import num_players_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
+from lpserve.store.files import make_folder
 from lpserve.types import BoolArray, perplexity
 
 
@@ -59,7 +60,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
         check_windows(read_checkpoint(config.model), cut.windows)
     tasks = TaskEvaluation(config) if config.tasks else None
     folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "results folder")
     probe = TokenWindows.from_tokens(np.array([[0, 1]]), name="probe")
     longest = max([cut.windows.length for cut in cuts.values()], default=2)
     if tasks is not None:

@@ -9,6 +9,7 @@ scores (`verify`).
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import numpy as np
 from lpserve.analysis.record import read_record
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
+from lpserve.export.card import model_card
 from lpserve.export.pruned_config import prune_config
 from lpserve.export.verify import (
     VERIFY_TOLERANCE,
@@ -27,15 +29,17 @@ from lpserve.export.verify import (
     skip_engine_nll,
     verify_checkpoint,
 )
-from lpserve.export.writer import REPORT_NAME, write_checkpoint
+from lpserve.export.writer import ADVICE, CARD_NAME, REPORT_NAME, write_checkpoint
 from lpserve.masks import without
 from lpserve.model.architecture import read_architecture
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
 from lpserve.model.players import players_from, removed_layers
 from lpserve.plan.plan import load_plan
-from lpserve.store.files import write_text
+from lpserve.store.files import make_folder, space_checked, write_text
 from lpserve.types import FloatArray, Player
+
+PARTIAL_NAME = ".lpserve-partial"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +56,9 @@ class ExportReport:
     """The other layers, sorted."""
     verified: bool
     """Whether the written checkpoint was reloaded and compared."""
+    generates: bool | None
+    """Whether it generates with a cache as without; None when not verified. False: the original
+    does not either."""
     dtype: str
     """Of the comparison."""
     num_windows: int
@@ -59,7 +66,10 @@ class ExportReport:
     worst_relative_difference: float | None
     """Largest difference of a window's NLL from the skip engine's; None when not verified."""
     ppl: float | None
-    """Perplexity of the reloaded checkpoint on these windows; None when not verified."""
+    """Perplexity of the reloaded checkpoint on these windows; None when not verified, or on random
+    tokens, of which it says nothing."""
+    left_behind: list[str]
+    """Files of the original's folder that were not copied, weights aside."""
 
 
 def export_checkpoint(
@@ -99,51 +109,82 @@ def export_checkpoint(
     _check_target(target := Path(out), dtype)
     checkpoint = read_checkpoint(model)
     pruned = prune_config(checkpoint, layers)
+    of_text = windows is not None
     if windows is None:
         windows = random_windows(pruned.vocab_size)
     with _written_aside(target) as partial:
-        write_checkpoint(checkpoint, pruned, partial)
+        left_behind = write_checkpoint(checkpoint, pruned, partial)
         found = None
         if verify:
             if expected_nll_N is None:
                 expected_nll_N = skip_engine_nll(checkpoint, pruned, windows, dtype, device)
             attention = read_architecture(checkpoint).attention
-            found = verify_checkpoint(partial, windows, expected_nll_N, dtype, device, attention)
+            found = verify_checkpoint(
+                partial, windows, expected_nll_N, dtype, device, attention, checkpoint.path
+            )
         report = ExportReport(
             source=str(checkpoint.path.resolve()),
             source_hash=checkpoint_hash(checkpoint),
             removed=sorted(layers),
             kept=pruned.kept,
             verified=verify,
+            generates=found and found.generates,
             dtype=dtype,
             num_windows=windows.num_windows if verify else 0,
             worst_relative_difference=found and found.worst_relative_difference,
-            ppl=found and found.ppl,
+            ppl=found.ppl if found and of_text else None,
+            left_behind=left_behind,
         )
+        write_text(partial / CARD_NAME, model_card(checkpoint, report))
         write_text(partial / REPORT_NAME, json.dumps(asdict(report), indent=1) + "\n")
     return report
 
 
 def _check_target(target: Path, dtype: str) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"export target {target} is not empty: choose another folder")
     if dtype not in VERIFY_TOLERANCE:
         raise InputError(f"unknown dtype {dtype!r}: one of {', '.join(VERIFY_TOLERANCE)}")
+    try:
+        taken = target.exists() and (
+            not target.is_dir() or any(p.name != PARTIAL_NAME for p in target.iterdir())
+        )
+    except OSError as error:
+        raise InputError(
+            f"export target {target} cannot be read: {error.strerror or error}"
+        ) from None
+    if taken:
+        raise InputError(f"export target {target} is not empty: choose another folder")
 
 
 @contextmanager
 def _written_aside(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, moved there at the end; after an error it is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    if partial.exists():  # left by an export that was killed
-        shutil.rmtree(partial)
-    partial.mkdir()
+    """A new folder whose content becomes the target's at the end; after an error it is removed.
+
+    It lies beside a target that does not exist yet, and takes its place in one step. In a target
+    that does exist (the current folder, a mounted volume) it lies inside, and its files move up,
+    the config last.
+    """
+    inside = target.exists()
+    partial = (
+        target / PARTIAL_NAME
+        if inside
+        else Path(os.path.abspath(target)).with_name(f".{target.name}.partial")
+    )
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise InputError(f"{partial} is in the way: remove it, or choose another folder")
+    make_folder(partial.parent, "folder")
+    with space_checked(partial, ADVICE):
+        if partial.exists():  # left by an export that was killed
+            shutil.rmtree(partial)
+        partial.mkdir()
     try:
         yield partial
-        if target.exists():
-            target.rmdir()
-        partial.replace(target)
+        with space_checked(target, ADVICE):
+            if inside:
+                for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
+                    path.replace(target / path.name)
+                partial.rmdir()
+            else:
+                partial.replace(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

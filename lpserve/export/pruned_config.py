@@ -1,8 +1,9 @@
 """The config of a pruned checkpoint: what must change when layers go, and whether it can.
 
-Every field known to describe single layers is cut to the kept layers. The result is then built on
-torch's meta device, without any weight, and each kept layer is compared with the layer that stands
-at its new position: a config that can no longer describe the kept layers is refused.
+Every field known to describe single layers is cut to the kept layers; another list with one entry
+a layer is cut if the kept layers cannot be described with it as it is. The result is held against
+the original on models without weights (`structure`): a config that can no longer describe the kept
+layers is refused.
 
 Imports torch and transformers late.
 """
@@ -10,14 +11,20 @@ Imports torch and transformers late.
 from __future__ import annotations
 
 import copy
-import json
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
-from lpserve.errors import InputError
+from lpserve.errors import InputError, first_line
+from lpserve.export.quantization import SECTIONS, Renumbering, check_scales, renumbered
+from lpserve.export.structure import (
+    CannotExpress,
+    Skeleton,
+    build_skeleton,
+    compare,
+    shared_sources,
+)
 from lpserve.model.architecture import (
     LAYER_COUNT_KEYS,
     find_layer_prefix,
@@ -37,13 +44,21 @@ PER_LAYER_LISTS = (
     "layer_rope_theta",
     "num_attention_heads_per_layer",
     "num_key_value_heads_per_layer",
-    "per_layer_config",
 )
-"""Config lists with one entry a layer. Any other list of that length is left alone."""
-LAYER_INDEX_LISTS = ("mlp_only_layers", "attn_layer_indices")
+"""Config lists with one entry a layer: they are cut always."""
+LAYER_INDEX_LISTS = ("mlp_only_layers", "attn_layer_indices", "moe_layers", "full_attn_idxs")
 """Config lists of layer indices."""
-LEADING_LAYERS = ("max_window_layers", "first_k_dense_replace")
+LEADING_LAYERS = (
+    "max_window_layers",
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "moe_layer_start_index",
+)
 """Config counts of the first layers that differ from the rest."""
+LAST_LAYERS = ("moe_layer_end_index",)
+"""Config indices of the last layer of a kind."""
+DEPTH_POWERS = {"scale_depth": 0.5}
+"""Config numbers that a model divides by this power of its depth (MiniCPM's residual scale)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +75,46 @@ class PrunedConfig:
     """Tensor-name prefix of the layers, such as `model.layers.`."""
     vocab_size: int
     """Tokens of the vocabulary."""
+    numbers: Renumbering
+    """How names of the original become names of the pruned model."""
+    moved: dict[str, str] = field(default_factory=dict)
+    """Tensors that kept layers share with a removed one, which alone stores them: old name by new
+    name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """What exports of one checkpoint share: built once, for any number of sets."""
+
+    checkpoint: Checkpoint
+    defaults: dict[str, Any]
+    """The language model's config as transformers completes it; without fields that it derives
+    from others."""
+    skeleton: Skeleton
+
+
+def read_original(checkpoint: Checkpoint) -> Original:
+    """Build the original model without weights.
+
+    Raises:
+        InputError: transformers cannot.
+    """
+    from transformers import AutoConfig
+
+    check_own_code(checkpoint)
+    try:
+        whole = AutoConfig.from_pretrained(str(checkpoint.path), **FROM_FOLDER)
+    except Exception as error:  # whatever a config's code may raise
+        raise InputError(
+            f"transformers cannot read the config of {checkpoint.path}: {first_line(error)}"
+        ) from error
+    text: Any = whole.get_text_config()
+    num_layers = read_architecture(checkpoint).num_layers or int(text.num_hidden_layers)
+    try:
+        skeleton = build_skeleton(checkpoint.config, str(checkpoint.path), num_layers)
+    except CannotExpress as reason:
+        raise InputError(f"model {checkpoint.path}: {reason}") from None
+    return Original(checkpoint, text.to_dict(), skeleton)
 
 
 def prune_config(checkpoint: Checkpoint, removed: Sequence[int]) -> PrunedConfig:
@@ -69,15 +124,50 @@ def prune_config(checkpoint: Checkpoint, removed: Sequence[int]) -> PrunedConfig
         removed: 0-based layers of the original model.
 
     Raises:
-        InputError: layers out of range or repeated, or kept layers that the config can no longer
-            describe at their new positions.
+        InputError: layers out of range or repeated, kept layers that the config can no longer
+            describe at their new positions, or quantization settings that contradict the tensors.
     """
-    from transformers import AutoConfig
+    return prune(read_original(checkpoint), removed)
 
-    check_own_code(checkpoint)
-    original = AutoConfig.from_pretrained(str(checkpoint.path), **FROM_FOLDER)
-    defaults = original.get_text_config()
-    num_layers = read_architecture(checkpoint).num_layers or int(defaults.num_hidden_layers)
+
+def prune(original: Original, removed: Sequence[int]) -> PrunedConfig:
+    """`prune_config` of an original that has been read."""
+    checkpoint, old = original.checkpoint, original.skeleton
+    num_layers, who = old.num_layers, f"model {checkpoint.path}"
+    kept = _kept(removed, num_layers)
+    if text_section(checkpoint.config).get("scale_attn_by_inverse_layer_idx"):
+        raise InputError(
+            f"{who} scales attention by the layer's position "
+            "(scale_attn_by_inverse_layer_idx): removing layers would change the others"
+        )
+    reasons: list[str] = []
+    for config in _candidates(original, kept):
+        try:
+            new = build_skeleton(config, str(checkpoint.path), len(kept))
+            path = compare(old, new, kept)
+        except CannotExpress as reason:
+            reasons.append(str(reason))
+            continue
+        names = [entry.name for entry in checkpoint.tensors]
+        start = f"{path}.0."
+        first_layer = {n[len(start) :]: s for n, s in old.shapes().items() if n.startswith(start)}
+        word = path.rpartition(".")[2]
+        prefix = find_layer_prefix(checkpoint, num_layers, word, first_layer)
+        numbers = Renumbering(names, prefix, kept)
+        _renumber_quantization(checkpoint, config, numbers)
+        return PrunedConfig(
+            config=config,
+            kept=kept,
+            num_layers=num_layers,
+            prefix=prefix,
+            vocab_size=int(original.defaults["vocab_size"]),
+            numbers=numbers,
+            moved=shared_sources(old, new, path, kept, set(names), prefix),
+        )
+    raise InputError(f"{who} cannot be exported without layers {sorted(removed)}: {reasons[0]}")
+
+
+def _kept(removed: Sequence[int], num_layers: int) -> list[int]:
     unique = sorted(set(removed))
     if len(unique) != len(removed) or not unique or not 0 <= unique[0] <= unique[-1] < num_layers:
         raise InputError(
@@ -85,91 +175,134 @@ def prune_config(checkpoint: Checkpoint, removed: Sequence[int]) -> PrunedConfig
         )
     if len(unique) == num_layers:
         raise InputError("at least one layer must stay")
-    kept = [layer for layer in range(num_layers) if layer not in unique]
-    config = copy.deepcopy(checkpoint.config)
-    _cut_fields(text_section(config), defaults, kept, num_layers)
-    if text_section(config).get("scale_attn_by_inverse_layer_idx"):
-        raise InputError(
-            f"model {checkpoint.path} scales attention by the layer's position "
-            "(scale_attn_by_inverse_layer_idx): removing layers would change the others"
-        )
-    list_names = _check_structure(checkpoint, config, kept)
-    prefixes = {find_layer_prefix(checkpoint, num_layers, name) for name in list_names}
-    if len(prefixes) != 1:
-        raise InputError(f"model {checkpoint.path}: several lists of layers: {sorted(prefixes)}")
-    return PrunedConfig(
-        config=config,
-        kept=kept,
-        num_layers=num_layers,
-        prefix=prefixes.pop(),
-        vocab_size=int(defaults.vocab_size),
-    )
+    return [layer for layer in range(num_layers) if layer not in unique]
 
 
-def _cut_fields(text: dict[str, Any], defaults: Any, kept: list[int], num_layers: int) -> None:
+def _candidates(original: Original, kept: list[int]) -> Iterator[dict[str, Any]]:
+    """Configs that may describe the kept layers: lists that nothing is known about are left as they
+    are, then each of them is cut, then all."""
+    num_layers = original.skeleton.num_layers
+
+    def made(cut: Sequence[str]) -> dict[str, Any]:
+        config = copy.deepcopy(original.checkpoint.config)
+        text = text_section(config)
+        _cut_fields(text, original.defaults, kept, num_layers)
+        for key in cut:
+            values = text.get(key, original.defaults.get(key)) or ()
+            text[key] = [values[layer] for layer in kept]
+        return config
+
+    unknown = _unknown_lists(original, num_layers)
+    yield made(())
+    for key in unknown:
+        yield made((key,))
+    if len(unknown) > 1:
+        yield made(unknown)
+
+
+def _unknown_lists(original: Original, num_layers: int) -> list[str]:
+    """Config lists with as many entries as layers that are not known to be of layers. Ids of tokens
+    are known not to be."""
+    text = text_section(original.checkpoint.config)
+    known = {*PER_LAYER_LISTS, *LAYER_INDEX_LISTS}
+    return [
+        key
+        for key in dict.fromkeys([*text, *original.defaults])
+        if key not in known
+        and "token" not in key
+        and key != "architectures"
+        and isinstance(values := text.get(key, original.defaults.get(key)), list | tuple)
+        and len(values) == num_layers
+    ]
+
+
+def _cut_fields(
+    text: dict[str, Any], defaults: dict[str, Any], kept: list[int], num_layers: int
+) -> None:
     """Change, in place, every field that describes single layers.
 
     Args:
-        defaults: transformers' config, which fills in lists that config.json leaves out.
+        defaults: as transformers completes them: what config.json leaves out.
     """
-    for key in [key for key in LAYER_COUNT_KEYS if key in text] or LAYER_COUNT_KEYS[:1]:
-        text[key] = len(kept)
+    counts = [key for key in LAYER_COUNT_KEYS if key in text] or LAYER_COUNT_KEYS[:1]
+    for key in counts:
+        multiple, rest = divmod(int(text.get(key, num_layers)), num_layers)
+        if not rest:  # some models count the halves of a layer
+            text[key] = multiple * len(kept)
+    _write_out_sparse_step(text, num_layers)
+    _cut_pattern(text, defaults, kept, num_layers)
     for key in PER_LAYER_LISTS:
-        values = text.get(key, getattr(defaults, key, None))
+        values = text.get(key, defaults.get(key))
         if isinstance(values, list | tuple) and len(values) == num_layers:
             text[key] = [values[layer] for layer in kept]
     for key in LAYER_INDEX_LISTS:
-        if isinstance(text.get(key), list):
-            text[key] = [kept.index(layer) for layer in text[key] if layer in kept]
+        values = text.get(key, defaults.get(key))
+        if isinstance(values, list):
+            text[key] = [kept.index(layer) for layer in values if layer in kept]
     for key in LEADING_LAYERS:
-        if isinstance(text.get(key), int):
+        if type(text.get(key)) is int:
             text[key] = sum(layer < text[key] for layer in kept)
-
-
-def _check_structure(checkpoint: Checkpoint, config: dict[str, Any], kept: list[int]) -> set[str]:
-    """Compare every kept layer with the layer at its new position; names of the layer lists."""
-    import torch
-    from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    def layers(values: dict[str, Any]) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / "config.json").write_text(json.dumps(values))
-            loaded = AutoConfig.from_pretrained(scratch, **FROM_FOLDER)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(loaded)
-        count = int(loaded.get_text_config().num_hidden_layers)
-        return {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == count
+    for key in LAST_LAYERS:
+        if type(text.get(key)) is int and text[key] >= 0:
+            text[key] = sum(layer <= text[key] for layer in kept) - 1
+    for key, power in DEPTH_POWERS.items():
+        if isinstance(text.get(key), int | float):
+            text[key] *= (len(kept) / num_layers) ** power
+    single = text.get("per_layer_config")
+    if isinstance(single, dict):
+        text["per_layer_config"] = {
+            str(kept.index(int(layer))): values
+            for layer, values in single.items()
+            if str(layer).isdigit() and int(layer) in kept
         }
-
-    old, new = layers(checkpoint.config), layers(config)
-    common = {name for name in old if name in new}
-    outer = {n for n in common if not any(n.startswith(f"{other}.") for other in common)}
-    for name in outer:
-        for position, layer in enumerate(kept):
-            difference = _difference(old[name][layer], new[name][position])
-            if difference:
-                raise InputError(
-                    f"model {checkpoint.path}: layer {layer} cannot stand at position {position}: "
-                    f"{difference} differs there, and the config cannot say otherwise"
-                )
-    return {name.rsplit(".", 1)[-1] for name in outer}
+    _cut_periods(text, defaults, kept)
 
 
-def _difference(old: Any, new: Any) -> str | None:
-    """The first way in which two layers' structures differ, their position left out."""
-    for (name, a), (other, b) in zip(old.named_modules(), new.named_modules(), strict=False):
-        if name != other or type(a) is not type(b):
-            return name or "the layer's class"
-        for key, value in vars(a).items():
-            simple = isinstance(value, bool | int | float | str | None)
-            if simple and key not in ("layer_idx", "layer_id") and vars(b).get(key) != value:
-                return f"{name}.{key}".lstrip(".")
-    shapes = [{n: tuple(p.shape) for n, p in layer.named_parameters()} for layer in (old, new)]
-    for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        if shapes[0].get(name) != shapes[1].get(name):
-            return name
-    return None
+def _write_out_sparse_step(text: dict[str, Any], num_layers: int) -> None:
+    """Experts in every so many layers (Qwen's MoE) become a list of the layers without experts."""
+    step = text.get("decoder_sparse_step")
+    if type(step) is int and step > 1:
+        dense = {layer for layer in range(num_layers) if (layer + 1) % step}
+        text["mlp_only_layers"] = sorted(dense.union(text.get("mlp_only_layers") or ()))
+        text["decoder_sparse_step"] = 1
+
+
+def _cut_pattern(
+    text: dict[str, Any], defaults: dict[str, Any], kept: list[int], num_layers: int
+) -> None:
+    """A pattern that is repeated over the layers is written out (RecurrentGemma's)."""
+    pattern = text.get("block_types", defaults.get("block_types"))
+    if isinstance(pattern, list | tuple) and 0 < len(pattern) < num_layers:
+        text["block_types"] = [pattern[layer % len(pattern)] for layer in kept]
+
+
+def _cut_periods(text: dict[str, Any], defaults: dict[str, Any], kept: list[int]) -> None:
+    """Kinds of layers that come every so many layers (Jamba's attention and experts): the period
+    and offset that give the kept layers, if there are some."""
+    for key in [k for k in defaults if k.endswith("_layer_period")]:
+        offset_key = key.removesuffix("period") + "offset"
+        period = text.get(key, defaults.get(key))
+        offset = text.get(offset_key, defaults.get(offset_key))
+        if type(period) is not int or type(offset) is not int or period < 1:
+            continue
+        wanted = [layer % period == offset for layer in kept]
+        for new, start in product(range(1, len(kept) + 2), range(len(kept) + 1)):
+            if start < new and [at % new == start for at in range(len(kept))] == wanted:
+                text[key], text[offset_key] = new, start
+                break
+
+
+def _renumber_quantization(
+    checkpoint: Checkpoint, config: dict[str, Any], numbers: Renumbering
+) -> None:
+    """Change, in place, the layer numbers in a config's quantization settings, and check them."""
+    pruned_names = [n for name in numbers.tensors if (n := numbers.new_name(name)) is not None]
+    sections = [config] if text_section(config) is config else [config, text_section(config)]
+    for section in sections:
+        for key in SECTIONS:
+            if key not in section:
+                continue
+            where = f"{checkpoint.path / 'config.json'} ({key})"
+            check_scales(section[key], numbers.tensors, numbers.prefix, where)
+            section[key] = renumbered(section[key], numbers, where)
+            check_scales(section[key], pruned_names, numbers.prefix, f"the pruned {where}")

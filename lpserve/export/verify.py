@@ -25,6 +25,9 @@ from lpserve.types import FloatArray
 
 VERIFY_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 """Relative, summed NLL of a window. Half precision rounds with the batch shape, which differs."""
+GENERATION_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
+"""Standard deviations of the logits by which a token chosen with a cache may miss the best one of a
+forward pass without: rounding may swap two that are almost alike."""
 RANDOM_WINDOWS, RANDOM_LENGTH = 4, 64
 """Windows of random tokens that are compared where none are given, and their tokens."""
 
@@ -37,6 +40,9 @@ class Verification:
     """Largest difference of a window's summed NLL."""
     ppl: float
     """Perplexity of the reloaded checkpoint."""
+    generates: bool
+    """Whether `generate` with a cache chooses what a forward pass without one finds most probable;
+    False only where the original model does not either."""
 
 
 def verify_checkpoint(
@@ -46,36 +52,63 @@ def verify_checkpoint(
     dtype: str,
     device: str = "auto",
     attention: str | None = None,
+    original: Path | None = None,
 ) -> Verification:
-    """Reload a checkpoint in a fresh process and compare its scores.
+    """Reload a checkpoint in a fresh process, compare its scores, and have it generate.
 
     Args:
         expected_nll_N: the skip engine's summed NLL of every window, nats.
         dtype: one of `VERIFY_TOLERANCE`.
         attention: attention implementation of transformers; None: its own choice.
+        original: the unpruned checkpoint, which is asked to generate where this one does not.
 
     Raises:
-        ExportError: it does not load, or a window's NLL differs by more than the tolerance.
+        ExportError: it does not load, a window's NLL differs by more than the tolerance, or it does
+            not generate with a cache as without, where the original does.
     """
-    found_N = reloaded_nll(folder, windows, dtype, device, attention)
+    reloaded = reload_checkpoint(folder, windows, dtype, device, attention)
+    found_N = reloaded.nll_N
     worst = float((np.abs(found_N - expected_nll_N) / np.abs(expected_nll_N)).max())
     if not worst <= VERIFY_TOLERANCE[dtype]:
         raise ExportError(
             f"the exported checkpoint scores up to {worst:.1e} (relative) off the skip "
             f"engine, tolerance {VERIFY_TOLERANCE[dtype]:.0e} in {dtype}: not exported"
         )
+    if not reloaded.generates and original is not None:
+        one = windows.select([0])
+        if reload_checkpoint(original, one, dtype, device, attention).generates:
+            raise ExportError(
+                "the exported checkpoint scores as it should, but its generate() with a cache "
+                f"{reloaded.generation}, and the original's does not: not exported"
+            )
     mean_nll = found_N.sum() / windows.num_tokens_N.sum()
-    return Verification(worst_relative_difference=worst, ppl=float(np.exp(mean_nll)))
+    return Verification(
+        worst_relative_difference=worst,
+        ppl=float(np.exp(mean_nll)),
+        generates=reloaded.generates,
+    )
 
 
-def reloaded_nll(
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reloaded:
+    """What a fresh process found of a checkpoint."""
+
+    nll_N: FloatArray
+    """Summed NLL of every window."""
+    generates: bool
+    """Whether `generate` with a cache agrees with forward passes without one."""
+    generation: str
+    """How it fails or differs, "" where it agrees."""
+
+
+def reload_checkpoint(
     folder: Path,
     windows: TokenWindows,
     dtype: str,
     device: str = "auto",
     attention: str | None = None,
-) -> FloatArray:
-    """Summed NLL of every window from a fresh process that knows only transformers, `float64[N]`.
+) -> Reloaded:
+    """Score a checkpoint, and generate with it, in a fresh process that knows only transformers.
 
     Args:
         attention: attention implementation of transformers; None: its own choice.
@@ -101,7 +134,13 @@ def reloaded_nll(
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ExportError(f"the exported checkpoint does not load in a fresh process: {last}")
-    return np.array(json.loads(done.stdout.strip().splitlines()[-1]))
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    generation = ""
+    if isinstance(found["regret"], str):
+        generation = f"fails ({found['regret']})"
+    elif not found["regret"] <= GENERATION_TOLERANCE[dtype]:
+        generation = f"chooses tokens {found['regret']:.2g} standard deviations below the best"
+    return Reloaded(nll_N=np.array(found["nll"]), generates=not generation, generation=generation)
 
 
 def skip_engine_nll(

@@ -7,27 +7,41 @@ stays at one copy buffer.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lpserve.errors import ExportError
+from lpserve.errors import ExportError, InputError
 from lpserve.export.mergekit import RECIPE_NAME, mergekit_yaml
 from lpserve.export.pruned_config import PrunedConfig
+from lpserve.export.quantization import FILES, renumbered
 from lpserve.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorEntry
 from lpserve.store.files import space_checked, write_text, write_whole
 
 COPY_BYTES = 8 << 20
 """Size of the copy buffer."""
-_ADVICE = "free space and give the same command again"
+ADVICE = "free space and give the same command again"
+"""Ends the message where the disk is full."""
+CARD_NAME = "README.md"
+"""The model card. The original's is about another model, and is not copied."""
 REPORT_NAME = "lpserve_export.json"
 """The report of an export, in the folder of the checkpoint that it wrote."""
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+_COPIED = re.compile(
+    r"(tokenizer.*|.*token.*\.json|vocab.*|merges\.txt|.*\.(model|tiktoken|spm|jinja|py)"
+    r"|generation_config\.json|.*processor.*\.json|chat_template.*"
+    r"|(licen[cs]e|notice|copying|use_policy|acceptable).*)",
+    re.IGNORECASE,
+)
+"""Files that are about the pruned model as much as about the original: tokenizer, chat template,
+settings of generation and of pictures, code, licence."""
 
 
-def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path) -> None:
-    """Write the pruned checkpoint into an existing folder.
+def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path) -> list[str]:
+    """Write the pruned checkpoint into an existing folder; returns the names of files that were
+    left behind, weights aside.
 
     Written are the config, the tokenizer's files, the shards (as many as keep a tensor), their
     index if there are several, and the mergekit recipe.
@@ -36,15 +50,18 @@ def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path)
         ExportError: a source shard ended early, or cannot be read.
         DiskFullError, InputError: a file cannot be written.
     """
-    with space_checked(folder, _ADVICE):
-        _copy_small_files(checkpoint.path, folder)
+    with space_checked(folder, ADVICE):
+        left_behind = _copy_small_files(checkpoint.path, folder, pruned)
     write_text(folder / "config.json", json.dumps(pruned.config, indent=2) + "\n")
     write_text(folder / RECIPE_NAME, mergekit_yaml(checkpoint, pruned))
     shards: list[tuple[list[TensorEntry], list[str]]] = []
     for shard in checkpoint.shards:
-        entries = [entry for entry in checkpoint.tensors if entry.shard == shard]
-        renamed = [new_tensor_name(entry.name, pruned) for entry in entries]
-        pairs = [(e, n) for e, n in zip(entries, renamed, strict=True) if n is not None]
+        pairs = [
+            (entry, name)
+            for entry in checkpoint.tensors
+            if entry.shard == shard
+            for name in _new_names(entry.name, pruned)
+        ]
         if pairs:
             shards.append(([e for e, _ in pairs], [n for _, n in pairs]))
     weight_map: dict[str, str] = {}
@@ -60,18 +77,13 @@ def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path)
         total = sum(entry.num_bytes for entries, _ in shards for entry in entries)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    return left_behind
 
 
-def new_tensor_name(name: str, pruned: PrunedConfig) -> str | None:
-    """A tensor's name in the pruned model; None for a tensor of a removed layer."""
-    if not name.startswith(pruned.prefix):
-        return name
-    index, dot, rest = name[len(pruned.prefix) :].partition(".")
-    if not index.isdigit():
-        return name
-    if int(index) not in pruned.kept:
-        return None
-    return f"{pruned.prefix}{pruned.kept.index(int(index))}{dot}{rest}"
+def _new_names(name: str, pruned: PrunedConfig) -> list[str]:
+    """Under which names a tensor of the original is written: none if it goes with its layer."""
+    own = pruned.numbers.new_name(name)
+    return [*([] if own is None else [own]), *(n for n, old in pruned.moved.items() if old == name)]
 
 
 def _copy_shard(entries: list[TensorEntry], names: list[str], path: Path) -> None:
@@ -87,7 +99,7 @@ def _copy_shard(entries: list[TensorEntry], names: list[str], path: Path) -> Non
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start = struct.pack("<Q", len(text)) + text
-    write_whole(path, lambda target: _copy_tensors(entries, start, target), advice=_ADVICE)
+    write_whole(path, lambda target: _copy_tensors(entries, start, target), advice=ADVICE)
 
 
 def _copy_tensors(entries: list[TensorEntry], start: bytes, target: BinaryIO) -> None:
@@ -122,9 +134,26 @@ def _read(source: BinaryIO, offset: int, size: int, shard: Path) -> bytes:
     return data
 
 
-def _copy_small_files(source: Path, folder: Path) -> None:
-    """Everything but weights and config: tokenizer, generation config, licence, chat template."""
+def _copy_small_files(source: Path, folder: Path, pruned: PrunedConfig) -> list[str]:
+    """Copy what is about the pruned model too, quantizers' files with the layers' new numbers;
+    returns the names of the others."""
+    left_behind: list[str] = []
     for path in sorted(source.iterdir()):
-        ours = path.name in ("config.json", REPORT_NAME, RECIPE_NAME)
-        if path.is_file() and not ours and not path.name.endswith(_WEIGHT_FILES):
+        ours = path.name in ("config.json", CARD_NAME, REPORT_NAME, RECIPE_NAME)
+        if ours or path.name.startswith(".") or path.name.endswith(_WEIGHT_FILES):
+            continue
+        if path.name in FILES and path.is_file():
+            settings = renumbered(_read_settings(path), pruned.numbers, str(path))
+            (folder / path.name).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        elif path.is_file() and _COPIED.fullmatch(path.name):
             shutil.copy2(path, folder / path.name)
+        else:
+            left_behind.append(path.name)
+    return left_behind
+
+
+def _read_settings(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}); correct or remove it") from None

@@ -83,7 +83,7 @@ class Architecture:
         max_positions, positions_key = min(bounds, default=(None, ""))
         softcapped = any(section.get("attn_logit_softcapping") for section in (text, config))
         return cls(
-            num_layers=first(*LAYER_COUNT_KEYS),
+            num_layers=first(*LAYER_COUNT_KEYS) or _listed_layers(text),
             num_heads=heads,
             num_kv_heads=first("num_key_value_heads") or heads,
             head_size=first("head_dim") or (width // heads if width and heads else None),
@@ -95,6 +95,15 @@ class Architecture:
             active_experts=first(*_ACTIVE_EXPERTS),
             attention="eager" if softcapped else None,
         )
+
+
+def _listed_layers(text: Mapping[str, Any]) -> int | None:
+    """The number of layers where a config lists their kinds and has no count (Nemotron-H)."""
+    for key in ("layers_block_type", "hybrid_override_pattern", "layer_types"):
+        kinds = text.get(key)
+        if isinstance(kinds, list | str) and kinds:
+            return len(kinds)
+    return None
 
 
 def read_architecture(checkpoint: Checkpoint) -> Architecture:
@@ -116,17 +125,28 @@ def required(value: int | None, name: str) -> int:
 
 
 def check_decoder(checkpoint: Checkpoint) -> None:
-    """Raise InputError unless the config says decoder-only language model, with as many layers as
-    the files hold."""
+    """Raise InputError unless the config says decoder-only language model, by itself or inside a
+    model of several modalities, with as many layers as the files hold."""
     names = checkpoint.config.get("architectures") or []
     decoder = any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names)
+    decoder = decoder or multimodal_class(checkpoint.config) is not None
     if not decoder or checkpoint.config.get("is_encoder_decoder"):
         raise InputError(
             f"model {checkpoint.path} is not a decoder-only language model: architectures is "
-            f"{names}; a name ending in ForCausalLM is needed"
+            f"{names}; a name ending in ForCausalLM is needed, or ForConditionalGeneration with a "
+            "text_config"
         )
     _check_layer_count(checkpoint)
     check_own_code(checkpoint)
+
+
+def multimodal_class(config: Mapping[str, Any]) -> str | None:
+    """The transformers class of a model that reads more than text around a decoder; None for a
+    model of text alone, which `AutoModelForCausalLM` loads."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not isinstance(config.get("text_config"), dict):
+        return None
+    return next((str(n) for n in names if str(n).endswith("ForConditionalGeneration")), None)
 
 
 def _check_layer_count(checkpoint: Checkpoint) -> None:
@@ -142,8 +162,7 @@ def _check_layer_count(checkpoint: Checkpoint) -> None:
     counted = set(range(num_layers))
     if any(indices == counted for indices in lists.values()):
         return
-    ahead = text_section(checkpoint.config).get("num_nextn_predict_layers")
-    allowed = num_layers + (ahead if type(ahead) is int else 0)
+    allowed = num_layers + _layers_ahead(checkpoint)
     for prefix, indices in lists.items():
         more = sorted(index for index in indices if index >= allowed)
         if counted <= indices and more:
@@ -154,24 +173,41 @@ def _check_layer_count(checkpoint: Checkpoint) -> None:
             )
 
 
-def find_layer_prefix(checkpoint: Checkpoint, num_layers: int, list_name: str | None = None) -> str:
+def find_layer_prefix(
+    checkpoint: Checkpoint,
+    num_layers: int,
+    list_name: str | None = None,
+    first_layer: Mapping[str, tuple[int, ...]] | None = None,
+) -> str:
     """The tensor-name prefix of the decoder layers, such as `model.layers.`.
 
-    Found by structure: the names `<prefix><i>.<rest>` must exist for exactly i = 0..L-1.
+    Found by structure: the names `<prefix><i>.<rest>` must exist for exactly i = 0..L-1, beside
+    layers that predict several tokens ahead.
 
     Args:
         list_name: the last word of the layer list's module path, in which the prefix must end;
             None: any word.
+        first_layer: shapes of layer 0's tensors by name, which decide between several lists (of a
+            model that reads images, say).
 
     Raises:
         InputError: no prefix, or several, fit.
     """
-    all_layers = set(range(num_layers))
+    counted = set(range(num_layers))
+    allowed = set(range(num_layers + _layers_ahead(checkpoint)))
     fitting = [
         prefix
         for prefix, indices in _numbered_lists(checkpoint).items()
-        if indices == all_layers and list_name in (None, prefix.split(".")[-2])
+        if counted <= indices <= allowed and list_name in (None, prefix.split(".")[-2])
     ]
+    if len(fitting) > 1 and first_layer:
+        shapes = {entry.name: entry.shape for entry in checkpoint.tensors}
+
+        def num_alike(prefix: str) -> int:
+            return sum(shapes.get(f"{prefix}0.{n}") == shape for n, shape in first_layer.items())
+
+        most = max(map(num_alike, fitting))
+        fitting = [prefix for prefix in fitting if num_alike(prefix) == most]
     if len(fitting) == 1:
         return fitting[0]
     if list_name is None:
@@ -183,6 +219,12 @@ def find_layer_prefix(checkpoint: Checkpoint, num_layers: int, list_name: str | 
         f"model {checkpoint.path}: {len(fitting)} tensor-name prefixes fit a list of "
         f"{num_layers} decoder layers named {list_name!r}; need exactly one"
     )
+
+
+def _layers_ahead(checkpoint: Checkpoint) -> int:
+    """Layers that predict several tokens ahead, which files hold behind the decoder's."""
+    ahead = text_section(checkpoint.config).get("num_nextn_predict_layers")
+    return ahead if type(ahead) is int and ahead > 0 else 0
 
 
 def _numbered_lists(checkpoint: Checkpoint) -> dict[str, set[int]]:

@@ -29,7 +29,7 @@ from lpserve.rivals.registry import RIVALS, Measurement
 from lpserve.runner.setup import num_players_of, windows_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
-from lpserve.store.files import write_text
+from lpserve.store.files import make_folder, write_text
 from lpserve.types import BoolArray, FloatArray, perplexity
 
 RESULTS_FORMAT = 1
@@ -106,7 +106,7 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
     calibration, heldout = windows_of(config)
     _check_start(config, num_players, max_removed, calibration.num_windows)
     folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "results folder")
     with ScoringSession(
         config,
         calibration,

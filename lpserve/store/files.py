@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from lpserve.errors import DiskFullError, InputError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RESUME_ADVICE = "scores are kept: free space and give the same command again"
 
 
@@ -42,8 +44,10 @@ def write_whole(
                 write(file)
             return
         temporary = path.with_name(f".{path.name}.tmp")
+        temporary.unlink(missing_ok=True)  # left by a process that was killed, or a link
         try:
-            with temporary.open("wb") as file:
+            new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with os.fdopen(open_unlinked(temporary, new), "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -63,12 +67,48 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     write_whole(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
+def open_unlinked(path: Path, flags: int) -> int:
+    """Open a file of ours, never through a link: in a folder that others can write, a link could
+    lead what we write to any place. Returns the descriptor.
+
+    Raises:
+        OSError: it cannot be opened; ELOOP for a link.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def make_folder(path: Path, what: str) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Args:
+        what: the folder is for, such as "run folder".
+
+    Raises:
+        InputError: it cannot be made, or is a file; DiskFullError: for lack of space.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        found = path.stat()
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFullError(f"no space to make {what} {path}") from None
+        raise InputError(f"{what} {path} cannot be made: {_reason(error)}") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise InputError(f"{what} {path} cannot be made: it is a file")
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ELOOP:
+        return "it is a link, which is not followed"
+    return error.strerror or str(error)
+
+
 @contextmanager
 def space_checked(path: Path, advice: str = RESUME_ADVICE) -> Iterator[None]:
     """Turn operating system errors of writing `path` into DiskFullError or InputError."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             raise DiskFullError(f"no space to write {path}; {advice}") from None
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise InputError(f"{path} cannot be written: {_reason(error)}") from None

@@ -8,9 +8,11 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from lpserve.errors import InputError, StoreBusyError
+from lpserve.store.files import open_unlinked
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
@@ -32,9 +34,11 @@ class PathLock:
     def __init__(self, path: Path, *, holder: str) -> None:
         lock_path = path.with_name(f"{path.name}.lock")
         try:
-            self._file = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._file = open_unlinked(lock_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
         except OSError as error:
-            raise InputError(f"{path} cannot be locked: {lock_path}: {error.strerror}") from None
+            link = error.errno == errno.ELOOP
+            reason = "it is a link, which is not followed" if link else error.strerror
+            raise InputError(f"{path} cannot be locked: {lock_path}: {reason}") from None
         self.held = True
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,9 +55,12 @@ class PathLock:
                     f"{path} cannot be locked: {lock_path}: {error.strerror}"
                 ) from None
             self.held = False
-        os.ftruncate(self._file, 0)
         about = {"holder": holder, "pid": os.getpid(), "host": socket.gethostname()}
-        os.pwrite(self._file, json.dumps(about | {"since": time.ctime()}).encode(), 0)
+        text = json.dumps(about | {"since": time.ctime()}).encode()
+        # who holds it is told to others as far as the disk allows; the lock stands without
+        with suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, text, 0)
 
     def release(self) -> None:
         """Let others lock the path; may be called twice."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from lpserve.config import CHANGEABLE
 from lpserve.errors import InputError
-from lpserve.store.files import space_checked, write_text
+from lpserve.store.files import make_folder, open_unlinked, space_checked, write_text
 from lpserve.store.filesystem import is_shared
 from lpserve.store.lock import PathLock
 
@@ -34,10 +34,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._made = not self.path.exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"run folder {self.path} cannot be made: {error.strerror}") from None
+        make_folder(self.path, "run folder")
         self._made = self._made and not is_shared(self.path)
         self.begun = False
         """Whether the run has started: its folder then stays."""
@@ -85,7 +82,8 @@ class RunFolder:
         """Append one line to events.jsonl; a torn last line of a killed run is cut off first."""
         path = self.path / "events.jsonl"
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **details}) + "\n"
-        with space_checked(path), path.open("ab+") as file:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
+        with space_checked(path), os.fdopen(open_unlinked(path, flags), "ab+") as file:
             size = file.seek(0, os.SEEK_END)
             if size:
                 file.seek(-1, os.SEEK_END)

@@ -30,6 +30,7 @@ from lpserve.errors import (
 from lpserve.runner.run import run_at
 from lpserve.scoring.session import ScoringSession
 from lpserve.scoring.signals import Signals, trap_signals
+from lpserve.store.files import make_folder, write_text
 from lpserve.store.lock import PathLock
 from lpserve.store.store import Store
 from lpserve.study.finished import Finished, SweepResult, read_finished, write_finished
@@ -57,10 +58,7 @@ def sweep(
         StoreBusyError, StoreCorruptError, DiskFullError: the store can take no more.
     """
     windows = windows or all_windows(study)
-    try:
-        (study.out / "points").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"study folder {study.out} cannot be made: {error.strerror}") from None
+    make_folder(study.out / "points", "study folder")
     with ExitStack() as stack:
         lock = PathLock(study.out / "study", holder=f"a sweep in {study.out}")
         stack.callback(lock.release)
@@ -210,7 +208,7 @@ def _reason(error: Exception) -> str:
 def _record_failure(point: Point, error: Exception) -> None:
     """Write failure.txt with the traceback into the point's folder, where that is possible."""
     folder = Path(point.config.out)
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+    with suppress(InputError):
+        make_folder(folder, "folder")
         text = "".join(traceback.format_exception(error))
-        (folder / "failure.txt").write_text(text, encoding="utf-8")
+        write_text(folder / "failure.txt", text)

@@ -21,7 +21,8 @@ import lpserve
 from lpserve.errors import ExportError, InputError
 from lpserve.export.export import export_checkpoint
 from lpserve.export.pruned_config import prune_config
-from lpserve.export.verify import reloaded_nll
+from lpserve.export.quantization import Renumbering
+from lpserve.export.verify import reload_checkpoint
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.testing.reference import (
     FAMILIES,
@@ -57,15 +58,13 @@ def test_the_export_scores_what_the_skip_engine_scores(family, model_dir, rng, t
 
 @pytest.mark.process
 def test_a_wrong_export_is_refused_and_leaves_nothing(model_dir, rng, tmp_path, monkeypatch):
-    import lpserve.export.writer
+    plain = Renumbering.new_name
 
-    plain = lpserve.export.writer.new_tensor_name
-
-    def swapped(name, pruned):  # the tensors of two layers change places
-        renamed = plain(name, pruned)
+    def swapped(self, name):  # the tensors of two layers change places
+        renamed = plain(self, name)
         return renamed and renamed.replace(".0.", ".X.").replace(".1.", ".0.").replace(".X.", ".1.")
 
-    monkeypatch.setattr(lpserve.export.writer, "new_tensor_name", swapped)
+    monkeypatch.setattr(Renumbering, "new_name", swapped)
     with pytest.raises(ExportError, match="off the skip engine"):
         export_checkpoint(model_dir("llama"), [3], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -136,10 +135,12 @@ def test_leading_layers_and_index_lists_follow_the_kept_layers(tmp_path):
     assert report.verified
 
 
-def test_a_structure_that_the_config_cannot_express_is_refused(tmp_path):
+@pytest.mark.process
+def test_experts_in_every_second_layer_are_written_out(tmp_path):
     path = moe_model(tmp_path / "moe", decoder_sparse_step=2)
-    with pytest.raises(InputError, match="cannot stand at position"):
-        prune_config(read_checkpoint(path), [0])
+    assert export_checkpoint(path, [0, 3], tmp_path / "out").verified
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, [1, 2])
 
 
 def test_mergekit_slices_hold_the_kept_layers(model_dir, tmp_path):
@@ -177,7 +178,7 @@ def test_tensors_pass_through_bit_by_bit_in_any_dtype(tmp_path, rng):
 def test_reloading_reports_its_own_error(tmp_path, rng):
     windows = lpserve.TokenWindows.from_tokens(rng.integers(0, 97, (1, 8)))
     with pytest.raises(ExportError, match="does not load in a fresh process"):
-        reloaded_nll(tmp_path, windows, "float32", "cpu")
+        reload_checkpoint(tmp_path, windows, "float32", "cpu")
 
 
 MEMORY_SCRIPT = """

@@ -31,7 +31,9 @@ def hidden_states(stack: LayerStack, blocks: list[TokenWindows]) -> HiddenStates
         last_states = [_unit_vectors(state[device_rows, last_N])]
         for player in range(players):
             after = stack.run_player(player, state)
-            cosine_NT = torch.nn.functional.cosine_similarity(state.float(), after.float(), dim=-1)
+            cosine_NT = torch.nn.functional.cosine_similarity(
+                state.flatten(2).float(), after.flatten(2).float(), dim=-1
+            )
             cosines_P[player] += float((cosine_NT.double() * real).sum())
             state = after
             last_states.append(_unit_vectors(state[device_rows, last_N]))
@@ -45,8 +47,9 @@ def hidden_states(stack: LayerStack, blocks: list[TokenWindows]) -> HiddenStates
     return HiddenStates(1 - cosines_P / tokens, distance)
 
 
-def _unit_vectors(states_Nd: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(states_Nd.double(), dim=-1)
+def _unit_vectors(states: torch.Tensor) -> torch.Tensor:
+    """`float64[N, d]`, of states `[N, ...]`."""
+    return torch.nn.functional.normalize(states.flatten(1).double(), dim=-1)
 
 
 def taylor_importance(model: Any, layers: list[Any], blocks: list[TokenWindows]) -> FloatArray:

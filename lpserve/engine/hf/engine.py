@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from lpserve.data.prepare import check_windows
@@ -37,11 +36,11 @@ from lpserve.engine.scorer import (
     full_precision,
     trie_settings,
 )
-from lpserve.errors import EngineError, InputError, first_line
+from lpserve.errors import InputError, first_line
 from lpserve.model.architecture import check_decoder, read_architecture
 from lpserve.model.checkpoint import Checkpoint, read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
-from lpserve.model.own_code import FROM_FOLDER
+from lpserve.model.loading import load_pretrained
 from lpserve.model.players import layer_players
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores
 from lpserve.utility import METRICS
@@ -81,7 +80,13 @@ class TransformersEngine:
         if _switch(spec, "keep_freed_memory", device.type == "cpu"):
             allocator, self._end_keeping = keep_for(self)
         with full_precision():
-            stack = RecordedStack(self._model, head_chunk_bytes=head_chunk, compile_layers=compiled)
+            stack = RecordedStack(
+                self._model,
+                dtype=DTYPES[spec.dtype],
+                num_layers=read_architecture(checkpoint).num_layers,
+                head_chunk_bytes=head_chunk,
+                compile_layers=compiled,
+            )
         self._scorer = StackScorer(stack, settings, padded_step=_padded_step(self._model))
         self._default = self.register(windows)
         self.info = EngineInfo(
@@ -102,6 +107,7 @@ class TransformersEngine:
                 "micro_batch_tokens": settings.micro_batch_tokens,
                 "pack_states": settings.pack_states,
                 "head_chunk_bytes": head_chunk,
+                "padded_length_step": self._scorer.padded_step,
                 "compile_layers": compiled,
                 "threads": torch.get_num_threads(),
                 "allocator": allocator,
@@ -180,11 +186,11 @@ def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any
     kwargs: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     with _quiet_transformers():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = load_pretrained(
+                checkpoint.config,
                 str(checkpoint.path),
                 dtype=DTYPES[spec.dtype],
                 output_loading_info=True,
-                **FROM_FOLDER,
                 **kwargs,
             )
         except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
@@ -198,10 +204,11 @@ def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any
             f"model {checkpoint.path}: {len(absent)} weights are missing or misshapen, first "
             f"{absent[0]}; copy the checkpoint again"
         )
-    model = model.to(device).eval()
-    if len({p.dtype for p in model.parameters() if p.is_floating_point()}) != 1:
-        raise EngineError(f"model {checkpoint.path} keeps weights of several dtypes: not supported")
-    return model
+    if spec.dtype != "float16" and getattr(model.config, "rescale_every", 0):
+        # RWKV halves its states every so many layers, by position, against overflow in float16;
+        # where nothing overflows it only moves the head's rounding with the layers that stay
+        model.config.rescale_every = 0
+    return model.to(device).eval()
 
 
 @contextmanager

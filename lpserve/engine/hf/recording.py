@@ -1,9 +1,15 @@
-"""One forward pass of a transformers model under hooks: the arguments of every layer's call, the
-hidden states between layers, and what follows the last one.
+"""Forward passes of a transformers model that are watched at its layers.
+
+A pass runs the model's own code up to its last layer and stops there. The layers run as they are,
+or hand on the state that they are given; either way the arguments of every call are kept.
 """
 
 from __future__ import annotations
 
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,98 +17,161 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from lpserve.engine.replay import same_value
-from lpserve.errors import EngineError
+from lpserve.errors import EngineError, first_line
 
 
-class LayerCall:
-    """The arguments of one layer's call, the hidden state left out."""
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Which argument of a layer's call is the hidden state: a position, or a name."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor) -> None:
-        self._by_position = bool(args) and args[0] is hidden
-        self._args = tuple(_without_caches(a) for a in args[1:]) if self._by_position else ()
-        self._kwargs = {
-            name: _without_caches(value)
-            for name, value in kwargs.items()
-            if self._by_position or name != "hidden_states"
-        }
+    key: int | str
 
-    def replay(self, layer: Any, hidden: torch.Tensor) -> Any:
-        if self._by_position:
-            return layer(hidden, *self._args, **self._kwargs)
-        return layer(hidden_states=hidden, **self._kwargs)
-
-    def first_difference(self, other: LayerCall) -> str | None:
-        """The name of the first argument in which two calls differ."""
-        for position, (a, b) in enumerate(zip(self._args, other._args, strict=True), start=1):
-            if not same_value(a, b):
-                return f"argument {position}"
-        for name, value in self._kwargs.items():
-            if name not in other._kwargs or not same_value(value, other._kwargs[name]):
-                return name
-        return None
+    def of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+        return args[self.key] if isinstance(self.key, int) else kwargs[self.key]
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one layer's call. Containers are copies, so that what the model writes into
+    them later is not seen; a KV cache, which would grow with every replay, is None."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
+        return cls(
+            tuple(_kept(value) for value in args),
+            {name: _kept(value) for name, value in kwargs.items()},
+        )
+
+
+@dataclass(slots=True)
 class Recording:
-    """What one forward pass did at the layers and after them."""
+    """What one forward pass did at the layers."""
 
-    def __init__(self) -> None:
-        self.calls: list[LayerCall] = []
-        self.inputs: list[torch.Tensor] = []
-        self.outputs: list[torch.Tensor] = []
-        self.after: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
-        self.base_output: Any = None
-        self.returns_tuple = False
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
 
 
-def record_forward(
-    model: Any, base: nn.Module, layers: list[nn.Module], tokens: torch.Tensor
-) -> Recording:
-    """One forward pass under hooks."""
+class _Stop(Exception):
+    """Ends a forward pass after the last layer."""
+
+
+def record_layers(model: Any, layers: Sequence[nn.Module], tokens: torch.Tensor) -> Recording:
+    """One forward pass with the layers as they are."""
     seen = Recording()
-    inside = {id(m) for layer in layers for m in layer.modules()}
 
-    def before_layer(module: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(hidden, torch.Tensor):
-            raise EngineError(f"{type(module).__name__} takes no hidden_states tensor")
-        seen.inputs.append(hidden)
-        seen.calls.append(LayerCall(args, kwargs, hidden))
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.calls.append(Call.of(args, kwargs))
 
-    def after_layer(module: nn.Module, args: Any, output: Any) -> None:
-        seen.outputs.append(hidden_of(output))
-        seen.returns_tuple = isinstance(output, tuple)
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        seen.outputs.append(output)
+        if len(seen.outputs) == len(layers):
+            raise _Stop
 
-    def after_other(module: nn.Module, args: Any, output: Any) -> None:
-        if len(seen.outputs) == len(layers) and args and isinstance(output, torch.Tensor):
-            seen.after.append((module, args[0], output))
-
-    def after_base(module: nn.Module, args: Any, output: Any) -> None:
-        seen.base_output = output
-
-    handles = [base.register_forward_hook(after_base)]
-    for layer in layers:
-        handles.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
-        handles.append(layer.register_forward_hook(after_layer))
-    for module in base.modules():
-        if id(module) not in inside and not list(module.children()):
-            handles.append(module.register_forward_hook(after_other))
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(after) for layer in layers]
     try:
-        model(input_ids=tokens, use_cache=False)
+        _run(model, tokens)
     finally:
         for handle in handles:
             handle.remove()
     return seen
 
 
+def record_around_layers(
+    model: Any,
+    layers: Sequence[nn.Module],
+    tokens: torch.Tensor,
+    slot: Slot,
+    outputs: Sequence[Any],
+) -> Recording:
+    """One forward pass in which every layer hands on its state.
+
+    Args:
+        outputs: one output of each layer, whose form the ones here take.
+    """
+    seen = Recording()
+
+    def body(index: int, args: Any, kwargs: Any) -> Any:
+        seen.calls.append(Call.of(args, kwargs))
+        if index == len(layers) - 1:
+            raise _Stop
+        return like_output(outputs[index], slot.of(args, kwargs))
+
+    with layers_replaced(layers, body):
+        _run(model, tokens)
+    return seen
+
+
+@contextmanager
+def layers_replaced(
+    layers: Sequence[nn.Module], body: Callable[[int, Any, Any], Any]
+) -> Iterator[None]:
+    """Run `body(i, args, kwargs)` in place of layer i."""
+
+    def make(index: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: body(index, args, kwargs)
+
+    for index, layer in enumerate(layers):
+        layer.forward = make(index)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden state of a layer's or decoder's output."""
-    hidden = output[0] if isinstance(output, tuple | ModelOutput) else output
+    """The hidden state of a layer's output: the output, or the first of several."""
+    several = isinstance(output, tuple | list | ModelOutput) and len(output) > 0
+    hidden = output[0] if several else output
     if not isinstance(hidden, torch.Tensor):
         raise EngineError(f"a layer returned {type(hidden).__name__}, not a tensor")
     return hidden
 
 
-def _without_caches(value: Any) -> Any:
-    """A recorded KV cache would grow with every replay; layers take None instead."""
-    return None if isinstance(value, Cache) else value
+def like_output(output: Any, hidden: torch.Tensor) -> Any:
+    """What a layer returns when its state is `hidden`: of the form of `output`, with None for
+    whatever else that holds."""
+    if isinstance(output, torch.Tensor):
+        return hidden
+    if isinstance(output, ModelOutput):
+        first, *others = output.keys()
+        return type(output)(**{first: hidden}, **dict.fromkeys(others))
+    return type(output)([hidden, *[None] * (len(output) - 1)])
+
+
+def _run(model: Any, tokens: torch.Tensor) -> None:
+    """A forward pass up to the last layer.
+
+    Raises:
+        EngineError: the model's own code fails.
+    """
+    try:
+        model(input_ids=tokens, use_cache=False)
+    except _Stop:
+        return
+    except (EngineError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model's code may raise
+        raise EngineError(
+            f"{type(model).__name__} fails on {list(tokens.shape)} tokens: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, Cache):
+        return None
+    if type(value) in (tuple, list):
+        return type(value)(_kept(item) for item in value)
+    if is_dict(value):
+        return type(value)({name: _kept(item) for name, item in value.items()})
+    return value
+
+
+def is_dict(value: Any) -> bool:
+    """Whether an argument is a dictionary of arguments. transformers uses UserDict as well."""
+    return type(value) in (dict, UserDict)

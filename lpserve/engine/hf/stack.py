@@ -1,12 +1,13 @@
 """A LayerStack over any decoder-only transformers model, found by structure.
 
-The layer list is the module list whose members run once each, in order, every one taking the very
-tensor that the one before it returned. The other arguments that the model hands its layers (rotary
-tables, attention masks, positions) are recorded from real forward passes at batch 1 for each
-padded length and replayed. Nothing here depends on a model's name.
+The layers are the module list whose members run once each, in order, every one taking the very
+tensor that the one before it returned. What else the model hands its layers (rotary tables,
+attention masks, positions) is learnt from real forward passes for each padded length, and handed to
+them again (`arguments`). Embedding and head are the model's own forward pass around its layers.
+Nothing here depends on a model's name.
 
-A model is refused, with the reason, when a layer's arguments depend on the text or on an earlier
-layer, when something happens between two layers, when attention looks ahead, or when replaying
+A model is refused, with the reason, when a layer needs what an earlier layer computed beside the
+state, when something happens between two layers, when attention looks ahead, or when replaying
 does not give what the model gives.
 
 Shapes: N windows, T tokens, B rows, d width, n scored targets, V vocabulary.
@@ -14,24 +15,27 @@ Shapes: N windows, T tokens, B rows, d width, n scored targets, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from lpserve.data.windows import TokenWindows
+from lpserve.engine.base import PaddingMattersError
 from lpserve.engine.head import Head, LocalVocabulary, on_device, plain_nll
-from lpserve.engine.hf.recording import LayerCall, hidden_of, record_forward
-from lpserve.engine.hf.structure import (
-    check_chain,
-    check_state_dtype,
-    find_layers,
-    find_tail,
-    output_factory,
+from lpserve.engine.hf.arguments import LayerArguments, RowRepeater, learn_arguments
+from lpserve.engine.hf.recording import (
+    Call,
+    Recording,
+    hidden_of,
+    layers_replaced,
+    like_output,
+    record_around_layers,
+    record_layers,
 )
+from lpserve.engine.hf.structure import find_form, find_layers
 from lpserve.errors import EngineError, first_line
 
 PARITY_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
@@ -42,65 +46,81 @@ precision only has to show that the structure is right: rounding differs with th
 class RecordedStack:
     """The model as embedding, layers and head. Use under `torch.inference_mode`."""
 
-    def __init__(self, model: Any, *, head_chunk_bytes: int, compile_layers: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        dtype: torch.dtype,
+        num_layers: int | None,
+        head_chunk_bytes: int,
+        compile_layers: bool = False,
+    ) -> None:
         self.model = model
-        self.base = model.base_model
-        self.dtype: torch.dtype = model.dtype
-        self.state_dtype: torch.dtype = model.dtype
+        self.name = type(model).__name__
+        self.dtype = dtype
+        self.state_dtype = dtype
         """Measured by `prepare`."""
         self.device: torch.device = model.device
         config = model.config.get_text_config()
-        self.num_players = int(config.num_hidden_layers)
-        self.width = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
-        self.layers, self.list_name = find_layers(model, self.num_players, self._probe_ids(8))
+        num_layers = num_layers or int(config.num_hidden_layers)
+        self.layers, self.list_name = find_layers(model, num_layers, self._probe_ids(8))
+        self.num_players = len(self.layers)
+        self._form = find_form(model, self.layers, self.vocab_size)
         self._run: list[Any] = list(self.layers)
         self._compiled = compile_layers
         if compile_layers:
             self._run = [torch.compile(layer) for layer in self.layers]
-        self._calls: dict[int, list[LayerCall]] = {}
-        self._tail: tuple[nn.Module, ...] = ()
+        self._arguments: dict[int, list[LayerArguments]] = {}
+        self._repeater = RowRepeater()
+        self._block_calls: list[Call] = []
         self._reducer = Head(
             LocalVocabulary(self._logits, compiled=compile_layers),
             vocab_size=self.vocab_size,
             chunk_bytes=head_chunk_bytes,
-            dtype=self.dtype,
+            dtype=dtype,
             device=self.device,
         )
         self._inputs_survive = True
-        self._returns_tuple = False
 
     def state_bytes(self, length: int) -> int:
-        return length * self.width * self.state_dtype.itemsize
+        return length * self._form.state_elements * self.state_dtype.itemsize
 
     def prepare(self, windows: TokenWindows) -> None:
         """Record and check this padded length on real windows; a no-op when it is known.
 
         Raises:
             EngineError: the model cannot be driven layer by layer.
+            PaddingMattersError: a window that is shorter than the padded length scores otherwise
+                than by itself.
         """
-        if windows.length in self._calls:
+        if windows.length in self._arguments:
             return
-        tokens_NT = on_device(windows.tokens_NT[:2], self.device)
-        self._record(tokens_NT[:1])
-        with _compiling(type(self.model).__name__) if self._compiled else nullcontext():
-            self._check_replay(windows.select(np.arange(min(2, windows.num_windows))))
+        self._record(on_device(windows.tokens_NT[:1], self.device))
+        try:
+            with _compiling(self.name) if self._compiled else nullcontext():
+                self._check_replay(_shortest_and_longest(windows))
+        except EngineError:
+            del self._arguments[windows.length]
+            raise
 
     def embed(self, block: TokenWindows) -> torch.Tensor:
-        captured: list[torch.Tensor] = []
-
-        def first(hidden: torch.Tensor) -> torch.Tensor:
-            captured.append(hidden)
-            return hidden
-
-        with self._layers_replaced([first] + [_same_state] * (self.num_players - 1)):
-            self.base(input_ids=on_device(block.tokens_NT, self.device), use_cache=False)
-        return captured[0]
+        seen = self._around(on_device(block.tokens_NT, self.device))
+        self._block_calls = seen.calls
+        self._repeater.forget()
+        return self._form.layout.ours(self._form.slot.of(seen.calls[0].args, seen.calls[0].kwargs))
 
     def run_player(self, player: int, batch: torch.Tensor) -> torch.Tensor:
-        call = self._calls[batch.shape[1]][player]
         hidden = batch if self._inputs_survive else batch.clone()
-        return hidden_of(call.replay(self._run[player], hidden))
+        output = self._arguments[batch.shape[1]][player].call(
+            self._run[player],
+            self._form,
+            self._form.layout.theirs(hidden),
+            len(batch),
+            self._block_calls[player],
+            self._repeater,
+        )
+        return self._form.layout.ours(hidden_of(output))
 
     def reduce(
         self,
@@ -112,73 +132,88 @@ class RecordedStack:
         return self._reducer.reduce(batch, block, extra_metrics, full_NTd)
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """`[n, V]`."""
-        rows_1nd = rows[None]
-        for module in self._tail:
-            rows_1nd = module(rows_1nd)
-        return self._head(rows_1nd).squeeze(0)
+        """`[n, V]`: the model's own forward pass on n texts of one token each, whose last layer
+        returns the given states."""
+        slot, outputs = self._form.slot, self._form.outputs
+        state = self._form.layout.theirs(rows[:, None])
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Whatever the model does to its decoder's output: projection, scale, soft cap."""
-        output = self._output_like(hidden)
-        dummy = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-        with _forward_replaced(self.base, lambda *args, **kwargs: output):
-            return self.model(input_ids=dummy, use_cache=False).logits
+        def body(index: int, args: Any, kwargs: Any) -> Any:
+            last = index == self.num_players - 1
+            return like_output(outputs[index], state if last else slot.of(args, kwargs))
+
+        dummy = torch.zeros((len(rows), 1), dtype=torch.long, device=self.device)
+        with layers_replaced(self.layers, body):
+            return self.model(input_ids=dummy, use_cache=False).logits[:, 0]
 
     # -- recording ---------------------------------------------------------------------------
 
+    def _around(self, tokens: torch.Tensor) -> Recording:
+        form = self._form
+        return record_around_layers(self.model, self.layers, tokens, form.slot, form.outputs)
+
     def _record(self, tokens_1T: torch.Tensor) -> None:
-        real = record_forward(self.model, self.base, self.layers, tokens_1T)
-        check_chain(real)
-        self.state_dtype = check_state_dtype(real, type(self.model).__name__)
-        self._returns_tuple = real.returns_tuple
-        self._tail = find_tail(real, type(self.model).__name__)
-        self._output_like = output_factory(real.base_output)
-        # other tokens, and no layer run at all: the arguments must not notice
+        real = record_layers(self.model, self.layers, tokens_1T)
+        dtypes = list(dict.fromkeys(hidden_of(output).dtype for output in real.outputs))
+        if len(dtypes) > 1:
+            raise EngineError(
+                f"the layers of {self.name} return states of several dtypes "
+                f"({', '.join(map(str, dtypes))}): its layers cannot be skipped one by one"
+            )
+        self.state_dtype = dtypes[0]
         other = (tokens_1T + 1) % self.vocab_size
-        with self._layers_replaced([_same_state] * self.num_players):
-            blank = record_forward(self.model, self.base, self.layers, other)
-        calls = []
-        for index, (call, twin) in enumerate(zip(real.calls, blank.calls, strict=True)):
-            name = call.first_difference(twin)
-            if name is not None:
-                raise EngineError(
-                    f"layer {index} of {type(self.model).__name__} takes {name!r}, which depends "
-                    "on the text or on earlier layers: its layers cannot be skipped one by one"
-                )
-            calls.append(call)
-        self._calls[tokens_1T.shape[1]] = calls
-
-    @contextmanager
-    def _layers_replaced(
-        self, bodies: list[Callable[[torch.Tensor], torch.Tensor]]
-    ) -> Iterator[None]:
-        """Run `bodies[i](hidden)` in place of layer i."""
-
-        def make(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                output = bodies[index](hidden)
-                return (output,) if self._returns_tuple else output
-
-            return forward
-
-        for index, layer in enumerate(self.layers):
-            layer.forward = make(index)
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                del layer.forward
+        both = torch.cat([tokens_1T, other])
+        self._arguments[tokens_1T.shape[1]] = learn_arguments(
+            self.name, self._form, self.layers, real, self._around(other), self._around(both)
+        )
 
     # -- checks at start -----------------------------------------------------------------------
 
     def _check_replay(self, pair: TokenWindows) -> None:
-        """All layers replayed at batch 2 must give the model's own NLL, and never look ahead."""
-        tokens_NT = on_device(pair.tokens_NT, self.device)
-        logits = self.model(input_ids=tokens_NT, use_cache=False).logits
-        expected_N = plain_nll(logits, pair, self.device)
+        """All layers replayed at batch 2 must give the NLL that the model gives for each window by
+        itself, and never look ahead."""
+        own = [self._own_logits(pair, row) for row in range(pair.num_windows)]
+        expected_N = torch.cat(
+            [
+                plain_nll(logits, pair.select(np.array([row]), logits.shape[1]), self.device)
+                for row, logits in enumerate(own)
+            ]
+        )
+        got_N = self.reduce(self._replayed(pair), pair)[:, 0]
+        tolerance = PARITY_TOLERANCE[str(self.dtype).removeprefix("torch.")]
+        worst = _worst_difference(got_N, expected_N)
+        if torch.isfinite(expected_N).all() and not worst <= tolerance:
+            tokens_NT = on_device(pair.tokens_NT, self.device)
+            padded = self.model(input_ids=tokens_NT, use_cache=False).logits
+            padded_N = plain_nll(padded, pair, self.device)
+            if _worst_difference(got_N, padded_N) <= tolerance:
+                raise PaddingMattersError(
+                    f"{self.name} scores a window otherwise when it is padded, by {worst:.1e}"
+                )
+            raise EngineError(
+                f"{self.name}: layers replayed one by one score {worst:.1e} "
+                f"(relative) off the model's own forward pass; tolerance {tolerance:.0e}"
+            )
+        logits = own[-1]
+        changed = on_device(pair.tokens_NT[-1:, : logits.shape[1]], self.device)
+        changed[:, -1] = (changed[:, -1] + 1) % self.vocab_size
+        ahead = self.model(input_ids=changed, use_cache=False).logits[:, :-1]
+        if torch.isfinite(logits).all() and not torch.allclose(
+            ahead, logits[:, :-1], rtol=1e-2, atol=1e-2 * float(logits.abs().max())
+        ):
+            raise EngineError(f"{self.name} is not a decoder: it looks ahead")
+
+    def _own_logits(self, pair: TokenWindows, row: int) -> torch.Tensor:
+        """`[1, T', V]` of one window without padding."""
+        tokens_NT = pair.tokens_NT[row : row + 1, : pair.lengths_N[row]]
+        return self.model(input_ids=on_device(tokens_NT, self.device), use_cache=False).logits
+
+    def _replayed(self, pair: TokenWindows) -> torch.Tensor:
+        """The state after all players, each of which is checked on the way."""
         state = self.embed(pair)
+        if state.shape[:2] != pair.tokens_NT.shape:
+            raise EngineError(
+                f"the layers of {self.name} take {state.shape[1]} states for {pair.length} tokens"
+            )
         self._check_first_states(state)
         for player in range(self.num_players):
             before = state.clone()
@@ -188,26 +223,12 @@ class RecordedStack:
                 after = self.run_player(player, before)
             if after.shape != state.shape:
                 raise EngineError(
-                    f"layer {player} of {type(self.model).__name__} changes the state's shape "
+                    f"layer {player} of {self.name} changes the state's shape "
                     f"from {list(state.shape)} to {list(after.shape)}"
                 )
             self._check_dtype(player, after)
             state = after
-        got_N = self.reduce(state, pair)[:, 0]
-        tolerance = PARITY_TOLERANCE[str(self.dtype).removeprefix("torch.")]
-        worst = float(((got_N - expected_N).abs() / expected_N.abs().clamp(min=1e-6)).max())
-        if torch.isfinite(expected_N).all() and not worst <= tolerance:
-            raise EngineError(
-                f"{type(self.model).__name__}: layers replayed one by one score {worst:.1e} "
-                f"(relative) off the model's own forward pass; tolerance {tolerance:.0e}"
-            )
-        changed = tokens_NT.clone()
-        changed[:, -1] = (changed[:, -1] + 1) % self.vocab_size
-        ahead = self.model(input_ids=changed, use_cache=False).logits[:, :-1]
-        if torch.isfinite(logits).all() and not torch.allclose(
-            ahead, logits[:, :-1], rtol=1e-2, atol=1e-2 * float(logits.abs().max())
-        ):
-            raise EngineError(f"{type(self.model).__name__} is not a decoder: it looks ahead")
+        return state
 
     def _check_first_states(self, embedded: torch.Tensor) -> None:
         """Every layer may be the first that runs: given the embedding, whose dtype may be another,
@@ -219,7 +240,7 @@ class RecordedStack:
     def _check_dtype(self, player: int, state: torch.Tensor) -> None:
         if state.dtype != self.state_dtype:
             raise EngineError(
-                f"layer {player} of {type(self.model).__name__} returns {state.dtype} or "
+                f"layer {player} of {self.name} returns {state.dtype} or "
                 f"{self.state_dtype}, depending on the layers before it: its layers cannot be "
                 "skipped one by one"
             )
@@ -228,8 +249,13 @@ class RecordedStack:
         return (torch.arange(length, device=self.device)[None] + 2) % self.vocab_size
 
 
-def _same_state(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
+def _shortest_and_longest(windows: TokenWindows) -> TokenWindows:
+    order = windows.lengths_N.argsort(kind="stable")
+    return windows.select(np.unique([order[0], order[-1]]))
+
+
+def _worst_difference(got_N: torch.Tensor, expected_N: torch.Tensor) -> float:
+    return float(((got_N - expected_N).abs() / expected_N.abs().clamp(min=1e-6)).max())
 
 
 @contextmanager
@@ -244,12 +270,3 @@ def _compiling(name: str) -> Iterator[None]:
             f"torch.compile cannot compile the layers of {name} ({line}): set compile_layers to "
             "false"
         ) from error
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
