@@ -87,12 +87,13 @@ class ScoreTracker:
         rows = np.arange(windows.num_windows)
         self._beyond = np.empty(0, dtype=np.int64) if screen is None else np.setdiff1d(rows, screen)
         """Rows of the windows that a screened mask is not scored on."""
-        parts = [rows] if screen is None else [screen, self._beyond]
-        self._blocks = [
-            WindowBlock(id=block.id, rows=part[block.rows])
-            for part in parts
-            for block in store.blocks_for(windows.select(part))
-        ]
+        self._blocks: list[WindowBlock] = []
+        self._columns: dict[tuple[int, int], tuple[IntArray, IntArray]] = {}
+        """Of a block, by its number and first row: positions in it, and the rows of the windows
+        that they give the scores of; more rows than positions where windows repeat."""
+        for part in [rows] if screen is None else [screen, self._beyond]:
+            for block in store.blocks_for(windows.select(part)):
+                self._add_block(WindowBlock(id=block.id, rows=part[block.rows]), part)
         self._screened_blocks = {
             b.id for b in self._blocks if not np.isin(b.rows, self._beyond).any()
         }
@@ -110,6 +111,15 @@ class ScoreTracker:
         """Masks that have every score that was first asked of them."""
         self.reused = 0
         """Masks of `scored` whose scores the store already held."""
+
+    def _add_block(self, block: WindowBlock, part: IntArray) -> None:
+        """Add a block of windows, and note all rows of this part that have their content."""
+        hashes = self._windows.window_hashes
+        position_of = {hashes[row]: position for position, row in enumerate(block.rows)}
+        rows = np.array([row for row in part if hashes[row] in position_of], dtype=np.int64)
+        positions = np.array([position_of[hashes[row]] for row in rows], dtype=np.int64)
+        self._blocks.append(block)
+        self._columns[_block_key(block)] = positions, rows
 
     def request(
         self, masks_MP: BoolArray, full_M: BoolArray | None = None, *, promoted: bool = False
@@ -179,10 +189,11 @@ class ScoreTracker:
             self._store.put(self._game, unit.block, unit.masks_MP, values_MN, metric)
             with np.errstate(over="ignore"):  # beyond float32 is inf, as in the store
                 stored_MN = values_MN.astype(np.float32)
+            positions, rows = self._columns[_block_key(unit.block)]
             for key, value_N in zip(mask_keys, stored_MN, strict=True):
                 request, row = self._open[key].request, self._open[key].row
-                new_N = ~request.known[metric][row, unit.block.rows]  # the older score counts
-                request.values[metric][row, unit.block.rows[new_N]] = value_N[new_N]
+                new = ~request.known[metric][row, rows]  # the older score counts
+                request.values[metric][row, rows[new]] = value_N[positions[new]]
         for key in mask_keys:
             self._one_block_less(key)
 
@@ -193,3 +204,7 @@ class ScoreTracker:
             del self._open[key]
             mask.request.missing -= 1
             self.scored += key not in self.quarantined and not mask.promoted
+
+
+def _block_key(block: WindowBlock) -> tuple[int, int]:
+    return block.id, int(block.rows[0])
