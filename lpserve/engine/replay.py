@@ -9,8 +9,10 @@ import torch
 
 
 def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors agree in shape, dtype and every bit."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    """Whether two tensors agree in shape, dtype and every number; NaN agrees with NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def same_value(a: Any, b: Any) -> bool:

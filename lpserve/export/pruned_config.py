@@ -46,7 +46,14 @@ PER_LAYER_LISTS = (
     "num_key_value_heads_per_layer",
 )
 """Config lists with one entry a layer: they are cut always."""
-LAYER_INDEX_LISTS = ("mlp_only_layers", "attn_layer_indices", "moe_layers", "full_attn_idxs")
+LAYER_INDEX_LISTS = (
+    "mlp_only_layers",
+    "attn_layer_indices",
+    "moe_layers",
+    "full_attn_idxs",
+    "hybrid_layer_ids",
+    "cross_attention_layers",
+)
 """Config lists of layer indices."""
 LEADING_LAYERS = (
     "max_window_layers",
@@ -164,7 +171,7 @@ def prune(original: Original, removed: Sequence[int]) -> PrunedConfig:
             numbers=numbers,
             moved=shared_sources(old, new, path, kept, set(names), prefix),
         )
-    raise InputError(f"{who} cannot be exported without layers {sorted(removed)}: {reasons[0]}")
+    raise InputError(f"{who} cannot be exported without layers {sorted(removed)}: {reasons[-1]}")
 
 
 def _kept(removed: Sequence[int], num_layers: int) -> list[int]:
@@ -224,7 +231,7 @@ def _cut_fields(
     Args:
         defaults: as transformers completes them: what config.json leaves out.
     """
-    counts = [key for key in LAYER_COUNT_KEYS if key in text] or LAYER_COUNT_KEYS[:1]
+    counts = [key for key in LAYER_COUNT_KEYS if key in text] or ["num_hidden_layers"]
     for key in counts:
         multiple, rest = divmod(int(text.get(key, num_layers)), num_layers)
         if not rest:  # some models count the halves of a layer

@@ -25,6 +25,9 @@ _BOOKKEEPING = ("store_full_length_kv",)
 """Attributes that say what a layer leaves behind, not what it computes: Gemma 4's last layer of a
 kind keeps its keys and values for layers that share them, which `is_kv_shared_layer` names."""
 
+_NUMBERS = ("layer_idx", "layer_id", "layer_number")
+"""Attributes that hold a layer's number, or that of one of its halves."""
+
 
 class CannotExpress(Exception):
     """Why a config cannot describe the kept layers at their new positions."""
@@ -53,12 +56,8 @@ class Skeleton:
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all parameters and saved buffers, shared ones under every name."""
-        named = [
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        ]
-        return {name: tuple(tensor.shape) for name, tensor in named}
+        """Shapes of all that a checkpoint holds, shared tensors under every name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
 
     def cache_failure(self) -> str | None:
         """How a forward pass with a cache fails, for a reason that is not the missing weights; None
@@ -196,7 +195,7 @@ def _difference(old: Any, new: Any, layer: int, position: int) -> str | None:
             simple = isinstance(value, bool | int | float | str | None)
             if (
                 simple
-                and key not in _BOOKKEEPING
+                and key not in (*_BOOKKEEPING, *_NUMBERS)
                 and not _same(value, vars(b).get(key), layer, position)
             ):
                 return f"{name}.{key}".lstrip(".")

@@ -19,7 +19,15 @@ from lpserve.errors import InputError
 from lpserve.model.checkpoint import Checkpoint
 from lpserve.model.own_code import check_own_code
 
-LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+LAYER_COUNT_KEYS = (
+    "num_decoder_layers",
+    "decoder_layers",
+    "num_hidden_layers",
+    "n_layer",
+    "num_layers",
+    "n_layers",
+    "num_blocks",
+)
 """Config keys that hold the number of decoder layers."""
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _WIDTH = ("hidden_size", "n_embd", "d_model")

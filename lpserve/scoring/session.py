@@ -92,6 +92,7 @@ class ScoringSession:
             stack.callback(self.pool.close)
             self._stack = stack.pop_all()
         self._tell_unread_scores(log or self.progress.note)
+        self._tell_not_finite(log or self.progress.note)
         self.dispatcher = Dispatcher(self.pool)
         self.masks_scored = 0
         """Masks that engines scored for `score`, over all windows that were asked for."""
@@ -123,6 +124,15 @@ class ScoringSession:
                 f"store {self.store.path} holds scores of an lpserve that knew a model by samples "
                 "of its weights; they are not read (lpserve scores STORE --adopt MODEL takes them "
                 "over)"
+            )
+
+    def _tell_not_finite(self, tell: Callable[[str], None]) -> None:
+        player = self.info.settings.get("first_not_finite")
+        if player is not None:
+            advice = "use bfloat16 or float32" if self.info.dtype == "float16" else "check its file"
+            tell(
+                f"layer {player} gives NaN or infinity in {self.info.dtype}, and so does every set "
+                f"that keeps it: {advice}"
             )
 
     @cached_property

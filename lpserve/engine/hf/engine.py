@@ -110,6 +110,7 @@ class TransformersEngine:
                 "padded_length_step": self._scorer.padded_step,
                 "compile_layers": compiled,
                 "threads": torch.get_num_threads(),
+                "first_not_finite": stack.first_not_finite,
                 "allocator": allocator,
             },
         )
@@ -176,9 +177,14 @@ def _device(name: str) -> torch.device:
 
 
 def _padded_step(model: Any) -> int:
-    """Rotary tables that depend on the sequence length leave no room for padding."""
-    rope = str(model.config.get_text_config().to_dict().get("rope_parameters") or {})
-    return 1 if "dynamic" in rope or "longrope" in rope else PADDED_LENGTH_STEP
+    """Some models leave no room for padding: those whose rotary tables depend on the sequence's
+    length, and those that attend to a few chosen tokens (DeepSeek-V3.2), where the number of tokens
+    decides between equals. Others are found out when the stack is prepared, on real windows."""
+    text = model.config.get_text_config().to_dict()
+    rope = str(text.get("rope_parameters") or {})
+    chosen = any(key.startswith(("index_", "indexer_")) for key in text)
+    exact = chosen or "dynamic" in rope or "longrope" in rope
+    return 1 if exact else PADDED_LENGTH_STEP
 
 
 def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any:

@@ -36,6 +36,7 @@ from lpserve.engine.hf.recording import (
     record_layers,
 )
 from lpserve.engine.hf.structure import find_form, find_layers
+from lpserve.engine.replay import same_tensor
 from lpserve.errors import EngineError, first_line
 
 PARITY_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
@@ -82,6 +83,8 @@ class RecordedStack:
             device=self.device,
         )
         self._inputs_survive = True
+        self.first_not_finite: int | None = None
+        """The first player that makes NaN or infinity of finite states, as seen at start."""
 
     def state_bytes(self, length: int) -> int:
         return length * self._form.state_elements * self.state_dtype.itemsize
@@ -217,18 +220,34 @@ class RecordedStack:
         self._check_first_states(state)
         for player in range(self.num_players):
             before = state.clone()
-            after = self.run_player(player, state)
-            if not torch.equal(before, state):  # a layer that writes into its input
+            after = self._tried(player, state)
+            if not same_tensor(before, state):  # a layer that writes into its input
                 self._inputs_survive = False
-                after = self.run_player(player, before)
+                after = self._tried(player, before)
             if after.shape != state.shape:
                 raise EngineError(
                     f"layer {player} of {self.name} changes the state's shape "
                     f"from {list(state.shape)} to {list(after.shape)}"
                 )
             self._check_dtype(player, after)
+            if self.first_not_finite is None and not after.isfinite().all():
+                self.first_not_finite = player
             state = after
         return state
+
+    def _tried(self, player: int, state: torch.Tensor) -> torch.Tensor:
+        """One player; raises EngineError, with its number, for whatever the layer raises."""
+        try:
+            return self.run_player(player, state)
+        except (EngineError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a layer's code may raise
+            if self._compiled:
+                raise
+            raise EngineError(
+                f"layer {player} of {self.name} cannot be run by itself: {type(error).__name__}: "
+                f"{first_line(error)}"
+            ) from error
 
     def _check_first_states(self, embedded: torch.Tensor) -> None:
         """Every layer may be the first that runs: given the embedding, whose dtype may be another,

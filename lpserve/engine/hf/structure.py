@@ -128,7 +128,7 @@ class StateLayout:
     time_axis: int
 
     def ours(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.movedim((self.batch_axis, self.time_axis), (0, 1))
+        return hidden.movedim((self.batch_axis, self.time_axis), (0, 1)).contiguous()
 
     def theirs(self, state: torch.Tensor) -> torch.Tensor:
         return state.movedim((0, 1), (self.batch_axis, self.time_axis))
