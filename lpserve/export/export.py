@@ -9,11 +9,12 @@ scores (`verify`).
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ import numpy as np
 from lpserve.analysis.record import read_record
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
-from lpserve.export.card import model_card
 from lpserve.export.pruned_config import prune_config
+from lpserve.export.report import ExportReport, model_card
 from lpserve.export.verify import (
     VERIFY_TOLERANCE,
     random_windows,
@@ -31,7 +32,6 @@ from lpserve.export.verify import (
 )
 from lpserve.export.writer import ADVICE, CARD_NAME, REPORT_NAME, write_checkpoint
 from lpserve.masks import without
-from lpserve.model.architecture import read_architecture
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
 from lpserve.model.players import players_from, removed_layers
@@ -40,36 +40,6 @@ from lpserve.store.files import make_folder, space_checked, write_text
 from lpserve.types import FloatArray, Player
 
 PARTIAL_NAME = ".lpserve-partial"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportReport:
-    """What was exported and how it was checked; also written as lpserve_export.json."""
-
-    source: str
-    """Folder of the original checkpoint."""
-    source_hash: str
-    """Its content hash."""
-    removed: list[int]
-    """0-based layers of the original model, sorted."""
-    kept: list[int]
-    """The other layers, sorted."""
-    verified: bool
-    """Whether the written checkpoint was reloaded and compared."""
-    generates: bool | None
-    """Whether it generates with a cache as without; None when not verified. False: the original
-    does not either."""
-    dtype: str
-    """Of the comparison."""
-    num_windows: int
-    """Windows compared; 0 when not verified."""
-    worst_relative_difference: float | None
-    """Largest difference of a window's NLL from the skip engine's; None when not verified."""
-    ppl: float | None
-    """Perplexity of the reloaded checkpoint on these windows; None when not verified, or on random
-    tokens, of which it says nothing."""
-    left_behind: list[str]
-    """Files of the original's folder that were not copied, weights aside."""
 
 
 def export_checkpoint(
@@ -84,43 +54,37 @@ def export_checkpoint(
     dtype: str = "float32",
     device: str = "auto",
 ) -> ExportReport:
-    """Write `model` without the removed layers to the folder `out`.
+    """Write the checkpoint `model` without the removed layers to the folder `out`.
 
     Args:
-        model: checkpoint folder.
         removed: 0-based layers of the original model; with `players`, indices of players.
         out: a folder that does not exist or is empty.
         players: what `removed` counts, for a set out of a plan
             (`lpserve.model.players.players_from(plan.players)`); None: the layers.
         verify: reload in a fresh process and compare; off, the report says unverified.
-        windows: what to compare on; default: 4 x 64 random tokens.
+        windows: what to compare on, 4 x 64 random tokens by default.
         expected_nll_N: the skip engine's summed NLL of every window; default: an engine is opened.
-        dtype: of the comparison.
-        device: of the comparison.
+        dtype: of the comparison, as `device`.
 
     Raises:
-        InputError: the model, the layers or the folder cannot be used, a removed player is only a
-            part of its layer, or the pruned structure cannot be expressed in the model's config;
-            nothing has been written.
-        ExportError: the reloaded checkpoint does not score what the skip engine scores; nothing
-            is left at `out`.
+        InputError: something cannot be used, or the pruned structure cannot be expressed in the
+            model's config; nothing has been written.
+        ExportError: the reloaded checkpoint does not score what the skip engine scores, or does
+            not generate; nothing is left at `out`.
     """
-    layers = list(removed) if players is None else removed_layers(players, removed)
+    layers = _layers(removed, players)
     _check_target(target := Path(out), dtype)
     checkpoint = read_checkpoint(model)
     pruned = prune_config(checkpoint, layers)
-    of_text = windows is not None
-    if windows is None:
-        windows = random_windows(pruned.vocab_size)
+    compared = windows or random_windows(pruned.vocab_size)
     with _written_aside(target) as partial:
         left_behind = write_checkpoint(checkpoint, pruned, partial)
         found = None
         if verify:
             if expected_nll_N is None:
-                expected_nll_N = skip_engine_nll(checkpoint, pruned, windows, dtype, device)
-            attention = read_architecture(checkpoint).attention
+                expected_nll_N = skip_engine_nll(checkpoint, pruned, compared, dtype, device)
             found = verify_checkpoint(
-                partial, windows, expected_nll_N, dtype, device, attention, checkpoint.path
+                partial, compared, expected_nll_N, dtype, device, original=checkpoint
             )
         report = ExportReport(
             source=str(checkpoint.path.resolve()),
@@ -130,14 +94,23 @@ def export_checkpoint(
             verified=verify,
             generates=found and found.generates,
             dtype=dtype,
-            num_windows=windows.num_windows if verify else 0,
+            num_windows=compared.num_windows if verify else 0,
             worst_relative_difference=found and found.worst_relative_difference,
-            ppl=found.ppl if found and of_text else None,
+            ppl=found.ppl if found and windows else None,
             left_behind=left_behind,
         )
-        write_text(partial / CARD_NAME, model_card(checkpoint, report))
+        write_text(partial / CARD_NAME, model_card(report))
         write_text(partial / REPORT_NAME, json.dumps(asdict(report), indent=1) + "\n")
     return report
+
+
+def _layers(removed: Sequence[int], players: Sequence[Player] | None) -> list[int]:
+    """The layers that go, given as whole numbers of any kind, numpy's among them."""
+    for value in removed:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise InputError(f"removed layers must be whole numbers: got {value!r}")
+    plain = [int(value) for value in removed]
+    return plain if players is None else removed_layers(players, plain)
 
 
 def _check_target(target: Path, dtype: str) -> None:

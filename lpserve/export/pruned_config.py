@@ -22,7 +22,7 @@ from lpserve.export.structure import (
     CannotExpress,
     Skeleton,
     build_skeleton,
-    compare,
+    check_kept_layers,
     shared_sources,
 )
 from lpserve.model.architecture import (
@@ -151,7 +151,7 @@ def prune(original: Original, removed: Sequence[int]) -> PrunedConfig:
     for config in _candidates(original, kept):
         try:
             new = build_skeleton(config, str(checkpoint.path), len(kept))
-            path = compare(old, new, kept)
+            path = check_kept_layers(old, new, kept)
         except CannotExpress as reason:
             reasons.append(str(reason))
             continue

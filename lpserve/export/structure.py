@@ -106,7 +106,7 @@ def build_skeleton(config: Mapping[str, Any], path: str, num_layers: int) -> Ske
             raise CannotExpress(f"transformers cannot build it ({reason})") from error
 
 
-def compare(old: Skeleton, new: Skeleton, kept: Sequence[int]) -> str:
+def check_kept_layers(old: Skeleton, new: Skeleton, kept: Sequence[int]) -> str:
     """Check that the new model is the old one with the kept layers alone.
 
     Args:

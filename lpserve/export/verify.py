@@ -20,6 +20,7 @@ import numpy as np
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import ExportError
 from lpserve.export.pruned_config import PrunedConfig
+from lpserve.model.architecture import read_architecture
 from lpserve.model.checkpoint import Checkpoint
 from lpserve.types import FloatArray
 
@@ -51,21 +52,21 @@ def verify_checkpoint(
     expected_nll_N: FloatArray,
     dtype: str,
     device: str = "auto",
-    attention: str | None = None,
-    original: Path | None = None,
+    *,
+    original: Checkpoint,
 ) -> Verification:
     """Reload a checkpoint in a fresh process, compare its scores, and have it generate.
 
     Args:
         expected_nll_N: the skip engine's summed NLL of every window, nats.
         dtype: one of `VERIFY_TOLERANCE`.
-        attention: attention implementation of transformers; None: its own choice.
         original: the unpruned checkpoint, which is asked to generate where this one does not.
 
     Raises:
         ExportError: it does not load, a window's NLL differs by more than the tolerance, or it does
             not generate with a cache as without, where the original does.
     """
+    attention = read_architecture(original).attention
     reloaded = reload_checkpoint(folder, windows, dtype, device, attention)
     found_N = reloaded.nll_N
     worst = float((np.abs(found_N - expected_nll_N) / np.abs(expected_nll_N)).max())
@@ -74,9 +75,9 @@ def verify_checkpoint(
             f"the exported checkpoint scores up to {worst:.1e} (relative) off the skip "
             f"engine, tolerance {VERIFY_TOLERANCE[dtype]:.0e} in {dtype}: not exported"
         )
-    if not reloaded.generates and original is not None:
+    if not reloaded.generates:
         one = windows.select([0])
-        if reload_checkpoint(original, one, dtype, device, attention).generates:
+        if reload_checkpoint(original.path, one, dtype, device, attention).generates:
             raise ExportError(
                 "the exported checkpoint scores as it should, but its generate() with a cache "
                 f"{reloaded.generation}, and the original's does not: not exported"

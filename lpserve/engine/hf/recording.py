@@ -125,8 +125,9 @@ def layers_replaced(
 
 def hidden_of(output: Any) -> torch.Tensor:
     """The hidden state of a layer's output: the output, or the first of several."""
-    several = isinstance(output, tuple | list | ModelOutput) and len(output) > 0
-    hidden = output[0] if several else output
+    hidden: Any = output
+    if isinstance(output, tuple | list | ModelOutput) and len(output) > 0:
+        hidden = output[0]  # pyright: ignore[reportGeneralTypeIssues]
     if not isinstance(hidden, torch.Tensor):
         raise EngineError(f"a layer returned {type(hidden).__name__}, not a tensor")
     return hidden

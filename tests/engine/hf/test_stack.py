@@ -17,33 +17,19 @@ import transformers as tf
 
 import lpserve
 from lpserve.errors import EngineError, InputError
+from lpserve.testing.checkpoints import (
+    GEMMA_3N,
+    PLAYERS,
+    TEXT,
+    VOCABULARY,
+    gemma_3n_config,
+    qwen2_vl_config,
+    save_random,
+    zamba2_config,
+)
 from lpserve.testing.reference import relative, window_nll
 from tests.conftest import SEED
 
-PLAYERS, VOCABULARY = 4, 97
-TYPES = ["sliding_attention", "full_attention"] * 2
-TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": PLAYERS,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GEMMA_3N: dict[str, Any] = {
-    **TEXT,
-    "layer_types": TYPES,
-    "sliding_window": 8,
-    "laurel_rank": 4,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "altup_num_inputs": 2,
-}
 LATENT: dict[str, Any] = {
     **TEXT,
     "num_key_value_heads": 2,
@@ -79,23 +65,6 @@ def xglm() -> Any:
         attention_heads=2,
         max_position_embeddings=64,
     )
-
-
-def zamba2() -> Any:
-    """Hands every layer the embedding of the text."""
-    return tf.Zamba2Config(
-        **{**TEXT, "num_key_value_heads": 2},
-        layers_block_type=["linear_attention", "hybrid"] * 2,
-        mamba_d_state=8,
-        mamba_ngroups=1,
-        n_mamba_heads=2,
-        chunk_size=8,
-    )
-
-
-def gemma_3n() -> Any:
-    """Keeps four states to a token, their axis first; its layers take a part of the embedding."""
-    return tf.Gemma3nTextConfig(**GEMMA_3N, num_kv_shared_layers=0)
 
 
 def glm_dsa() -> Any:
@@ -140,33 +109,8 @@ def rwkv() -> Any:
     )
 
 
-def qwen2_vl() -> Any:
-    """A decoder inside a model that reads pictures."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 14}
-    return tf.Qwen2VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=vision)
-
-
-SERVED = [bloom, zamba2, gemma_3n, glm_dsa, llama_4, qwen2_vl, rwkv]
+SERVED = [bloom, zamba2_config, gemma_3n_config, glm_dsa, llama_4, qwen2_vl_config, rwkv]
 SERVED_ELSEWHERE = [xglm, deepseek_v32, openai_gpt]
-
-
-def saved(config: Any, path: Any) -> Any:
-    """The model in memory, and saved."""
-    torch.manual_seed(SEED)
-    if "Conditional" in (name := _class_name(config)):
-        model: Any = getattr(tf, name)(config)
-    else:
-        model = tf.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.eval().save_pretrained(path)
-    return model
-
-
-def _class_name(config: Any) -> str:
-    return "Qwen2VLForConditionalGeneration" if config.model_type == "qwen2_vl" else ""
 
 
 def decoder_layers(model: Any) -> list[Any]:
@@ -222,7 +166,7 @@ def handing_on(model: Any, mask_P: np.ndarray):
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_scores_are_those_of_the_model_with_layers_skipped(config, packed, tmp_path, rng):
-    model = saved(config(), tmp_path / "model")
+    model = save_random(config(), tmp_path / "model", SEED)
     if config is rwkv:
         model.config.rescale_every = 0
     tokens_NT = rng.integers(3, VOCABULARY, (3, 24))
@@ -241,7 +185,7 @@ def test_scores_are_those_of_the_model_with_layers_skipped(config, packed, tmp_p
 
 
 def test_keys_and_values_that_layers_share_are_refused(tmp_path, rng):
-    saved(tf.Gemma3nTextConfig(**GEMMA_3N, num_kv_shared_layers=2), tmp_path / "model")
+    save_random(tf.Gemma3nTextConfig(**GEMMA_3N, num_kv_shared_layers=2), tmp_path / "model", SEED)
     windows = lpserve.TokenWindows.from_tokens(rng.integers(3, VOCABULARY, (1, 8)))
     with pytest.raises(EngineError, match="takes 'shared_kv_states', which earlier layers compute"):
         lpserve.open_engine(tmp_path / "model", windows)
@@ -256,7 +200,7 @@ def test_routing_that_feeds_the_next_layer_is_refused(tmp_path, rng):
         layer_types=["hybrid", "hybrid_sliding"] * 2,
         sliding_window=8,
     )
-    saved(config, tmp_path / "model")
+    save_random(config, tmp_path / "model", SEED)
     windows = lpserve.TokenWindows.from_tokens(rng.integers(3, VOCABULARY, (1, 8)))
     with pytest.raises(EngineError, match=r"layer 1 of .* takes argument 1, which earlier layers"):
         lpserve.open_engine(tmp_path / "model", windows)
