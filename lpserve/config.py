@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError, first_line
+from lpserve.plain import plain_value
 from lpserve.redact import redact
 from lpserve.utility import TASK_UTILITIES, utility_named
 
@@ -71,6 +72,12 @@ _LEAST = {
     "window_seed": 0,
     "num_fewshot": 0,
 }
+_MOST = 2**63 - 1
+_RAY_JOB_FOLDER = "/runtime_resources/working_dir_files/"
+_TEXTS = {"model", "engine", "device", "out", "text_field", "experiment", "utility"}
+_OPTIONAL_TEXTS = {"mlflow", "include_path", "store"}
+_TEXTS |= _OPTIONAL_TEXTS
+_CORPORA = {"calibration", "heldout"}
 _OPTIONAL = ("max_removed", "round_size", "num_fewshot")
 
 
@@ -94,26 +101,31 @@ class EngineConfig:
     """Seconds between progress lines outside a terminal."""
 
     def __post_init__(self) -> None:
-        """Checks of every key that more than one kind of job has."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        for key in values.keys() & _CHOICES.keys():
-            rule = f"one of {', '.join(_CHOICES[key])}"
-            _require(values[key] in _CHOICES[key], key, values[key], rule)
+        """Makes every value plain, and checks keys that more than one kind of job has."""
+        values = {f.name: plain_value(getattr(self, f.name), f.name) for f in fields(self)}
+        for key in values.keys() & _CORPORA:
+            values[key] = corpora(values[key], key)
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+        for key in sorted(values.keys() & _CHOICES.keys()):
+            value, rule = values[key], f"one of {', '.join(_CHOICES[key])}"
+            _require(isinstance(value, str) and value in _CHOICES[key], key, value, rule)
         for key in values.keys() & _LEAST.keys():
             value, least = values[key], _LEAST[key]
             if (value is None and key in _OPTIONAL) or (key == "engines" and value == "auto"):
                 continue
-            fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            fits = type(value) is int and least <= value <= _MOST
             _require(fits, key, value, f"a whole number, at least {least}")
         for key in ("grace_s", "progress_s"):
             value = values[key]
-            _require(isinstance(value, int | float) and value > 0, key, value, "seconds above 0")
-        texts = {"model", "out", "text_field", "experiment", "mlflow", "include_path"}
-        for key in values.keys() & texts:
+            _require(_is_number(value) and value > 0, key, value, "seconds above 0")
+        for key in sorted(values.keys() & _TEXTS):
             value = values[key]
-            if key in ("mlflow", "include_path") and value is None:
+            if key in _OPTIONAL_TEXTS and value is None:
                 continue
             _require(isinstance(value, str) and value != "", key, value, "a text")
+            if key in ("out", "store"):
+                check_lasting(value, key)
         _require(isinstance(self.engine_options, dict), "engine_options", "no table", "a table")
         local = self.pool == "local"
         _require(not local or self.engines == 1, "engines", self.engines, "1 with the local pool")
@@ -196,7 +208,7 @@ class RunConfig(WindowConfig):
         utility_named(self.utility)
         for key, most in (("stop_chance", 1.0), ("stop_gain", 1.0), ("stop_width", float("inf"))):
             value = getattr(self, key)
-            fits = isinstance(value, int | float) and 0 < value < most
+            fits = _is_number(value) and 0 < value < most
             above = f"a number above 0 and below {most:g}" if most == 1.0 else "a number above 0"
             _require(fits or (value is None and key != "stop_gain"), key, value, above)
         _require(
@@ -290,9 +302,6 @@ def config_from(values: Mapping[str, Any], source: str) -> RunConfig:
         if values.get(key) in (None, "", {}, []):
             raise InputError(f"{source}: {key} is missing (--{key})")
     merged = dict(values)
-    for key in ("calibration", "heldout"):
-        if key in merged:
-            merged[key] = corpora(merged[key], key)
     if merged.get("sizes") is not None:
         sizes = merged["sizes"]
         whole = isinstance(sizes, list | tuple) and [type(k) for k in sizes] == [int, int]
@@ -302,14 +311,25 @@ def config_from(values: Mapping[str, Any], source: str) -> RunConfig:
 
 
 def corpora(value: Any, key: str) -> dict[str, str]:
-    """Corpora from a path, `name=path`, a list of these, or a mapping: name -> path."""
-    if isinstance(value, Mapping):
-        return {str(name): str(path) for name, path in value.items()}
+    """Corpora from a path, `name=path`, a list of these, or a mapping: name -> path.
+
+    Raises:
+        InputError: the value is none of these, or two corpora have one name.
+    """
+    rule = "a path, a list of paths, or a table of names and paths"
+    value = plain_value(value, key)
+    if isinstance(value, dict):
+        for name, path in value.items():
+            _require(isinstance(path, str) and path != "", f"{key}.{name}", path, "a path")
+        return value
+    items = [value] if isinstance(value, str) else value
+    _require(isinstance(items, list | tuple), key, value, rule)
     named: dict[str, str] = {}
-    for item in [value] if isinstance(value, str) else value:
-        name, found, path = str(item).partition("=")
+    for item in items:
+        _require(isinstance(item, str) and item != "", key, item, rule)
+        name, found, path = item.partition("=")
         if not found:
-            path = str(item)
+            path = item
             name = path.removeprefix(TASK_PREFIX) if is_task(path) else Path(path).stem
         if name in named:
             raise InputError(f"{key}: two corpora are named {name!r}; use name=path")
@@ -331,7 +351,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
         else:
             raise InputError(f"config {path}: the name must end in .toml, .yaml or .yml")
     except FileNotFoundError:
-        raise InputError(f"config {path} does not exist") from None
+        raise InputError(f"config {path.absolute()} does not exist") from None
     except InputError:
         raise
     except Exception as error:  # each parser has its own kinds
@@ -349,6 +369,19 @@ def as_json(config: RunConfig) -> dict[str, Any]:
         values["mlflow"] = redact(config.mlflow, config.mlflow)
     values["sizes"] = list(config.sizes) if config.sizes else None
     return values
+
+
+def check_lasting(path: str, key: str) -> None:
+    """Raise InputError for a relative path in the folder that Ray makes for a job with
+    `--working-dir`: Ray removes it, and the next job of the same name has another."""
+    if _RAY_JOB_FOLDER in str(Path.cwd()) and not Path(path).is_absolute():
+        raise InputError(
+            f"{key} must be an absolute path in a Ray job, whose folder is temporary: got {path!r}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require(holds: bool, key: str, value: Any, rule: str) -> None:

@@ -26,7 +26,7 @@ from lpserve.evaluation.settings import EvalConfig
 from lpserve.evaluation.task_evaluation import TaskEvaluation
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
-from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks
+from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks, named_apart
 from lpserve.plan.set_files import read_sets
 from lpserve.runner.setup import num_players_of
 from lpserve.scoring.progress import Progress
@@ -44,7 +44,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
         RunInterrupted: what was scored is kept, and the same call goes on from there.
     """
     num_players = num_players_of(config)
-    sets = [full_model(), *(s for s in config.sets if s.removed)]
+    sets = [full_model(), *dict.fromkeys(s for s in config.sets if s.removed)]
     if not config.texts and not config.tasks:
         raise InputError("nothing to evaluate: name a text (--text) or a task (--tasks)")
     names = [s.name for s in sets]
@@ -132,11 +132,11 @@ def sets_from(
     model_hash = None
     if engine_kind(config.engine).reads_checkpoint:
         model_hash = checkpoint_hash(read_checkpoint(config.model))
-    found: list[LayerSet] = []
+    found: list[tuple[Path, LayerSet]] = []
     for path in paths:
         sets = read_sets(path, num_players, model_hash)
         chosen = [s for s in sets if not remove or len(s.removed) in remove]
         if not chosen:
             raise InputError(f"{path} has no set of {', '.join(map(str, remove))} layers")
-        found += chosen
-    return found
+        found += [(Path(path), s) for s in chosen]
+    return named_apart(found)

@@ -7,8 +7,10 @@ Files that hold sets are read by `lpserve.plan.set_files`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,27 @@ class LayerSet:
 def layer_set_masks(sets: Sequence[LayerSet], num_players: int) -> BoolArray:
     """The mask of every set, `bool[M, P]`, True = kept."""
     return np.array([layer_set.mask(num_players) for layer_set in sets], dtype=bool)
+
+
+def named_apart(sets: Sequence[tuple[Path, LayerSet]]) -> list[LayerSet]:
+    """Sets of several files or folders: one that is given twice is one, and where different sets
+    have one name, as in two runs, their folders' names stand in front.
+
+    Args:
+        sets: with the file or folder that each comes from.
+    """
+    once = list(dict.fromkeys(sets))
+    names = Counter(name for name, _ in {(s.name, s.removed) for _, s in once})
+    folders = {(path if path.is_dir() else path.parent).resolve().name for path, _ in once}
+    tell_apart = len(folders) == len({path for path, _ in once})
+
+    def named(path: Path, found: LayerSet) -> LayerSet:
+        if names[found.name] == 1:
+            return found
+        folder = (path if path.is_dir() else path.parent).resolve().name
+        return LayerSet(f"{folder if tell_apart else path}/{found.name}", found.removed)
+
+    return list(dict.fromkeys(named(path, found) for path, found in once))
 
 
 def full_model() -> LayerSet:

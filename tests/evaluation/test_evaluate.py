@@ -388,7 +388,6 @@ def test_a_model_is_given_one_token_less_than_it_has_positions():
         (["--text", "{text}", "--length", "64", "--removed", "12"], "--removed: layer 12 is not"),
         (["--text", "{text}", "--length", "64", "--mask", "01"], "is no mask of 12 layers"),
         (["--text", "{text}", "--length", "64", "--sets", "/no/plan.json"], "does not exist"),
-        (["--text", "{text}", "--length", "64", "--removed", "1", "--removed", "1"], "two sets"),
         (["--tasks", "broken", "--include-path", "{tasks}"], "the data of tasks broken"),
         (
             ["--tasks", "writes", "--include-path", "{tasks}"],

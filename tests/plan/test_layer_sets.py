@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from lpserve.errors import InputError
-from lpserve.plan.layer_sets import LayerSet, layer_set, layer_set_masks, mask_set
+from lpserve.plan.layer_sets import (
+    LayerSet,
+    layer_set,
+    layer_set_masks,
+    mask_set,
+    named_apart,
+)
 
 LAYERS = 6
 
@@ -42,3 +48,25 @@ def test_masks_of_another_form_are_refused(text):
 def test_what_is_no_layer_of_the_model_is_refused(numbers, told):
     with pytest.raises(InputError, match=told):
         layer_set("s", numbers, LAYERS, "--removed")
+
+
+def test_sets_of_several_files_are_told_apart_by_their_folders(tmp_path):
+    one, other = tmp_path / "seed0" / "drop.txt", tmp_path / "seed1" / "drop.txt"
+    for path in (one, other):
+        path.parent.mkdir()
+        path.touch()
+    first, second = LayerSet("drop", (1, 2)), LayerSet("drop", (1, 3))
+    assert named_apart([(one, first), (one, first)]) == [first]
+    assert named_apart([(one, first), (other, first)]) == [first]
+    assert named_apart([(one, first), (other, LayerSet("x", (1,)))]) == [first, LayerSet("x", (1,))]
+    assert named_apart([(one, first), (other, second)]) == [
+        LayerSet("seed0/drop", (1, 2)),
+        LayerSet("seed1/drop", (1, 3)),
+    ]
+    runs = [(tmp_path / "seed0", first), (tmp_path / "seed1", second)]
+    assert [s.name for s in named_apart(runs)] == ["seed0/drop", "seed1/drop"]
+    again = one.with_name("drop2.txt")  # in one folder: the files' names
+    assert [s.name for s in named_apart([(one, first), (again, second)])] == [
+        f"{one}/drop",
+        f"{again}/drop",
+    ]
