@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpserve.cli.arguments import (
     ENGINE_OPTION_FLAGS,
@@ -19,6 +19,9 @@ from lpserve.cli.arguments import (
 from lpserve.cli.export import export_and_report
 from lpserve.cli.plan import print_plan
 from lpserve.utility import TASK_UTILITIES, TEXT_UTILITIES, UTILITIES
+
+if TYPE_CHECKING:
+    from lpserve.config import RunConfig
 
 _HELP = """\
 Score layer masks of a model on a text and find out which layers can go.
@@ -120,6 +123,7 @@ def _run(arguments: argparse.Namespace) -> int:
     config = config_from(values | flags, source)
     from lpserve.runner.run import run
 
+    _tell_outlook(config)
     result = run(config)
     print_plan(result.outcome.plan)
     print(f"plan, values, report: {result.folder / 'plan.json'}, shapley.csv, report.html")
@@ -128,6 +132,19 @@ def _run(arguments: argparse.Namespace) -> int:
         return _demo_export(result.folder, removed)
     print(f"export a pruned model: lpserve export {result.folder} --remove R --out DIR")
     return 0
+
+
+def _tell_outlook(config: RunConfig) -> None:
+    """Say before the budget is spent what no checkpoint can be written of."""
+    from lpserve.engine.registry import engine_kind
+    from lpserve.export.outlook import export_outlook
+    from lpserve.model.checkpoint import read_checkpoint
+    from lpserve.runner.setup import check_model
+
+    check_model(config)
+    if engine_kind(config.engine).reads_checkpoint:
+        for sentence in export_outlook(read_checkpoint(config.model)):
+            print(f"note: {sentence}", flush=True)
 
 
 def _demo_export(folder: Path, removed: int) -> int:
