@@ -1,15 +1,21 @@
-"""A disk that fills while a checkpoint is written: one line of error, and nothing is left.
+"""What is written of a checkpoint, where it goes, and what stands in its way.
 
-The disk is full by RLIMIT_FSIZE in a process of its own: the system itself refuses the write.
+A full disk is one line of error, and nothing is left. RLIMIT_FSIZE makes it, in a process of its
+own: the system itself refuses the write.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from lpserve.errors import InputError
+from lpserve.export.export import export_checkpoint
 
 EXPORT_WITH_LIMIT = """
 import resource, sys
@@ -44,3 +50,52 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(limit, name, model_dir, tmp_
     assert line.endswith("free space and give the same command again")
     assert name in line.partition(";")[0]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_stands_in_the_way_of_the_partial_folder_is_refused(kind, model_dir, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    partial = tmp_path / ".out.partial"
+    partial.symlink_to(elsewhere) if kind == "link" else partial.touch()
+    with pytest.raises(InputError, match=r"\.out\.partial is in the way: remove it"):
+        export_checkpoint(model_dir("llama"), [1], tmp_path / "out", verify=False)
+    assert (elsewhere / "kept").exists()
+
+
+def test_the_current_folder_is_a_target_like_any_other(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".lpserve-partial").mkdir()  # left by an export that was killed
+    report = export_checkpoint(model_dir("llama"), np.array([1, 4]), ".", verify=False)
+    assert report.removed == [1, 4]
+    assert not (tmp_path / ".lpserve-partial").exists()
+    assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["file/out", "x" * 300])
+def test_targets_that_cannot_be_made_are_one_line(name, model_dir, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError) as caught:
+        export_checkpoint(model_dir("llama"), [1], tmp_path / name, verify=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_what_is_about_the_pruned_model_goes_along(model_dir, tmp_path):
+    model = shutil.copytree(model_dir("llama"), tmp_path / "model")
+    for name in ("tokenizer.json", "LICENSE", "generation_config.json", "chat_template.jinja"):
+        (model / name).write_text("{}")
+    (model / "README.md").write_text("the dense model's figures")
+    (model / "trainer_state.json").write_text("{}")
+    (model / "model.onnx").write_text("")
+    (model / "quantize_config.json").write_text('{"dynamic": {"-:.*layers\\\\.2\\\\..*": {}}}')
+    report = export_checkpoint(model, [0], tmp_path / "out", verify=False)
+    assert report.left_behind == ["model.onnx", "trainer_state.json"]
+    assert "NOT" not in (card := (tmp_path / "out" / "README.md").read_text())
+    assert "without 1 of 6 layers" in card
+    assert "**Not verified**" in card
+    settings = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert all("layers\\.1\\." in pattern for pattern in settings["dynamic"])
+    assert {"tokenizer.json", "LICENSE", "generation_config.json", "chat_template.jinja"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from lpserve.errors import DiskFullError, InputError
-from lpserve.store.files import write_npz, write_text, write_whole
+from lpserve.store.files import make_folder, write_npz, write_text, write_whole
+from lpserve.store.run_folder import RunFolder
 
 WRITE_WITH_LIMIT = """
 import resource, sys
@@ -161,3 +163,34 @@ def test_a_link_and_a_pipe_are_written_in_place(tmp_path):
     write_text(pipe, "through the pipe")
     assert reader.communicate(timeout=30)[0] == "through the pipe"
     assert pipe.is_fifo()
+
+
+def test_links_at_the_names_of_our_files_are_not_followed(tmp_path):
+    """In a folder that others can write, a link could lead what we write to any place."""
+    outside = tmp_path / "outside"
+    outside.write_text("theirs")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".plan.json.tmp").symlink_to(outside)
+    write_text(folder / "plan.json", "ours")
+    assert (folder / "plan.json").read_text() == "ours"
+    assert not (folder / "plan.json").is_symlink()
+    for name in ("events.jsonl", "run.lock"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(outside)
+        with (
+            pytest.raises(InputError, match=rf"{name}.*a link, which is not followed"),
+            closing(RunFolder(folder)) as run,
+        ):
+            run.event("begun")
+        (folder / name).unlink()
+    assert outside.read_text() == "theirs"
+
+
+@pytest.mark.parametrize("name", ["f" * 300, "file/below", "nul/../file/below"])
+def test_folders_that_cannot_be_made_are_one_line(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"^results folder .* cannot be made: [^\n]*$"):
+        make_folder(tmp_path / name, "results folder")
+    with pytest.raises(InputError, match="cannot be made: "):
+        make_folder(tmp_path / "file", "results folder")
