@@ -92,7 +92,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from lpserve.config import EngineConfig, corpora
-    from lpserve.data.protocols import PROTOCOLS
+    from lpserve.data.protocols import PROTOCOLS, other_texts
     from lpserve.evaluation.evaluate import evaluate, sets_from
     from lpserve.evaluation.settings import EvalConfig
     from lpserve.plan.layer_sets import layer_set, mask_set, set_name
@@ -130,6 +130,11 @@ def _eval(arguments: argparse.Namespace) -> int:
     evaluation = evaluate(config)
     for text, described in evaluation.protocols.items():
         print(f"ppl {text}: {described}")
+    for text in other_texts(name, config.texts) if protocol == PROTOCOLS[name] else ():
+        print(
+            f"note: figures that are published for {name} are of a data set's rows, joined by "
+            f"blank lines (give its rows as .jsonl or Parquet); {text} is a plain text, and differs"
+        )
     print("\n".join(evaluation_table(evaluation.results)))
     saved = evaluation.skip_layer_forwards - evaluation.layer_forwards
     print(

@@ -15,6 +15,7 @@ Knows tokenizers and files, no model and no engine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from lpserve.data.windows import TokenStream, TokenWindows
 from lpserve.errors import InputError
 
 BOS = ("none", "once", "each")
+OF_ROWS = ("gptq-2048",)
+"""Protocols whose published figures are of a data set's rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,3 +148,17 @@ def _cut(
         if done == len(ids):
             break
     return np.array(rows), np.array(flags)
+
+
+def other_texts(protocol: str, texts: Mapping[str, str]) -> list[str]:
+    """Names of texts of which a named protocol's published figures are not.
+
+    GPTQ's, SparseGPT's, SLEB's and EvoPress' figures are of a data set's rows, joined by blank
+    lines: a file of rows gives that text, a plain text file of the same set is another one.
+
+    Args:
+        texts: name -> path.
+    """
+    if protocol not in OF_ROWS:
+        return []
+    return [name for name, path in texts.items() if path.endswith((".txt", ".txt.gz", ".txt.zst"))]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lpserve
-from lpserve.data.protocols import PROTOCOLS, Protocol, protocol_windows
+from lpserve.data.protocols import PROTOCOLS, Protocol, other_texts, protocol_windows
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
 
@@ -149,3 +149,9 @@ def test_texts_and_tokenizers_that_do_not_fit_are_refused(text, tmp_path):
         protocol_windows(
             str(tmp_path / "empty.txt"), Bytes(), Protocol(length=8, stride=2, bos="none"), name="t"
         )
+
+
+def test_texts_that_published_figures_are_not_of_are_told():
+    texts = {"lines": "wiki.test.txt", "rows": "wiki.test.jsonl", "packed": "a/b.txt.gz"}
+    assert other_texts("gptq-2048", texts) == ["lines", "packed"]
+    assert other_texts("llm-pruner-128", texts) == []
