@@ -74,7 +74,7 @@ _LEAST = {
 }
 _MOST = 2**63 - 1
 _RAY_JOB_FOLDER = "/runtime_resources/working_dir_files/"
-_TEXTS = {"model", "engine", "device", "out", "text_field", "experiment", "utility"}
+_TEXTS = {"model", "engine", "device", "out", "text_field", "experiment"}
 _OPTIONAL_TEXTS = {"mlflow", "include_path", "store"}
 _TEXTS |= _OPTIONAL_TEXTS
 _CORPORA = {"calibration", "heldout"}

@@ -315,7 +315,9 @@ def test_utilities_that_are_all_the_same_are_predicted_everywhere(
         np.testing.assert_allclose(mean, value, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k == "ensemble")) for k in KINDS]
+)
 def test_every_kind_can_be_made_and_is_deterministic(kind, rng, monkeypatch):
     monkeypatch.setattr(PaperSurrogate, "EPOCHS", 10)
     masks = some_masks(6, 30, rng)

@@ -164,7 +164,7 @@ def handing_on(model: Any, mask_P: np.ndarray):
         ],
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_scores_are_those_of_the_model_with_layers_skipped(config, packed, tmp_path, rng):
     model = save_random(config(), tmp_path / "model", SEED)
     if config is rwkv:
