@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,8 @@ def test_what_stands_in_the_way_of_the_partial_folder_is_refused(kind, model_dir
 def test_the_current_folder_is_a_target_like_any_other(model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".lpserve-partial").mkdir()  # left by an export that was killed
-    report = export_checkpoint(model_dir("llama"), np.array([1, 4]), ".", verify=False)
+    removed: Any = np.array([1, 4])
+    report = export_checkpoint(model_dir("llama"), removed, ".", verify=False)
     assert report.removed == [1, 4]
     assert not (tmp_path / ".lpserve-partial").exists()
     assert (tmp_path / "config.json").exists()
