@@ -74,9 +74,8 @@ _LEAST = {
 }
 _MOST = 2**63 - 1
 _RAY_JOB_FOLDER = "/runtime_resources/working_dir_files/"
-_TEXTS = {"model", "engine", "device", "out", "text_field", "experiment"}
 _OPTIONAL_TEXTS = {"mlflow", "include_path", "store"}
-_TEXTS |= _OPTIONAL_TEXTS
+_TEXTS = {"model", "engine", "device", "out", "text_field", "experiment", *_OPTIONAL_TEXTS}
 _CORPORA = {"calibration", "heldout"}
 _OPTIONAL = ("max_removed", "round_size", "num_fewshot")
 

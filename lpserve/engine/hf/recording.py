@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from lpserve.errors import EngineError, first_line
+from lpserve.errors import EngineError, typed_first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,17 +150,23 @@ def _run(model: Any, tokens: torch.Tensor) -> None:
     Raises:
         EngineError: the model's own code fails.
     """
-    try:
+    with (
+        suppress(_Stop),
+        model_code(f"{type(model).__name__} fails on {list(tokens.shape)} tokens"),
+    ):
         model(input_ids=tokens, use_cache=False)
-    except _Stop:
-        return
-    except (EngineError, MemoryError, torch.OutOfMemoryError):
+
+
+@contextmanager
+def model_code(failure: str) -> Iterator[None]:
+    """Run a model's own code: whatever it raises, but for lack of memory, becomes an EngineError
+    that begins with `failure`."""
+    try:
+        yield
+    except (_Stop, EngineError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's code may raise
-        raise EngineError(
-            f"{type(model).__name__} fails on {list(tokens.shape)} tokens: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise EngineError(f"{failure}: {typed_first_line(error)}") from error
 
 
 def _kept(value: Any) -> Any:

@@ -32,6 +32,7 @@ from lpserve.engine.hf.recording import (
     hidden_of,
     layers_replaced,
     like_output,
+    model_code,
     record_around_layers,
     record_layers,
 )
@@ -237,17 +238,10 @@ class RecordedStack:
 
     def _tried(self, player: int, state: torch.Tensor) -> torch.Tensor:
         """One player; raises EngineError, with its number, for whatever the layer raises."""
-        try:
+        if self._compiled:  # `_compiling` tells what the compiler raises
             return self.run_player(player, state)
-        except (EngineError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever a layer's code may raise
-            if self._compiled:
-                raise
-            raise EngineError(
-                f"layer {player} of {self.name} cannot be run by itself: {type(error).__name__}: "
-                f"{first_line(error)}"
-            ) from error
+        with model_code(f"layer {player} of {self.name} cannot be run by itself"):
+            return self.run_player(player, state)
 
     def _check_first_states(self, embedded: torch.Tensor) -> None:
         """Every layer may be the first that runs: given the embedding, whose dtype may be another,

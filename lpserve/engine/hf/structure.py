@@ -16,10 +16,11 @@ from lpserve.engine.hf.recording import (
     Recording,
     Slot,
     hidden_of,
+    model_code,
     record_around_layers,
     record_layers,
 )
-from lpserve.errors import EngineError, first_line
+from lpserve.errors import EngineError
 
 
 def find_layers(
@@ -41,21 +42,16 @@ def find_layers(
         for module in {id(m): m for modules in lists.values() for m in modules}.values()
     ]
     try:
-        model(input_ids=tokens, use_cache=False)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a model's code may raise
-        raise EngineError(
-            f"{type(model).__name__} cannot read a text by itself: {type(error).__name__}: "
-            f"{first_line(error)}"
-        ) from error
+        with model_code(f"{type(model).__name__} cannot read a text by itself"):
+            model(input_ids=tokens, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     in_order = []
     for name, modules in lists.items():
         members = [id(m) for m in modules]
-        if [i for i in order if i in set(members)] == members:
+        own = set(members)
+        if [i for i in order if i in own] == members:
             in_order.append(name)
     # of nested lists (one part of each layer, say) the outermost drives the rest
     outermost = [n for n in in_order if not any(n.startswith(f"{o}.") for o in in_order)]
