@@ -7,14 +7,20 @@ touched.
 from __future__ import annotations
 
 import difflib
-import tomllib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
 
-from lpserve.errors import InputError, first_line
-from lpserve.plain import plain_value
+from msgspec import Meta
+
+from lpserve.errors import InputError
+from lpserve.inputs.documents import toml_value, yaml_value
+from lpserve.inputs.files import read_text
+from lpserve.inputs.plain import plain_value
+from lpserve.inputs.shapes import check_value
 from lpserve.redact import redact
 from lpserve.utility import TASK_UTILITIES, utility_named
 
@@ -53,79 +59,66 @@ CHANGEABLE = (
 """Keys that may differ when a run is resumed in its folder; another engine must play the same
 game."""
 
-_CHOICES = {
-    "pool": POOLS,
-    "dtype": DTYPES,
-    "surrogate": SURROGATES,
-    "goal": GOALS,
-}
-_LEAST = {
-    "num_windows": 1,
-    "heldout_windows": 1,
-    "screen_windows": 0,
-    "length": 2,
-    "budget": 1,
-    "engines": 1,
-    "max_removed": 1,
-    "round_size": 1,
-    "seed": 0,
-    "window_seed": 0,
-    "num_fewshot": 0,
-}
 _MOST = 2**63 - 1
 _RAY_JOB_FOLDER = "/runtime_resources/working_dir_files/"
-_OPTIONAL_TEXTS = {"mlflow", "include_path", "store"}
-_TEXTS = {"model", "engine", "device", "out", "text_field", "experiment", *_OPTIONAL_TEXTS}
 _CORPORA = {"calibration", "heldout"}
-_OPTIONAL = ("max_removed", "round_size", "num_fewshot")
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def _one_of(names: Iterable[str]) -> Meta:
+    pattern = "|".join(map(re.escape, names))
+    return Meta(pattern=f"^(?:{pattern})$", description=f"one of {', '.join(names)}")
+
+
+Pool = Annotated[str, _one_of(POOLS)]
+Dtype = Annotated[str, _one_of(DTYPES)]
+Goal = Annotated[str, _one_of(GOALS)]
+Text = Annotated[str, Meta(min_length=1, description="a text")]
+Seconds = Annotated[float, Meta(gt=0, description="seconds above 0")]
+Count = Annotated[int, Meta(ge=1, le=_MOST, description="a whole number, at least 1")]
+CountOr0 = Annotated[int, Meta(ge=0, le=_MOST, description="a whole number, at least 0")]
+Length = Annotated[int, Meta(ge=2, le=_MOST, description="a whole number, at least 2")]
+Share = Annotated[float, Meta(gt=0, lt=1, description="a number above 0 and below 1")]
+Width = Annotated[float, Meta(gt=0, le=1e300, description="a number above 0")]
+Sizes = Annotated[tuple[int, int], Meta(description="two whole numbers, k_min and k_max")]
+Options = Annotated[dict[str, Any], Meta(description="a table")]
+Switch = Annotated[bool, Meta(description="true or false")]
+Engines = Annotated[
+    Annotated[int, Meta(ge=1, le=_MOST)] | Literal["auto"],
+    Meta(description="a whole number, at least 1, or auto"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Which engines score: what a run, an evaluation and a comparison have in common."""
 
-    model: str
+    model: Text
     """Checkpoint folder."""
-    engine: str = "transformers"
-    pool: str = "local"
-    engines: int | str = 1
+    engine: Text = "transformers"
+    pool: Pool = "local"
+    engines: Engines = 1
     """How many, or `auto`: as many as the cluster can hold."""
-    dtype: str = "float32"
-    device: str = "auto"
-    engine_options: dict[str, Any] = field(default_factory=dict)
+    dtype: Dtype = "float32"
+    device: Text = "auto"
+    engine_options: Options = field(default_factory=dict)
     """Options of the engine kind, such as state_budget_mb; for vllm any argument of vllm.LLM."""
-    grace_s: float = 30.0
+    grace_s: Seconds = 30.0
     """Seconds that an interrupted job waits for scores in flight."""
-    progress_s: float = 10.0
+    progress_s: Seconds = 10.0
     """Seconds between progress lines outside a terminal."""
 
     def __post_init__(self) -> None:
-        """Makes every value plain, and checks keys that more than one kind of job has."""
+        """Makes every value plain, and checks it against the type of its key."""
         values = {f.name: plain_value(getattr(self, f.name), f.name) for f in fields(self)}
         for key in values.keys() & _CORPORA:
             values[key] = corpora(values[key], key)
+        kinds = _kinds(type(self))
         for key, value in values.items():
+            check_value(value, kinds[key], key)
             object.__setattr__(self, key, value)
-        for key in sorted(values.keys() & _CHOICES.keys()):
-            value, rule = values[key], f"one of {', '.join(_CHOICES[key])}"
-            _require(isinstance(value, str) and value in _CHOICES[key], key, value, rule)
-        for key in values.keys() & _LEAST.keys():
-            value, least = values[key], _LEAST[key]
-            if (value is None and key in _OPTIONAL) or (key == "engines" and value == "auto"):
-                continue
-            fits = type(value) is int and least <= value <= _MOST
-            _require(fits, key, value, f"a whole number, at least {least}")
-        for key in ("grace_s", "progress_s"):
-            value = values[key]
-            _require(_is_number(value) and value > 0, key, value, "seconds above 0")
-        for key in sorted(values.keys() & _TEXTS):
-            value = values[key]
-            if key in _OPTIONAL_TEXTS and value is None:
-                continue
-            _require(isinstance(value, str) and value != "", key, value, "a text")
-            if key in ("out", "store"):
+            if key in ("out", "store") and value is not None:
                 check_lasting(value, key)
-        _require(isinstance(self.engine_options, dict), "engine_options", "no table", "a table")
         local = self.pool == "local"
         _require(not local or self.engines == 1, "engines", self.engines, "1 with the local pool")
 
@@ -139,22 +132,21 @@ class WindowConfig(EngineConfig):
     .npz, or task:NAME, a task of lm-eval."""
     heldout: dict[str, str] = field(default_factory=dict)
     """The same for held-out windows; empty: the last fifth of the calibration texts."""
-    num_windows: int = 10
+    num_windows: Count = 10
     """Calibration windows of each text, questions of each task."""
-    heldout_windows: int = 64
+    heldout_windows: Count = 64
     """The same, held out."""
-    length: int = 128
+    length: Length = 128
     """Tokens of a text's window."""
-    bos: bool = False
+    bos: Switch = False
     """Begin every window with the tokenizer's BOS."""
-    text_field: str = "text"
+    text_field: Text = "text"
     """The field or column that holds the text of a record."""
-    window_seed: int = 0
+    window_seed: CountOr0 = 0
     """Seed of the windows."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(isinstance(self.bos, bool), "bos", self.bos, "true or false")
         _require(bool(self.calibration), "calibration", "nothing", "a text to calibrate on")
 
 
@@ -162,54 +154,51 @@ class WindowConfig(EngineConfig):
 class RunConfig(WindowConfig):
     """Everything a run depends on. Keys are the flags of `lpserve run`."""
 
-    include_path: str | None = None
+    include_path: Text | None = None
     """Folder of task files that lm-eval should know beside its own."""
-    num_fewshot: int | None = None
+    num_fewshot: CountOr0 | None = None
     """Examples before each question of a task; None: as the task says."""
-    screen_windows: int = 0
+    screen_windows: CountOr0 = 0
     """Sets that the search wants are scored on the first so many windows of each corpus, and on the
     others only while they may still be the best; 0: every mask on all windows."""
-    budget: int = 400
+    budget: Count = 400
     """Most masks scored on calibration windows."""
-    max_removed: int | None = None
+    max_removed: Count | None = None
     """Plans for 1..max_removed players; default: 3/8 of the layers."""
-    sizes: tuple[int, int] | None = None
+    sizes: Sizes | None = None
     """Shapley sizes (before the player joins); default (P - max_removed, P - 1)."""
-    utility: str = "neg_nll"
+    utility: Text = "neg_nll"
     """What a coalition is worth (`lpserve.utility.UTILITIES`); those of tasks need tasks to
     calibrate on."""
-    surrogate: str = "auto"
-    goal: str = "both"
+    surrogate: Text = "auto"
+    goal: Goal = "both"
     """What masks are chosen for: the `plan`, the `values` (then no set is searched), or `both`."""
-    round_size: int | None = None
+    round_size: Count | None = None
     """Masks of a round from the second on, at least; default: the number of players."""
-    stop_chance: float | None = None
+    stop_chance: Share | None = None
     """Stop before the budget once no unseen set has a higher probability than this of beating the
     plan by more than `stop_gain`."""
-    stop_gain: float = STOP_GAIN
+    stop_gain: Share = STOP_GAIN
     """Share of perplexity that `stop_chance` is about."""
-    stop_width: float | None = None
+    stop_width: Width | None = None
     """Stop before the budget once every value's 90% interval reaches at most this far to either
     side, in the utility's units. With `stop_chance`: once both hold."""
-    seed: int = 0
+    seed: CountOr0 = 0
     """Seed of the sampled masks."""
-    store: str | None = None
+    store: Text | None = None
     """Score store; default: scores.sqlite in the run folder."""
-    out: str = "run"
+    out: Text = "run"
     """Run folder."""
-    mlflow: str | None = None
+    mlflow: Text | None = None
     """Where MLflow tracks: a server's URL, or what else MLflow takes; None: nowhere."""
-    experiment: str = "lpserve"
+    experiment: Text = "lpserve"
     """MLflow's experiment."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         utility_named(self.utility)
-        for key, most in (("stop_chance", 1.0), ("stop_gain", 1.0), ("stop_width", float("inf"))):
-            value = getattr(self, key)
-            fits = _is_number(value) and 0 < value < most
-            above = f"a number above 0 and below {most:g}" if most == 1.0 else "a number above 0"
-            _require(fits or (value is None and key != "stop_gain"), key, value, above)
+        known = ", ".join(SURROGATES)
+        _require(self.surrogate in SURROGATES, "surrogate", self.surrogate, f"one of {known}")
         _require(
             self.surrogate != "paper" or self.utility == "ppl_ratio",
             "surrogate",
@@ -301,10 +290,7 @@ def config_from(values: Mapping[str, Any], source: str) -> RunConfig:
         if values.get(key) in (None, "", {}, []):
             raise InputError(f"{source}: {key} is missing (--{key})")
     merged = dict(values)
-    if merged.get("sizes") is not None:
-        sizes = merged["sizes"]
-        whole = isinstance(sizes, list | tuple) and [type(k) for k in sizes] == [int, int]
-        _require(whole, "sizes", sizes, "two whole numbers, k_min and k_max")
+    if isinstance(sizes := merged.get("sizes"), list):
         merged["sizes"] = tuple(sizes)
     return RunConfig(**merged)
 
@@ -337,27 +323,27 @@ def corpora(value: Any, key: str) -> dict[str, str]:
 
 
 def load_config_file(path: str | Path) -> dict[str, Any]:
-    """Keys and values of a TOML or YAML file, unchecked."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".toml":
-            values = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            import yaml
+    """Keys and values of a TOML or YAML file, unchecked; `-` in a key stands for `_`.
 
-            values = yaml.safe_load(text)
-        else:
-            raise InputError(f"config {path}: the name must end in .toml, .yaml or .yml")
-    except FileNotFoundError:
-        raise InputError(f"config {path.absolute()} does not exist") from None
-    except InputError:
-        raise
-    except Exception as error:  # each parser has its own kinds
-        raise InputError(f"config {path} cannot be read: {first_line(error)}") from None
+    Raises:
+        InputError: the file is missing, of another kind, too large, or cannot be parsed.
+    """
+    path = Path(path)
+    if path.suffix not in (".toml", ".yaml", ".yml"):
+        raise InputError(f"config {path}: the name must end in .toml, .yaml or .yml")
+    # a relative path is looked for where the process runs, in a Ray job the job's own folder
+    text = read_text(path.absolute(), most=MAX_CONFIG_BYTES)
+    parse = toml_value if path.suffix == ".toml" else yaml_value
+    values = parse(text, f"config {path}")
     if not isinstance(values, dict):
         raise InputError(f"config {path} must hold keys and values")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    plain: dict[str, Any] = {}
+    for name, value in values.items():
+        key = str(name).replace("-", "_")
+        if key in plain:
+            raise InputError(f"config {path}: {key!r} is given twice, with - and with _")
+        plain[key] = value
+    return plain
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:
@@ -379,8 +365,10 @@ def check_lasting(path: str, key: str) -> None:
         )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+@cache
+def _kinds(config: type) -> dict[str, Any]:
+    """Key -> the type of its values, with the rules that go with it."""
+    return get_type_hints(config, include_extras=True)
 
 
 def _require(holds: bool, key: str, value: Any, rule: str) -> None:

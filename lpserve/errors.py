@@ -36,6 +36,10 @@ class RunInterrupted(LpserveError):
     """A run was stopped by a signal; everything scored is kept."""
 
 
+class DataWarning(UserWarning):
+    """Something in the user's data was left out; its text is one line for the user."""
+
+
 def first_line(error: BaseException) -> str:
     """An exception's message as one line: its first line that is not blank, or else its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

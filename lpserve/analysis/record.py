@@ -6,16 +6,19 @@ Notation: M masks, P players, I items (windows of texts, or questions of tasks).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.analysis.resample import mean_nll, window_weights
-from lpserve.errors import InputError
+from lpserve.errors import InputError, first_line
+from lpserve.inputs.arrays import array_of, read_arrays
+from lpserve.inputs.documents import json_value
+from lpserve.inputs.shapes import converted
 from lpserve.store.files import write_npz
 from lpserve.types import BoolArray, FloatArray, IntArray, Player
 from lpserve.utility import Utility, UtilityView, utility_named
@@ -154,6 +157,15 @@ class RunRecord:
         return np.asarray(self.objective.of_mean(mean, full - mean), dtype=np.float64)
 
 
+_ARRAY_KINDS = {
+    **dict.fromkeys(("masks", "passed_by", "heldout_masks"), "b"),
+    **dict.fromkeys(("nll", "loss", "heldout_nll", "heldout_loss"), "f"),
+    **dict.fromkeys(("num_tokens", "heldout_num_tokens", "screen"), "iu"),
+    "sources": "U",
+}
+"""Array -> what it holds (`lpserve.inputs.arrays.KINDS`)."""
+
+
 def write_record_file(path: Path, record: RunRecord) -> None:
     """scores.npz: what `lpserve plan` decides from, without the store.
 
@@ -175,29 +187,71 @@ def write_record_file(path: Path, record: RunRecord) -> None:
 def read_record(run: str | Path) -> RunRecord:
     """The record of a finished run; raises InputError when the folder holds none."""
     path = Path(run) / "scores.npz"
+    source = f"{path} is no record of a run, or damaged"
+    missing = f"{run} holds no finished run; finish `lpserve run` first"
+    arrays = read_arrays(path, missing=missing)
+    about = _read_about(arrays, source)
+    values: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    hints = get_type_hints(RunRecord)
+    for one in fields(RunRecord):
+        key = one.metadata.get("key", one.name)
+        if one.metadata.get("about"):
+            if key in about:
+                values[one.name] = _field_read(one, about[key], hints[one.name], source)
+        elif key in arrays:
+            array_of(arrays, key, _ARRAY_KINDS[key], _axes(one.name), sizes, source)
+            values[one.name] = _field_read(one, arrays[key], None, source)
+        elif one.name == "loss_MI" and "nll_MI" in values:
+            values["loss_MI"] = values["nll_MI"]
+        if one.name not in values and one.default is MISSING:
+            raise InputError(f"{source}: it holds no {key}")
+    if "heldout_loss_MI" not in values and utility_named(about["utility"]).reports_perplexity:
+        values["heldout_loss_MI"] = values["heldout_nll_MI"]
+    record = RunRecord(**values)
+    _check_record(record, source)
+    return record
+
+
+def _read_about(arrays: Mapping[str, NDArray[Any]], source: str) -> dict[str, Any]:
+    text = array_of(arrays, "about", "U", "", {}, source)
+    about = json_value(str(text), source)
+    if not isinstance(about, dict):
+        raise InputError(f"{source}: it says nothing about the run")
+    return about
+
+
+def _field_read(one: Field[Any], held: Any, kind: Any, source: str) -> Any:
+    """A field as `scores.npz` holds it, read; `kind`: its type, if it is no array."""
     try:
-        with np.load(path, allow_pickle=False) as data:
-            about = json.loads(str(data["about"]))
-            arrays = {name: data[name] for name in data.files}
-        values: dict[str, Any] = {}
-        for one in fields(RunRecord):
-            held = about if one.metadata.get("about") else arrays
-            key = one.metadata.get("key", one.name)
-            if key in held:
-                values[one.name] = one.metadata["read"](held[key])
-            elif one.name == "loss_MI":
-                values["loss_MI"] = values["nll_MI"]
-            elif one.default is MISSING:
-                raise KeyError(key)
-        if "heldout_loss_MI" not in values and utility_named(about["utility"]).reports_perplexity:
-            values["heldout_loss_MI"] = values["heldout_nll_MI"]
-        return RunRecord(**values)
-    except FileNotFoundError:
-        raise InputError(
-            f"{run} holds no finished run (no scores.npz): finish `lpserve run` first"
-        ) from None
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({error}); run `lpserve run` again") from None
+        value = one.metadata["read"](held)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{source}: {one.name}: {first_line(error)}") from None
+    return value if kind is None else converted(value, kind, f"{source}: {one.name}")
+
+
+def _axes(name: str) -> str:
+    """The axes of an array, from its field's suffix; held-out ones are in lower case, since they
+    have other lengths."""
+    plain = {"sources": "M", "screen": "S"}
+    axes = plain.get(name) or {"pruned_MP": "RP"}.get(name) or name.rpartition("_")[2]
+    return axes.lower().replace("p", "P") if name.startswith("heldout") else axes
+
+
+def _check_record(record: RunRecord, source: str) -> None:
+    """Raise InputError where a record's parts are not of one run."""
+    utility_named(record.utility)
+    masks_MP, items = record.masks_MP, len(record.num_tokens_I)
+    contradictions = {
+        "players": masks_MP.shape[1] != record.num_players,
+        "corpora": sum(record.corpus_sizes) != items,
+        "screen": any(not 0 <= item < items for item in record.screen),
+        "num_tokens": bool((record.num_tokens_I < 1).any()),
+        "masks": not len(masks_MP) or not masks_MP[0].all(),
+        "max_removed": not 0 < record.max_removed < record.num_players,
+    }
+    if wrong := [name for name, holds in contradictions.items() if holds]:
+        raise InputError(f"{source}: {wrong[0]} contradict the other parts of it")
 
 
 def heldout_losses(record: RunRecord) -> tuple[NDArray[np.float32], Utility]:

@@ -14,6 +14,7 @@ import select
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,14 @@ from lpserve.cli.run import add_run
 from lpserve.cli.scores import add_scores
 from lpserve.cli.speed import add_speed
 from lpserve.cli.sweep import add_sweep
-from lpserve.errors import InputError, LpserveError, RunInterrupted, first_line, typed_first_line
+from lpserve.errors import (
+    DataWarning,
+    InputError,
+    LpserveError,
+    RunInterrupted,
+    first_line,
+    typed_first_line,
+)
 from lpserve.redact import redact
 
 COMMANDS: tuple[Callable[[Any], None], ...] = (
@@ -46,6 +54,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = make_parser().parse_args(argv)
+    warnings.showwarning = _show_warning
     try:
         code = int(arguments.run(arguments) or 0)
         sys.stdout.flush()
@@ -76,6 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """What was left out of the user's data is told as errors are; other warnings as Python does."""
+    if issubclass(category, DataWarning):
+        print(f"lpserve: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, *place[:2]), end="", file=sys.stderr)
 
 
 def _output_is_closed() -> bool:

@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import lzma
-import stat
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from lpserve.errors import InputError, first_line
-from lpserve.utf8 import decoded
+from lpserve.errors import DataWarning, InputError, first_line
+from lpserve.inputs.documents import json_value
+from lpserve.inputs.files import decoded, read_bytes, reason_of
 
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 _RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -37,6 +38,10 @@ _NO_TEXT = {
 GROWTH, ALLOWED_BYTES = 100, 64 << 20
 """A file may grow to this many times its size, or to this many bytes, whichever is more: text
 compresses to a tenth, and a file that grows further is made to fill the memory."""
+MOST_TEXT_BYTES = 4 << 30
+"""Of one file: its tokens take eight times the memory."""
+_MOST_ROWS = 1 << 20
+"""Rows that a table of any size may say it has, beside one for each of its bytes."""
 _LOOKED_AT = 3
 """Lines that must all be JSON objects for a file to be taken for JSON lines."""
 
@@ -55,17 +60,12 @@ def read_text(path: Path, *, field: str, name: str) -> str:
     try:
         if path.is_dir():
             return "\n\n".join(read_text(p, field=field, name=name) for p in _one_kind(path))
-        _check_regular(path)
-        return _text_of(path, field)
-    except FileNotFoundError:
-        raise InputError(f"corpus {name!r}: {path} does not exist") from None
+        return _text_of(path, field, name)
     except InputError as error:
         prefix = f"corpus {name!r}: "
         raise InputError(f"{prefix}{str(error).removeprefix(prefix)}") from None
     except OSError as error:
-        raise InputError(
-            f"corpus {name!r}: {path} cannot be read: {error.strerror or first_line(error)}"
-        ) from None
+        raise InputError(f"corpus {name!r}: {path} cannot be read: {reason_of(error)}") from None
 
 
 def kind_of(path: Path) -> str:
@@ -90,25 +90,33 @@ def _one_kind(folder: Path) -> list[Path]:
     return files
 
 
-def _check_regular(path: Path) -> None:
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise InputError(f"{path} is no regular file: it may have no end")
-
-
-def _text_of(path: Path, field: str) -> str:
+def _text_of(path: Path, field: str, name: str) -> str:
     kind = kind_of(path)
     if kind in _NO_TEXT:
         raise InputError(f"{path} is {_NO_TEXT[kind]}, not a text; give a text, or .npz windows")
     if kind == ".parquet":
-        return "\n\n".join(_parquet_texts(path, field))
+        return _joined(_parquet_texts(path, field), path, name)
     text = _decoded(path)
     if kind in (".csv", ".tsv"):
-        return "\n\n".join(_csv_texts(path, text, field, "\t" if kind == ".tsv" else ","))
+        delimiter = "\t" if kind == ".tsv" else ","
+        return _joined(_csv_texts(path, text, field, delimiter), path, name)
     if kind in _RECORDS:
-        return "\n\n".join(_json_texts(path, text, field))
+        return _joined(_json_texts(path, text, field), path, name)
     if _looks_like_json_lines(text):
         raise InputError(f"{path} holds JSON lines: name it .jsonl, or they are scored as text")
     return text
+
+
+def _joined(texts: Iterator[str | None], path: Path, name: str) -> str:
+    """Records' texts as one; those without a text (null) are left out, and their number is told."""
+    listed = list(texts)
+    found = [text for text in listed if text is not None]
+    if not found:
+        raise InputError(f"{path} holds no text: {len(listed)} records, all null")
+    if nulls := len(listed) - len(found):
+        told = f"corpus {name!r}: {path}: left out {nulls} of {len(listed)} records, which are null"
+        warnings.warn(told, DataWarning, stacklevel=2)
+    return "\n\n".join(found)
 
 
 # -- bytes -------------------------------------------------------------------------------------
@@ -124,15 +132,16 @@ def _decoded(path: Path) -> str:
 def _bytes_of(path: Path) -> bytes:
     """A file's bytes, decompressed as its suffix says; InputError where they are too many."""
     method = _COMPRESSED.get(path.suffix.lower())
+    stored = read_bytes(path, most=MOST_TEXT_BYTES)
     if method is None:
-        return path.read_bytes()
-    limit = max(ALLOWED_BYTES, GROWTH * path.stat().st_size)
+        return stored
+    limit = min(max(ALLOWED_BYTES, GROWTH * len(stored)), MOST_TEXT_BYTES)
     try:
         if method == "xz":
-            with lzma.open(path) as file:
+            with lzma.open(io.BytesIO(stored)) as file:
                 data = file.read(limit + 1)
         else:
-            with pa.input_stream(str(path), compression=method) as stream:
+            with pa.input_stream(pa.py_buffer(stored), compression=method) as stream:
                 data = stream.read(limit + 1)
     except (lzma.LZMAError, EOFError, pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be decompressed: {first_line(error)}") from None
@@ -156,22 +165,32 @@ def _json_or_none(text: str) -> Any:
         return None
 
 
-def _json_texts(path: Path, text: str, field: str) -> Iterator[str]:
-    """Texts of JSON lines, or of one JSON array of records or of texts."""
-    whole = _json_or_none(text) if text.lstrip().startswith("[") else None
+def _json_texts(path: Path, text: str, field: str) -> Iterator[str | None]:
+    """Texts of JSON lines, of one JSON array of records or of texts, or of one record."""
+    whole = _json_or_none(text) if text.lstrip()[:1] in ("[", "{") else None
+    if isinstance(whole, dict) and "\n" in text.strip():  # on one line it is a line
+        whole = [whole]
     if isinstance(whole, list):
         for number, record in enumerate(whole, start=1):
-            value = record if isinstance(record, str) else _value(record, field)
-            yield _checked(value, record, field, f"{path} record {number}")
+            where = f"{path} record {number}"
+            yield (
+                _checked(record, None, field, where)
+                if isinstance(record, str)
+                else _value(record, field, where)
+            )
         return
     for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold U+2028
         if line.strip():
-            record = _json_or_none(line)
-            yield _checked(_value(record, field), record, field, f"{path} line {number}")
+            where = f"{path} line {number}"
+            yield _value(json_value(line, where, repeats=True), field, where)
 
 
-def _value(record: Any, field: str) -> Any:
-    return record.get(field) if isinstance(record, dict) else None
+def _value(record: Any, field: str, where: str) -> str | None:
+    """A record's text; None where the record or its text is null."""
+    if record is None or (isinstance(record, dict) and field in record and record[field] is None):
+        return None
+    value = record.get(field) if isinstance(record, dict) else None
+    return _checked(value, record, field, where)
 
 
 def _checked(value: Any, record: Any, field: str, where: str) -> str:
@@ -191,7 +210,7 @@ def _checked(value: Any, record: Any, field: str, where: str) -> str:
     return value
 
 
-def _csv_texts(path: Path, text: str, field: str, delimiter: str) -> Iterator[str]:
+def _csv_texts(path: Path, text: str, field: str, delimiter: str) -> Iterator[str | None]:
     """Texts of a table's column, which its first line names."""
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -206,11 +225,14 @@ def _csv_texts(path: Path, text: str, field: str, delimiter: str) -> Iterator[st
         raise InputError(f"{path} line {rows.line_num}: {error}") from None
 
 
-def _parquet_texts(path: Path, field: str) -> Iterator[str]:
+def _parquet_texts(path: Path, field: str) -> Iterator[str | None]:
     """Texts of a table's column, read a batch after the other."""
-    limit = max(ALLOWED_BYTES, GROWTH * path.stat().st_size)
+    data = read_bytes(path, most=MOST_TEXT_BYTES)
+    limit = max(ALLOWED_BYTES, GROWTH * len(data))
     try:
-        with parquet.ParquetFile(path) as table:
+        with parquet.ParquetFile(pa.BufferReader(data)) as table:
+            if table.metadata.num_rows > max(_MOST_ROWS, len(data)):
+                raise InputError(f"{path} says it has {table.metadata.num_rows:,} rows: too many")
             columns = table.schema_arrow.names
             if field not in columns:
                 raise InputError(
@@ -220,6 +242,9 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str]:
             for batch in table.iter_batches(batch_size=1024, columns=[field]):
                 for value in batch.column(0).to_pylist():
                     row += 1
+                    if value is None:
+                        yield None
+                        continue
                     text = _checked(value, None, field, f"{path} row {row}")
                     used += len(text) + 2
                     if used > limit:

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from lpserve.data.text_files import read_text
 from lpserve.data.tokenizer import load_tokenizer
-from lpserve.errors import InputError, first_line
+from lpserve.errors import InputError
+from lpserve.inputs.arrays import read_arrays
 from lpserve.types import BoolArray, IntArray
 
 HELDOUT_SHARE = 0.2
@@ -156,14 +157,9 @@ class TokenWindows:
     def from_npz(cls, path: str | Path, *, name: str = "tokens") -> TokenWindows:
         """All windows of an `.npz` with `tokens` [N, T] and, if given, `scored` bool [N, T]."""
         try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
-                arrays = {key: data[key] for key in data.files}
-        except FileNotFoundError:
-            raise InputError(f"corpus {name!r}: {path} does not exist") from None
-        except Exception as error:  # numpy, zipfile and zlib each raise kinds of their own
-            raise InputError(
-                f"corpus {name!r}: {path} is not an .npz file: {first_line(error)}"
-            ) from None
+            arrays = read_arrays(Path(path))
+        except InputError as error:
+            raise InputError(f"corpus {name!r}: {error}") from None
         if "tokens" not in arrays:
             raise InputError(f"corpus {name!r}: {path} has no array named 'tokens'")
         return cls.from_tokens(arrays["tokens"], arrays.get("scored"), name=name)

@@ -12,9 +12,8 @@ Only `data.tasks`, `data.task_requests` and this folder import lm-eval.
 from __future__ import annotations
 
 import atexit
-import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +35,8 @@ from lpserve.data.tokenizer import load_tokenizer
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Generates
 from lpserve.errors import EngineError, InputError
+from lpserve.inputs.documents import read_json_object
+from lpserve.inputs.files import is_there
 from lpserve.plan.layer_sets import full_model, layer_set
 from lpserve.plan.set_files import read_sets
 from lpserve.runner.setup import num_players_of
@@ -216,8 +217,8 @@ def end_ids(tokenizer: Any) -> list[int]:
     """Tokens that end a text: the tokenizer's, and those of the model's generation config."""
     ids = [tokenizer.eos_token_id]
     path = Path(str(tokenizer.name_or_path)) / "generation_config.json"
-    with suppress(OSError, ValueError):
-        more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", [])
+    if is_there(path):
+        more = read_json_object(path, repeats=True).get("eos_token_id", [])
         ids += more if isinstance(more, list) else [more]
     return sorted({token for token in ids if isinstance(token, int)})
 

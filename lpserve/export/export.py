@@ -37,6 +37,7 @@ from lpserve.model.content_hash import checkpoint_hash
 from lpserve.model.players import players_from, removed_layers
 from lpserve.plan.plan import load_plan
 from lpserve.store.files import make_folder, space_checked, write_text
+from lpserve.store.run_folder import read_run_config
 from lpserve.types import FloatArray, Player
 
 PARTIAL_NAME = ".lpserve-partial"
@@ -198,9 +199,8 @@ def export_run(
             f"the plan is for another model: {source} has content {found[:16]}, the plan "
             f"{plan.model_hash[:16]}, the run {scored.model_hash[:16]}"
         )
-    with np.load(folder / "windows.npz", allow_pickle=False) as data:
-        windows = TokenWindows.from_tokens(data["tokens"], data["scored"], name="calibration")
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    windows = TokenWindows.from_npz(folder / "windows.npz", name="calibration")
+    stored = read_run_config(folder / "config.json")
     row = np.flatnonzero((scored.masks_MP == without(scored.num_players, removed)).all(axis=1))
     return export_checkpoint(
         source,

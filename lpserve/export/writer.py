@@ -13,10 +13,11 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lpserve.errors import ExportError, InputError
+from lpserve.errors import ExportError
 from lpserve.export.mergekit import RECIPE_NAME, mergekit_yaml
 from lpserve.export.pruned_config import PrunedConfig
 from lpserve.export.quantization import FILES, renumbered
+from lpserve.inputs.documents import read_json
 from lpserve.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorEntry
 from lpserve.store.files import space_checked, write_text, write_whole
 
@@ -153,7 +154,4 @@ def _copy_small_files(source: Path, folder: Path, pruned: PrunedConfig) -> list[
 
 
 def _read_settings(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error}); correct or remove it") from None
+    return read_json(path, repeats=True)

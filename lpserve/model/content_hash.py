@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError
+from lpserve.inputs.documents import read_json
 from lpserve.model.checkpoint import Checkpoint, TensorEntry
 
 PIECE_BYTES = 32 << 20
@@ -201,12 +202,12 @@ def _cache_file(state: Mapping[str, Any]) -> Path:
 def _cached(state: Mapping[str, Any], entries: Sequence[TensorEntry]) -> dict[str, str] | None:
     """What the cache holds for a file in this state; None where it holds nothing that fits."""
     try:
-        held = json.loads(_cache_file(state).read_text(encoding="utf-8"))
+        held = read_json(_cache_file(state))
         digests = held["digests"]
         fits = held["state"] == state and digests.keys() == {entry.name for entry in entries}
         if not fits or any(len(bytes.fromhex(digest)) != 32 for digest in digests.values()):
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return dict(digests)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpserve.errors import InputError
+from lpserve.inputs.shapes import converted
 from lpserve.types import Player
 
 FULL_LAYER = "layer"
@@ -28,13 +29,7 @@ def players_from(rows: Sequence[Mapping[str, Any]]) -> tuple[Player, ...]:
     Raises:
         InputError: a player is not of that form.
     """
-    try:
-        return tuple(
-            Player(index=row["index"], layer=row["layer"], part=row.get("part", FULL_LAYER))
-            for row in rows
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the plan's players cannot be read ({error})") from None
+    return converted(rows, tuple[Player, ...], "the plan's players cannot be read")
 
 
 def removed_layers(players: Sequence[Player], removed: Sequence[int]) -> list[int]:

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError
+from lpserve.inputs.documents import read_json_object, shown
+from lpserve.inputs.shapes import check_names, converted
+from lpserve.model.players import players_from
 from lpserve.utility import utility_named
 
 PLAN_FORMAT = 1
@@ -133,26 +136,32 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         InputError: the file is missing, is not a plan, or has another format version.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if data["format"] != PLAN_FORMAT:
+    data = read_json_object(Path(path), missing="finish `lpserve run` first")
+    if "format" not in data:
+        raise InputError(f"{path} is not an lpserve plan: it names no format")
+    if data["format"] != PLAN_FORMAT:
+        raise InputError(
+            f"{path} has plan format {shown(data['format'])}; this lpserve reads {PLAN_FORMAT}"
+        )
+    check_names(data, Plan, str(path))
+    plan = converted(data, Plan, f"{path} is not an lpserve plan")
+    for given in data["plans"]:
+        check_names(given, PlanEntry, str(path))
+    _check_content(plan, str(path))
+    return plan
+
+
+def _check_content(plan: Plan, source: str) -> None:
+    """Raise InputError where a plan of the right shape contradicts itself."""
+    utility_named(plan.utility)
+    indices = [player.index for player in players_from(plan.players)]
+    if indices != list(range(plan.num_players)):
+        raise InputError(f"{source}: players must be numbered 0 to {plan.num_players - 1}")
+    for entry in plan.plans:
+        wrong = (
+            len(set(entry.removed)) != entry.num_removed or len(entry.removed) != entry.num_removed
+        )
+        if wrong or not set(entry.removed) <= set(indices):
             raise InputError(
-                f"{path} has plan format {data['format']}; this lpserve reads {PLAN_FORMAT}"
+                f"{source}: the entry for {entry.num_removed} removed lists {entry.removed}"
             )
-        entries = [
-            PlanEntry(
-                **{
-                    **e,
-                    "candidates": [Candidate(**c) for c in e["candidates"]],
-                    "unseen": Unseen(**e["unseen"]) if e.get("unseen") else None,
-                }
-            )
-            for e in data.pop("plans")
-        ]
-        return Plan(**data, plans=entries)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: run `lpserve run` first") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not an lpserve plan ({error})") from None

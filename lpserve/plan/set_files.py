@@ -10,19 +10,19 @@ Every layer is one player: a plan whose players are parts of layers is refused.
 
 from __future__ import annotations
 
-import json
 import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError, first_line
+from lpserve.inputs.documents import json_value, yaml_value
+from lpserve.inputs.files import read_text
 from lpserve.model.architecture import read_architecture
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.players import players_from, removed_layers
 from lpserve.plan.layer_sets import LayerSet, layer_set, set_name
 from lpserve.plan.plan import load_plan
-from lpserve.utf8 import decoded
 
 _DROPPED = {
     frozenset(["none"]): "none",
@@ -56,7 +56,7 @@ def read_sets(path: str | Path, num_players: int, model_hash: str | None = None)
     path = Path(path)
     if path.is_dir():
         path = path / "plan.json"
-    text = _read(path)
+    text = read_text(path)
     if path.suffix == ".json":
         return _from_json(path, text, num_players, model_hash)
     if path.suffix in (".yaml", ".yml"):
@@ -67,25 +67,13 @@ def read_sets(path: str | Path, num_players: int, model_hash: str | None = None)
     return _from_lists(text, num_players, str(path))
 
 
-def _read(path: Path) -> str:
-    try:
-        return decoded(path.read_bytes(), path)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from None
-
-
 def _words(line: str) -> frozenset[str]:
     return frozenset(word.strip() for word in line.lower().split("+"))
 
 
 def _from_json(path: Path, text: str, num_players: int, model_hash: str | None) -> list[LayerSet]:
     """The sets of a plan, of an object name -> numbers, of a list of lists, or of one list."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    data = json_value(text, str(path))
     if isinstance(data, dict) and "plans" in data:
         plan = load_plan(path)
         players = players_from(plan.players)
@@ -152,15 +140,13 @@ def _from_drop_words(dropped: list[str | None], num_players: int, path: Path) ->
 
 def _from_mergekit(text: str, num_players: int, source: str) -> LayerSet:
     """The layers that the slices of a mergekit recipe leave out."""
-    import yaml
-
+    recipe = yaml_value(text, source)
     try:
-        recipe = yaml.safe_load(text)
         parts = [only for part in recipe["slices"] for (only,) in [part["sources"]]]
         models = {str(part["model"]) for part in parts}
         ranges = [tuple(map(int, part["layer_range"])) for part in parts]
         kept = [layer for low, high in ranges for layer in range(low, high)]
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         reason = first_line(error)
         raise InputError(
             f"{source} is no mergekit recipe of slices of one model each ({reason})"

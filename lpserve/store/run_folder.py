@@ -12,15 +12,52 @@ import os
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from lpserve.config import CHANGEABLE
 from lpserve.errors import InputError
+from lpserve.inputs.documents import read_json_object
+from lpserve.inputs.files import is_there
+from lpserve.inputs.shapes import converted
 from lpserve.store.files import make_folder, open_unlinked, space_checked, write_text
 from lpserve.store.filesystem import is_shared
 from lpserve.store.lock import PathLock
 
 CONFIG_FORMAT = 1
+
+
+class _Windows(TypedDict):
+    calibration: str
+    heldout: str
+
+
+class _Engine(TypedDict):
+    kind: str
+    path: str
+    dtype: str
+    path_reason: NotRequired[str]
+    settings: NotRequired[dict[str, Any]]
+
+
+class _RunConfigFile(TypedDict):
+    """What is read of a run's config.json (`lpserve.runner.manifest.described` writes it)."""
+
+    format: int
+    config: dict[str, Any]
+    model_hash: str
+    game: str
+    windows: _Windows
+    engine: _Engine
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """The content of a run's config.json; raises InputError where it is none."""
+    stored = read_json_object(path)
+    wrong = f"{path} is no config of a run; choose another --out"
+    converted(stored, _RunConfigFile, wrong)
+    if stored["format"] != CONFIG_FORMAT:
+        raise InputError(f"{wrong}: its format is {stored['format']}, not {CONFIG_FORMAT}")
+    return stored
 
 
 class RunFolder:
@@ -41,19 +78,9 @@ class RunFolder:
         self._lock = PathLock(self.path / "run", holder=f"a run in {self.path}")
 
     def read_config(self) -> dict[str, Any] | None:
-        """What an earlier run wrote to config.json, or None."""
+        """What an earlier run wrote to config.json, or None; see `read_run_config`."""
         path = self.path / "config.json"
-        if not path.exists():
-            return None
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["format"] != CONFIG_FORMAT or not isinstance(stored["config"], dict):
-                raise ValueError("unknown format")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} is not a run's config ({error}); choose another --out"
-            ) from None
-        return stored
+        return read_run_config(path) if is_there(path) else None
 
     def check_same_config(
         self, stored: dict[str, Any], config: dict[str, Any], ignore: Collection[str] = ()

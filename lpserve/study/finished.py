@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lpserve.data.items import ItemSet
+from lpserve.inputs.documents import read_json
 from lpserve.runner.run import RunResult
 from lpserve.store.files import write_text
 from lpserve.study.study import Point, Study
@@ -141,7 +142,7 @@ def read_finished(
     """
     path = Path(point.config.out) / "point.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         calibration, heldout = windows.of(point.config)
         same = {
             "format": POINT_FORMAT,
@@ -162,5 +163,5 @@ def read_finished(
                 k: record[k] for k in ("masks", "scores", "scores_new", "layer_forwards", "seconds")
             },
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from lpserve.runner.setup import check_model
 from lpserve.study.study import DIMENSIONS, Point, Study, placed_point
 
 MASKS = ("shared", "own")
+MAX_POINTS = 10_000
+"""Of one study; each has a run folder and rows in the study's tables."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +69,9 @@ def study_of(values: Mapping[str, Any], source: str) -> Study:
     file = _StudyFile(
         source=source, values=values, texts=base.calibration, names=names, masks=masks, out=out
     )
+    planned_points = sum(math.prod(map(len, table.values())) for table in levels)
+    if planned_points > MAX_POINTS:
+        raise InputError(f"{source}: sweep has {planned_points:,} points, {MAX_POINTS:,} at most")
     for table in levels:
         for combination in itertools.product(*(named.items() for named in table.values())):
             chosen = dict(zip(table, combination, strict=True))

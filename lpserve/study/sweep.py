@@ -8,7 +8,6 @@ the others finish. The scores of all points are in one store, in parts that no t
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from lpserve.scoring.session import ScoringSession
 from lpserve.scoring.signals import Signals, trap_signals
 from lpserve.store.files import make_folder, write_text
 from lpserve.store.lock import PathLock
+from lpserve.store.run_folder import read_run_config
 from lpserve.store.store import Store
 from lpserve.study.finished import Finished, SweepResult, read_finished, write_finished
 from lpserve.study.study import Family, Point, Study
@@ -192,7 +192,7 @@ class _Sweep:
             path, other = run.folder / "config.json", run.point.config
             same = (other.model, other.dtype) == (config.model, config.dtype)
             if same and not run.failed and path.exists():
-                return json.loads(path.read_text(encoding="utf-8"))
+                return read_run_config(path)
         return None
 
     def _add(self, run: Finished) -> Finished:

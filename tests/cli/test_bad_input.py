@@ -107,7 +107,7 @@ def test_unknown_config_keys_are_refused_with_the_nearest_one(tmp_path, capsys):
 def test_a_broken_config_file_is_refused(tmp_path, capsys):
     path = tmp_path / "a.toml"
     path.write_text("budget = = 5")
-    assert "cannot be read" in refused(capsys, tmp_path, "run", "--config", str(path))
+    assert "is no TOML" in refused(capsys, tmp_path, "run", "--config", str(path))
     assert "does not exist" in refused(
         capsys, tmp_path, "run", "--config", str(tmp_path / "b.toml")
     )
@@ -151,7 +151,7 @@ def test_missing_and_corrupt_shards_are_refused(tmp_path, capsys):
         assert "corrupt" in line
         assert shards[1].name in line
     (model / "model.safetensors.index.json").write_text("{")
-    assert "cannot be read" in refused(capsys, tmp_path, *run_flags(tmp_path, model=model))
+    assert "is no JSON" in refused(capsys, tmp_path, *run_flags(tmp_path, model=model))
 
 
 def test_a_folder_without_weights_or_config_is_refused(tmp_path, capsys):
@@ -162,7 +162,9 @@ def test_a_folder_without_weights_or_config_is_refused(tmp_path, capsys):
         capsys, tmp_path, *run_flags(tmp_path, model=model)
     )
     (model / "config.json").unlink()
-    assert "config.json is missing" in refused(capsys, tmp_path, *run_flags(tmp_path, model=model))
+    assert "config.json does not exist" in refused(
+        capsys, tmp_path, *run_flags(tmp_path, model=model)
+    )
 
 
 @pytest.mark.thorough

@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from lpserve.data.text_files import read_text
-from lpserve.errors import InputError
+from lpserve.errors import DataWarning, InputError
 
 DOCUMENTS = ["One line.", 'Two\nlines, "quoted".', "A café\u2028and a separator", "=1+1"]
 JOINED = "\n\n".join(DOCUMENTS)
@@ -116,12 +116,12 @@ REFUSED = [
         json.dumps(SHAREGPT).encode(),
         "record 1 has no text field 'text'; its fields are conversations",
     ),
-    ("a.json", b"{", "line 1 has no text field"),
-    ("a.json", b"[" * 100_000, "line 1 has no text field"),
+    ("a.json", b"{", "line 1 is no JSON: "),
+    ("a.json", b"[" * 100_000, "line 1 is nested more than 100 deep"),
     (
         "a.jsonl",
-        b'{"text": "a"}\n{"text": null, "url": 1}',
-        "line 2 has no text field 'text'; its fields are text, url",
+        b'{"text": "a"}\n{"body": null, "url": 1}',
+        "line 2 has no text field 'text'; its fields are body, url",
     ),
     ("a.jsonl", b'{"text": "a \\ud83d b"}', "line 1: the text holds half of a surrogate pair"),
     ("a.jsonl", b'[{"text": "a \\ud83d b"}]', "record 1: the text holds half of a surrogate pair"),
@@ -130,7 +130,8 @@ REFUSED = [
     ("a.csv", b'text,b\n"a,2\n', "line"),
     ("a.parquet", b"PAR1", "cannot be read as Parquet"),
     ("a.parquet", parquet_bytes([{"body": "a"}]), "has no column 'text'; its columns are body"),
-    ("a.parquet", parquet_bytes([{"text": "a"}, {"text": None}]), "row 2 has no text field"),
+    ("a.parquet", parquet_bytes([{"text": "a"}, {"text": [1]}][1:]), "row 1 has no text field"),
+    ("a.jsonl", b'null\n{"text": null}\n', "holds no text: 2 records, all null"),
     ("a.txt.gz", b"no gzip", "cannot be decompressed"),
     ("a.txt.zst", b"no zstd", "cannot be decompressed"),
     ("a.txt.xz", b"no xz", "cannot be decompressed"),
@@ -169,14 +170,35 @@ def test_what_has_no_end_is_refused(tmp_path):
             read_text(path, field="text", name="c")
 
 
-def test_a_table_of_few_bytes_that_grows_is_refused(tmp_path):
-    """Equal texts are kept once: 2 million rows of 64 characters in some kilobytes."""
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * (2 << 20), pa.int32()), ["a" * 64])
+@pytest.mark.parametrize(
+    ("rows", "text", "told"),
+    [
+        (2 << 20, "a", "says it has 2,097,152 rows"),
+        (1 << 19, "a" * 200, "grows to more than 100 times its size"),
+    ],
+)
+def test_a_table_of_few_bytes_that_grows_is_refused(rows, text, told, tmp_path):
+    """Equal texts are kept once: many rows take some kilobytes."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), [text])
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": column}), path)
     assert path.stat().st_size < 1 << 16
-    with pytest.raises(InputError, match="grows to more than 100 times its size"):
+    with pytest.raises(InputError, match=told):
         read_text(path, field="text", name="c")
+
+
+NULLS = {
+    "a.jsonl": b'{"text": "one"}\nnull\n{"text": null}\n{"text": "two"}\n',
+    "a.json": b'[{"text": "one"}, null, {"text": null}, {"text": "two"}]',
+    "a.parquet": parquet_bytes([{"text": t} for t in ("one", None, None, "two")]),
+}
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_records_that_are_null_are_left_out_and_counted(name, tmp_path):
+    (tmp_path / name).write_bytes(NULLS[name])
+    with pytest.warns(DataWarning, match=f"corpus 'c': .*{name}: left out 2 of 4 records"):
+        assert read_text(tmp_path / name, field="text", name="c") == "one\n\ntwo"
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

@@ -295,16 +295,16 @@ def lacking(name: str) -> str:
         (lacking("format"), "not an lpserve plan"),
         (lacking("plans"), "not an lpserve plan"),
         (lacking("model_hash"), "not an lpserve plan"),
-        (changed(colour="red"), "not an lpserve plan"),
+        (changed(colour="red"), "unknown key 'colour'"),
         (changed(plans=None), "not an lpserve plan"),
         (changed(plans=[{"num_removed": 1}]), "not an lpserve plan"),
         (changed(plans=["one"]), "not an lpserve plan"),
-        ("[]", "not an lpserve plan"),
-        ("null", "not an lpserve plan"),
-        ('"plan"', "not an lpserve plan"),
-        ("", "not an lpserve plan"),
-        (some_plan().to_json()[:-20], "not an lpserve plan"),
-        (b"\xff\xfe\x00", "not an lpserve plan"),
+        ("[]", "no JSON object"),
+        ("null", "no JSON object"),
+        ('"plan"', "no JSON object"),
+        ("", "is no JSON"),
+        (some_plan().to_json()[:-20], "is no JSON"),
+        (b"\xff\xfe\x00", "is UTF-16"),
     ],
 )
 def test_what_is_no_plan_is_refused(content, message, tmp_path):
@@ -318,7 +318,7 @@ def test_what_is_no_plan_is_refused(content, message, tmp_path):
 def test_a_missing_plan_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load_plan(tmp_path / "plan.json")
-    with pytest.raises(InputError, match="not an lpserve plan"):
+    with pytest.raises(InputError, match="is a folder, not a file"):
         load_plan(tmp_path)
 
 

@@ -154,7 +154,7 @@ def test_windows_come_in_parts_that_points_have_whole_or_not_at_all(tmp_path, rn
         ({"sweep": {"model": ["nowhere"]}}, "nowhere"),
         ({"masks": "mine"}, "masks must be one of shared, own"),
         ({"removed": [3]}, "removed asks for 3 layers, points plan 2"),
-        ({"sweep": {"utility": [5, None]}}, "utility must be one of"),
+        ({"sweep": {"utility": [5, None]}}, "utility must be a text: got 5"),
         ({"sweep": {"calibration": {"x": [["sherlock"]]}}}, "mixture 'x' must be a list"),
         ({"removed": [0]}, "removed must be numbers of layers"),
         ({"removed": "2"}, "removed must be numbers of layers"),

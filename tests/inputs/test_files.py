@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lpserve.errors import InputError
-from lpserve.utf8 import decoded
+from lpserve.inputs.files import decoded
 
 TEXT = "a café\u2028and more"
 

@@ -10,7 +10,7 @@ import pytest
 
 from lpserve.config import RunConfig, config_from
 from lpserve.errors import InputError
-from lpserve.plain import plain_value
+from lpserve.inputs.plain import plain_value
 
 
 def test_python_gives_what_a_file_gives():

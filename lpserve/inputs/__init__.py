@@ -1,0 +1,1 @@
+"""What comes from outside: files and values that people give, read within limits and checked."""
