@@ -3,9 +3,22 @@
 The command line maps them to exit codes: `InputError` and its kinds to 2, the rest to 1.
 """
 
+LONGEST_TEXT = 1000
+"""Characters of an error's text: a file's content that it quotes may have any number."""
+
 
 class LpserveError(Exception):
-    """Base of all errors raised on purpose; its text is one line for the user."""
+    """Base of all errors raised on purpose; its text is one line for the user.
+
+    What cannot be printed (of a file's name, say) is written as an escape, and what is longer than
+    `LONGEST_TEXT` loses its middle.
+    """
+
+    def __init__(self, text: object = "") -> None:
+        line = "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+        if len(line) > LONGEST_TEXT:
+            line = f"{line[: LONGEST_TEXT - 300]} [...] {line[-290:]}"
+        super().__init__(line)
 
 
 class InputError(LpserveError, ValueError):
@@ -34,6 +47,10 @@ class ExportError(LpserveError, RuntimeError):
 
 class RunInterrupted(LpserveError):
     """A run was stopped by a signal; everything scored is kept."""
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class DataWarning(UserWarning):

@@ -25,6 +25,7 @@ PATHS = sorted(p for p in PACKAGE.rglob("*.py") if "templates" not in p.parts)
 
 # A folder imports itself and the folders before it. The root's modules ("") are the vocabulary.
 ORDER = (
+    "inputs",
     "",
     "model",
     "data",
@@ -46,6 +47,8 @@ ORDER = (
     "cli",
     "testing",
 )
+GROUND = {"errors"}
+"""Modules at the root that every folder may import, the first included."""
 FACES = {"", "__main__", "shapiq_game"}
 """Modules at the root that import what they show."""
 INDEPENDENT = {
@@ -85,6 +88,7 @@ OTHER_TESTS = {
     "gate": "results recorded to the last digit",
     "test_gate": "results recorded to the last digit",
     "test_architecture": "this file",
+    "test_fuzz": "every reader of what people give, on changed inputs",
     "docs": "the README, the pages and the examples",
     "cli/test_bad_input": "refusals of the command line, whatever module they come from",
     "cli/test_unexpected": "exceptions that end a command, whatever module they come from",
@@ -253,7 +257,7 @@ def test_folders_import_earlier_folders_only():
         for name in MODULES
         if name not in FACES
         for other in uses(name)
-        if ORDER.index(folder_of(other)) > ORDER.index(folder_of(name))
+        if other not in GROUND and ORDER.index(folder_of(other)) > ORDER.index(folder_of(name))
     )
 
 
@@ -288,7 +292,7 @@ def test_independent_folders_build_on_no_other():
         for folder in [folder_of(name)]
         if folder in INDEPENDENT
         for other in uses(name)
-        if folder_of(other) not in {"", "model", "data", folder} | INDEPENDENT[folder]
+        if folder_of(other) not in {"", "inputs", "model", "data", folder} | INDEPENDENT[folder]
     )
 
 

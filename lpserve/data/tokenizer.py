@@ -18,7 +18,9 @@ def load_tokenizer(tokenizer: str | Path | Any) -> Any:
     if not Path(tokenizer).is_dir():
         raise InputError(f"tokenizer {str(tokenizer)!r} is not a folder")
     try:
-        return AutoTokenizer.from_pretrained(str(tokenizer), **FROM_FOLDER)
+        loaded = AutoTokenizer.from_pretrained(str(tokenizer), **FROM_FOLDER)
+        loaded("a", add_special_tokens=False)  # some faults of its files show at work
+        return loaded
     except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
         line = first_line(error)
         if "custom code" in line:

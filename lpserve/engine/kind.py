@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine
 from lpserve.errors import InputError
+from lpserve.inputs.shapes import check_value
 from lpserve.model.architecture import check_decoder, read_architecture, required
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.size import ITEM_BYTES
@@ -95,13 +98,32 @@ class EngineKind:
     """A stand-in for tests: left out of the command line's help."""
 
 
-def check_known_options(kind: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Raise InputError naming the first option that is not a known one."""
+MEMORY_OPTIONS: dict[str, Any] = {
+    "state_budget_mb": Annotated[float, Meta(gt=0, le=1e12, description="a number above 0")],
+    "micro_batch_tokens": Annotated[int, Meta(ge=1, le=2**40, description="a number above 0")],
+}
+"""Options of engines that run the trie: name -> type (`lpserve.inputs.shapes`)."""
+
+
+def check_known_options(kind: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise InputError naming the first option that is not a known one, or is of another type.
+
+    Args:
+        known: name -> type (`lpserve.inputs.shapes.check_value`).
+    """
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise InputError(
             f"engine {kind!r} has no option {unknown[0]!r}: it knows {', '.join(known)}"
         )
+    check_option_types(options, known)
+
+
+def check_option_types(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise InputError naming the first option of another type than it is known to have."""
+    for name, value in options.items():
+        if name in known:
+            check_value(value, known[name], f"engine option {name}")
 
 
 def checkpoint_players(model: str, _: Mapping[str, Any]) -> int:

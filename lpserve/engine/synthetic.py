@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine, check_extra_metrics, check_masks
@@ -23,21 +24,21 @@ from lpserve.masks import sort_distinct, trie_layer_forwards
 from lpserve.model.players import layer_players
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores, Work
 
-OPTIONS = (
-    "num_players",
-    "game_seed",
-    "delay_s",
-    "poison",
-    "nan",
-    "kill",
-    "hang",
-    "break",
-    "slow_file",
-    "slow_s",
-    "tally",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-)
+_NUMBER = Annotated[int, Meta(ge=0, le=2**31, description="a whole number, at least 0")]
+_SECONDS = Annotated[float, Meta(ge=0, le=1e6, description="seconds")]
+_MASKS = Annotated[list[str], Meta(description="a list of masks")]
+OPTIONS = {
+    "num_players": Annotated[int, Meta(ge=1, le=2**20, description="a whole number, at least 1")],
+    "game_seed": _NUMBER,
+    "delay_s": _SECONDS,
+    **dict.fromkeys(("poison", "nan", "kill", "hang", "break"), _MASKS),
+    "slow_file": str,
+    "slow_s": _SECONDS,
+    "tally": str,
+    "tensor_parallel_size": _NUMBER,
+    "pipeline_parallel_size": _NUMBER,
+}
+"""Options and their types."""
 DEFAULT_PLAYERS = 8
 
 

@@ -66,6 +66,8 @@ def json_value(text: str, source: str, *, repeats: bool = False) -> Any:
     except RecursionError:
         raise _too_deep(source) from None
     _check_depth(value, source)
+    if "\\ud" in text or "\\uD" in text:
+        _check_whole_characters(value, source)
     return value
 
 
@@ -132,6 +134,16 @@ def _yaml_reason(error: Exception) -> str:
 
 def _too_deep(source: str) -> InputError:
     return InputError(f"{source} is nested more than {MOST_DEPTH} deep")
+
+
+def _check_whole_characters(value: Any, source: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{source}: the text holds half of a surrogate pair (\\ud800 to \\udfff), which is no "
+            "character"
+        ) from None
 
 
 def _check_depth(value: Any, source: str) -> None:

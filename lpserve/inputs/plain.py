@@ -27,6 +27,8 @@ def plain_value(value: Any, key: str) -> Any:
     if isinstance(value, str):
         if "\0" in value:
             raise InputError(f"{key} must be a text without NUL characters: got {value[:40]!r}")
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise InputError(f"{key} must be a text in UTF-8: got {value[:40]!r}")
         if len(value) > MOST_CHARACTERS:
             raise InputError(
                 f"{key} must be at most {MOST_CHARACTERS} characters: got {len(value)}, "

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lpserve.errors import InputError
+from lpserve.inputs.shapes import converted
 from lpserve.model.checkpoint import Checkpoint
 from lpserve.model.own_code import check_own_code
 
@@ -29,6 +30,8 @@ LAYER_COUNT_KEYS = (
     "num_blocks",
 )
 """Config keys that hold the number of decoder layers."""
+MOST_LAYERS = 10_000
+"""A config that counts more is damaged: models have some hundred."""
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
 _POSITIONS = ("max_position_embeddings", "n_positions")
@@ -135,8 +138,9 @@ def required(value: int | None, name: str) -> int:
 def check_decoder(checkpoint: Checkpoint) -> None:
     """Raise InputError unless the config says decoder-only language model, by itself or inside a
     model of several modalities, with as many layers as the files hold."""
-    names = checkpoint.config.get("architectures") or []
-    decoder = any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names)
+    where = f"{checkpoint.path / 'config.json'}: architectures"
+    names = converted(checkpoint.config.get("architectures") or [], list[str], where)
+    decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
     decoder = decoder or multimodal_class(checkpoint.config) is not None
     if not decoder or checkpoint.config.get("is_encoder_decoder"):
         raise InputError(
@@ -166,6 +170,11 @@ def _check_layer_count(checkpoint: Checkpoint) -> None:
     num_layers = read_architecture(checkpoint).num_layers
     if num_layers is None:
         return
+    if num_layers > MOST_LAYERS:
+        raise InputError(
+            f"model {checkpoint.path}: config.json counts {num_layers:,} layers, more than "
+            f"{MOST_LAYERS:,}"
+        )
     lists = _numbered_lists(checkpoint)
     counted = set(range(num_layers))
     if any(indices == counted for indices in lists.values()):

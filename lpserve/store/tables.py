@@ -26,6 +26,8 @@ import pyarrow as pa
 from pyarrow import csv, parquet
 
 from lpserve.errors import InputError, first_line
+from lpserve.inputs.documents import json_value
+from lpserve.inputs.shapes import converted
 from lpserve.masks import from_keys
 from lpserve.store.blocks import StoredWindows
 from lpserve.store.files import write_whole
@@ -155,11 +157,9 @@ def _rows(path: Path) -> Iterator[tuple[Game, str, str, str, int, float]]:
 
 
 def _game(game: str, model: str, numerics: str, players: str, *, where: str) -> Game:
-    try:
-        listed = enumerate(json.loads(players))
-        parts = tuple(Player(index=i, layer=layer, part=part) for i, (layer, part) in listed)
-    except (ValueError, TypeError):
-        raise InputError(f"{where}: players are not [[layer, part], ..]") from None
+    source = f"{where}: players are not [[layer, part], ..]"
+    listed = enumerate(converted(json_value(players, source), list[tuple[int, str]], source))
+    parts = tuple(Player(index=i, layer=layer, part=part) for i, (layer, part) in listed)
     found = Game(model_hash=model, players=parts, numerics=numerics)
     if found.content_hash != game:
         raise InputError(f"{where}: game is not the hash of its model, players and numerics")
@@ -176,7 +176,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
             if empty := [name for name in SCHEMA.names if batch[name].null_count]:
                 raise InputError(f"{path} has empty cells in column {', '.join(empty)}")
             yield batch
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}") from None
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine, HasHiddenStates, HasTaylorImportance
 from lpserve.engine.kind import (
+    MEMORY_OPTIONS,
     EngineKind,
     InUse,
     check_known_options,
@@ -17,14 +20,14 @@ from lpserve.engine.kind import (
 )
 from lpserve.types import EngineSpec
 
-OPTIONS = (
-    "state_budget_mb",
-    "micro_batch_tokens",
-    "attn_implementation",
-    "compile_layers",
-    "keep_freed_memory",
-)
-"""Names of the engine options; `TransformersEngine` says what each does."""
+_SWITCH = Annotated[bool, Meta(description="true or false")]
+OPTIONS = {
+    **MEMORY_OPTIONS,
+    "attn_implementation": Annotated[str, Meta(min_length=1, description="a text")],
+    "compile_layers": _SWITCH,
+    "keep_freed_memory": _SWITCH,
+}
+"""Engine options and their types; `TransformersEngine` says what each does."""
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -14,15 +14,26 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from lpserve.data.windows import TokenWindows
+from lpserve.engine.kind import MEMORY_OPTIONS, check_option_types
 from lpserve.errors import InputError
 from lpserve.model.architecture import Architecture
 from lpserve.model.size import ITEM_BYTES
 from lpserve.types import EngineSpec
 
 OWN_OPTIONS = ("path", "state_budget_mb", "micro_batch_tokens")
+_COUNT = Annotated[int, Meta(ge=1, le=2**40, description="a whole number above 0")]
+_TYPES = {
+    **MEMORY_OPTIONS,
+    "tensor_parallel_size": _COUNT,
+    "pipeline_parallel_size": _COUNT,
+    "max_model_len": _COUNT,
+}
+"""Types of the options that are read here; vLLM checks the others when it starts."""
 PATHS = ("auto", "scoring", "requests")
 MAX_BATCHED_TOKENS = 8192
 KV_BLOCK_TOKENS = 128
@@ -71,10 +82,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name in REFUSED:
             raise InputError(f"engine option {name!r} is refused: {REFUSED[name]} (got {value!r})")
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        value = options.get(name, 1)
-        if type(value) is not int or value < 1:
-            raise InputError(f"engine option {name} must be a whole number above 0: got {value!r}")
+    check_option_types(options, _TYPES)
 
 
 def check_vllm_options(spec: EngineSpec) -> None:
