@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from lpserve.errors import InputError
 from lpserve.inputs.documents import toml_value, yaml_value
-from lpserve.inputs.files import read_text
+from lpserve.inputs.files import is_there, read_text
 from lpserve.inputs.plain import plain_value
 from lpserve.inputs.shapes import check_value
 from lpserve.redact import redact
@@ -59,6 +59,9 @@ CHANGEABLE = (
 """Keys that may differ when a run is resumed in its folder; another engine must play the same
 game."""
 
+GROWING = ("num_windows", "heldout_windows")
+"""Keys that may be larger when a run is resumed: the larger number of windows holds the smaller."""
+
 _MOST = 2**63 - 1
 _RAY_JOB_FOLDER = "/runtime_resources/working_dir_files/"
 _CORPORA = {"calibration", "heldout"}
@@ -79,7 +82,7 @@ Count = Annotated[int, Meta(ge=1, le=_MOST, description="a whole number, at leas
 CountOr0 = Annotated[int, Meta(ge=0, le=_MOST, description="a whole number, at least 0")]
 Length = Annotated[int, Meta(ge=2, le=_MOST, description="a whole number, at least 2")]
 Share = Annotated[float, Meta(gt=0, lt=1, description="a number above 0 and below 1")]
-Width = Annotated[float, Meta(gt=0, le=1e300, description="a number above 0")]
+Positive = Annotated[float, Meta(gt=0, le=1e300, description="a number above 0")]
 Sizes = Annotated[tuple[int, int], Meta(description="two whole numbers, k_min and k_max")]
 Options = Annotated[dict[str, Any], Meta(description="a table")]
 Switch = Annotated[bool, Meta(description="true or false")]
@@ -180,7 +183,7 @@ class RunConfig(WindowConfig):
     plan by more than `stop_gain`."""
     stop_gain: Share = STOP_GAIN
     """Share of perplexity that `stop_chance` is about."""
-    stop_width: Width | None = None
+    stop_width: Positive | None = None
     """Stop before the budget once every value's 90% interval reaches at most this far to either
     side, in the utility's units. With `stop_chance`: once both hold."""
     seed: CountOr0 = 0
@@ -241,6 +244,13 @@ class RunConfig(WindowConfig):
                 f"calibration {name!r} is a task, utility {self.utility} is about texts: use one "
                 f"of {', '.join(TASK_UTILITIES)}"
             )
+
+    def check_files(self) -> None:
+        """Raise InputError where a corpus is missing."""
+        for key in ("calibration", "heldout"):
+            for name, path in getattr(self, key).items():
+                if not is_task(path) and not is_there(Path(path)):
+                    raise InputError(f"corpus {name!r}: {path} does not exist")
 
     def check_unused_keys(self, *, num_fewshot: bool) -> None:
         """Raise InputError where a key was given that nothing here reads.

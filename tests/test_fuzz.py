@@ -590,7 +590,15 @@ def test_model_configs(model):
 
     base = json.loads((model / "config.json").read_bytes())
     path = model / "config.json"
-    fuzzed(path, json_bytes(base), changed_json(base), read, name="a model's config", share=2)
+    fuzzed(
+        path,
+        json_bytes(base),
+        changed_json(base),
+        read,
+        name="a model's config",
+        share=2,
+        memory=2 << 30,
+    )
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json"])

@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import select
 import sys
@@ -16,7 +17,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from lpserve.cli.compare import add_baselines
 from lpserve.cli.cost import add_cost
@@ -124,15 +125,40 @@ def _keep_traceback() -> str:
     return f"in {path}"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses as the rest of the command line does: one line, with the nearest flag there is."""
+
+    def __init__(self, **settings: Any) -> None:
+        # a shortened flag could mean another one in a later version
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's; refuses unknown flags itself, since it knows the flags there are."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
+        if flags:
+            near = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f": see {self.prog} --help"
+            self.error(f"unknown flag {flags[0]}{hint}")
+        return parsed, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command; the parsed `run` is the command's action."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lpserve",
         description="Which layers of this LLM can go?",
         epilog="Start with `lpserve run --demo`, or read `lpserve run --help`.",
     )
     commands = parser.add_subparsers(
         required=True,
+        parser_class=_Parser,
         metavar="run | plan | export | eval | baselines | sweep | speed | lm-eval | scores | cost",
     )
     for add_command in COMMANDS:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lpserve.cli.arguments import add_engine_flags, add_task_flags, engine_values, numbers
-from lpserve.errors import InputError
+from lpserve.errors import InputError, LpserveError, typed_first_line
 
 _EVAL_HELP = """\
 Perplexity and lm-evaluation-harness tasks of the full model and of sets of layers removed from it,
@@ -81,10 +81,13 @@ def add_eval(commands: Any) -> None:
     add("--out", default="eval", metavar="DIR", help="scores and results (eval)")
     add_engine_flags(command)
     through = commands.add_parser(
-        "lm-eval", help="lm-eval's own command line, where --model lpserve is known", add_help=False
+        "lm-eval",
+        help="lm-eval's own command line, where --model lpserve is known",
+        add_help=False,
+        prefix_chars="\0",  # every flag is lm-eval's
     )
     through.set_defaults(run=_lm_eval)
-    through.add_argument("rest", nargs=argparse.REMAINDER)
+    through.add_argument("rest", nargs="*")
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -188,5 +191,10 @@ def _lm_eval(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise InputError(f"lm-eval is missing ({error}): install lpserve[eval]") from None
     sys.argv = ["lm-eval", *arguments.rest]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except LpserveError:
+        raise
+    except Exception as error:  # lm-eval's own, of an unknown task, say
+        raise LpserveError(f"lm-eval: {typed_first_line(error)}") from error
     return 0

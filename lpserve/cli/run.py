@@ -121,6 +121,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if options:
         flags["engine_options"] = {**values.get("engine_options", {}), **options}
     config = config_from(values | flags, source)
+    config.check_files()  # before seconds of imports
     from lpserve.runner.run import run
 
     _tell_outlook(config)

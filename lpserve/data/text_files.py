@@ -240,6 +240,7 @@ def _parquet_texts(path: Path, field: str) -> Iterator[str | None]:
                 )
             row = used = 0
             for batch in table.iter_batches(batch_size=1024, columns=[field]):
+                batch.validate(full=True)  # its texts are UTF-8
                 for value in batch.column(0).to_pylist():
                     row += 1
                     if value is None:

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import InputError, first_line
+from lpserve.inputs.documents import read_json_object, shown
+from lpserve.inputs.files import is_there
 from lpserve.model.own_code import FROM_FOLDER
+
+MOST_IDS = 10_000_000
+"""Token ids must be below: vocabularies have some 300,000, and a table of all ids is allocated."""
 
 
 def load_tokenizer(tokenizer: str | Path | Any) -> Any:
@@ -17,6 +22,7 @@ def load_tokenizer(tokenizer: str | Path | Any) -> Any:
 
     if not Path(tokenizer).is_dir():
         raise InputError(f"tokenizer {str(tokenizer)!r} is not a folder")
+    _check_ids(Path(tokenizer) / "tokenizer.json")
     try:
         loaded = AutoTokenizer.from_pretrained(str(tokenizer), **FROM_FOLDER)
         loaded("a", add_special_tokens=False)  # some faults of its files show at work
@@ -28,3 +34,18 @@ def load_tokenizer(tokenizer: str | Path | Any) -> Any:
         raise InputError(
             f"no usable tokenizer in {tokenizer} ({line}); add tokenizer.json or give .npz windows"
         ) from None
+
+
+def _check_ids(path: Path) -> None:
+    """Raise InputError where a tokenizer.json names a token id that no vocabulary has."""
+    if not is_there(path):
+        return
+    content = read_json_object(path, repeats=True)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    if isinstance(added, list):
+        ids += [token.get("id") for token in added if isinstance(token, dict)]
+    wrong = [i for i in ids if isinstance(i, int) and not 0 <= i < MOST_IDS]
+    if wrong:
+        raise InputError(f"{path} names token id {shown(wrong[0])}: ids are 0 to {MOST_IDS - 1:,}")

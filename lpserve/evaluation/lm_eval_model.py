@@ -12,6 +12,7 @@ Only `data.tasks`, `data.task_requests` and this folder import lm-eval.
 from __future__ import annotations
 
 import atexit
+import difflib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -223,6 +224,12 @@ def end_ids(tokenizer: Any) -> list[int]:
     return sorted({token for token in ids if isinstance(token, int)})
 
 
+_ARGUMENTS = (
+    *("model", "removed", "plan", "remove", "store", "max_length", "engine", "dtype", "pool"),
+    *("engines", "device"),
+)
+
+
 @register_model("lpserve")
 class LpserveLM(SetsLM):
     """`--model lpserve` of lm-eval, with these `--model_args`:
@@ -238,7 +245,7 @@ class LpserveLM(SetsLM):
 
     def __init__(
         self,
-        model: str,
+        model: str | None = None,
         removed: str | int | None = None,
         plan: str | None = None,
         remove: int | None = None,
@@ -254,7 +261,13 @@ class LpserveLM(SetsLM):
         **unknown: Any,
     ) -> None:
         if unknown:
-            raise InputError(f"--model lpserve has no argument {sorted(unknown)[0]!r}")
+            near = difflib.get_close_matches(min(unknown), _ARGUMENTS, n=1)
+            hint = (
+                f"; did you mean {near[0]!r}?" if near else f": known are {', '.join(_ARGUMENTS)}"
+            )
+            raise InputError(f"--model_args of lpserve: unknown argument {min(unknown)!r}{hint}")
+        if model is None:
+            raise InputError("--model_args of lpserve: model is missing (model=DIR)")
         config = EngineConfig(
             model=str(model),
             engine=engine,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypedDict
 
 from lpserve.evaluation.settings import EvalConfig
+from lpserve.inputs.documents import read_json_object
+from lpserve.inputs.files import is_there
+from lpserve.inputs.shapes import converted
 from lpserve.report.csv_rows import csv_text
 from lpserve.store.files import write_text
 from lpserve.types import EngineInfo
@@ -56,22 +60,82 @@ class Evaluation:
         raise KeyError((layer_set, measure))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Earlier:
+    """What results.json holds of earlier evaluations in the folder."""
+
+    protocols: dict[str, str] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=list)
+    results: tuple[Result, ...] = ()
+
+
+class _Row(TypedDict):
+    """A figure as results.json holds it."""
+
+    set: str
+    removed: list[int]
+    measure: str
+    value: float
+    stderr: float | None
+
+
+def _key(result: Result) -> tuple[str, tuple[int, ...], str]:
+    return result.layer_set, result.removed, result.measure
+
+
+def _earlier(path: Path, same: dict[str, Any]) -> _Earlier:
+    """Figures of earlier evaluations; none where they are of another model or in another way.
+
+    Raises:
+        InputError: the file is no results.json; it is left as it is.
+    """
+    if not is_there(path):
+        return _Earlier()
+    about = read_json_object(path)
+    if any(about.get(key) != value for key, value in same.items()):
+        return _Earlier()
+    rows = converted(about.get("results"), list[_Row], f"{path}: results")
+    return _Earlier(
+        protocols=converted(about.get("protocols"), dict[str, str], f"{path}: protocols"),
+        tasks=converted(about.get("tasks"), list[str], f"{path}: tasks"),
+        results=tuple(
+            Result(
+                layer_set=row["set"],
+                removed=tuple(row["removed"]),
+                measure=row["measure"],
+                value=row["value"],
+                stderr=row["stderr"],
+            )
+            for row in rows
+        ),
+    )
+
+
 def write_results(
     folder: Path, config: EvalConfig, info: EngineInfo, evaluation: Evaluation
 ) -> None:
-    """Write results.json and results.csv into an existing folder."""
+    """Write results.json and results.csv into an existing folder.
+
+    Figures of other sets and measures stay, if they are of the same model by the same engine; of
+    the same set and measure the new one counts.
+    """
     import lpserve
 
+    engine = {"kind": info.kind, "path": info.path, "dtype": info.dtype}
+    same = {"format": RESULTS_FORMAT, "model_hash": info.model_hash, "engine": engine}
+    same |= {k: getattr(config, k) for k in ("num_fewshot", "limit", "max_length")}
+    earlier = _earlier(folder / "results.json", same)
+    protocols = {**earlier.protocols, **evaluation.protocols}
+    # a text that is measured in another way now is another measure of the same name
+    again = {f"ppl {n}" for n, p in evaluation.protocols.items() if earlier.protocols.get(n) != p}
+    found = {_key(r): r for r in earlier.results if r.measure not in again}
+    results = list((found | {_key(r): r for r in evaluation.results}).values())
+
     about = {
-        "format": RESULTS_FORMAT,
+        **same,
         "model": info.model,
-        "model_hash": info.model_hash,
-        "engine": {"kind": info.kind, "path": info.path, "dtype": info.dtype},
-        "protocols": evaluation.protocols,
-        "tasks": list(config.tasks),
-        "num_fewshot": config.num_fewshot,
-        "limit": config.limit,
-        "max_length": config.max_length,
+        "protocols": protocols,
+        "tasks": [*dict.fromkeys([*earlier.tasks, *config.tasks])],
         "requests_cut": evaluation.requests_cut,
         "versions": {"lpserve": lpserve.__version__, **info.versions},
         "results": [
@@ -82,13 +146,12 @@ def write_results(
                 "value": r.value,
                 "stderr": r.stderr,
             }
-            for r in evaluation.results
+            for r in results
         ],
     }
     write_text(folder / "results.json", json.dumps(about, indent=1) + "\n")
     rows = [
-        [r.layer_set, " ".join(map(str, r.removed)), r.measure, r.value, r.stderr]
-        for r in evaluation.results
+        [r.layer_set, " ".join(map(str, r.removed)), r.measure, r.value, r.stderr] for r in results
     ]
     header = ["set", "removed", "measure", "value", "stderr"]
     write_text(folder / "results.csv", csv_text(header, rows))

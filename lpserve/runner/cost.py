@@ -17,11 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_type_hints
 
 import numpy as np
 
-from lpserve.config import resolved_max_removed
+from lpserve.config import (
+    Count,
+    CountOr0,
+    Dtype,
+    Goal,
+    Length,
+    Positive,
+    Text,
+    resolved_max_removed,
+)
 from lpserve.errors import InputError
+from lpserve.inputs.shapes import check_value
 from lpserve.masks import full_mask, sort_distinct, trie_player_forwards
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.size import ITEM_BYTES, ModelSize, model_size
@@ -43,47 +54,29 @@ _PROPOSALS = 16  # stand-in sets of each size for a round of proposals
 class CostSettings:
     """What to count. Names are the flags of `lpserve run` where both have them."""
 
-    model: str
-    budget: int = 400
-    max_removed: int | None = None
+    model: Text
+    budget: Count = 400
+    max_removed: Count | None = None
     """Default: 3/8 of the layers."""
-    num_windows: int = 10
-    heldout_windows: int = 64
-    length: int = 128
-    round_size: int | None = None
+    num_windows: Count = 10
+    heldout_windows: Count = 64
+    length: Length = 128
+    goal: Goal = "both"
+    round_size: Count | None = None
     """Default: the number of layers."""
-    seed: int = 0
-    dtype: str = "float32"
-    engines: int = 1
-    gpus_per_engine: int = 1
-    tflops_per_gpu: float | None = None
+    seed: CountOr0 = 0
+    dtype: Dtype = "float32"
+    engines: Count = 1
+    gpus_per_engine: Count = 1
+    tflops_per_gpu: Positive | None = None
     """TFLOP/s that one GPU keeps up on this work, as the user assumes; None: no time is given."""
-    gpu_memory_gb: float | None = None
+    gpu_memory_gb: Positive | None = None
     """GiB of one GPU; None: nothing to compare with."""
 
     def __post_init__(self) -> None:
-        minimum = {
-            "budget": 1,
-            "num_windows": 1,
-            "heldout_windows": 1,
-            "length": 2,
-            "seed": 0,
-            "engines": 1,
-            "gpus_per_engine": 1,
-        }
-        for name, least in minimum.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}: got {getattr(self, name)}")
-        for name in ("max_removed", "round_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1: got {value}")
-        for name in ("tflops_per_gpu", "gpu_memory_gb"):
-            value = getattr(self, name)
-            if value is not None and not (np.isfinite(value) and value > 0):
-                raise InputError(f"{name} must be a number above 0: got {value}")
-        if self.dtype not in ITEM_BYTES:
-            raise InputError(f"dtype must be one of {', '.join(ITEM_BYTES)}: got {self.dtype!r}")
+        kinds = get_type_hints(CostSettings, include_extras=True)
+        for key, kind in kinds.items():
+            check_value(getattr(self, key), kind, key)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +150,7 @@ def cost(settings: CostSettings) -> Cost:
         seed=settings.seed,
         surrogate="ridge",
         round_size=settings.round_size or players,
+        goal=settings.goal,
     )
     minimum = rounds_settings.minimum_budget()
     if settings.budget < minimum:

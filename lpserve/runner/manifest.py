@@ -7,7 +7,9 @@ from typing import Any
 
 from lpserve.config import RunConfig, as_json
 from lpserve.data.items import ItemSet
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
+from lpserve.inputs.arrays import array_of, read_arrays
 from lpserve.model.content_hash import is_sampled
 from lpserve.store.files import write_npz
 from lpserve.store.run_folder import CONFIG_FORMAT, RunFolder
@@ -94,10 +96,27 @@ def check_same_windows(
     calibration: ItemSet,
     heldout: ItemSet | None,
 ) -> None:
-    """Raise InputError when a text gives other windows than the folder's run had; None: may."""
+    """Raise InputError when a text gives other windows than the folder's run had, which a larger
+    number of them holds too; None: may."""
+    before: dict[str, set[str]] | None = None
     for name, sample in (("calibration", calibration), ("heldout", heldout)):
-        if sample is not None and stored["windows"][name] != sample.content_hash:
+        if sample is None or stored["windows"][name] == sample.content_hash:
+            continue
+        before = before or _window_hashes(folder.path / "windows.npz")
+        if not before[name] < set(sample.ppl_windows.window_hashes):
             raise InputError(
                 f"run folder {folder.path} belongs to another run: the {name} text has changed "
                 "since; choose another --out"
             )
+
+
+def _window_hashes(path: Path) -> dict[str, set[str]]:
+    """Hashes of the windows that `write_windows_file` wrote, of both sides."""
+    arrays = read_arrays(path)
+    found = {}
+    for name, prefix in (("calibration", ""), ("heldout", "heldout_")):
+        sizes: dict[str, int] = {}
+        tokens = array_of(arrays, f"{prefix}tokens", "iu", "NT", sizes, str(path))
+        scored = array_of(arrays, f"{prefix}scored", "b", "NT", sizes, str(path))
+        found[name] = set(TokenWindows.from_tokens(tokens, scored, name=name).window_hashes)
+    return found

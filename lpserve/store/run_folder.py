@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from lpserve.config import CHANGEABLE
+from lpserve.config import CHANGEABLE, GROWING
 from lpserve.errors import InputError
 from lpserve.inputs.documents import read_json_object
 from lpserve.inputs.files import is_there
@@ -93,11 +93,19 @@ class RunFolder:
         """
         old = stored["config"]
         for key in sorted(set(old) | set(config)):
-            if key not in (*CHANGEABLE, "out", *ignore) and old.get(key) != config.get(key):
+            if key in (*CHANGEABLE, "out", *ignore) or old.get(key) == config.get(key):
+                continue
+            if key in GROWING and type(old.get(key)) is int and config[key] > old[key]:
+                continue
+            if key in GROWING:
                 raise InputError(
-                    f"run folder {self.path} belongs to another run: {key} was {old.get(key)!r}, "
-                    f"is {config.get(key)!r}; choose another --out, or give the same {key}"
+                    f"run folder {self.path} has {key} = {old.get(key)!r}, which can only grow: "
+                    f"got {config.get(key)!r}; choose another --out"
                 )
+            raise InputError(
+                f"run folder {self.path} belongs to another run: {key} was {old.get(key)!r}, "
+                f"is {config.get(key)!r}; choose another --out, or give the same {key}"
+            )
 
     def write(self, name: str, text: str) -> Path:
         """Write a text file into the folder, completely or not at all."""

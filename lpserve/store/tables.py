@@ -172,6 +172,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
         if missing := [name for name in SCHEMA.names if names.count(name) != 1]:
             raise InputError(f"{path} is not a score table: needs one column {', '.join(missing)}")
         for batch in batches:
+            batch.validate(full=True)  # its texts are UTF-8
             batch = batch.select(SCHEMA.names).cast(SCHEMA)
             if empty := [name for name in SCHEMA.names if batch[name].null_count]:
                 raise InputError(f"{path} has empty cells in column {', '.join(empty)}")

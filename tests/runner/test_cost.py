@@ -166,7 +166,7 @@ def test_a_full_gpu_and_starving_engines_are_warned_about(capsys):
         (["--model", "nowhere"], "is not a folder"),
         (["--budget", "5"], "budget must be at least"),
         (["--max-removed", "12"], "max_removed must be at most 11"),
-        (["--max-removed", "0"], "max_removed must be at least 1"),
+        (["--max-removed", "0"], "max_removed must be a whole number, at least 1"),
         (["--length", "1"], "length must be"),
         (["--engines", "0"], "engines must be"),
         (["--tflops-per-gpu", "-3"], "tflops_per_gpu must be"),
