@@ -21,7 +21,7 @@ from lpserve.data.tokenizer import load_tokenizer
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
-from lpserve.evaluation.results import Evaluation, Result, write_results
+from lpserve.evaluation.results import Evaluation, Result, evaluated_by, write_results
 from lpserve.evaluation.settings import EvalConfig
 from lpserve.evaluation.task_evaluation import TaskEvaluation
 from lpserve.model.checkpoint import read_checkpoint
@@ -74,6 +74,9 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
         progress=progress,
     ) as session:
         masks_MP = layer_set_masks(sets, num_players)
+        if not evaluated_by(folder, session.info):
+            for cut in cuts.values():
+                session.check_same_scores(cut.windows)
         results = _perplexities(session, sets, masks_MP, cuts)
         requests_cut = 0
         if tasks is not None:

@@ -79,6 +79,16 @@ class _Row(TypedDict):
     stderr: float | None
 
 
+def evaluated_by(folder: Path, info: EngineInfo) -> bool:
+    """Whether results.json says that such an engine made the folder's scores."""
+    path = folder / "results.json"
+    return is_there(path) and read_json_object(path).get("engine") == _engine_of(info)
+
+
+def _engine_of(info: EngineInfo) -> dict[str, str]:
+    return {"kind": info.kind, "path": info.path, "dtype": info.dtype}
+
+
 def _key(result: Result) -> tuple[str, tuple[int, ...], str]:
     return result.layer_set, result.removed, result.measure
 
@@ -121,7 +131,7 @@ def write_results(
     """
     import lpserve
 
-    engine = {"kind": info.kind, "path": info.path, "dtype": info.dtype}
+    engine = _engine_of(info)
     same = {"format": RESULTS_FORMAT, "model_hash": info.model_hash, "engine": engine}
     same |= {k: getattr(config, k) for k in ("num_fewshot", "limit", "max_length")}
     earlier = _earlier(folder / "results.json", same)

@@ -90,6 +90,12 @@ def check_same_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo)
         )
 
 
+def made_by(stored: dict[str, Any], info: EngineInfo) -> bool:
+    """Whether a run's scores were made by such an engine, as its config.json says."""
+    engine = stored["engine"]
+    return (engine["kind"], engine["path"]) == (info.kind, info.path)
+
+
 def check_same_windows(
     folder: RunFolder,
     stored: dict[str, Any],

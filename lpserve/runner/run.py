@@ -16,7 +16,7 @@ from lpserve.report.tracking import Tracking, log_finished_run
 from lpserve.rounds.screening import screen_rows
 from lpserve.runner.conclusion import conclude
 from lpserve.runner.coordinator import RunLoop
-from lpserve.runner.manifest import check_same_game, check_same_windows
+from lpserve.runner.manifest import check_same_game, check_same_windows, made_by
 from lpserve.runner.setup import check_model, item_sets_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
@@ -67,6 +67,8 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
             progress=progress,
         )
         stack.callback(session.close)
+        if (config.store and stored is None) or (stored and not made_by(stored, session.info)):
+            session.check_same_scores(calibration.windows)
         result = _at_work(config, folder, stored, (calibration, heldout), session, None, ())
         if tracking is not None:
             log_finished_run(

@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 from lpserve.config import EngineConfig
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine, check_extra_metrics
-from lpserve.errors import EngineError, LpserveError, RunInterrupted
+from lpserve.errors import EngineError, InputError, LpserveError, RunInterrupted
 from lpserve.masks import key_text, keys, sort_distinct
 from lpserve.model.content_hash import is_sampled
 from lpserve.scoring.dispatcher import Dispatcher
@@ -34,12 +34,18 @@ from lpserve.scoring.progress import Progress
 from lpserve.scoring.signals import Signals, trap_signals
 from lpserve.scoring.tracker import ScoreTracker
 from lpserve.scoring.units import GivenUp
+from lpserve.store.blocks import WindowBlock
 from lpserve.store.store import Store
 from lpserve.types import BoolArray, EngineInfo, Work
 
 POLL_S = 0.2
 """Seconds to wait for a result before progress and signals are looked at again."""
 _COMMIT_TOGETHER = 64
+SAME_LOSS = 5e-5
+"""By this share the whole model's loss may differ between engines of one game: those that agree
+stay below 1e-5 in float32, those that do not begin at 2e-4."""
+CHECKED_WINDOWS = 8
+"""Windows that such a comparison reads."""
 
 
 class ScoringSession:
@@ -93,6 +99,7 @@ class ScoringSession:
             self._stack = stack.pop_all()
         self._tell_unread_scores(log or self.progress.note)
         self._tell_not_finite(log or self.progress.note)
+        self._tell_unlike(log or self.progress.note)
         self.dispatcher = Dispatcher(self.pool)
         self.masks_scored = 0
         """Masks that engines scored for `score`, over all windows that were asked for."""
@@ -124,6 +131,14 @@ class ScoringSession:
                 f"store {self.store.path} holds scores of an lpserve that knew a model by samples "
                 "of its weights; they are not read (lpserve scores STORE --adopt MODEL takes them "
                 "over)"
+            )
+
+    def _tell_unlike(self, tell: Callable[[str], None]) -> None:
+        share = self.info.settings.get("unlike_transformers")
+        if share is not None:
+            tell(
+                f"vLLM runs models of this type unlike transformers: on a CPU the whole model's "
+                f"loss was off by {share:.1%}; check the plan with --engine transformers, too"
             )
 
     def _tell_not_finite(self, tell: Callable[[str], None]) -> None:
@@ -254,6 +269,41 @@ class ScoringSession:
         self.masks_scored += tracker.scored - tracker.reused
         self.masks_read += tracker.reused
         return {metric: values_MN[inverse_M] for metric, values_MN in request.values.items()}
+
+    def check_same_scores(self, windows: TokenWindows) -> None:
+        """Compare the whole model's loss with what the store holds of it, made by another engine.
+
+        Engines of one game give equal scores up to rounding, but for models that an engine does not
+        run as transformers does. Without a stored score there is nothing to mix with. What is
+        scored here is not stored.
+
+        Raises:
+            InputError: they differ; the scores of the two would be mixed.
+            EngineError: the engines cannot score it.
+        """
+        full_MP = np.ones((1, self.info.num_players), dtype=bool)
+        stored_MN, known_MN = self.store.get(self.game, windows, full_MP)
+        rows = np.flatnonzero(known_MN[0] & np.isfinite(stored_MN[0]))[:CHECKED_WINDOWS]
+        if not len(rows):
+            return
+        some = windows.select(rows)
+        results: list[UnitResult | GivenUp] = []
+        block = WindowBlock(id=-1, rows=np.arange(len(rows)))
+        self.dispatcher.add(full_MP, block, self.dispatcher.register(some))
+        while not results:
+            results += filter(None, [self.dispatcher.next(POLL_S)])
+        (result,) = results
+        if isinstance(result, GivenUp) or result.scores is None:
+            reason = result.reason if isinstance(result, GivenUp) else result.error
+            raise EngineError(f"the whole model cannot be scored: {reason}")
+        tokens = int(some.num_tokens_N.sum())
+        before, now = stored_MN[0, rows].sum() / tokens, result.scores.nll_MN.sum() / tokens
+        if not abs(now - before) <= SAME_LOSS * before + 4 * self.info.noise_nll:
+            raise InputError(
+                f"{self.info.path} gives the whole model a loss of {now:.6g} nats per token, where "
+                f"the scores in {self.store.path} say {before:.6g}: they do not mix; use the "
+                "engine that made them, or another folder or store"
+            )
 
     def _show(self, tracker: ScoreTracker) -> None:
         state = self.progress.state

@@ -9,8 +9,10 @@ import csv
 import json
 import os
 import signal
+import sqlite3
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,11 @@ import pytest
 
 import lpserve
 from lpserve.analysis.record import read_record
+from lpserve.config import RunConfig
 from lpserve.errors import EngineError, InputError, RunInterrupted
 from lpserve.masks import all_masks, keys, without
 from lpserve.runner.run import run
+from lpserve.store.schema import checksum
 from lpserve.testing.runs import NUM_PLAYERS as P
 from lpserve.testing.runs import known_game, make_config, stored_count, stored_scores
 from lpserve.values.exact import exact_values
@@ -298,3 +302,70 @@ def test_a_screen_of_all_windows_is_refused_before_anything_starts(tmp_path, tex
     with pytest.raises(InputError, match="screen_windows must be below the number of windows"):
         run(make_config(tmp_path, texts, screen_windows=4))
     assert not (tmp_path / "run").exists()
+
+
+# -- windows that grow, engines that change ----------------------------------------------------
+
+
+def test_more_windows_extend_a_run_in_its_folder(tmp_path):
+    """The larger number of windows holds the smaller; what is scored already is read."""
+    from lpserve.demo import FOLDER
+
+    def config(num_windows: int, out: str, **changes: object) -> RunConfig:
+        texts = {"calibration": str(FOLDER / "calibration.txt")}
+        return make_config(
+            tmp_path,
+            texts | {"heldout": str(FOLDER / "heldout.txt")},
+            **{"engine": "transformers", **changes},
+            engine_options={},
+            model=str(FOLDER / "model"),
+            num_windows=num_windows,
+            heldout_windows=num_windows,
+            length=16,
+            budget=40,
+            max_removed=2,
+            out=str(tmp_path / out),
+        )
+
+    small = run(config(2, "run"))
+    grown = run(config(3, "run"))
+    fresh = run(config(3, "fresh"))
+    assert grown.outcome.plan.to_json() == fresh.outcome.plan.to_json()
+    assert grown.scores_new < fresh.scores_new
+    assert small.scores_new > 0
+    with pytest.raises(InputError, match="windows = 3, which can only grow: got 2"):
+        run(config(2, "run"))
+    with pytest.raises(InputError, match="length was 16, is 17"):
+        run(replace(config(3, "run"), length=17))
+    other = tmp_path / "other.txt"
+    other.write_text((FOLDER / "heldout.txt").read_text(encoding="utf-8")[1000:], encoding="utf-8")
+    moved = config(4, "moved", heldout=str(other))
+    run(replace(moved, num_windows=2, heldout_windows=2))
+    other.write_text("A text of other words. " * 200)
+    with pytest.raises(InputError, match="the heldout text has changed since"):
+        run(moved)
+
+
+def test_an_engine_that_scores_the_whole_model_otherwise_is_refused(tmp_path, texts):
+    """Scores of another engine are in the store; this one gives others."""
+    config = make_config(tmp_path, texts)
+    run(config)
+    shared = replace(config, store=str(tmp_path / "run" / "scores.sqlite"), out=str(tmp_path / "b"))
+    run(shared)  # the same game scores the same
+    with sqlite3.connect(tmp_path / "run" / "scores.sqlite") as db:
+        rows = db.execute("SELECT game, block, metric, mask, value FROM scores").fetchall()
+        for game, block, metric, mask, value in rows:
+            other = (np.frombuffer(value, np.float32) * np.float32(1.0002)).tobytes()
+            crc = checksum(game, block, metric, mask, other)
+            db.execute(
+                "UPDATE scores SET value = ?, crc = ? WHERE game = ? AND block = ? AND metric = ?"
+                " AND mask = ?",
+                (other, crc, game, block, metric, mask),
+            )
+    with pytest.raises(InputError, match=r"they do not mix; use the engine that made them"):
+        run(replace(shared, out=str(tmp_path / "c")))
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    kept["engine"]["path"] = "another"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match=r"they do not mix"):
+        run(config)

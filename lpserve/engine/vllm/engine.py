@@ -30,6 +30,7 @@ from lpserve.engine.base import (
     scores_of,
 )
 from lpserve.engine.scorer import HEAD_CHUNK_BYTES, trie_settings
+from lpserve.engine.vllm.differences import known_difference
 from lpserve.engine.vllm.options import (
     check_vllm_options,
     engine_arguments,
@@ -116,6 +117,7 @@ class VllmEngine:
             },
             settings={
                 "path": self.path,
+                "unlike_transformers": known_difference(self._checkpoint.config),
                 "state_budget_bytes": settings.state_budget_bytes,
                 "micro_batch_tokens": settings.micro_batch_tokens,
                 "pack_states": settings.pack_states,
