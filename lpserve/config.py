@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from lpserve.errors import InputError
 from lpserve.inputs.documents import toml_value, yaml_value
-from lpserve.inputs.files import is_there, read_text
+from lpserve.inputs.files import is_there, read_document
 from lpserve.inputs.plain import plain_value
 from lpserve.inputs.shapes import check_value
 from lpserve.redact import redact
@@ -342,7 +342,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
     if path.suffix not in (".toml", ".yaml", ".yml"):
         raise InputError(f"config {path}: the name must end in .toml, .yaml or .yml")
     # a relative path is looked for where the process runs, in a Ray job the job's own folder
-    text = read_text(path.absolute(), most=MAX_CONFIG_BYTES)
+    text = read_document(path.absolute(), most=MAX_CONFIG_BYTES)
     parse = toml_value if path.suffix == ".toml" else yaml_value
     values = parse(text, f"config {path}")
     if not isinstance(values, dict):

@@ -88,6 +88,7 @@ OTHER_TESTS = {
     "gate": "results recorded to the last digit",
     "test_gate": "results recorded to the last digit",
     "test_architecture": "this file",
+    "test_faults": "file calls that fail, in every command",
     "test_fuzz": "every reader of what people give, on changed inputs",
     "docs": "the README, the pages and the examples",
     "cli/test_bad_input": "refusals of the command line, whatever module they come from",

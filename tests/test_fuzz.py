@@ -288,7 +288,7 @@ def fuzzed(
         database=None,
         phases=[Phase.generate],  # the inputs are small as they are
         derandomize=not FRESH,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(inputs)
     def each(data: bytes) -> None:

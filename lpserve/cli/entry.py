@@ -136,7 +136,7 @@ class _Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse's; refuses unknown flags itself, since it knows the flags there are."""
-        parsed, rest = super().parse_known_args(args, namespace)
+        parsed, rest = super().parse_known_args(args, namespace or argparse.Namespace())
         flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
         if flags:
             near = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)

@@ -80,6 +80,10 @@ def add_eval(commands: Any) -> None:
     add("--max-length", type=int, help="tokens of a request (one less than the model's positions)")
     add("--out", default="eval", metavar="DIR", help="scores and results (eval)")
     add_engine_flags(command)
+    _add_lm_eval(commands)
+
+
+def _add_lm_eval(commands: Any) -> None:
     through = commands.add_parser(
         "lm-eval",
         help="lm-eval's own command line, where --model lpserve is known",

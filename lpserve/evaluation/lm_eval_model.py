@@ -254,7 +254,7 @@ class LpserveLM(SetsLM):
         engine: str = "transformers",
         dtype: str = "float32",
         pool: str = "local",
-        engines: int | str = 1,
+        engines: Any = 1,
         device: str | None = None,
         batch_size: Any = None,
         max_batch_size: Any = None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpserve.errors import InputError, first_line
-from lpserve.inputs.files import read_text
+from lpserve.inputs.files import read_document
 
 if TYPE_CHECKING:
     import yaml
@@ -27,7 +27,7 @@ a billion nodes."""
 
 def read_json(path: Path, *, missing: str = "", repeats: bool = False) -> Any:
     """The value of a JSON file; arguments are those of `json_value` and `files.read_bytes`."""
-    return json_value(read_text(path, missing=missing), str(path), repeats=repeats)
+    return json_value(read_document(path, missing=missing), str(path), repeats=repeats)
 
 
 def read_json_object(path: Path, *, missing: str = "", repeats: bool = False) -> dict[str, Any]:

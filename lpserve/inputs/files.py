@@ -47,7 +47,7 @@ def read_bytes(path: Path, *, most: int | None = None, missing: str = "") -> byt
         raise InputError(f"{path} cannot be read: {reason_of(error)}") from None
 
 
-def read_text(path: Path, *, most: int = MOST_DOCUMENT_BYTES, missing: str = "") -> str:
+def read_document(path: Path, *, most: int = MOST_DOCUMENT_BYTES, missing: str = "") -> str:
     """The text of a regular file in UTF-8; arguments and errors are those of `read_bytes`."""
     return decoded(read_bytes(path, most=most, missing=missing), path)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from lpserve.errors import InputError, first_line
 from lpserve.inputs.documents import json_value, yaml_value
-from lpserve.inputs.files import read_text
+from lpserve.inputs.files import read_document
 from lpserve.model.architecture import read_architecture
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.players import players_from, removed_layers
@@ -56,7 +56,7 @@ def read_sets(path: str | Path, num_players: int, model_hash: str | None = None)
     path = Path(path)
     if path.is_dir():
         path = path / "plan.json"
-    text = read_text(path)
+    text = read_document(path)
     if path.suffix == ".json":
         return _from_json(path, text, num_players, model_hash)
     if path.suffix in (".yaml", ".yml"):

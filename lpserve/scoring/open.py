@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lpserve.config import EngineConfig
@@ -10,10 +10,11 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import read_checkpoint
-from lpserve.model.content_hash import checkpoint_hash
+from lpserve.model.content_hash import checkpoint_hash, is_sampled
 from lpserve.scoring.local import LocalPool
 from lpserve.scoring.pool import EnginePool
-from lpserve.types import EngineSpec
+from lpserve.store.store import Store
+from lpserve.types import EngineInfo, EngineSpec
 
 
 def open_pool(
@@ -40,6 +41,27 @@ def open_pool(
         raise InputError(f"pool ray needs Ray ({error}): install lpserve[ray]") from None
     engines = None if config.engines == "auto" else int(config.engines)
     return RayPool(spec, windows, engines, log=log)
+
+
+def engine_notes(store: Store, info: EngineInfo) -> Iterator[str]:
+    """What the user should know of an engine that has started, and of the store it scores into."""
+    held = [game.model_hash for game in store.games().values()]
+    if any(map(is_sampled, held)) and not is_sampled(info.model_hash):
+        yield (
+            f"store {store.path} holds scores of an lpserve that knew a model by samples of its "
+            "weights; they are not read (lpserve scores STORE --adopt MODEL takes them over)"
+        )
+    if (player := info.settings.get("first_not_finite")) is not None:
+        advice = "use bfloat16 or float32" if info.dtype == "float16" else "check its file"
+        yield (
+            f"layer {player} gives NaN or infinity in {info.dtype}, and so does every set that "
+            f"keeps it: {advice}"
+        )
+    if (share := info.settings.get("unlike_transformers")) is not None:
+        yield (
+            "vLLM runs models of this type unlike transformers: on a CPU the whole model's loss "
+            f"was off by a share of {share:.2g}; check the plan with --engine transformers, too"
+        )
 
 
 def engine_spec(config: EngineConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:

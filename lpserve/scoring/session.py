@@ -25,10 +25,9 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine, check_extra_metrics
 from lpserve.errors import EngineError, InputError, LpserveError, RunInterrupted
 from lpserve.masks import key_text, keys, sort_distinct
-from lpserve.model.content_hash import is_sampled
 from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.local import LocalPool
-from lpserve.scoring.open import engine_spec, open_pool
+from lpserve.scoring.open import engine_notes, engine_spec, open_pool
 from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.signals import Signals, trap_signals
@@ -97,9 +96,8 @@ class ScoringSession:
             self.pool = open_pool(config, spec, windows, log or self.progress.note)
             stack.callback(self.pool.close)
             self._stack = stack.pop_all()
-        self._tell_unread_scores(log or self.progress.note)
-        self._tell_not_finite(log or self.progress.note)
-        self._tell_unlike(log or self.progress.note)
+        for line in engine_notes(self.store, self.info):
+            (log or self.progress.note)(line)
         self.dispatcher = Dispatcher(self.pool)
         self.masks_scored = 0
         """Masks that engines scored for `score`, over all windows that were asked for."""
@@ -123,32 +121,6 @@ class ScoringSession:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _tell_unread_scores(self, tell: Callable[[str], None]) -> None:
-        held = [game.model_hash for game in self.store.games().values()]
-        if any(map(is_sampled, held)) and not is_sampled(self.info.model_hash):
-            tell(
-                f"store {self.store.path} holds scores of an lpserve that knew a model by samples "
-                "of its weights; they are not read (lpserve scores STORE --adopt MODEL takes them "
-                "over)"
-            )
-
-    def _tell_unlike(self, tell: Callable[[str], None]) -> None:
-        share = self.info.settings.get("unlike_transformers")
-        if share is not None:
-            tell(
-                f"vLLM runs models of this type unlike transformers: on a CPU the whole model's "
-                f"loss was off by {share:.1%}; check the plan with --engine transformers, too"
-            )
-
-    def _tell_not_finite(self, tell: Callable[[str], None]) -> None:
-        player = self.info.settings.get("first_not_finite")
-        if player is not None:
-            advice = "use bfloat16 or float32" if self.info.dtype == "float16" else "check its file"
-            tell(
-                f"layer {player} gives NaN or infinity in {self.info.dtype}, and so does every set "
-                f"that keeps it: {advice}"
-            )
 
     @cached_property
     def game(self) -> int:

@@ -384,7 +384,7 @@ def write_npz(path: Path, rng, kind: str) -> None:
     ("kind", "words"),
     [("missing", "does not exist"), ("name", "no array named 'tokens'")]
     + [
-        (k, "is not an .npz file")
+        (k, "is no .npz of arrays")
         for k in ("random", "empty", "truncated", "damaged", "an array", "objects")
     ],
 )
@@ -407,7 +407,7 @@ def test_an_npz_that_cannot_be_read_is_refused(kind, words, tmp_path, rng):
         ("a.txt", b"\n", "too short"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2 has no text field 'text'"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}\n', "line 3 has no text field 'text'"),
-        ("a.jsonl", b'{"text": "a"', "line 1 has no text field 'text'"),
+        ("a.jsonl", b'{"text": "a"', "line 1 is no JSON: "),
         ("a.jsonl", b"[3]", "record 1 has no text field 'text'"),
     ],
 )
