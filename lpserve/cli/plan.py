@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpserve.cli.arguments import numbers
+
+if TYPE_CHECKING:
+    from lpserve.analysis.record import RunRecord
+    from lpserve.plan.plan import Plan
 
 
 def add_plan(commands: Any) -> None:
@@ -37,10 +42,26 @@ def _plan(arguments: argparse.Namespace) -> int:
         scored, analyse(scored), max_removed=arguments.max_removed, protected=arguments.protect
     )
     print_plan(plan)
+    if arguments.protect:
+        print("\n".join(_scored_within(scored, plan)))
     if arguments.out:
         write_text(Path(arguments.out), plan.to_json())
         print(f"written: {arguments.out}")
     return 0
+
+
+def _scored_within(scored: RunRecord, plan: Plan) -> Iterator[str]:
+    """What a plan under constraints was chosen from: sets that keep the protected layers, of those
+    that a search without constraints happened to score."""
+    masks_MP = scored.masks_MP[scored.scored_M()]
+    within_M = masks_MP[:, list(plan.protected)].all(axis=1)
+    removed_M = (~masks_MP).sum(axis=1)
+    kept = ", ".join(map(str, plan.protected))
+    yield f"chosen among the sets that the run scored; of them these keep {kept}:"
+    for entry in plan.plans:
+        of_size = removed_M == entry.num_removed
+        yield f"{entry.num_removed:>6}  {(within_M & of_size).sum()} of {of_size.sum()}"
+    yield "other sets that keep them were not scored: the best of them may be better\n"
 
 
 def print_plan(plan: Any) -> None:

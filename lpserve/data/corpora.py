@@ -79,8 +79,8 @@ def cut_corpora(
             streams[key] = TokenStream.read(path, loaded, field=request.field, name=name)
         return TokenStream(name, streams[key].ids, streams[key].bos_id)
 
-    def cut(source: TokenStream, num: int) -> TokenWindows:
-        return source.cut(num, request.length, seed=request.seed, bos=request.bos)
+    def cut(source: TokenStream, num: int, key: str) -> TokenWindows:
+        return source.cut(num, request.length, seed=request.seed, bos=request.bos, key=key)
 
     texts = {n: stream(n, p) for n, p in request.calibration.items() if not _is_npz(p)}
     if request.heldout:
@@ -97,10 +97,14 @@ def cut_corpora(
             continue
         shared = any(np.array_equal(texts[name].ids, other.ids) for other in others.values())
         source = texts[name].split()[0] if shared else texts[name]
-        calibration.append(cut(source, counts if isinstance(counts, int) else counts[name]))
+        wanted = counts if isinstance(counts, int) else counts[name]
+        calibration.append(cut(source, wanted, "num_windows"))
     for source in others.values():
         shared = any(np.array_equal(source.ids, text.ids) for text in texts.values())
-        heldout.append(cut(source.split()[1] if shared else source, request.heldout_windows))
+        part, what = source, "heldout_windows"
+        if shared:
+            part, what = source.split()[1], "heldout_windows, of the last fifth of the text"
+        heldout.append(cut(part, request.heldout_windows, what))
     heldout += [TokenWindows.from_npz(path, name=name) for name, path in held_npz.items()]
     return calibration, heldout
 

@@ -71,18 +71,24 @@ def check_disjoint(calibration: ItemSet, heldout: ItemSet) -> None:
 
 def check_windows(checkpoint: Checkpoint, windows: TokenWindows) -> None:
     """Raise InputError where windows do not fit a model's positions or vocabulary."""
-    architecture = read_architecture(checkpoint)
-    limit = architecture.max_positions
-    if limit is not None and windows.length > limit:
-        raise InputError(
-            f"windows of {windows.length} tokens are longer than the model's {limit} positions "
-            f"({architecture.positions_key}); use --length {limit} or less"
-        )
-    vocab, largest_id = architecture.vocab_size, int(windows.tokens_NT.max())
+    check_length(checkpoint, windows.length)
+    vocab = read_architecture(checkpoint).vocab_size
+    largest_id = int(windows.tokens_NT.max())
     if vocab is not None and largest_id >= vocab:
         raise InputError(
             f"token id {largest_id} is outside the model's vocabulary of {vocab}: "
             "the windows were made with another tokenizer"
+        )
+
+
+def check_length(checkpoint: Checkpoint, length: int) -> None:
+    """Raise InputError where windows of so many tokens do not fit a model's positions."""
+    architecture = read_architecture(checkpoint)
+    limit = architecture.max_positions
+    if limit is not None and length > limit:
+        raise InputError(
+            f"windows of {length} tokens are longer than the model's {limit} positions "
+            f"({architecture.positions_key}); use --length {limit} or less"
         )
 
 

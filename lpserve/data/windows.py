@@ -240,8 +240,15 @@ class TokenStream:
             TokenStream(self.name, self.ids[at:], self.bos_id),
         )
 
-    def cut(self, num_windows: int, length: int, *, seed: int, bos: bool) -> TokenWindows:
-        """Disjoint windows in a seeded random order; see `TokenWindows.from_file`."""
+    def cut(
+        self, num_windows: int, length: int, *, seed: int, bos: bool, key: str = ""
+    ) -> TokenWindows:
+        """Disjoint windows in a seeded random order; see `TokenWindows.from_file`.
+
+        Args:
+            key: of the config that `num_windows` comes from, for errors.
+        """
+        asked = f"{num_windows} are asked for{key and f' ({key})'}"
         if num_windows < 1 or length < 2:
             raise InputError(
                 f"corpus {self.name!r}: need num_windows >= 1 and length >= 2: "
@@ -255,7 +262,7 @@ class TokenStream:
         if have < num_windows:
             raise InputError(
                 f"corpus {self.name!r} is too short: {len(self.ids)} tokens make {have} windows of "
-                f"{length}; {num_windows} are asked for"
+                f"{length}; {asked}"
             )
         order = np.random.default_rng(seed).permutation(have)
         all_NT = self.ids[: have * take].reshape(have, take)
@@ -271,7 +278,7 @@ class TokenStream:
         else:
             raise InputError(
                 f"corpus {self.name!r} is too short: only {len(rows)} different windows of "
-                f"{length} tokens; {num_windows} are asked for"
+                f"{length} tokens; {asked}"
             )
         tokens_NT = all_NT[rows]
         if bos_id is not None:

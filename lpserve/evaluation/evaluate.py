@@ -24,6 +24,8 @@ from lpserve.errors import InputError
 from lpserve.evaluation.results import Evaluation, Result, evaluated_by, write_results
 from lpserve.evaluation.settings import EvalConfig
 from lpserve.evaluation.task_evaluation import TaskEvaluation
+from lpserve.export.writer import REPORT_NAME
+from lpserve.inputs.files import is_there
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
 from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks, named_apart
@@ -44,7 +46,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
         RunInterrupted: what was scored is kept, and the same call goes on from there.
     """
     num_players = num_players_of(config)
-    sets = [full_model(), *dict.fromkeys(s for s in config.sets if s.removed)]
+    sets = [_whole(config), *dict.fromkeys(s for s in config.sets if s.removed)]
     if not config.texts and not config.tasks:
         raise InputError("nothing to evaluate: name a text (--text) or a task (--tasks)")
     names = [s.name for s in sets]
@@ -93,6 +95,12 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
         )
         write_results(folder, config, session.info, evaluation)
     return evaluation
+
+
+def _whole(config: EvalConfig) -> LayerSet:
+    """The set that removes nothing: of an exported checkpoint, under the checkpoint's name."""
+    folder = Path(config.model)
+    return LayerSet(folder.resolve().name, ()) if is_there(folder / REPORT_NAME) else full_model()
 
 
 def _perplexities(

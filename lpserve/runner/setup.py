@@ -5,9 +5,15 @@ Bad input is refused here, before a model loads.
 
 from __future__ import annotations
 
-from lpserve.config import EngineConfig, RunConfig, WindowConfig
+from lpserve.config import EngineConfig, RunConfig, WindowConfig, is_task
 from lpserve.data.items import ItemSet
-from lpserve.data.prepare import check_disjoint, check_windows, cut_run_items, cut_run_windows
+from lpserve.data.prepare import (
+    check_disjoint,
+    check_length,
+    check_windows,
+    cut_run_items,
+    cut_run_windows,
+)
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
@@ -42,6 +48,7 @@ def item_sets_of(config: RunConfig) -> tuple[ItemSet, ItemSet]:
         InputError: texts or tasks cannot be used, do not fit the model or the utility, or the two
             sides share items.
     """
+    _check_texts(config)
     calibration, heldout = cut_run_items(config)
     check_sides(config, calibration, heldout)
     return calibration, heldout
@@ -53,9 +60,19 @@ def windows_of(config: WindowConfig) -> tuple[TokenWindows, TokenWindows]:
     Raises:
         InputError: a corpus is a task, or a text cannot be used or does not fit the model.
     """
+    _check_texts(config)
     sides = cut_run_windows(config)
     check_windows_of(config, *sides)
     return sides
+
+
+def _check_texts(config: WindowConfig) -> None:
+    """Raise InputError where windows of the length that is asked for cannot fit the model, before
+    a text turns out to be too short for them."""
+    paths = [*config.calibration.values(), *config.heldout.values()]
+    is_cut = any(not is_task(path) and not path.endswith(".npz") for path in paths)
+    if is_cut and engine_kind(config.engine).reads_checkpoint:
+        check_length(read_checkpoint(config.model), config.length)
 
 
 def check_sides(config: EngineConfig, calibration: ItemSet, heldout: ItemSet) -> None:

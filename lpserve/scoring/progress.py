@@ -76,7 +76,7 @@ class Progress:
         self._last = now
         text = self.line(now - self._started)
         if self._live:
-            self._live.update(Text(text), refresh=True)
+            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             self._stream.write(text + "\n")
             self._stream.flush()
@@ -107,10 +107,11 @@ class Progress:
         if state.best:
             shown = sorted(state.best)
             shown = [shown[0], shown[len(shown) // 2], shown[-1]] if len(shown) > 3 else shown
-            parts.append("best ppl " + " ".join(f"-{r}: {state.best[r]:.4g}" for r in shown))
+            best = ", ".join(f"{state.best[r]:.4g} without {r}" for r in shown)
+            parts.append(f"best ppl {best}")
         if state.heldout_r2 is not None and state.heldout_spearman is not None:
             parts.append(
-                f"{state.surrogate} held-out R2 {state.heldout_r2:.3f} "
+                f"{state.surrogate} predicts unseen masks: R2 {state.heldout_r2:.3f}, "
                 f"rho {state.heldout_spearman:.3f}"
             )
         if state.quarantined:

@@ -337,3 +337,52 @@ def test_a_bad_value_type_in_a_config_names_its_key():
     ):
         with pytest.raises(InputError, match=key):
             config_from(base | {key: value}, "test")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["run", "--modle", "x"], "lpserve run: unknown flag --modle; did you mean --model?"),
+        (["run", "--bud=3"], "lpserve run: unknown flag --bud"),  # no flag is shortened
+        (["run", "--xyzzy"], "lpserve run: unknown flag --xyzzy: see lpserve run --help"),
+        (["run", "--budget", "x"], "lpserve run: argument --budget: invalid int value: 'x'"),
+    ],
+)
+def test_flags_that_are_not_known_are_refused_in_one_line(argv, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(told)
+
+
+def test_lm_evals_flags_are_its_own_and_its_model_refuses_unknown_arguments(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["lm-eval", "--help"])
+    assert ended.value.code == 0
+    assert "--model" in capsys.readouterr().out
+    from lpserve.errors import InputError
+    from lpserve.evaluation.lm_eval_model import LpserveLM
+
+    with pytest.raises(InputError, match=r"unknown argument 'modle'; did you mean 'model'\?"):
+        LpserveLM(modle=MODEL)
+    with pytest.raises(InputError, match="model is missing"):
+        LpserveLM()
+
+
+def test_a_goal_is_counted(capsys):
+    for goal in ("plan", "values"):
+        assert main(["cost", "--model", MODEL, "--goal", goal]) == 0
+    assert "masks" in capsys.readouterr().out
+
+
+def test_the_first_cause_and_whose_default_it_is_are_told(tmp_path, capsys):
+    text = tmp_path / "short.txt"
+    text.write_text("word " * 2000)
+    flags = ["run", "--model", MODEL, "--calibration", str(text), "--out", str(tmp_path / "out")]
+    assert "longer than the model's 512 positions" in refused(
+        capsys, tmp_path, *flags, "--length", "1024"
+    )
+    told = refused(capsys, tmp_path, *flags, "--num-windows", "1")
+    assert "64 are asked for (heldout_windows, of the last fifth of the text)" in told

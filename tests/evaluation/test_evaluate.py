@@ -226,7 +226,7 @@ def test_perplexity_of_a_set_is_that_of_its_export(pruned, short_text, tmp_path)
         )
     )
     assert together.value(str(REMOVED), "ppl novel") == pytest.approx(
-        exported.value("all layers", "ppl novel"), rel=1e-5
+        exported.value("model", "ppl novel"), rel=1e-5
     )
     assert together.layer_forwards < together.skip_layer_forwards
     about = json.loads((tmp_path / "all" / "results.json").read_text())
@@ -241,6 +241,32 @@ def test_perplexity_of_a_set_is_that_of_its_export(pruned, short_text, tmp_path)
     nll = window_nll(model, cut.windows.tokens_NT, cut.windows.scored_NT)
     by_hand = math.exp(nll.sum() / cut.windows.num_tokens_N.sum())
     assert together.value(str(REMOVED), "ppl novel") == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_evaluations_in_one_folder_add_up(pruned, short_text, tmp_path):
+    """Figures of other sets stay; an export has its own name; another model's do not stay."""
+
+    def results(model: str, removed: tuple[int, ...], out: str = "a") -> list[str]:
+        sets = (LayerSet("mine", removed),) if removed else ()
+        evaluate(
+            EvalConfig(
+                model=model,
+                sets=sets,
+                texts={"t": short_text},
+                protocol=Protocol(length=100, stride=100, bos="none"),
+                out=str(tmp_path / out),
+            )
+        )
+        lines = (tmp_path / out / "results.csv").read_text().splitlines()[1:]
+        return [",".join(line.split(",")[:3]) for line in lines]
+
+    assert results(MODEL, (3,)) == ["all layers,,ppl t", "mine,3,ppl t"]
+    assert results(MODEL, (4,)) == ["all layers,,ppl t", "mine,3,ppl t", "mine,4,ppl t"]
+    assert results(MODEL, (3,)) == ["all layers,,ppl t", "mine,3,ppl t", "mine,4,ppl t"]
+    assert results(str(pruned[0]), ()) == ["model,,ppl t"]
+    (tmp_path / "a" / "results.json").write_text("[]")
+    with pytest.raises(InputError, match="holds no JSON object"):
+        results(MODEL, (3,))
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ def test_the_line_holds_every_figure():
     state.surrogate, state.heldout_r2, state.heldout_spearman = "gp", 0.98765, 0.9
     assert progress.line(10.0) == (
         "scoring: 60/100 masks (20 from the store) | 4.0 masks/s | 100 layer-forwards saved (25%)"
-        " | best ppl -1: 10 -3: 12 -4: 13.5 | gp held-out R2 0.988 rho 0.900 | 1 quarantined"
+        " | best ppl 10 without 1, 12 without 3, 13.5 without 4"
+        " | gp predicts unseen masks: R2 0.988, rho 0.900 | 1 quarantined"
         " | 10 s left"
     )
 

@@ -17,6 +17,7 @@ def test_a_known_difference_is_found_by_the_model_type():
     assert known_difference({"model_type": "mamba2"}) == MEASURED["mamba2"]
     assert known_difference({"model_type": "llama"}) is None
     assert known_difference({"model_type": None}) is None
+    assert known_difference({"model_type": "mamba2", "n_groups": 1}) is None
 
 
 @pytest.mark.slow
@@ -27,7 +28,7 @@ def test_mamba2_is_unlike_still(tmp_path, rng):
     from lpserve.engine.vllm.engine import VllmEngine
 
     sizes = {k: v for k, v in TEXT.items() if k not in ("intermediate_size", "head_dim")}
-    sizes |= {"hidden_size": 128, "num_heads": 8, "head_dim": 32, "n_groups": 1}
+    sizes |= {"hidden_size": 128, "num_heads": 8, "head_dim": 32, "n_groups": 8}
     config = transformers.Mamba2Config(**sizes, state_size=16, chunk_size=16)
     transformers.Mamba2ForCausalLM(config).save_pretrained(tmp_path)
     windows = TokenWindows.from_tokens(rng.integers(3, 90, (3, 24)))
