@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.analysis.resample import mean_nll, window_weights
+from lpserve.config import SURROGATES
 from lpserve.errors import InputError, first_line
 from lpserve.inputs.arrays import array_of, read_arrays
 from lpserve.inputs.documents import json_value
@@ -248,10 +249,14 @@ def _check_record(record: RunRecord, source: str) -> None:
         "screen": any(not 0 <= item < items for item in record.screen),
         "num_tokens": bool((record.num_tokens_I < 1).any()),
         "masks": not len(masks_MP) or not masks_MP[0].all(),
+        "surrogate": record.surrogate not in SURROGATES,
+        "seed": record.seed < 0,
+        "sizes": not 0 <= record.sizes[0] <= record.sizes[1] < record.num_players,
+        "noise_nll": not 0 <= record.noise_nll < float("inf"),
         "max_removed": not 0 < record.max_removed < record.num_players,
     }
     if wrong := [name for name, holds in contradictions.items() if holds]:
-        raise InputError(f"{source}: {wrong[0]} contradict the other parts of it")
+        raise InputError(f"{source}: its {wrong[0]} cannot be, or contradict the rest of it")
 
 
 def heldout_losses(record: RunRecord) -> tuple[NDArray[np.float32], Utility]:
