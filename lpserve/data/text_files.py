@@ -23,7 +23,7 @@ from pyarrow import parquet
 
 from lpserve.errors import DataWarning, InputError, first_line
 from lpserve.inputs.documents import json_value
-from lpserve.inputs.files import decoded, read_bytes, reason_of
+from lpserve.inputs.files import decoded, read_bytes, reason_of, regular_size
 
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 _RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -227,11 +227,11 @@ def _csv_texts(path: Path, text: str, field: str, delimiter: str) -> Iterator[st
 
 def _parquet_texts(path: Path, field: str) -> Iterator[str | None]:
     """Texts of a table's column, read a batch after the other."""
-    data = read_bytes(path, most=MOST_TEXT_BYTES)
-    limit = max(ALLOWED_BYTES, GROWTH * len(data))
+    size = regular_size(path)
+    limit = max(ALLOWED_BYTES, GROWTH * size)
     try:
-        with parquet.ParquetFile(pa.BufferReader(data)) as table:
-            if table.metadata.num_rows > max(_MOST_ROWS, len(data)):
+        with parquet.ParquetFile(path) as table:
+            if table.metadata.num_rows > max(_MOST_ROWS, size):
                 raise InputError(f"{path} says it has {table.metadata.num_rows:,} rows: too many")
             columns = table.schema_arrow.names
             if field not in columns:

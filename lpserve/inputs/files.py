@@ -17,6 +17,17 @@ MOST_DOCUMENT_BYTES = 64 << 20
 """Of a file that is read as a whole for what it says: configs, indices, sets, plans."""
 
 
+def regular_size(path: Path) -> int:
+    """Bytes of a regular file, for readers that open it themselves; raises InputError."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error, "") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(f"{path} is no regular file: it may have no end")
+    return found.st_size
+
+
 def read_bytes(path: Path, *, most: int | None = None, missing: str = "") -> bytes:
     """The bytes of a regular file.
 
@@ -39,12 +50,18 @@ def read_bytes(path: Path, *, most: int | None = None, missing: str = "") -> byt
                     f"{path} has {found.st_size:,} bytes, more than the {most:,} of such a file"
                 )
             return file.read() if most is None else file.read(most + 1)[:most]
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist{missing and f': {missing}'}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, not a file") from None
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError(f"{path} cannot be read: {reason_of(error)}") from None
+        raise _unreadable(path, error, missing) from None
+
+
+def _unreadable(path: Path, error: OSError | ValueError, missing: str) -> InputError:
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{path} does not exist{missing and f': {missing}'}")
+    if isinstance(error, IsADirectoryError):
+        return InputError(f"{path} is a folder, not a file")
+    return InputError(f"{path} cannot be read: {reason_of(error)}")
 
 
 def read_document(path: Path, *, most: int = MOST_DOCUMENT_BYTES, missing: str = "") -> str:
