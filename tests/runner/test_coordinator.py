@@ -316,8 +316,7 @@ def test_more_windows_extend_a_run_in_its_folder(tmp_path):
         return make_config(
             tmp_path,
             texts | {"heldout": str(FOLDER / "heldout.txt")},
-            **{"engine": "transformers", **changes},
-            engine_options={},
+            **changes,
             model=str(FOLDER / "model"),
             num_windows=num_windows,
             heldout_windows=num_windows,
