@@ -70,7 +70,7 @@ MAX_CONFIG_BYTES = 1 << 20
 
 def _one_of(names: Iterable[str]) -> Meta:
     pattern = "|".join(map(re.escape, names))
-    return Meta(pattern=f"^(?:{pattern})$", description=f"one of {', '.join(names)}")
+    return Meta(pattern=rf"^(?:{pattern})\Z", description=f"one of {', '.join(names)}")
 
 
 Pool = Annotated[str, _one_of(POOLS)]

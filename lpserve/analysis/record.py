@@ -55,7 +55,8 @@ def _row_tuple(array: NDArray[np.int64]) -> tuple[int, ...]:
 
 
 def _players(rows: list[list[Any]]) -> tuple[Player, ...]:
-    return tuple(Player(index=i, layer=layer, part=part) for i, layer, part in rows)
+    checked = converted(rows, list[tuple[int, int, str]], "rows")
+    return tuple(Player(index=i, layer=layer, part=part) for i, layer, part in checked)
 
 
 def _player_rows(players: tuple[Player, ...]) -> list[list[Any]]:
@@ -63,7 +64,7 @@ def _player_rows(players: tuple[Player, ...]) -> list[list[Any]]:
 
 
 def _corpora(rows: list[list[Any]]) -> tuple[tuple[str, int], ...]:
-    return tuple((str(name), int(count)) for name, count in rows)
+    return tuple(converted(rows, list[tuple[str, int]], "rows"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +227,7 @@ def _field_read(one: Field[Any], held: Any, kind: Any, source: str) -> Any:
     """A field as `scores.npz` holds it, read; `kind`: its type, if it is no array."""
     try:
         value = one.metadata["read"](held)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, SystemError) as error:
         raise InputError(f"{source}: {one.name}: {first_line(error)}") from None
     return value if kind is None else converted(value, kind, f"{source}: {one.name}")
 
@@ -244,9 +245,10 @@ def _check_record(record: RunRecord, source: str) -> None:
     utility_named(record.utility)
     masks_MP, items = record.masks_MP, len(record.num_tokens_I)
     contradictions = {
-        "players": masks_MP.shape[1] != record.num_players,
-        "corpora": sum(record.corpus_sizes) != items,
-        "screen": any(not 0 <= item < items for item in record.screen),
+        "players": [p.index for p in record.players] != list(range(masks_MP.shape[1])),
+        "corpora": sum(record.corpus_sizes) != items or min(record.corpus_sizes, default=0) < 1,
+        "screen": not set(record.screen) <= set(range(items))
+        or len(set(record.screen)) != len(record.screen),
         "num_tokens": bool((record.num_tokens_I < 1).any()),
         "masks": not len(masks_MP) or not masks_MP[0].all(),
         "surrogate": record.surrogate not in SURROGATES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,11 +58,14 @@ def _scored_within(scored: RunRecord, plan: Plan) -> Iterator[str]:
     within_M = masks_MP[:, list(plan.protected)].all(axis=1)
     removed_M = (~masks_MP).sum(axis=1)
     kept = ", ".join(map(str, plan.protected))
-    yield f"chosen among the sets that the run scored; of them these keep {kept}:"
+    yield f"chosen among the sets that the run scored and that keep {kept}:"
+    free = plan.num_players - len(plan.protected)
     for entry in plan.plans:
-        of_size = removed_M == entry.num_removed
-        yield f"{entry.num_removed:>6}  {(within_M & of_size).sum()} of {of_size.sum()}"
-    yield "other sets that keep them were not scored: the best of them may be better\n"
+        scored_here = int((within_M & (removed_M == entry.num_removed)).sum())
+        there_are = math.comb(free, entry.num_removed)
+        more = "" if scored_here == there_are else "; a better one may be among the others"
+        yield f"{entry.num_removed:>6}  {scored_here} of {there_are} that there are{more}"
+    yield ""
 
 
 def print_plan(plan: Any) -> None:

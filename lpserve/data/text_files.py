@@ -22,7 +22,6 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from lpserve.errors import DataWarning, InputError, first_line
-from lpserve.inputs.documents import json_value
 from lpserve.inputs.files import decoded, read_bytes, reason_of, regular_size
 
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
@@ -111,8 +110,6 @@ def _joined(texts: Iterator[str | None], path: Path, name: str) -> str:
     """Records' texts as one; those without a text (null) are left out, and their number is told."""
     listed = list(texts)
     found = [text for text in listed if text is not None]
-    if not found:
-        raise InputError(f"{path} holds no text: {len(listed)} records, all null")
     if nulls := len(listed) - len(found):
         told = f"corpus {name!r}: {path}: left out {nulls} of {len(listed)} records, which are null"
         warnings.warn(told, DataWarning, stacklevel=2)
@@ -145,6 +142,8 @@ def _bytes_of(path: Path) -> bytes:
                 data = stream.read(limit + 1)
     except (lzma.LZMAError, EOFError, pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be decompressed: {first_line(error)}") from None
+    if len(data) > MOST_TEXT_BYTES:
+        raise InputError(f"{path} grows to more than {MOST_TEXT_BYTES:,} bytes: cut it in parts")
     if len(data) > limit:
         raise InputError(f"{path} grows to more than {GROWTH} times its size: decompress it first")
     return data
@@ -182,7 +181,16 @@ def _json_texts(path: Path, text: str, field: str) -> Iterator[str | None]:
     for number, line in enumerate(text.split("\n"), start=1):  # JSON strings may hold U+2028
         if line.strip():
             where = f"{path} line {number}"
-            yield _value(json_value(line, where, repeats=True), field, where)
+            yield _value(_record(line, where), field, where)
+
+
+def _record(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is no JSON: {first_line(error)}") from None
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply") from None
 
 
 def _value(record: Any, field: str, where: str) -> str | None:

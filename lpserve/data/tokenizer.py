@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lpserve.errors import InputError, first_line
+from lpserve.errors import InputError, LpserveError, first_line
 from lpserve.inputs.documents import read_json_object, shown
 from lpserve.inputs.files import is_there
 from lpserve.model.own_code import FROM_FOLDER
@@ -24,9 +24,9 @@ def load_tokenizer(tokenizer: str | Path | Any) -> Any:
         raise InputError(f"tokenizer {str(tokenizer)!r} is not a folder")
     _check_ids(Path(tokenizer) / "tokenizer.json")
     try:
-        loaded = AutoTokenizer.from_pretrained(str(tokenizer), **FROM_FOLDER)
-        loaded("a", add_special_tokens=False)  # some faults of its files show at work
-        return loaded
+        return AutoTokenizer.from_pretrained(str(tokenizer), **FROM_FOLDER)
+    except LpserveError:  # a signal
+        raise
     except Exception as error:  # transformers raises many kinds for a folder without a tokenizer
         line = first_line(error)
         if "custom code" in line:

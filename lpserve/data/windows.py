@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from lpserve.data.text_files import read_text
 from lpserve.data.tokenizer import load_tokenizer
-from lpserve.errors import InputError
+from lpserve.errors import InputError, LpserveError, typed_first_line
 from lpserve.inputs.arrays import read_arrays
 from lpserve.types import BoolArray, IntArray
 
@@ -229,7 +229,14 @@ class TokenStream:
     def read(cls, path: str | Path, tokenizer: Any, *, field: str, name: str) -> TokenStream:
         """Read and tokenize a text; see `text_files.read_text`."""
         text = read_text(Path(path), field=field, name=name)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except LpserveError:  # a signal
+            raise
+        except Exception as error:  # whatever a tokenizer's settings or code raise at work
+            raise InputError(
+                f"corpus {name!r}: the model's tokenizer cannot read it: {typed_first_line(error)}"
+            ) from None
         return cls(name, np.asarray(ids, dtype=np.int32), tokenizer.bos_token_id)
 
     def split(self) -> tuple[TokenStream, TokenStream]:

@@ -77,8 +77,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
     ) as session:
         masks_MP = layer_set_masks(sets, num_players)
         if not evaluated_by(folder, session.info):
-            for cut in cuts.values():
-                session.check_same_scores(cut.windows)
+            session.compare_first()
         results = _perplexities(session, sets, masks_MP, cuts)
         requests_cut = 0
         if tasks is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import atexit
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -230,6 +230,18 @@ _ARGUMENTS = (
 )
 
 
+def _checked_arguments(model: str | None, unknown: Mapping[str, Any]) -> str:
+    """The model's folder; raises InputError for arguments that are unknown or missing."""
+    if unknown:
+        near = difflib.get_close_matches(min(unknown), _ARGUMENTS, n=1)
+        known = f": known are {', '.join(_ARGUMENTS)}"
+        hint = f"; did you mean {near[0]!r}?" if near else known
+        raise InputError(f"--model_args of lpserve: unknown argument {min(unknown)!r}{hint}")
+    if model is None:
+        raise InputError("--model_args of lpserve: model is missing (model=DIR)")
+    return model
+
+
 @register_model("lpserve")
 class LpserveLM(SetsLM):
     """`--model lpserve` of lm-eval, with these `--model_args`:
@@ -260,14 +272,7 @@ class LpserveLM(SetsLM):
         max_batch_size: Any = None,
         **unknown: Any,
     ) -> None:
-        if unknown:
-            near = difflib.get_close_matches(min(unknown), _ARGUMENTS, n=1)
-            hint = (
-                f"; did you mean {near[0]!r}?" if near else f": known are {', '.join(_ARGUMENTS)}"
-            )
-            raise InputError(f"--model_args of lpserve: unknown argument {min(unknown)!r}{hint}")
-        if model is None:
-            raise InputError("--model_args of lpserve: model is missing (model=DIR)")
+        model = _checked_arguments(model, unknown)
         config = EngineConfig(
             model=str(model),
             engine=engine,
@@ -302,4 +307,5 @@ class LpserveLM(SetsLM):
         session = stack.enter_context(
             ScoringSession(config, probe, store=store, holder="lm-eval", longest=length + 1)
         )
+        session.compare_first()
         super().__init__(session, tokenizer, chosen.mask(num_players)[None], max_length=length)

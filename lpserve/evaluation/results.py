@@ -66,6 +66,8 @@ class _Earlier:
 
     protocols: dict[str, str] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=list)
+    asked: dict[str, Any] | None = None
+    """How tasks were asked: `num_fewshot`, `limit` and `max_length`."""
     results: tuple[Result, ...] = ()
 
 
@@ -93,8 +95,12 @@ def _key(result: Result) -> tuple[str, tuple[int, ...], str]:
     return result.layer_set, result.removed, result.measure
 
 
-def _earlier(path: Path, same: dict[str, Any]) -> _Earlier:
-    """Figures of earlier evaluations; none where they are of another model or in another way.
+def _earlier(path: Path, same: dict[str, Any], asked: dict[str, Any] | None) -> _Earlier:
+    """Figures of earlier evaluations; none where they are of another model or engine.
+
+    Args:
+        asked: how tasks are asked now; figures of tasks that were asked otherwise are left out.
+            None: no task is.
 
     Raises:
         InputError: the file is no results.json; it is left as it is.
@@ -105,7 +111,12 @@ def _earlier(path: Path, same: dict[str, Any]) -> _Earlier:
     if any(about.get(key) != value for key, value in same.items()):
         return _Earlier()
     rows = converted(about.get("results"), list[_Row], f"{path}: results")
+    before = {key: about.get(key) for key in ("num_fewshot", "limit", "max_length")}
+    if asked is not None and asked != before:
+        rows = [row for row in rows if row["measure"].startswith("ppl ")]
+        about["tasks"] = []
     return _Earlier(
+        asked=before,
         protocols=converted(about.get("protocols"), dict[str, str], f"{path}: protocols"),
         tasks=converted(about.get("tasks"), list[str], f"{path}: tasks"),
         results=tuple(
@@ -133,8 +144,9 @@ def write_results(
 
     engine = _engine_of(info)
     same = {"format": RESULTS_FORMAT, "model_hash": info.model_hash, "engine": engine}
-    same |= {k: getattr(config, k) for k in ("num_fewshot", "limit", "max_length")}
-    earlier = _earlier(folder / "results.json", same)
+    asked = {k: getattr(config, k) for k in ("num_fewshot", "limit", "max_length")}
+    earlier = _earlier(folder / "results.json", same, asked if config.tasks else None)
+    asked = asked if config.tasks else earlier.asked or asked
     protocols = {**earlier.protocols, **evaluation.protocols}
     # a text that is measured in another way now is another measure of the same name
     again = {f"ppl {n}" for n, p in evaluation.protocols.items() if earlier.protocols.get(n) != p}
@@ -143,6 +155,7 @@ def write_results(
 
     about = {
         **same,
+        **asked,
         "model": info.model,
         "protocols": protocols,
         "tasks": [*dict.fromkeys([*earlier.tasks, *config.tasks])],

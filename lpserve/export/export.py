@@ -201,6 +201,11 @@ def export_run(
         )
     windows = TokenWindows.from_npz(folder / "windows.npz", name="calibration")
     stored = read_run_config(folder / "config.json")
+    if windows.num_windows != scored.nll_MI.shape[1]:
+        raise InputError(
+            f"run {folder} was extended to other windows and has not finished: give its command "
+            "again, then export"
+        )
     row = np.flatnonzero((scored.masks_MP == without(scored.num_players, removed)).all(axis=1))
     return export_checkpoint(
         source,

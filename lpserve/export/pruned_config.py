@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from lpserve.errors import InputError, first_line
+from lpserve.errors import InputError, LpserveError, first_line
 from lpserve.export.quantization import SECTIONS, Renumbering, check_scales, renumbered
 from lpserve.export.structure import (
     CannotExpress,
@@ -111,6 +111,8 @@ def read_original(checkpoint: Checkpoint) -> Original:
     check_own_code(checkpoint)
     try:
         whole = AutoConfig.from_pretrained(str(checkpoint.path), **FROM_FOLDER)
+    except LpserveError:  # a signal
+        raise
     except Exception as error:  # whatever a config's code may raise
         raise InputError(
             f"transformers cannot read the config of {checkpoint.path}: {first_line(error)}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lpserve.errors import InputError, first_line
+from lpserve.errors import LpserveError, first_line
 from lpserve.model.loading import build_untrained
 from lpserve.model.own_code import FROM_FOLDER
 
@@ -99,7 +99,7 @@ def build_skeleton(config: Mapping[str, Any], path: str, num_layers: int) -> Ske
             loaded = AutoConfig.from_pretrained(scratch, **FROM_FOLDER)
             with torch.device("meta"):
                 return Skeleton(build_untrained(config, path, loaded), num_layers)
-        except InputError:
+        except LpserveError:
             raise
         except Exception as error:  # whatever a config's or model's code may raise
             reason = f"{type(error).__name__}: {first_line(error)}"

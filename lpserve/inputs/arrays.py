@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from lpserve.errors import InputError, first_line
+from lpserve.errors import InputError, LpserveError, first_line
 from lpserve.inputs.files import read_bytes
 
 GROWTH, ALLOWED_BYTES = 200, 256 << 20
@@ -46,6 +46,8 @@ def read_arrays(path: Path, *, missing: str = "") -> dict[str, NDArray[Any]]:
                     raise ValueError(f"it holds {name} twice")
                 # read whole, so that its checksum is compared; a longer one is cut by its header
                 arrays[name] = _array(archive.read(entry))
+    except LpserveError:  # a signal
+        raise
     except Exception as error:  # zipfile, zlib, struct and numpy each raise kinds of their own
         raise InputError(f"{path} is no .npz of arrays, or damaged: {first_line(error)}") from None
     return arrays

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpserve.errors import InputError, first_line
+from lpserve.errors import InputError, LpserveError, first_line
 from lpserve.inputs.files import read_document
 
 if TYPE_CHECKING:
@@ -106,12 +106,12 @@ def yaml_value(text: str, source: str) -> Any:
             value = loader.construct_document(node)
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date of month 13
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{source} is no YAML: {_yaml_reason(error)}") from None
+    except LpserveError:
+        raise
     except RecursionError:
         raise _too_deep(source) from None
+    except Exception as error:  # PyYAML's own, and KeyError and others for values like !!bool maybe
+        raise InputError(f"{source} is no YAML: {_yaml_reason(error)}") from None
     _check_depth(value, source)
     return value
 

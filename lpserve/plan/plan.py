@@ -155,8 +155,8 @@ def _check_content(plan: Plan, source: str) -> None:
     """Raise InputError where a plan of the right shape contradicts itself."""
     utility_named(plan.utility)
     indices = [player.index for player in players_from(plan.players)]
-    if indices != list(range(plan.num_players)):
-        raise InputError(f"{source}: players must be numbered 0 to {plan.num_players - 1}")
+    if len(indices) != plan.num_players or indices != list(range(len(indices))):
+        raise InputError(f"{source}: its {plan.num_players} players must be numbered from 0")
     for entry in plan.plans:
         wrong = (
             len(set(entry.removed)) != entry.num_removed or len(entry.removed) != entry.num_removed

@@ -18,7 +18,7 @@ from typing import Any
 from lpserve.errors import InputError, first_line
 from lpserve.inputs.documents import json_value, yaml_value
 from lpserve.inputs.files import read_document
-from lpserve.model.architecture import read_architecture
+from lpserve.model.architecture import MOST_LAYERS, read_architecture
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.players import players_from, removed_layers
 from lpserve.plan.layer_sets import LayerSet, layer_set, set_name
@@ -145,8 +145,10 @@ def _from_mergekit(text: str, num_players: int, source: str) -> LayerSet:
         parts = [only for part in recipe["slices"] for (only,) in [part["sources"]]]
         models = {str(part["model"]) for part in parts}
         ranges = [tuple(map(int, part["layer_range"])) for part in parts]
+        if any(abs(end) > MOST_LAYERS for ends in ranges for end in ends):
+            raise ValueError(f"a layer_range beyond {MOST_LAYERS:,}")
         kept = [layer for low, high in ranges for layer in range(low, high)]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = first_line(error)
         raise InputError(
             f"{source} is no mergekit recipe of slices of one model each ({reason})"

@@ -115,6 +115,9 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
         longest=heldout.length,
         progress=progress,
     ) as session:
+        session.compare_first()
+        if session.compares:
+            session.check_same_scores(calibration)
         comparison = _Comparing(config, session, calibration, heldout, max_removed).run()
         _write(folder, config, session, comparison)
     return comparison

@@ -33,7 +33,7 @@ from lpserve.rounds.history import CompletedRound, Round
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.screening import screen_rows
 from lpserve.runner.background import in_background
-from lpserve.runner.manifest import described, write_windows_file
+from lpserve.runner.manifest import described, holds_windows, write_windows_file
 from lpserve.runner.setup import round_settings
 from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.session import POLL_S, ScoringSession
@@ -255,8 +255,8 @@ class RunLoop:
         self.described = described(
             self.config, self.pool.info, self.calibration, self.heldout, stored
         )
-        self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
         path = self.folder.path / "windows.npz"
-        if not path.exists() or (stored or {}).get("windows") != self.described["windows"]:
+        if not holds_windows(path, self.calibration, self.heldout):
             write_windows_file(path, self.calibration, self.heldout)
+        self.folder.write("config.json", json.dumps(self.described, indent=1) + "\n")
         self.folder.event("started", config=as_json(self.config), pid=os.getpid())

@@ -26,6 +26,16 @@ def write_windows_file(path: Path, calibration: ItemSet, heldout: ItemSet) -> No
     write_npz(path, {**calibration.arrays(), **held})
 
 
+def holds_windows(path: Path, calibration: ItemSet, heldout: ItemSet) -> bool:
+    """Whether windows.npz is there and holds these item sets."""
+    try:
+        found = _window_hashes(path)
+    except InputError:
+        return False
+    sides = {"calibration": calibration, "heldout": heldout}
+    return all(found[name] == side.ppl_windows.window_hashes for name, side in sides.items())
+
+
 def described(
     config: RunConfig,
     info: EngineInfo,
@@ -104,19 +114,19 @@ def check_same_windows(
 ) -> None:
     """Raise InputError when a text gives other windows than the folder's run had, which a larger
     number of them holds too; None: may."""
-    before: dict[str, set[str]] | None = None
+    before: dict[str, tuple[str, ...]] | None = None
     for name, sample in (("calibration", calibration), ("heldout", heldout)):
         if sample is None or stored["windows"][name] == sample.content_hash:
             continue
         before = before or _window_hashes(folder.path / "windows.npz")
-        if not before[name] < set(sample.ppl_windows.window_hashes):
+        if not set(before[name]) < set(sample.ppl_windows.window_hashes):
             raise InputError(
                 f"run folder {folder.path} belongs to another run: the {name} text has changed "
                 "since; choose another --out"
             )
 
 
-def _window_hashes(path: Path) -> dict[str, set[str]]:
+def _window_hashes(path: Path) -> dict[str, tuple[str, ...]]:
     """Hashes of the windows that `write_windows_file` wrote, of both sides."""
     arrays = read_arrays(path)
     found = {}
@@ -124,5 +134,5 @@ def _window_hashes(path: Path) -> dict[str, set[str]]:
         sizes: dict[str, int] = {}
         tokens = array_of(arrays, f"{prefix}tokens", "iu", "NT", sizes, str(path))
         scored = array_of(arrays, f"{prefix}scored", "b", "NT", sizes, str(path))
-        found[name] = set(TokenWindows.from_tokens(tokens, scored, name=name).window_hashes)
+        found[name] = TokenWindows.from_tokens(tokens, scored, name=name).window_hashes
     return found

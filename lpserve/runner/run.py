@@ -67,7 +67,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
             progress=progress,
         )
         stack.callback(session.close)
-        if (config.store and stored is None) or (stored and not made_by(stored, session.info)):
+        if config.store or (stored and not made_by(stored, session.info)):
             session.check_same_scores(calibration.windows)
         result = _at_work(config, folder, stored, (calibration, heldout), session, None, ())
         if tracking is not None:
@@ -98,6 +98,8 @@ def run_at(
     session.progress = Progress(interval_s=config.progress_s)
     with closing(RunFolder(config.out)) as folder:
         stored = _same_run(folder, config, item_sets[0], None)
+        if session.compares:
+            session.check_same_scores(item_sets[0].windows)
         return _at_work(config, folder, stored, item_sets, session, masks_of, extra_metrics)
 
 

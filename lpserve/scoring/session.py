@@ -101,6 +101,8 @@ class ScoringSession:
         self.dispatcher = Dispatcher(self.pool)
         self.masks_scored = 0
         """Masks that engines scored for `score`, over all windows that were asked for."""
+        self.compares = False
+        """Whether `score` still has to compare the whole model's loss (`compare_first`)."""
         self.masks_read = 0
         """Masks that `score` found in the store."""
 
@@ -218,6 +220,8 @@ class ScoringSession:
             RunInterrupted: a signal came; what was scored is kept.
         """
         check_extra_metrics(self.info, extra_metrics)
+        if self.compares:
+            self.check_same_scores(windows)
         distinct_MP, inverse_M = sort_distinct(masks_MP)
         tracker = ScoreTracker(
             self.store, self.game, windows, self.dispatcher, extra_metrics=extra_metrics
@@ -242,6 +246,11 @@ class ScoringSession:
         self.masks_read += tracker.reused
         return {metric: values_MN[inverse_M] for metric, values_MN in request.values.items()}
 
+    def compare_first(self) -> None:
+        """Have the whole model's loss compared before anything else is scored, if the store holds
+        scores of this game: they may be another engine's."""
+        self.compares = self.info.game.content_hash in self.store.games()
+
     def check_same_scores(self, windows: TokenWindows) -> None:
         """Compare the whole model's loss with what the store holds of it, made by another engine.
 
@@ -264,6 +273,9 @@ class ScoringSession:
         self.dispatcher.add(full_MP, block, self.dispatcher.register(some))
         while not results:
             results += filter(None, [self.dispatcher.next(POLL_S)])
+            if self.signals.at_work:
+                self.check_signals(lambda _result: None, lambda: 0)
+        self.compares = False
         (result,) = results
         if isinstance(result, GivenUp) or result.scores is None:
             reason = result.reason if isinstance(result, GivenUp) else result.error

@@ -184,6 +184,7 @@ class _Sweep:
                 signals=self.signals,
                 log=self.log,
             )
+            self._session.compare_first()
         return self._session
 
     def _settings_before(self, config: RunConfig) -> dict[str, Any] | None:

@@ -366,7 +366,7 @@ def test_lm_evals_flags_are_its_own_and_its_model_refuses_unknown_arguments(caps
     from lpserve.evaluation.lm_eval_model import LpserveLM
 
     with pytest.raises(InputError, match=r"unknown argument 'modle'; did you mean 'model'\?"):
-        LpserveLM(modle=MODEL)
+        LpserveLM(**{"modle": MODEL})
     with pytest.raises(InputError, match="model is missing"):
         LpserveLM()
 

@@ -51,6 +51,9 @@ def test_documents_are_read_as_their_parsers_read_them():
         (yaml_value, "a: 2026-13-45", "s is no YAML: "),
         (yaml_value, "a: !!python/object:os.system x", "s is no YAML: "),
         (yaml_value, "a\n---\nb", "s is no YAML: "),
+        (yaml_value, "a: !!bool maybe", "s is no YAML: "),
+        (yaml_value, 'a: !!int ""', "s is no YAML: "),
+        (yaml_value, "a: !!timestamp foo", "s is no YAML: "),
         (yaml_value, "x" * (1 << 21), "more than the 1,048,576 of YAML"),
     ],
 )

@@ -297,6 +297,8 @@ def lacking(name: str) -> str:
         (lacking("model_hash"), "not an lpserve plan"),
         (changed(colour="red"), "unknown key 'colour'"),
         (changed(plans=None), "not an lpserve plan"),
+        (changed(num_players=10**13, players=[]), "must be numbered from 0"),
+        (changed(num_players=-3, players=[]), "must be numbered from 0"),
         (changed(plans=[{"num_removed": 1}]), "not an lpserve plan"),
         (changed(plans=["one"]), "not an lpserve plan"),
         ("[]", "no JSON object"),

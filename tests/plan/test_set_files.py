@@ -110,6 +110,8 @@ slices:
         ("s.yaml", MERGE.format(end=3, other="b", start=4), "merges 2 models"),
         ("s.yaml", MERGE.format(end=3, other="a", start=6), ""),
         ("s.yaml", "slices: []", "merges 0 models"),
+        ("s.yaml", MERGE.format(end=3, other="a", start="-.inf"), "no mergekit recipe"),
+        ("s.yaml", MERGE.format(end=10**13, other="a", start=2), "a layer_range beyond 10,000"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(name, text, reason, tmp_path):

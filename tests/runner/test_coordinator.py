@@ -21,6 +21,7 @@ import pytest
 import lpserve
 from lpserve.analysis.record import read_record
 from lpserve.config import RunConfig
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import EngineError, InputError, RunInterrupted
 from lpserve.masks import all_masks, keys, without
 from lpserve.runner.run import run
@@ -332,6 +333,12 @@ def test_more_windows_extend_a_run_in_its_folder(tmp_path):
     assert grown.outcome.plan.to_json() == fresh.outcome.plan.to_json()
     assert grown.scores_new < fresh.scores_new
     assert small.scores_new > 0
+    windows = (tmp_path / "run" / "windows.npz").read_bytes()
+    fewer = (tmp_path / "fresh" / "windows.npz").read_bytes()[:-9]  # as a kill may leave it
+    (tmp_path / "run" / "windows.npz").write_bytes(fewer)
+    run(config(3, "run"))
+    assert (tmp_path / "run" / "windows.npz").read_bytes()[:2] == windows[:2]
+    assert TokenWindows.from_npz(tmp_path / "run" / "windows.npz").num_windows == 3
     with pytest.raises(InputError, match="windows = 3, which can only grow: got 2"):
         run(config(2, "run"))
     with pytest.raises(InputError, match="length was 16, is 17"):

@@ -36,7 +36,7 @@ from lpserve.engine.scorer import (
     full_precision,
     trie_settings,
 )
-from lpserve.errors import InputError, typed_first_line
+from lpserve.errors import InputError, LpserveError, typed_first_line
 from lpserve.model.architecture import check_decoder, read_architecture
 from lpserve.model.checkpoint import Checkpoint, read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
@@ -199,6 +199,8 @@ def _load(checkpoint: Checkpoint, spec: EngineSpec, device: torch.device) -> Any
                 output_loading_info=True,
                 **kwargs,
             )
+        except LpserveError:  # a signal
+            raise
         except Exception as error:  # whatever a model's classes raise for what its config says
             raise InputError(
                 f"transformers cannot load {checkpoint.path}: {typed_first_line(error)}"
