@@ -741,7 +741,7 @@ def test_a_question_that_comes_twice_is_asked_once(small_model, tmp_path, rng):
         ({"utility": "task_f1"}, "task_acc, task_acc_norm, task_margin, task_margin_norm: got"),
         ({"num_windows": 81}, "too few questions: 80 different ones, 81 are asked for"),
         ({"heldout_windows": 21}, "too few questions: 20 different ones held out, 21"),
-        ({"heldout": {"a": f"task:{LAST_WORD}", "b": "x.txt"}}, "held-out 'a' is a task beside"),
+        ({"heldout": {"a": f"task:{LAST_WORD}", "b": __file__}}, "held-out 'a' is a task beside"),
         ({"calibration": f"task:{LAST_WORD}", "utility": "task_acc_norm"}, "open-ended"),
         ({"num_fewshot": -1}, "num_fewshot must be a whole number, at least 0"),
         ({"screen_windows": 8}, "screen_windows must be below the number of windows"),
