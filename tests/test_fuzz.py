@@ -2,7 +2,7 @@
 
 Inputs that work are changed a little, as bytes and as values, and read again. Whatever comes of it,
 a reader raises an error of lpserve's own alone, whose text is one line; it ends soon, takes little
-memory, and opens no file beside those that it was given.
+memory, and opens none of the files outside its folder that the inputs name.
 
 The gate draws the same inputs each time, so that a failure is a change; with
 LPSERVE_FRESH_STATISTICS=1 many more are drawn, others each time, and their counts are printed.

@@ -42,7 +42,7 @@ POLL_S = 0.2
 _COMMIT_TOGETHER = 64
 SAME_LOSS = 5e-5
 """By this share the whole model's loss may differ between engines of one game: those that agree
-stay below 1e-5 in float32, those that do not begin at 2e-4."""
+stay below 1e-5 in float32, the nearest that does not was off by 9.7e-5."""
 CHECKED_WINDOWS = 8
 """Windows that such a comparison reads."""
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from msgspec import Meta
-
+from lpserve.config import Switch, Text
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine, HasHiddenStates, HasTaylorImportance
 from lpserve.engine.kind import (
@@ -20,12 +19,11 @@ from lpserve.engine.kind import (
 )
 from lpserve.types import EngineSpec
 
-_SWITCH = Annotated[bool, Meta(description="true or false")]
 OPTIONS = {
     **MEMORY_OPTIONS,
-    "attn_implementation": Annotated[str, Meta(min_length=1, description="a text")],
-    "compile_layers": _SWITCH,
-    "keep_freed_memory": _SWITCH,
+    "attn_implementation": Text,
+    "compile_layers": Switch,
+    "keep_freed_memory": Switch,
 }
 """Engine options and their types; `TransformersEngine` says what each does."""
 
