@@ -2,8 +2,9 @@
 
 Measured with vLLM 0.32's CPU build and transformers 5.19 in float32, on small random models of each
 type: the share by which the whole model's loss differs. The types in the table of
-docs/engines/vllm.md stay below 1e-5. Other devices have kernels of their own, and may agree or not; what is certain everywhere is that scores
-of the two engines are compared before they are mixed (`ScoringSession.check_same_scores`).
+docs/engines/vllm.md stay below 1e-5. Other devices have kernels of their own, and may agree or not;
+what is certain everywhere is that scores of the two engines are compared before they are mixed
+(`ScoringSession.check_same_scores`).
 """
 
 from __future__ import annotations
