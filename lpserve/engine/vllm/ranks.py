@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lpserve.data.windows import TokenWindows
-from lpserve.errors import EngineError, InputError
+from lpserve.errors import EngineError, InputError, typed_first_line
 from lpserve.masks import sort_distinct
 from lpserve.types import BoolArray, FloatArray, Work
 
@@ -118,7 +118,7 @@ class Ranks:
         metric_values = np.empty((len(sorted_MP), windows.num_windows, 1 + len(extra_metrics)))
         for row, mask_P in enumerate(sorted_MP):
             self.set_mask(mask_P)
-            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+            outputs = self._answers(prompts, parameters)
             for window, output in enumerate(outputs):
                 metric_values[row, window] = prompt_metrics(
                     output, windows.scored_NT[window], extra_metrics
@@ -151,10 +151,17 @@ class Ranks:
         )
         requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         self.set_mask(mask_P)
-        outputs = self._llm.generate(requests, parameters, use_tqdm=False)
+        outputs = self._answers(requests, parameters)
         self.set_mask(np.ones(self.num_players, dtype=bool))
         found = [list(output.outputs[0].token_ids) for output in outputs]
         return [_until(tokens, end_ids) for tokens in found]
+
+    def _answers(self, requests: list[Any], parameters: Any) -> list[Any]:
+        """Finished requests under the mask that is set."""
+        try:
+            return self._llm.generate(requests, parameters, use_tqdm=False)
+        except Exception as error:  # whatever the model's layers and vLLM's kernels raise
+            raise EngineError(f"vLLM cannot run the model: {typed_first_line(error)}") from error
 
 
 def prompt_metrics(output: Any, scored_T: BoolArray, extra_metrics: Sequence[str]) -> list[float]:

@@ -176,9 +176,9 @@ class VllmStack:
         if self._tap.takes_residual[player]:
             arguments["residual"] = residual
         output: Any = self._tap.run(player, arguments)
-        if isinstance(output, tuple):
-            return output[0], output[-1]
-        return output, output
+        if not isinstance(output, tuple):
+            return output, output
+        return output[0], output[-1] if self._tap.takes_residual[player] else output[0]
 
     def _tail(
         self, record: _Recorded, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -206,6 +206,7 @@ class VllmStack:
         device = self._model.device
         positions = torch.arange(length, device=device).repeat(rows)
         record = _Recorded(ids, positions, length)
+        self._model.length = length
         handed: list[torch.Tensor] = []  # what the layer before returned
 
         def pass_on(index: int, arguments: dict[str, Any]) -> Any:
@@ -226,13 +227,20 @@ class VllmStack:
             hidden = hidden.view_as(hidden)  # a new object, so that the next layer shows it
             if not self._tap.takes_residual[index]:
                 handed[:] = [hidden]
-                return hidden
+                return self._tap.with_beside(index, hidden, arguments)
             residual = torch.zeros_like(hidden) if residual is None else residual.view_as(residual)
             handed[:] = [hidden, residual]
             return hidden, residual
 
         with self._tap.handled(pass_on):
-            self._model.run(ids, positions)
+            final = self._model.run(ids, positions)
+        if self._tap.returns_beside and any(
+            map(_has_nan, (final, *(a for each in record.arguments for a in each.values())))
+        ):
+            raise EngineError(
+                f"{self._model.name} reads what its layers return beside their state: its layers "
+                "cannot be skipped one by one"
+            )
         if len(record.arguments) != self.num_players:
             raise EngineError(
                 f"{self._model.name} ran {len(record.arguments)} of its {self.num_players} layers"
@@ -333,3 +341,7 @@ class _Recorded:
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and bool(value.isnan().any())

@@ -36,11 +36,18 @@ class LayerTap:
         self._originals = [layer.forward for layer in layers]
         self._signatures = [inspect.signature(original) for original in self._originals]
         self.takes_residual = ["residual" in s.parameters for s in self._signatures]
+        self._num_beside: list[int | None] = [None] * len(layers)
+        """How many values each layer returns beside its state; None until it ran once."""
         for index, layer in enumerate(layers):
             if hasattr(layer, "_lpserve_index"):
                 raise EngineError(f"layer {first + index} is patched already")
             layer.forward = self._make(index)
             layer._lpserve_index = index  # pyright: ignore[reportArgumentType]
+
+    @property
+    def returns_beside(self) -> bool:
+        """Whether a layer is known to return more than its state, other than a residual."""
+        return any(self._num_beside)
 
     def read_mask(self) -> list[bool]:
         """The mask as the patches see it; refuses when a patch is not in place any more."""
@@ -77,7 +84,10 @@ class LayerTap:
                 return self._handler(index, _by_name(signature, args, kwargs))
             if not self.skips(index):
                 self.calls[index] += 1
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
+                if not self.takes_residual[index]:
+                    self._num_beside[index] = _count_beside(output)
+                return output
             arguments = _by_name(signature, args, kwargs)
             return self.identity_output(index, arguments["hidden_states"], arguments, ends=last)
 
@@ -89,9 +99,26 @@ class LayerTap:
     ) -> Any:
         """What a layer that does nothing returns. The last one owes the norm a residual."""
         if not self.takes_residual[index]:
-            return hidden
+            return self.with_beside(index, hidden, arguments)
         residual = arguments["residual"]
         return hidden, torch.zeros_like(hidden) if ends and residual is None else residual
+
+    def with_beside(self, index: int, hidden: torch.Tensor, arguments: dict[str, Any]) -> Any:
+        """A state in the form that a layer without a residual returns it.
+
+        What such layers return beside their state is not read by the models known (StableLM's).
+        It is NaN here: no score could hide that a model reads it.
+        """
+        count = self._num_beside[index]
+        if count is None:  # it has not run yet, and what it returns is only known then
+            copy = {"hidden_states": hidden.clone()}
+            count = _count_beside(self._originals[index](**(arguments | copy)))
+            self._num_beside[index] = count
+        return (hidden, *[torch.full_like(hidden, torch.nan)] * count) if count else hidden
+
+
+def _count_beside(output: Any) -> int:
+    return len(output) - 1 if isinstance(output, tuple) else 0
 
 
 def _by_name(

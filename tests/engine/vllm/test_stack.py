@@ -142,6 +142,58 @@ def test_the_probe_finds_what_a_state_carries_and_scores_are_right(kind, rng):
     assert np.abs(got - expected).max() < 1e-5  # losses are summed in float64, computed in float32
 
 
+class LayerWithMore(Layer):
+    """Returns what it was given beside its state, as StableLM's do in vLLM: nobody reads it."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(positions, hidden_states, None)
+
+
+class ModelWithMore(Model):
+    """Of such layers; `reads` what the last one returned beside its state, or does not."""
+
+    def __init__(self, *, reads: bool = False) -> None:
+        super().__init__("hidden")
+        self.reads = reads
+        self.layers = [LayerWithMore("hidden", seed) for seed in range(PLAYERS)]
+        self.tap = LayerTap(list(self.layers), 0, lambda: None)
+
+    def run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden, more = self.embedding[ids], None
+        for layer in self.layers:
+            hidden, more = layer(positions, hidden)
+        hidden = hidden + more if self.reads else hidden
+        return hidden / hidden.norm(dim=-1, keepdim=True)
+
+
+def test_layers_that_take_one_state_and_return_two(rng):
+    windows, model = some_windows(rng), ModelWithMore()
+    stack = VllmStack(model, head_chunk_bytes=1 << 12)
+    scorer = StackScorer(stack, settings())
+    key = scorer.register(windows)
+    with torch.inference_mode():
+        assert stack.probe() == ["hidden"]
+    stack.state_kind = "hidden"
+    masks = rng.random((20, PLAYERS)) < 0.6
+    expected = np.array([slow_nll("hidden", mask, windows) for mask in masks])
+    assert np.abs(scorer.score(masks, key)[0][..., 0] - expected).max() < 1e-5
+    # by requests: the patches skip, in any order of masks
+    by_requests = ModelWithMore()
+    whole = Model("hidden")
+    for mask_P in (np.zeros(PLAYERS, dtype=bool), *masks):
+        whole.tap.keep[:] = by_requests.tap.keep[:] = mask_P.tolist()
+        ids = torch.arange(7)
+        assert torch.equal(by_requests.run(ids, ids), whole.run(ids, ids))
+
+
+def test_a_model_that_reads_what_its_layers_return_beside_their_state_is_refused(rng):
+    stack = VllmStack(ModelWithMore(reads=True), head_chunk_bytes=1 << 12)
+    with pytest.raises(EngineError, match="reads what its layers return beside their state"):
+        StackScorer(stack, settings()).register(some_windows(rng))
+
+
 def test_pairs_carry_what_a_sum_cannot(rng):
     windows, stack = some_windows(rng), VllmStack(Model("pair"), head_chunk_bytes=1 << 12)
     scorer = StackScorer(stack, settings())
