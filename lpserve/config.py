@@ -84,6 +84,7 @@ Length = Annotated[int, Meta(ge=2, le=_MOST, description="a whole number, at lea
 Share = Annotated[float, Meta(gt=0, lt=1, description="a number above 0 and below 1")]
 Positive = Annotated[float, Meta(gt=0, le=1e300, description="a number above 0")]
 Sizes = Annotated[tuple[int, int], Meta(description="two whole numbers, k_min and k_max")]
+Players = Annotated[list[CountOr0], Meta(description="a list of layers, numbered from 0")]
 Options = Annotated[dict[str, Any], Meta(description="a table")]
 Switch = Annotated[bool, Meta(description="true or false")]
 Engines = Annotated[
@@ -168,6 +169,10 @@ class RunConfig(WindowConfig):
     """Most masks scored on calibration windows."""
     max_removed: Count | None = None
     """Plans for 1..max_removed players; default: 3/8 of the layers."""
+    protect: Players | None = None
+    """Players that stay: no set that removes one of them is searched or planned."""
+    force: Players | None = None
+    """Players that go: every set that is searched or planned removes them."""
     sizes: Sizes | None = None
     """Shapley sizes (before the player joins); default (P - max_removed, P - 1)."""
     utility: Text = "neg_nll"
@@ -208,6 +213,8 @@ class RunConfig(WindowConfig):
             "paper",
             "used with utility ppl_ratio, which its sigmoid needs",
         )
+        if self.goal == "values" and (self.protect or self.force):
+            raise InputError("protect and force are about the plan, and goal values searches none")
 
     @property
     def store_path(self) -> Path:

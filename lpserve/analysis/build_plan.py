@@ -26,9 +26,10 @@ from lpserve.errors import InputError
 from lpserve.masks import full_mask, keys
 from lpserve.plan import search
 from lpserve.plan.candidates import choose_candidates
+from lpserve.plan.constraint import Constraint, constraint_text
 from lpserve.plan.greedy import greedy_path
 from lpserve.plan.plan import Candidate, Plan, PlanEntry, Unseen
-from lpserve.plan.sets import ranking_mask, removed_list
+from lpserve.plan.sets import removed_list
 from lpserve.types import Z90, BoolArray, perplexity
 
 
@@ -48,30 +49,32 @@ def make_plan(
     analysis: Analysis,
     *,
     max_removed: int | None = None,
-    protected: Sequence[int] = (),
+    within: Constraint | None = None,
 ) -> Plan:
     """The best scored set for every r, with its runners-up.
 
+    Args:
+        within: what sets may be in the plan; None: those that the run searched.
+
     Raises:
-        InputError: `max_removed` or a protected player is out of range, or no scored set of some
-            size keeps the protected players.
+        InputError: `max_removed` or a player of the constraint is out of range, or no scored set of
+            some size is within.
     """
+    within = within or scored.within
     up_to = scored.max_removed if max_removed is None else max_removed
     if not 1 <= up_to <= scored.max_removed:
         raise InputError(
             f"max_removed must be 1..{scored.max_removed}, what the run scored: got {up_to}"
         )
-    for player in protected:
-        if not 0 <= player < scored.num_players:
-            raise InputError(f"protected player {player} is not one of 0..{scored.num_players - 1}")
+    within.check(up_to)
     greedy = _greedy(scored, analysis, up_to)
     entries = []
-    for r, rows in enumerate(_candidates(scored, analysis, greedy, up_to, protected), start=1):
+    for r, rows in _candidates(scored, analysis, greedy, up_to, within).items():
         warnings = []
-        if len(greedy) < r:
+        if len(greedy) <= r - scored.within.sizes(r)[0]:
             warnings.append("the scored masks hold no greedy path to this size")
-        unseen = _unseen(scored, analysis, r, rows[0][0], protected)
-        stability = _stability(scored, rows[0][0], protected)
+        unseen = _unseen(scored, analysis, r, rows[0][0], within)
+        stability = _stability(scored, rows[0][0], within)
         if stability is not None and not stability.settled and stability.rival is not None:
             drawn = f"{len(scored.num_tokens_I)} {scored.objective.items}"
             warnings.append(stability.warning(drawn, scored.objective.loss_unit))
@@ -95,16 +98,17 @@ def make_plan(
         heldout_drawn=heldout_objective(scored).items,
         plans=entries,
         stopped=scored.stopped,
-        protected=sorted(protected),
+        protected=list(within.protected),
+        forced=list(within.forced),
     )
 
 
 def candidate_masks(scored: RunRecord, analysis: Analysis) -> BoolArray:
     """All kept, and every candidate of the plan, each once: what held-out windows check."""
     up_to = scored.max_removed
-    rows = _candidates(scored, analysis, _greedy(scored, analysis, up_to), up_to)
+    found = _candidates(scored, analysis, _greedy(scored, analysis, up_to), up_to, scored.within)
     masks = [full_mask(scored.num_players)]
-    masks += [scored.masks_MP[row] for candidates in rows for row, _ in candidates]
+    masks += [scored.masks_MP[row] for rows in found.values() for row, _ in rows]
     _, first = np.unique(np.array(masks), axis=0, return_index=True)
     return np.array(masks)[np.sort(first)]
 
@@ -113,7 +117,8 @@ def _greedy(scored: RunRecord, analysis: Analysis, up_to: int) -> list[BoolArray
     """The path that the run walked."""
     pruned = set(keys(scored.pruned_MP))
     path_M = analysis.guess_M if scored.screen else analysis.utilities_M
-    return greedy_path(scored.masks_MP, path_M, up_to, pruned)
+    steps = len(scored.within.sizes(up_to))
+    return greedy_path(scored.masks_MP, path_M, steps, pruned, scored.within)
 
 
 def _candidates(
@@ -121,29 +126,29 @@ def _candidates(
     analysis: Analysis,
     greedy: Sequence[BoolArray],
     up_to: int,
-    protected: Sequence[int] = (),
-) -> list[list[tuple[int, str]]]:
-    """For r = 1..up_to the rows of the candidates, the best first, with how each was found."""
-    order_P = analysis.values.values_P.copy()
-    order_P[list(protected)] = np.inf
+    within: Constraint,
+) -> dict[int, list[tuple[int, str]]]:
+    """For every r up to `up_to` the rows of the candidates, the best first, with how each was
+    found."""
     sources = dict(zip(keys(scored.masks_MP), scored.sources, strict=True))
-    found = []
-    for r in range(1, up_to + 1):
+    found = {}
+    for r in within.sizes(up_to):
         rows = choose_candidates(
             scored.masks_MP,
             analysis.utilities_M,
             r,
             greedy=greedy,
-            ranking=ranking_mask(order_P, r),
+            ranking=within.ranking(analysis.values.values_P, r),
             sources=sources,
-            protected=protected,
+            within=within,
         )
         if not rows:
+            kept = constraint_text(within.protected, within.forced)
             raise InputError(
-                f"no scored set removes {r} players and keeps {list(protected)}: "
-                "protect fewer, lower --max-removed, or run with a larger budget"
+                f"no scored set of {r} removed players would {kept}: lower --max-removed, or run "
+                "with --protect or --force, which search such sets"
             )
-        found.append(rows)
+        found[r] = rows
     return found
 
 
@@ -152,20 +157,14 @@ def _unseen(
     analysis: Analysis,
     num_removed: int,
     best_row: int,
-    protected: Sequence[int],
+    within: Constraint,
 ) -> Unseen | None:
     """The set that was not scored, or on the screen alone, and is likeliest to beat the best."""
     search_M = scored.view.search(scored.loss_MI)
-    begin_MP = search.starts(scored.masks_MP, search_M, num_removed)
-    likely = search.best_predicted_sets(
-        analysis.searcher, scored.num_players, num_removed, begin_MP
-    )
+    begin_MP = search.starts(scored.masks_MP, search_M, num_removed, within)
+    likely = search.best_predicted_sets(analysis.searcher, within, num_removed, begin_MP)
     seen = set(keys(scored.masks_MP[np.isfinite(search_M)]))
-    fresh = [
-        row
-        for row, key in enumerate(keys(likely))
-        if key not in seen and likely[row, list(protected)].all()
-    ]
+    fresh = [row for row, key in enumerate(keys(likely)) if key not in seen]
     if not fresh:
         return None
     best = float(search_M[best_row])
@@ -182,11 +181,11 @@ def _unseen(
     )
 
 
-def _stability(scored: RunRecord, chosen: int, protected: Sequence[int]) -> Stability | None:
-    """Of the best set among those of its size that keep the protected players."""
+def _stability(scored: RunRecord, chosen: int, within: Constraint) -> Stability | None:
+    """Of the best set among those of its size within a constraint."""
     removed_M = (~scored.masks_MP).sum(axis=1)
     same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.loss_MI).all(axis=1)
-    rows = np.flatnonzero(same_M & scored.masks_MP[:, list(protected)].all(axis=1))
+    rows = np.flatnonzero(same_M & within.holds(scored.masks_MP))
     return set_stability(
         masks_MP=scored.masks_MP[rows],
         loss_MN=scored.loss_MI[rows].astype(np.float64),

@@ -20,6 +20,7 @@ from lpserve.errors import InputError, first_line
 from lpserve.inputs.arrays import array_of, read_arrays
 from lpserve.inputs.documents import json_value
 from lpserve.inputs.shapes import converted
+from lpserve.plan.constraint import Constraint
 from lpserve.store.files import write_npz
 from lpserve.types import BoolArray, FloatArray, IntArray, Player
 from lpserve.utility import Utility, UtilityView, utility_named
@@ -78,6 +79,10 @@ class RunRecord:
     sizes: tuple[int, int] = field(metadata=_about(list, tuple))
     seed: int = field(metadata=_about())
     max_removed: int = field(metadata=_about())
+    protected: tuple[int, ...] = field(default=(), metadata=_about(list, tuple))
+    """Players that every set which was searched keeps."""
+    forced: tuple[int, ...] = field(default=(), metadata=_about(list, tuple))
+    """Players that every set which was searched removes."""
     noise_nll: float = field(default=0.0, metadata=_about())
     """Noise of a mask's mean loss, root mean square (`ItemSet.noise`)."""
     stopped: str = field(metadata=_about())
@@ -124,6 +129,11 @@ class RunRecord:
     @property
     def num_players(self) -> int:
         return len(self.players)
+
+    @property
+    def within(self) -> Constraint:
+        """Which sets were searched."""
+        return Constraint(self.num_players, self.protected, self.forced)
 
     @property
     def corpus_sizes(self) -> list[int]:
@@ -257,6 +267,10 @@ def _check_record(record: RunRecord, source: str) -> None:
         "noise_nll": not 0 <= record.noise_nll < float("inf"),
         "max_removed": not 0 < record.max_removed < record.num_players,
     }
+    bound = [*record.protected, *record.forced]
+    contradictions["protected"] = len(set(bound)) < len(bound) or not set(bound) <= set(
+        range(record.num_players)
+    )
     if wrong := [name for name, holds in contradictions.items() if holds]:
         raise InputError(f"{source}: its {wrong[0]} cannot be, or contradict the rest of it")
 

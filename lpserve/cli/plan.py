@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from lpserve.cli.arguments import numbers
 
 if TYPE_CHECKING:
     from lpserve.analysis.record import RunRecord
+    from lpserve.plan.constraint import Constraint
     from lpserve.plan.plan import Plan
 
 
@@ -28,6 +28,9 @@ def add_plan(commands: Any) -> None:
     plan.add_argument(
         "--protect", metavar="I,J,...", type=numbers, default=[], help="layers that must stay"
     )
+    plan.add_argument(
+        "--force", metavar="I,J,...", type=numbers, default=[], help="layers that must go"
+    )
     plan.add_argument("--max-removed", type=int, help="stop at this many removed layers")
     plan.add_argument("--out", metavar="FILE", help="write the plan here, as plan.json is written")
 
@@ -36,35 +39,45 @@ def _plan(arguments: argparse.Namespace) -> int:
     from lpserve.analysis.analyse import analyse
     from lpserve.analysis.build_plan import make_plan
     from lpserve.analysis.record import read_record
+    from lpserve.plan.constraint import constraint_of
     from lpserve.store.files import write_text
 
     scored = read_record(arguments.folder)
-    plan = make_plan(
-        scored, analyse(scored), max_removed=arguments.max_removed, protected=arguments.protect
+    within = constraint_of(
+        scored.num_players,
+        [*scored.protected, *arguments.protect],
+        [*scored.forced, *arguments.force],
     )
+    plan = make_plan(scored, analyse(scored), max_removed=arguments.max_removed, within=within)
     print_plan(plan)
-    if arguments.protect:
-        print("\n".join(_scored_within(scored, plan)))
+    if within != scored.within:
+        print("\n".join(_scored_within(scored, plan, within)))
     if arguments.out:
         write_text(Path(arguments.out), plan.to_json())
         print(f"written: {arguments.out}")
     return 0
 
 
-def _scored_within(scored: RunRecord, plan: Plan) -> Iterator[str]:
-    """What a plan under constraints was chosen from: sets that keep the protected layers, of those
-    that a search without constraints happened to score."""
+def _scored_within(scored: RunRecord, plan: Plan, within: Constraint) -> Iterator[str]:
+    """What a plan under constraints was chosen from: sets within, of those that a search without
+    them happened to score."""
+    from lpserve.plan.constraint import constraint_text
+
     masks_MP = scored.masks_MP[scored.scored_M()]
-    within_M = masks_MP[:, list(plan.protected)].all(axis=1)
+    within_M = within.holds(masks_MP)
     removed_M = (~masks_MP).sum(axis=1)
-    kept = ", ".join(map(str, plan.protected))
-    yield f"chosen among the sets that the run scored and that keep {kept}:"
-    free = plan.num_players - len(plan.protected)
+    yield (
+        "chosen among the sets that the run scored and that "
+        f"{constraint_text(within.protected, within.forced)}:"
+    )
+    all_scored = True
     for entry in plan.plans:
         scored_here = int((within_M & (removed_M == entry.num_removed)).sum())
-        there_are = math.comb(free, entry.num_removed)
-        more = "" if scored_here == there_are else "; a better one may be among the others"
-        yield f"{entry.num_removed:>6}  {scored_here} of {there_are} that there are{more}"
+        there_are = within.count(entry.num_removed)
+        all_scored &= scored_here == there_are
+        yield f"{entry.num_removed:>6}  {scored_here} of {there_are} that there are"
+    if not all_scored:
+        yield "better ones may be among the others: `lpserve run` with the same flags searches them"
     yield ""
 
 
@@ -82,6 +95,8 @@ def print_plan(plan: Any) -> None:
         held = f", held out {heldout:.4g}" if heldout is not None else ""
         full.append(f"{names[kind]} {mine:.4g}{held}")
     print(f"\n{plan.masks_scored} masks scored; all {plan.num_players} layers: {'; '.join(full)}")
+    if plan.constraint:
+        print(f"sets that {plan.constraint}")
     columns = ["calibration", "held out"]
     if plan.reports_utility:
         print(f"{'':>6}  {plan.utility:^24}  {names['ppl']:^24}".rstrip())

@@ -14,6 +14,7 @@ from lpserve.cli.arguments import (
     add_tracking_flags,
     add_window_flags,
     engine_options,
+    numbers,
     size_range,
 )
 from lpserve.cli.export import export_and_report
@@ -38,7 +39,8 @@ nothing, and the same command resumes it. A larger --budget extends a finished r
 
 then:
 
-  lpserve plan run --protect 0,1          another plan from the same scores
+  lpserve plan run --protect 0,1          another plan from the same scores (run --protect 0,1
+                                          searches such sets)
   lpserve export run --remove 6 --out pruned
 """
 
@@ -67,6 +69,8 @@ def add_run(commands: Any) -> None:
     )
     add("--budget", type=int, help="most masks scored on calibration windows (400)")
     add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
+    add("--protect", metavar="I,J,...", type=numbers, help="layers that stay in every set")
+    add("--force", metavar="I,J,...", type=numbers, help="layers that go in every set")
     add(
         "--sizes",
         metavar="K_MIN,K_MAX",

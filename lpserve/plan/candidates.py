@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lpserve.masks import keys
+from lpserve.plan.constraint import Constraint
 from lpserve.types import BoolArray, FloatArray
 
 
@@ -21,33 +22,36 @@ def choose_candidates(
     greedy: Sequence[BoolArray],
     ranking: BoolArray | None,
     sources: dict[bytes, str],
-    protected: Sequence[int] = (),
+    within: Constraint | None = None,
 ) -> list[tuple[int, str]]:
     """The candidates of one size as (row of `masks_MP`, how it was found), best utility first.
 
     Candidates are the two best scored sets, the greedy path's set and the set of the lowest values,
-    as far as they have a finite score and keep the protected players. Ties go to the smaller mask
-    key. Empty when no scored set of this size keeps the protected players.
+    as far as they have a finite score and are within the constraint. Ties go to the smaller mask
+    key. Empty when no scored set of this size is within.
 
     Args:
         masks_MP: scored masks, distinct.
         utilities_M: NaN or infinite where a mask has no usable score.
         num_removed: the size, in removed players.
-        greedy: the greedy path, one mask for each number removed from 1 on; may be shorter.
+        greedy: the greedy path, one mask for each number removed from the constraint's smallest
+            on; may be shorter.
         ranking: the mask that drops the players of the lowest values, `bool[P]`.
         sources: mask key -> how the mask was found, for those that are neither.
-        protected: players that a candidate must keep.
+        within: what sets may be candidates; None: any.
     """
+    within = within or Constraint(masks_MP.shape[1])
     kept = masks_MP.shape[1] - num_removed
-    allowed = (masks_MP.sum(axis=1) == kept) & masks_MP[:, list(protected)].all(axis=1)
+    allowed = (masks_MP.sum(axis=1) == kept) & within.holds(masks_MP)
     rows = np.flatnonzero(allowed & np.isfinite(utilities_M))
     if not len(rows):
         return []
     mask_keys = keys(masks_MP[rows])
     order = sorted(range(len(rows)), key=lambda i: (-utilities_M[rows[i]], mask_keys[i]))
     wanted: dict[bytes, str] = {}
-    if len(greedy) >= num_removed:
-        wanted[keys(greedy[num_removed - 1][None])[0]] = "greedy"
+    for mask_P in greedy:
+        if (~mask_P).sum() == num_removed:
+            wanted[keys(mask_P[None])[0]] = "greedy"
     if ranking is not None:
         wanted.setdefault(keys(ranking[None])[0], "ranking")
     chosen: list[tuple[int, str]] = []

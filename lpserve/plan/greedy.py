@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from lpserve.masks import drop_one, keys
+from lpserve.plan.constraint import Constraint
 from lpserve.plan.sets import best_row
 from lpserve.types import BoolArray, FloatArray
 
@@ -24,24 +25,27 @@ _MIN_CHANGES = 8  # with fewer known changes no set of a step is pruned
 def greedy_path(
     masks_MP: BoolArray,
     utilities_M: FloatArray,
-    max_removed: int,
+    max_steps: int,
     pruned: Collection[bytes] = (),
+    within: Constraint | None = None,
 ) -> list[BoolArray]:
     """Greedy removal (the rule of SLEB, arXiv 2402.09025): each step drops the player whose loss
-    costs least, among scored masks. One mask for each step, at most `max_removed`.
+    costs least, among scored masks. One mask for each step, at most `max_steps`.
 
     The path ends early at a step that has an option neither scored nor pruned, or no finite score.
+    Where players must be removed, the first step removes all of them.
 
     Args:
         masks_MP: scored masks, distinct.
         utilities_M: NaN where a score is not usable; such a mask is never chosen.
         pruned: keys of masks that a step may leave unscored (`unpruned_options`).
+        within: what sets may be on the path; None: any.
     """
+    within = within or Constraint(masks_MP.shape[1])
     row_of = {key: row for row, key in enumerate(keys(masks_MP))}
-    current = np.ones(masks_MP.shape[1], dtype=bool)
     path: list[BoolArray] = []
-    for _ in range(max_removed):
-        options = drop_one(current)
+    options = within.first()[None] if within.forced else within.drops(within.first())
+    for _ in range(max_steps):
         found = [(key, row_of.get(key)) for key in keys(options)]
         if any(row is None and key not in pruned for key, row in found):
             break
@@ -49,13 +53,16 @@ def greedy_path(
         best = best_row(masks_MP[rows], utilities_M[rows])
         if best is None:
             break
-        current = masks_MP[rows[best]]
-        path.append(current)
+        path.append(masks_MP[rows[best]])
+        options = within.drops(path[-1])
     return path
 
 
 def unpruned_options(
-    path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
+    path: Sequence[BoolArray],
+    masks_MP: BoolArray,
+    utilities_M: FloatArray,
+    within: Constraint | None = None,
 ) -> BoolArray:
     """Which options of the next greedy step must be scored, `bool[O]`; False: pruned.
 
@@ -71,9 +78,11 @@ def unpruned_options(
         path: masks of the steps so far, at least one.
         masks_MP: scored masks, distinct.
         utilities_M: their utilities.
+        within: what sets may be on the path; None: any.
     """
+    within = within or Constraint(masks_MP.shape[1])
     loss = _losses([np.ones(masks_MP.shape[1], dtype=bool), *path], masks_MP, utilities_M)
-    options = np.flatnonzero(path[-1])
+    options = np.setdiff1d(np.flatnonzero(path[-1]), within.protected)
     change = _last_changes(loss)
     if len(change) < _MIN_CHANGES:
         return np.ones(len(options), dtype=bool)

@@ -15,6 +15,7 @@ from lpserve.errors import InputError
 from lpserve.inputs.documents import read_json_object, shown
 from lpserve.inputs.shapes import check_names, converted
 from lpserve.model.players import players_from
+from lpserve.plan.constraint import constraint_text
 from lpserve.utility import utility_named
 
 PLAN_FORMAT = 1
@@ -101,7 +102,13 @@ class Plan:
     heldout_drawn: str = "windows"
     """What was held out: `windows` of texts, or `questions` of tasks."""
     protected: list[int] = field(default_factory=list)
+    forced: list[int] = field(default_factory=list)
     format: int = PLAN_FORMAT
+
+    @property
+    def constraint(self) -> str:
+        """Which sets it chose from, in words; empty: from all."""
+        return constraint_text(self.protected, self.forced)
 
     @property
     def reports_utility(self) -> bool:
@@ -122,8 +129,9 @@ class Plan:
         for entry in self.plans:
             if entry.num_removed == num_removed:
                 return entry
-        most = max((entry.num_removed for entry in self.plans), default=0)
-        raise InputError(f"the plan removes 1 to {most} players: got {num_removed}")
+        sizes = [entry.num_removed for entry in self.plans]
+        least, most = min(sizes, default=1), max(sizes, default=0)
+        raise InputError(f"the plan removes {least} to {most} players: got {num_removed}")
 
     def to_json(self) -> str:
         """The content of `plan.json`."""

@@ -20,7 +20,8 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.stats import norm
 
-from lpserve.masks import add_one, all_masks, drop_one, keys, pack, sort_distinct, swap_one
+from lpserve.masks import add_one, drop_one, keys, pack, sort_distinct, swap_one
+from lpserve.plan.constraint import Constraint
 from lpserve.surrogate import KernelSurrogate, Surrogate, acquisition_model, kernel_of
 from lpserve.types import BoolArray, FloatArray
 
@@ -41,8 +42,10 @@ _MAX_JOINT = 512  # candidates of a batch: their joint covariance is held in mem
 _MIN_VARIANCE = 1e-14
 
 
-def starts(masks_MP: BoolArray, utilities_M: FloatArray, num_removed: int) -> BoolArray:
-    """Masks where a beam search for sets of one size starts, `bool[Q, P]`.
+def starts(
+    masks_MP: BoolArray, utilities_M: FloatArray, num_removed: int, within: Constraint
+) -> BoolArray:
+    """Masks within a constraint where a beam search for sets of one size starts, `bool[Q, P]`.
 
     These are the best scored sets of that size, and the best scored sets of the two neighbouring
     sizes with every possible player removed or brought back. The latter matter because the best
@@ -62,21 +65,23 @@ def starts(masks_MP: BoolArray, utilities_M: FloatArray, num_removed: int) -> Bo
             found += [
                 drop_one(mask_P) if r < num_removed else add_one(mask_P) for mask_P in best_MP
             ]
-    return np.concatenate(found)
+    near_MP = np.concatenate(found)
+    return near_MP[within.holds(near_MP)]
 
 
 def best_predicted_sets(
-    surrogate: Surrogate, num_players: int, num_removed: int, starts_MP: BoolArray
+    surrogate: Surrogate, within: Constraint, num_removed: int, starts_MP: BoolArray
 ) -> BoolArray:
     """The sets of one size with the highest predicted utility, best first, `bool[<=64, P]`.
 
-    Exhaustive where C(P, r) is at most `MAX_EXHAUSTIVE`, else beam search over swaps from
-    `starts_MP` (see `starts`). Predictions are those of the acquisition model where there is one: a
-    kernel surrogate predicts all swaps of a set at once (`KernelSurrogate.swap_means`).
+    Exhaustive where at most `MAX_EXHAUSTIVE` sets are within the constraint, else beam search over
+    swaps from `starts_MP` (see `starts`). Predictions are those of the acquisition model where
+    there is one: a kernel surrogate predicts all swaps of a set at once
+    (`KernelSurrogate.swap_means`).
     """
     surrogate = acquisition_model(surrogate) or surrogate
-    if math.comb(num_players, num_removed) <= MAX_EXHAUSTIVE:
-        pool = all_masks(num_players, num_players - num_removed)
+    if within.count(num_removed) <= MAX_EXHAUSTIVE:
+        pool = within.all_sets(num_removed)
         return _top(pool, surrogate.mean(pool))[0]
     pool, _ = sort_distinct(starts_MP)
     pool, value = _top(pool, surrogate.mean(pool))
@@ -86,7 +91,7 @@ def best_predicted_sets(
         if not fresh:
             break
         expanded.update(keys(pool[fresh]))
-        near = [_best_swaps(surrogate, pool[row]) for row in fresh]
+        near = [_best_swaps(surrogate, pool[row], within) for row in fresh]
         pool, place = sort_distinct(np.concatenate([pool, *(masks for masks, _ in near)]))
         predicted = np.concatenate([value, *(values for _, values in near)])
         value = np.empty(len(pool))
@@ -95,11 +100,15 @@ def best_predicted_sets(
     return pool
 
 
-def _best_swaps(surrogate: Surrogate, mask_P: BoolArray) -> tuple[BoolArray, FloatArray]:
+def _best_swaps(
+    surrogate: Surrogate, mask_P: BoolArray, within: Constraint
+) -> tuple[BoolArray, FloatArray]:
     """The swaps of a set with the highest predicted utilities, and these utilities."""
     near = swap_one(mask_P)
+    holds = within.holds(near)
+    near = near[holds]
     if isinstance(surrogate, KernelSurrogate):
-        return _top(near, surrogate.swap_means(mask_P).ravel())
+        return _top(near, surrogate.swap_means(mask_P).ravel()[holds])
     return _top(near, surrogate.mean(near))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.masks import keys
+from lpserve.plan.constraint import Constraint
 from lpserve.types import BoolArray, FloatArray
 
 
@@ -128,11 +129,12 @@ class KnownUtilities:
     noise_M: FloatArray | None = None
     """Variances of `guess_M`; None: no mask is screened."""
 
-    def best_by_size(self, max_removed: int) -> dict[int, float]:
-        """Number removed -> the best `search_M`, -inf where there is none."""
+    def best_by_size(self, max_removed: int, within: Constraint) -> dict[int, float]:
+        """Number removed -> the best `search_M` within a constraint, -inf where there is none."""
         removed_M = (~self.masks_MP).sum(axis=1)
-        finite_M = np.where(np.isfinite(self.search_M), self.search_M, -np.inf)
+        usable_M = np.isfinite(self.search_M) & within.holds(self.masks_MP)
+        finite_M = np.where(usable_M, self.search_M, -np.inf)
         return {
             r: float(finite_M[removed_M == r].max(initial=-np.inf))
-            for r in range(1, max_removed + 1)
+            for r in within.sizes(max_removed)
         }

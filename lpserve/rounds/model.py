@@ -13,7 +13,6 @@ from typing import Protocol
 
 import numpy as np
 
-from lpserve.masks import without
 from lpserve.plan.greedy import unpruned_options
 from lpserve.plan.search import (
     best_predicted_sets,
@@ -21,7 +20,6 @@ from lpserve.plan.search import (
     select_by_expected_improvement,
     starts,
 )
-from lpserve.plan.sets import ranking_mask
 from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, select_for_values
 from lpserve.rounds.history import AskedMasks, KnownUtilities
 from lpserve.rounds.settings import RoundSettings
@@ -48,7 +46,8 @@ class RoundModel(Protocol):
     def may_be_best(
         self, path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
     ) -> BoolArray:
-        """Which sets of the next greedy step may be its best, in the order of `masks.drop_one`."""
+        """Which sets of the next greedy step may be its best, in the order of
+        `Constraint.drops`."""
         ...
 
     def rankings(self, index: int) -> list[BoolArray]:
@@ -99,7 +98,7 @@ class FittedModel:
         Args:
             own_search_fit: the search has another utility, or other masks, than the values.
         """
-        self._settings = settings
+        self._settings, self._within = settings, settings.within
         fitted = make_surrogate(settings.surrogate, settings.seed, quick=True)
         self.surrogate: Surrogate | None = fitted
         self._values_model: Surrogate = fitted
@@ -136,14 +135,17 @@ class FittedModel:
     def may_be_best(
         self, path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
     ) -> BoolArray:
-        return unpruned_options(path, masks_MP, utilities_M)
+        return unpruned_options(path, masks_MP, utilities_M, self._within)
 
     def rankings(self, index: int) -> list[BoolArray]:
         values_P = self._current_values()
         if values_P is None:
             return []
-        sizes = self._settings.max_removed
-        return [ranking_mask(values_P, (r + index) % sizes + 1) for r in range(sizes)]
+        sizes = self._settings.plan_sizes
+        return [
+            self._within.ranking(values_P, sizes[(place + index) % len(sizes)])
+            for place in range(len(sizes))
+        ]
 
     def by_improvement(
         self, known: KnownUtilities, asked: AskedMasks, count: int, pending_MP: BoolArray
@@ -152,7 +154,7 @@ class FittedModel:
         return select_by_expected_improvement(
             self._searcher,
             np.concatenate(list(candidates.values())),
-            known.best_by_size(self._settings.max_removed),
+            known.best_by_size(self._settings.max_removed, self._within),
             count,
             pending_MP=pending_MP,
         )
@@ -163,7 +165,7 @@ class FittedModel:
         return select_by_expected_improvement(
             self._searcher,
             waiting_MP,
-            known.best_by_size(self._settings.max_removed),
+            known.best_by_size(self._settings.max_removed, self._within),
             self._settings.round_size,
             pending_MP=asked.last_MP,
             min_improvement=gain,
@@ -191,7 +193,7 @@ class FittedModel:
         chance: float,
         gain: float,
     ) -> bool:
-        best_of = known.best_by_size(self._settings.max_removed)
+        best_of = known.best_by_size(self._settings.max_removed, self._within)
         waiting_removed_M = (~waiting_MP).sum(axis=1)
         for r, sets_MP in self._unscored_candidates(known, asked).items():
             if not np.isfinite(best_of[r]):
@@ -220,8 +222,8 @@ class FittedModel:
         Searched for once a fit, from the best scored sets and the best predicted of the fit before.
         """
         if not self._best_predicted_is_current:
-            for r in range(1, self._settings.max_removed + 1):
-                near_MP = starts(known.masks_MP, known.search_M, r)
+            for r in self._settings.plan_sizes:
+                near_MP = starts(known.masks_MP, known.search_M, r, self._within)
                 self._best_predicted[r] = self._search(r, near_MP)
             self._best_predicted_is_current = True
         return {r: asked.unseen(sets_MP) for r, sets_MP in self._best_predicted.items()}
@@ -229,12 +231,12 @@ class FittedModel:
     def _search(self, num_removed: int, near_MP: BoolArray) -> BoolArray:
         """The sets of one size of highest predicted utility, best first."""
         players = self._settings.num_players
-        begin = [without(players, range(num_removed)), *near_MP]
+        begin = [self._within.ranking(np.zeros(players), num_removed), *near_MP]
         values_P = self._current_values()
         if values_P is not None:
-            begin.append(ranking_mask(values_P, num_removed))
+            begin.append(self._within.ranking(values_P, num_removed))
         begin += list(self._best_predicted.get(num_removed, [])[:_NUM_WARM_STARTS])
-        return best_predicted_sets(self._searcher, players, num_removed, np.array(begin))
+        return best_predicted_sets(self._searcher, self._within, num_removed, np.array(begin))
 
     def _current_values(self) -> FloatArray | None:
         """Values from the surrogate as it stands, where it has a closed form."""

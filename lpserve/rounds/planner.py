@@ -9,7 +9,7 @@ the values most (`lpserve.rounds.acquisition`). Until the path is walked, rounds
 what the path leaves of them is the search's alone, so that greedy's sets are scored early.
 
     round 0   all kept; every single player dropped (greedy step 1); none kept where the values
-              need it
+              need it; where players must be removed, the set of these
     round 1   stratified random masks
     round 2   greedy step 2; for every r, the r players whose removal alone cost least
     round 3   sets by expected improvement, for every r
@@ -113,7 +113,7 @@ class RoundPlanner:
         known = self._known(rounds[: index - 1])
         fitted = self.model.fit(known)
         goal = self._settings.goal
-        walking = goal != "values" and index < 2 * self._settings.max_removed
+        walking = goal != "values" and index < 2 * len(self._settings.plan_sizes)
         batch = self._begin(index, known, walking=walking)
         waiting_MP = self._waiting(known)
         if (
@@ -156,6 +156,8 @@ class RoundPlanner:
             return self._design.take(self.asked, self._settings.round_size)
         full_P = full_mask(self._settings.num_players)
         batch = self.asked.add([full_P], "full") + self.asked.add(drop_one(full_P), "greedy")
+        if self._settings.goal != "values":
+            batch += self.asked.add([self._settings.within.first()], "greedy")
         if self._settings.sizes[0] == 0:
             batch += self.asked.add([~full_P], "values")
         return batch

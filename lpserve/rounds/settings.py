@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lpserve.config import STOP_GAIN
+from lpserve.plan.constraint import Constraint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +53,24 @@ class RoundSettings:
     stop: StopRules = StopRules()
     goal: str = "both"
     """What masks are for: `plan`, `values` (no path is walked, no set is searched), or `both`."""
+    constraint: Constraint | None = None
+    """Which sets are searched; None: all."""
+
+    @property
+    def within(self) -> Constraint:
+        """Which sets are searched."""
+        return self.constraint or Constraint(self.num_players)
+
+    @property
+    def plan_sizes(self) -> range:
+        """Numbers of removed players that sets are searched for."""
+        return self.within.sizes(self.max_removed)
 
     def minimum_budget(self) -> int:
         """Masks of rounds 0 to 2 up to the first scored set for every r."""
         first = 1 + self.num_players + (self.sizes[0] == 0 and self.num_players > 1)
-        return first + self.round_size + self.max_removed - 1
+        first += len(self.within.forced) > 1
+        return first + self.round_size + len(self.plan_sizes) - 1
 
 
 def design_strata(settings: RoundSettings) -> list[list[int]]:

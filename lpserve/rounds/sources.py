@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lpserve.masks import StratifiedDesign, drop_one, keys, removed_players
+from lpserve.masks import StratifiedDesign, keys, removed_players
 from lpserve.plan.greedy import greedy_path
-from lpserve.plan.sets import ranking_mask
 from lpserve.rounds.history import AskedMasks, KnownUtilities
 from lpserve.rounds.model import RoundModel
 from lpserve.rounds.settings import RoundSettings, design_strata
@@ -20,19 +19,27 @@ class DesignSource:
     """Stratified random masks: those that the values need first, then those of the plan's sizes."""
 
     def __init__(self, settings: RoundSettings) -> None:
-        self._designs = [
-            StratifiedDesign(settings.num_players, strata, settings.seed)
-            for strata in design_strata(settings)
-        ]
+        self._within = settings.within
+        self._designs: list[tuple[StratifiedDesign, bool]] = []
+        """And whether a design is over the players that the constraint leaves free, alone."""
+        bound = len(self._within.protected)
+        for place, strata in enumerate(design_strata(settings)):
+            alone = self._within.given and (settings.goal == "plan" or place > 0)
+            players = len(self._within.free) if alone else settings.num_players
+            counts = [k - bound for k in strata if 0 <= k - bound < players] if alone else strata
+            if counts:
+                self._designs.append((StratifiedDesign(players, counts, settings.seed), alone))
 
     def take(self, asked: AskedMasks, count: int, *, screened: bool = False) -> list[BoolArray]:
         """The next `count` masks that were never asked for; fewer when none are left."""
         batch: list[BoolArray] = []
-        for design in self._designs:
+        for design, free_alone in self._designs:
             while len(batch) < count:
                 masks_MP = design.take(count - len(batch))
                 if not len(masks_MP):
                     break
+                if free_alone:
+                    masks_MP = self._within.embed(masks_MP)
                 batch += asked.add(masks_MP, "design", screened=screened)
         return batch
 
@@ -60,12 +67,13 @@ class GreedySource:
         Args:
             path_M: the utility that the path is walked by.
         """
-        steps = min(step, self._settings.max_removed - 1)
-        path = greedy_path(known.masks_MP, path_M, steps, self.pruned)
+        within = self._settings.within
+        steps = min(step, len(self._settings.plan_sizes) - 1)
+        path = greedy_path(known.masks_MP, path_M, steps, self.pruned, within)
         if not path:
             return []
         may_be_best_M = model.may_be_best(path, known.masks_MP, path_M)
-        options_MP = drop_one(path[-1])
+        options_MP = within.drops(path[-1])
         unseen_MP = asked.unseen(options_MP[~may_be_best_M])
         self.pruned |= set(keys(unseen_MP))
         return asked.add(options_MP[may_be_best_M], "greedy", screened=screened)
@@ -78,4 +86,4 @@ def single_loss_sets(known: KnownUtilities, settings: RoundSettings) -> list[Boo
         removed = removed_players(mask_P)
         if len(removed) == 1 and np.isfinite(utility):
             loss_P[removed[0]] = -utility
-    return [ranking_mask(loss_P, r) for r in range(1, settings.max_removed + 1)]
+    return [settings.within.ranking(loss_P, r) for r in settings.plan_sizes]

@@ -78,6 +78,8 @@ def record_of(loop: RunLoop) -> RunRecord:
         surrogate=config.surrogate,
         sizes=loop.settings.sizes,
         max_removed=loop.settings.max_removed,
+        protected=loop.settings.within.protected,
+        forced=loop.settings.within.forced,
         seed=config.seed,
         noise_nll=loop.noise_loss,
         masks_MP=latest.masks_MP,

@@ -246,7 +246,10 @@ class RunLoop:
         total = self.calibration.num_tokens_I.sum()
         ppl_M = perplexity(done.nll_MI.astype(np.float64).sum(axis=1) / total)
         best = self.progress.state.best
-        for removed, ppl in zip(removed_M.tolist(), ppl_M.tolist(), strict=True):
+        within_M = self.settings.within.holds(done.masks_MP)
+        for removed, ppl in zip(
+            removed_M[within_M].tolist(), ppl_M[within_M].tolist(), strict=True
+        ):
             if 1 <= removed <= self.settings.max_removed and ppl < best.get(removed, np.inf):
                 best[removed] = ppl
 

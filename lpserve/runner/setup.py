@@ -18,6 +18,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import read_checkpoint
+from lpserve.plan.constraint import constraint_of
 from lpserve.rounds.settings import RoundSettings, StopRules
 
 
@@ -32,7 +33,9 @@ def check_model(config: RunConfig) -> RunConfig:
     """The config with its depth-dependent defaults, after the checkpoint's headers are read."""
     num_players = num_players_of(config)
     config = config.resolved(num_players)
-    minimum = round_settings(config, num_players).minimum_budget()
+    settings = round_settings(config, num_players)
+    settings.within.check(settings.max_removed)
+    minimum = settings.minimum_budget()
     if config.budget < minimum:
         raise InputError(
             f"budget must be at least {minimum} for {num_players} players and max_removed "
@@ -102,5 +105,6 @@ def round_settings(config: RunConfig, num_players: int) -> RoundSettings:
         surrogate=config.surrogate,
         round_size=config.round_size,
         goal=config.goal,
+        constraint=constraint_of(num_players, config.protect, config.force),
         stop=StopRules(chance=config.stop_chance, gain=config.stop_gain, width=config.stop_width),
     )

@@ -154,7 +154,10 @@ def load(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
     # transformers' SDPA drops soft caps without a word
     capped = config.get("attn_logit_softcapping") or text.get("attn_logit_softcapping")
     more = {"attn_implementation": "eager"} if capped else {}
-    return kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **more).eval()
+    model = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **more).eval()
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0  # RWKV's guard against overflow of float16, as in the engine
+    return model
 
 
 def layer_list(model: Any) -> tuple[str, int]:
@@ -175,13 +178,24 @@ def layer_list(model: Any) -> tuple[str, int]:
     return (usual or decoder)[0], count
 
 
-def expected_nll(model: Any, mask_P: np.ndarray, tokens_NT: torch.Tensor) -> np.ndarray:
-    """NLL `[N]` of the model without the dropped layers."""
-    try:
-        return window_nll(deleted(model, mask_P), tokens_NT)
-    except Exception:  # whatever a model's code raises when it is cut so
+def difference(model: Any, mask_P: np.ndarray, tokens_NT: torch.Tensor, got_N: np.ndarray) -> float:
+    """Largest relative difference of losses `[N]` from the model without the dropped layers.
+
+    From whichever reference is nearer. They differ where a layer does what its place says (RWKV
+    halves states at every so many layers, Zamba-2 takes its shared blocks in turn): there a mask
+    means that layers hand their state on.
+    """
+    found = []
+    with suppress(Exception):  # whatever a model's code raises when it is cut so
+        found.append(_relative(got_N, window_nll(deleted(model, mask_P), tokens_NT)))
+    if not found or not found[0] < 1e-5:
         with handing_on(model, mask_P) as cut:
-            return window_nll(cut, tokens_NT)
+            found.append(_relative(got_N, window_nll(cut, tokens_NT)))
+    return min(found)
+
+
+def _relative(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(got / wanted - 1).max())
 
 
 def window_nll(model: Any, tokens_NT: torch.Tensor) -> np.ndarray:

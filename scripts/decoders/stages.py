@@ -19,7 +19,7 @@ import torch
 from models import (
     LENGTH,
     NUM_LAYERS,
-    expected_nll,
+    difference,
     layer_list,
     load,
     make,
@@ -54,21 +54,16 @@ def score(name: str) -> Record:
             with lpserve.open_engine(str(folder), windows, dtype="float32") as engine:
                 got_MN = engine.score(masks_MP).nll_MN
                 short_MN = engine.score(masks_MP, engine.register(short)).nll_MN
-            wanted_MN = np.stack([expected_nll(model, m, tokens_NT) for m in masks_MP])
-            worst = _worst(got_MN, wanted_MN)
-            kept = [row for row, mask_P in enumerate(masks_MP) if mask_P.any()]
-            each_MN = np.stack(
-                [
-                    np.concatenate(
-                        [
-                            expected_nll(model, masks_MP[row], unequal[:1, : LENGTH // 2]),
-                            expected_nll(model, masks_MP[row], unequal[1:]),
-                        ]
-                    )
-                    for row in kept
-                ]
-            )
-            return {"worst": worst, "unequal": _worst(short_MN[kept], each_MN)}
+            each = [
+                difference(model, mask_P, some, short_MN[row, place : place + 1])
+                for row, mask_P in enumerate(masks_MP)
+                for place, some in enumerate((unequal[:1, : LENGTH // 2], unequal[1:]))
+                if mask_P.any()
+            ]
+            return {
+                "worst": _worst(model, masks_MP, tokens_NT, got_MN),
+                "unequal": _rounded(max(each)),
+            }
 
         record = _tried(scored, root)
         if record["status"] == "served":
@@ -81,9 +76,7 @@ def _half(name: str, folder: Path, windows: lpserve.TokenWindows, tokens_NT: tor
     masks_MP = some_masks(_num_layers(model))
     with lpserve.open_engine(str(folder), windows, dtype="bfloat16") as engine:
         got_MN = engine.score(masks_MP).nll_MN
-    return {
-        "worst": _worst(got_MN, np.stack([expected_nll(model, m, tokens_NT) for m in masks_MP]))
-    }
+    return {"worst": _worst(model, masks_MP, tokens_NT, got_MN)}
 
 
 def export(name: str) -> Record:
@@ -115,8 +108,8 @@ def _exported(name: str, model: Any, removed: tuple[int, ...], folder: Path, out
     tokens_NT = some_tokens(3, 3)
     mask_P = ~np.isin(np.arange(_num_layers(model)), removed)
     pruned = load(out, name)
-    worst = _worst(window_nll(pruned, tokens_NT), expected_nll(model, mask_P, tokens_NT))
-    return {"worst": worst, "continues": _continues(pruned, tokens_NT[:1, :10])}
+    worst = difference(model, mask_P, tokens_NT, window_nll(pruned, tokens_NT))
+    return {"worst": _rounded(worst), "continues": _continues(pruned, tokens_NT[:1, :10])}
 
 
 def _continues(model: Any, tokens_NT: torch.Tensor) -> str:
@@ -172,11 +165,10 @@ def _by_vllm(folder: Path, model: Any, windows: Any, options: Record) -> Record:
         # what was scored before must not matter
         again_MN = engine.score(masks_MP[::-1].copy()).nll_MN[::-1]
     tokens_NT = torch.from_numpy(windows.tokens_NT)
-    wanted_MN = np.stack([expected_nll(model, m, tokens_NT) for m in masks_MP])
     return {
-        "worst": _worst(got_MN, wanted_MN),
-        "whole": _worst(got_MN[:1], wanted_MN[:1]),
-        "order": _worst(again_MN, got_MN),
+        "worst": _worst(model, masks_MP, tokens_NT, got_MN),
+        "whole": _worst(model, masks_MP[:1], tokens_NT, got_MN),
+        "order": _rounded(np.abs(again_MN / got_MN - 1).max()),
         "path": info.path,
         "told": info.settings["unlike_transformers"],
     }
@@ -236,6 +228,11 @@ def _line(error: BaseException) -> str:
     )
 
 
-def _worst(got: np.ndarray, wanted: np.ndarray) -> float:
-    """Largest relative difference; NaN where either is."""
-    return float(f"{np.abs(got / wanted - 1).max():.1e}")
+def _worst(model: Any, masks_MP: np.ndarray, tokens_NT: torch.Tensor, got_MN: np.ndarray) -> float:
+    """Largest relative difference of masks' losses from the reference's."""
+    pairs = zip(masks_MP, got_MN, strict=False)
+    return _rounded(max(difference(model, mask_P, tokens_NT, got_N) for mask_P, got_N in pairs))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.1e}")

@@ -284,9 +284,15 @@ def test_plans_out_of_range_are_refused(tmp_path, capsys, texts):
     assert "max_removed must be 1..4" in refused(
         capsys, tmp_path, "plan", str(out), "--max-removed", "5"
     )
-    assert "protected player 9" in refused(capsys, tmp_path, "plan", str(out), "--protect", "9")
-    assert "no scored set removes" in refused(
+    assert "player 9 is not" in refused(capsys, tmp_path, "plan", str(out), "--protect", "9")
+    assert "player 1 cannot be both" in refused(
+        capsys, tmp_path, "plan", str(out), "--protect", "1", "--force", "1"
+    )
+    assert "protect leaves 1 players to remove" in refused(
         capsys, tmp_path, "plan", str(out), "--protect", "0,1,2,3,4,5,6"
+    )
+    assert "no scored set of 4 removed players would keep" in refused(
+        capsys, tmp_path, "plan", str(out), "--protect", "0,1,2,3", "--force", "4,5,6,7"
     )
     assert "holds no finished run" in refused(capsys, tmp_path, "plan", str(tmp_path))
 

@@ -16,6 +16,7 @@ import pytest
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, drop_one, keys, removed_players, without
 from lpserve.plan.candidates import choose_candidates
+from lpserve.plan.constraint import constraint_of
 from lpserve.plan.greedy import greedy_path, unpruned_options
 from lpserve.plan.plan import Candidate, Plan, PlanEntry, load_plan
 from lpserve.plan.sets import best_row, ranking_mask, removed_list
@@ -186,6 +187,7 @@ def test_protected_players_are_kept(rng):
     masks = all_masks(6, kept=4)
     utilities = rng.normal(size=15)
     protected = [1, 4]
+    within = constraint_of(6, protected)
     greedy = [without(6, [1]), without(6, [1, 2])]
     rows = choose_candidates(
         masks,
@@ -194,7 +196,7 @@ def test_protected_players_are_kept(rng):
         greedy=greedy,
         ranking=without(6, [0, 5]),
         sources={},
-        protected=protected,
+        within=within,
     )
     allowed = [row for row in range(15) if masks[row, protected].all()]
     best = sorted(allowed, key=lambda row: -utilities[row])
@@ -202,9 +204,9 @@ def test_protected_players_are_kept(rng):
     assert {row for row, _ in rows} <= set(allowed)
     assert "greedy" not in {source for _, source in rows}
     assert "ranking" in {source for _, source in rows}
-    everyone = range(6)
+    everyone = constraint_of(6, range(6))
     none = choose_candidates(
-        masks, utilities, 2, greedy=[], ranking=None, sources={}, protected=everyone
+        masks, utilities, 2, greedy=[], ranking=None, sources={}, within=everyone
     )
     assert none == []
 
@@ -255,6 +257,7 @@ def some_plan() -> Plan:
         full_heldout_ppl=None,
         plans=entries,
         protected=[3],
+        forced=[0],
     )
 
 

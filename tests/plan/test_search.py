@@ -14,6 +14,7 @@ import pytest
 from scipy.stats import norm
 
 from lpserve.masks import all_masks, keys, removed_players, swap_one, without
+from lpserve.plan.constraint import Constraint
 from lpserve.plan.search import (
     MAX_EXHAUSTIVE,
     STD_INFLATION,
@@ -83,7 +84,7 @@ def test_small_sizes_are_searched_whole(num_players, num_removed, ties, rng):
     everything = [without(num_players, c) for c in combinations(range(num_players), num_removed)]
     everything.sort(key=lambda m: (-float(utility(m[None])[0]), mask_text(m)))
     got = best_predicted_sets(
-        Fixed(utility), num_players, num_removed, np.empty((0, num_players), dtype=bool)
+        Fixed(utility), Constraint(num_players), num_removed, np.empty((0, num_players), dtype=bool)
     )
     assert [mask_text(m) for m in got] == [mask_text(m) for m in everything[:64]]
 
@@ -101,7 +102,7 @@ def test_beam_search_climbs_to_the_best_of_an_additive_function(trial, rng):
         return masks @ weight
 
     worst = without(num_players, np.argsort(-weight)[:num_removed].tolist())
-    got = best_predicted_sets(Fixed(mean), num_players, num_removed, worst[None])
+    got = best_predicted_sets(Fixed(mean), Constraint(num_players), num_removed, worst[None])
     assert removed_players(got[0]) == tuple(sorted(np.argsort(weight)[:num_removed].tolist()))
     values = got @ weight
     assert (np.diff(values) <= 0).all()
@@ -119,11 +120,13 @@ def test_beam_search_ends_where_no_swap_of_its_best_improves(rng):
 
     starts = np.array([without(num_players, range(i, i + num_removed)) for i in (0, 5, 5, 13)])
     assert math.comb(num_players, num_removed) > MAX_EXHAUSTIVE
-    got = best_predicted_sets(Fixed(mean), num_players, num_removed, starts)
+    got = best_predicted_sets(Fixed(mean), Constraint(num_players), num_removed, starts)
     best = mean(got[:1])[0]
     assert best >= mean(starts).max()
     assert mean(swap_one(got[0])).max() <= best
-    again = best_predicted_sets(Fixed(mean), num_players, num_removed, rng.permutation(starts))
+    again = best_predicted_sets(
+        Fixed(mean), Constraint(num_players), num_removed, rng.permutation(starts)
+    )
     np.testing.assert_array_equal(got, again)
 
 
@@ -147,9 +150,9 @@ def test_starts_are_the_best_sets_and_those_one_player_from_the_next_sizes_best(
     expected = {frozenset(some) for some in best[3]}
     expected |= {frozenset({*some, p}) for some in best[2] for p in range(12) if p not in some}
     expected |= {frozenset(some) - {p} for some in best[4] for p in some}
-    got = starts(masks, utilities, 3)
+    got = starts(masks, utilities, 3, Constraint(12))
     assert {frozenset(removed_players(mask)) for mask in got} == expected
-    assert starts(masks[:0], utilities[:0], 3).shape == (0, 12)
+    assert starts(masks[:0], utilities[:0], 3, Constraint(12)).shape == (0, 12)
 
 
 def test_a_search_leaves_the_valley_of_its_best_scored_sets(rng):
@@ -169,8 +172,13 @@ def test_a_search_leaves_the_valley_of_its_best_scored_sets(rng):
     assert math.comb(num_players, 7) > MAX_EXHAUSTIVE
     assert mean(swap_one(first)).max() < mean(first[None])[0] < mean(last[None])[0]
     scored = np.stack([first, six])
-    alone = best_predicted_sets(Fixed(mean), num_players, 7, first[None])
-    found = best_predicted_sets(Fixed(mean), num_players, 7, starts(scored, mean(scored), 7))
+    alone = best_predicted_sets(Fixed(mean), Constraint(num_players), 7, first[None])
+    found = best_predicted_sets(
+        Fixed(mean),
+        Constraint(num_players),
+        7,
+        starts(scored, mean(scored), 7, Constraint(num_players)),
+    )
     assert mean(alone[:1])[0] < mean(last[None])[0]
     np.testing.assert_allclose(mean(found[:1]), mean(last[None]))
 
@@ -222,8 +230,8 @@ def test_the_beam_finds_with_swaps_what_it_finds_without(rng):
     surrogate = fitted_to_ratios(22, 150, rng)
     starts = np.array([without(22, rng.choice(22, 8, replace=False).tolist()) for _ in range(4)])
     assert math.comb(22, 8) > MAX_EXHAUSTIVE
-    fast = best_predicted_sets(surrogate, 22, 8, starts)
-    slow = best_predicted_sets(Fixed(surrogate.mean), 22, 8, starts)
+    fast = best_predicted_sets(surrogate, Constraint(22), 8, starts)
+    slow = best_predicted_sets(Fixed(surrogate.mean), Constraint(22), 8, starts)
     np.testing.assert_array_equal(fast[0], slow[0])
     assert surrogate.mean(fast[:1])[0] >= surrogate.mean(swap_one(fast[0])).max() - 1e-12
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lpserve.masks import all_masks, drop_one, keys, removed_players, without
+from lpserve.plan.constraint import constraint_of
 from lpserve.plan.greedy import greedy_path
 from lpserve.plan.sets import best_row
 from lpserve.rounds.history import CompletedRound, Round, latest_scores
@@ -404,6 +405,40 @@ def test_the_greedy_path_is_walked_to_its_end(rng):
         asked = set(keys(np.concatenate(played.rounds[: 2 * step + 1])))
         assert set(keys(np.array([without(11, o) for o in options]))) <= asked | passed
     assert len(removed) == 4
+
+
+@pytest.mark.parametrize(
+    ("within", "goal"),
+    [
+        (constraint_of(12, [1, 8]), "both"),
+        (constraint_of(12, [], [4]), "both"),
+        (constraint_of(12, [0, 11], [3, 5]), "plan"),
+        (constraint_of(12, range(6)), "plan"),
+    ],
+    ids=["protect", "force", "both", "half"],
+)
+def test_a_run_within_a_constraint_searches_such_sets_alone(within, goal, statistical_rng):
+    """And finds the best of each size, where it is among few enough to be looked for."""
+    game = pair_game(12, statistical_rng, pairs=0.2)
+    settings = settings_of(12, 5, goal=goal, constraint=within)
+    played = Played(settings, game, 160)
+    outside = np.concatenate(played.rounds)[~within.holds(np.concatenate(played.rounds))]
+    sources = {played.planner.sources[key] for key in keys(outside)}
+    singles = set(keys(drop_one(np.ones(12, dtype=bool))))
+    greedy = {k for k in keys(outside) if played.planner.sources[k] == "greedy"}
+    assert greedy <= singles  # of round 0, which every run begins with
+    assert sources <= {"full", "greedy", "values", "design"}
+    if goal == "plan":
+        assert "design" not in sources
+    path = greedy_path(played.masks, played.utilities, 9, played.planner.pruned, within)
+    assert len(path) >= len(settings.plan_sizes)
+    for r in settings.plan_sizes:
+        sets = within.all_sets(r)
+        best = sets[int(np.argmax(neg_nll(nll_of(game, sets))))]
+        inside = within.holds(played.masks) & ((~played.masks).sum(axis=1) == r)
+        row = best_row(played.masks[inside], played.utilities[inside])
+        assert row is not None
+        np.testing.assert_array_equal(played.masks[inside][row], best)
 
 
 def test_mixed_rounds_keep_a_third_for_the_values_and_grow_with_the_run(rng):

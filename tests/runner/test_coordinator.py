@@ -24,6 +24,8 @@ from lpserve.config import RunConfig
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import EngineError, InputError, RunInterrupted
 from lpserve.masks import all_masks, keys, without
+from lpserve.plan.constraint import constraint_of
+from lpserve.plan.plan import load_plan
 from lpserve.runner.run import run
 from lpserve.store.schema import checksum
 from lpserve.testing.runs import NUM_PLAYERS as P
@@ -81,6 +83,50 @@ def test_a_run_finds_the_best_sets_and_writes_everything(tmp_path, texts):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("protect", "force", "goal"),
+    [([2, 0], None, "both"), (None, [5], "plan"), ([1], [6, 3], "plan")],
+)
+def test_a_run_within_a_constraint_plans_the_best_sets_within(
+    tmp_path, texts, protect, force, goal
+):
+    config = make_config(tmp_path, texts, protect=protect, force=force, goal=goal)
+    result = run(config)
+    game, within = known_game(texts), constraint_of(P, protect, force)
+    plan = load_plan(result.folder / "plan.json")
+    assert (plan.protected, plan.forced) == (sorted(protect or []), sorted(force or []))
+    assert [entry.num_removed for entry in plan.plans] == list(range(len(force or "-"), 5))
+    for entry in plan.plans:
+        masks = within.all_sets(entry.num_removed)
+        best = masks[game.mean_nll(masks).argmin()]
+        assert entry.removed == [int(i) for i in np.flatnonzero(~best)]
+        assert entry.heldout_ppl is not None
+        for candidate in entry.candidates:
+            assert within.holds(without(P, candidate.removed)[None]).all()
+    assert plan.constraint in (result.folder / "report.html").read_text()
+    record = read_record(result.folder)
+    assert record.within == within
+    again = run(config)
+    assert again.scores_new == 0
+    assert again.outcome.plan == result.outcome.plan
+    with pytest.raises(InputError, match=r"belongs to another run: \w+ was"):
+        run(replace(config, protect=[6] if protect != [6] else [5], force=None))
+
+
+def test_constraints_that_cannot_be_are_refused_before_anything_is_scored(tmp_path, texts):
+    for changes, words in (
+        ({"protect": [P]}, f"protect: player {P} is not one of 0"),
+        ({"protect": [1], "force": [1]}, "player 1 cannot be both"),
+        ({"force": list(range(5))}, "force removes 5 players, max_removed is 4"),
+        ({"protect": [0], "goal": "values"}, "goal values searches none"),
+        ({"protect": "0"}, "protect must be a list of layers"),
+        ({"force": [-1]}, "force must be a list of layers"),
+    ):
+        with pytest.raises(InputError, match=words):
+            run(make_config(tmp_path, texts, **changes))
+    assert not (tmp_path / "run").exists()
+
+
 def test_values_are_those_of_the_known_game(tmp_path, texts):
     result = run(make_config(tmp_path, texts, budget=256, sizes=[0, P - 1]))
     masks = all_masks(P)

@@ -109,7 +109,7 @@ class VllmStack:
         length = windows.length
         record = self._record(tokens_T, length, 1)
         other = self._record((tokens_T + 1) % self._model.vocab_size, length, 1)
-        self._check_text_alone_differs(record, other)
+        _check_text_alone_differs(self._model.name, record, other)
         self.width, self.state_dtype = record.hidden.shape[-1], record.hidden.dtype
         self._prepared.add(length)
 
@@ -234,13 +234,8 @@ class VllmStack:
 
         with self._tap.handled(pass_on):
             final = self._model.run(ids, positions)
-        if self._tap.returns_beside and any(
-            map(_has_nan, (final, *(a for each in record.arguments for a in each.values())))
-        ):
-            raise EngineError(
-                f"{self._model.name} reads what its layers return beside their state: its layers "
-                "cannot be skipped one by one"
-            )
+        if self._tap.returns_beside:
+            _check_unread(self._model.name, record, final)
         if len(record.arguments) != self.num_players:
             raise EngineError(
                 f"{self._model.name} ran {len(record.arguments)} of its {self.num_players} layers"
@@ -249,16 +244,6 @@ class VllmStack:
             self._calls.clear()
         self._calls[length, rows] = record
         return record
-
-    def _check_text_alone_differs(self, record: _Recorded, other: _Recorded) -> None:
-        """Raise EngineError when an argument notices other tokens."""
-        for index, (a, b) in enumerate(zip(record.arguments, other.arguments, strict=True)):
-            for name, value in a.items():
-                if not same_value(value, b.get(name)):
-                    raise EngineError(
-                        f"layer {index} of {self._model.name} takes {name!r}, which depends on the "
-                        "text: its layers cannot be skipped one by one"
-                    )
 
     # -- what a state carries --------------------------------------------------------------------
 
@@ -343,5 +328,22 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _has_nan(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and bool(value.isnan().any())
+def _check_text_alone_differs(model: str, record: _Recorded, other: _Recorded) -> None:
+    """Raise EngineError when an argument notices other tokens."""
+    for index, (a, b) in enumerate(zip(record.arguments, other.arguments, strict=True)):
+        for name, value in a.items():
+            if not same_value(value, b.get(name)):
+                raise EngineError(
+                    f"layer {index} of {model} takes {name!r}, which depends on the text: its "
+                    "layers cannot be skipped one by one"
+                )
+
+
+def _check_unread(model: str, record: _Recorded, final: Any) -> None:
+    """Raise EngineError where what layers returned beside their state (NaN) was read."""
+    for value in (final, *(a for each in record.arguments for a in each.values())):
+        if isinstance(value, torch.Tensor) and value.isnan().any():
+            raise EngineError(
+                f"{model} reads what its layers return beside their state: its layers cannot be "
+                "skipped one by one"
+            )
