@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lpserve.analysis.record import read_record
 from lpserve.cli.entry import main
 from lpserve.config import config_from
 from lpserve.demo import FOLDER
 from lpserve.errors import DiskFullError
+from lpserve.masks import all_masks, keys, removed_players
 from lpserve.runner.run import run
 from lpserve.store.connection import StoreConnection
 from lpserve.testing.reference import save_model, small_config
@@ -291,8 +293,12 @@ def test_plans_out_of_range_are_refused(tmp_path, capsys, texts):
     assert "protect leaves 1 players to remove" in refused(
         capsys, tmp_path, "plan", str(out), "--protect", "0,1,2,3,4,5,6"
     )
-    assert "no scored set of 4 removed players would keep" in refused(
-        capsys, tmp_path, "plan", str(out), "--protect", "0,1,2,3", "--force", "4,5,6,7"
+    sets = all_masks(8, kept=4)
+    scored = set(keys(read_record(out).masks_MP))
+    unscored = next(mask for mask, key in zip(sets, keys(sets), strict=True) if key not in scored)
+    force = ",".join(map(str, removed_players(unscored)))
+    assert "no scored set of 4 removed players would remove" in refused(
+        capsys, tmp_path, "plan", str(out), "--force", force
     )
     assert "holds no finished run" in refused(capsys, tmp_path, "plan", str(tmp_path))
 
