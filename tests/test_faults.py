@@ -2,7 +2,7 @@
 
 `faults.c` is preloaded into a process of its own, in which commands run one after the other; the
 n-th call that touches the command's folder fails as on a full disk, a device that fails, a folder
-that became read-only, or a quota that is used up. Whatever n is, the command ends with exit code 1
+that became read-only or another's, or a quota that is used up. Whatever n is, the command ends with exit code 1
 or 2 and one line (or 0, where it can do without), no file under its final name is another than that
 of a run without faults, and the same command without the fault then gives what such a run gives.
 
@@ -34,7 +34,15 @@ pytestmark = [
 ALL = os.environ.get("LPSERVE_FRESH_STATISTICS") == "1"
 TRIES = int(os.environ.get("LPSERVE_FAULT_TRIES", 8 if ALL else 1))
 """Of each command and kind of fault."""
-FAULTS = {"ENOSPC": 0, "EDQUOT": 0, "EROFS": 0, "EIO": 1, "EIO, reading": 1}
+FAULTS = {
+    "ENOSPC": 0,
+    "EDQUOT": 0,
+    "EROFS": 0,
+    "EACCES": 0,
+    "EIO": 1,
+    "EIO, reading": 1,
+    "EACCES, reading": 1,
+}
 """Fault -> how often it happens from the n-th call on; 0: always."""
 WHOLE = {
     "run": ["plan.json", "shapley.csv", "interactions.csv"],

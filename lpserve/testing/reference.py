@@ -113,6 +113,8 @@ def _more_families(family: str, common: dict[str, Any]) -> PretrainedConfig:
         return tf.Olmo2Config(**plain)
     if family == "cohere":
         return tf.CohereConfig(**plain, logit_scale=0.5)
+    if family == "stablelm":
+        return tf.StableLmConfig(**plain)
     return _families_of_experts(family, common)
 
 
@@ -214,6 +216,7 @@ VLLM_FAMILIES = (
     "bloom",
     "olmo2",
     "deepseek-v2",
+    "stablelm",
 )
 """Attention of these, beyond plain: q/k norms, windows, soft caps, sinks, ALiBi, latent (MLA)."""
 

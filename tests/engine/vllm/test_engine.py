@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import lpserve
 from lpserve.engine.vllm.engine import VllmEngine
@@ -25,6 +26,7 @@ from lpserve.testing.reference import (
     quantize_int8,
     reference_model,
     relative,
+    save_model,
     slow_but,
     window_nll,
     with_layers_deleted,
@@ -249,6 +251,18 @@ def test_windows_as_long_as_the_models_positions(family, model_dir, rng):
         got = engine.score(masks).nll_MN
         assert relative(engine.score_by_requests(masks, windows).nll_MN, got) < TOLERANCE
     assert relative(got, expected_nll(model_dir(family), masks, windows)) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_what_vllms_kernels_raise_is_a_refusal_in_one_line(tmp_path, rng):
+    """Its CPU build has no kernel for Mamba's scan, which only the first forward shows."""
+    config = transformers.MambaConfig(
+        hidden_size=64, num_hidden_layers=2, vocab_size=97, state_size=8, intermediate_size=128
+    )
+    path = save_model(config, tmp_path / "mamba", 0)
+    with pytest.raises(EngineError, match="vLLM cannot run the model: AttributeError") as caught:
+        open_vllm(path, some_windows(rng))
+    assert "\n" not in str(caught.value)
 
 
 def test_vllm_that_cannot_start_gives_its_own_reason_in_one_line(model_dir, rng):

@@ -195,12 +195,15 @@ def _decoder_layers(worker: Any) -> tuple[list[nn.Module], int]:
     # of nested lists (one part of each layer, say) the outermost drives the rest
     outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
     attends = {id(m) for m in worker.vllm_config.compilation_config.static_forward_context.values()}
-    fitting = [n for n in outer if any(id(m) in attends for m in lists[n].modules())]
-    if len(fitting) != 1:
+    fitting = [lists[n] for n in outer if any(id(m) in attends for m in lists[n].modules())]
+    # two lists may hold the same layers (Gemma-4's, which a second module runs)
+    distinct = list({tuple(map(id, modules)): modules for modules in fitting}.values())
+    if len(distinct) != 1:
         raise EngineError(
-            f"{type(model).__name__}: found {len(fitting)} lists of {total} decoder layers, not one"
+            f"{type(model).__name__}: found {len(distinct)} lists of {total} decoder layers, not "
+            "one"
         )
-    modules = lists[fitting[0]]
+    modules = distinct[0]
     local = [i for i, layer in enumerate(modules) if not isinstance(layer, PPMissingLayer)]
     return [modules[i] for i in local], local[0]
 
