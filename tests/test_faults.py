@@ -2,9 +2,10 @@
 
 `faults.c` is preloaded into a process of its own, in which commands run one after the other; the
 n-th call that touches the command's folder fails as on a full disk, a device that fails, a folder
-that became read-only or another's, or a quota that is used up. Whatever n is, the command ends with exit code 1
-or 2 and one line (or 0, where it can do without), no file under its final name is another than that
-of a run without faults, and the same command without the fault then gives what such a run gives.
+that became read-only or another's, or a quota that is used up. Whatever n is, the command ends with
+exit code 1 or 2 and one line (or 0, where it can do without), no file under its final name is
+another than that of a run without faults, and the same command without the fault then gives what
+such a run gives.
 
 The gate tries one n of two commands; with LPSERVE_FRESH_STATISTICS=1 many more.
 """

@@ -65,7 +65,7 @@ def mean_losses(values, windows, metric: str) -> dict[bytes, float]:
 
 @pytest.mark.parametrize(
     "utility",
-    [u if u != "neg_kl_top8" else pytest.param(u, marks=pytest.mark.slow) for u in METRIC_OF],
+    [pytest.param(u, marks=[pytest.mark.slow] if u != "neg_kl" else []) for u in METRIC_OF],
 )
 def test_values_and_plan_are_about_the_utility(utility, game, capsys):
     values, windows = game

@@ -19,13 +19,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.process]
 
 FLAGS = [
     "--budget",
-    60,
+    40,
     "--max-removed",
     2,
     "--num-windows",
-    4,
+    2,
     "--heldout-windows",
-    4,
+    2,
     "--progress-s",
     1,
 ]
@@ -58,7 +58,7 @@ def test_the_scores_are_the_transformers_engines(runs):
     scored = {engine: read_record(out) for engine, (out, _) in runs.items()}
     rows = {key: row for row, key in enumerate(keys(scored["transformers"].masks_MP))}
     common = [(rows[k], i) for i, k in enumerate(keys(scored["vllm"].masks_MP)) if k in rows]
-    assert len(common) >= 50  # the same rounds, unless rounding turned a close choice
+    assert len(common) >= 33  # the same rounds, unless rounding turned a close choice
     a, b = (
         scored[engine].nll_MI[[pair[i] for pair in common]]
         for i, engine in enumerate(("transformers", "vllm"))

@@ -37,7 +37,7 @@ from lpserve.runner.run import run
 from lpserve.runner.setup import check_model, item_sets_of
 from lpserve.scoring.session import ScoringSession
 from lpserve.testing.games import shapley_by_hand
-from lpserve.testing.reference import save_model
+from lpserve.testing.reference import save_model, slow_but
 from lpserve.testing.runs import stored_scores
 from lpserve.utility import TASK_UTILITIES, UTILITIES, utility_named
 from tests.conftest import SEED
@@ -345,7 +345,7 @@ def mean_losses(model: str, sample: ItemSet, utility: str) -> dict[bytes, float]
     return dict(zip(keys(masks_MP), mean_M.tolist(), strict=True))
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_run_of_a_task_resumes_extends_and_exports(small_model, tmp_path, capsys):
     tasks = tmp_path / "tasks"
     shutil.copytree(TASKS, tasks)
@@ -495,7 +495,10 @@ def made_documents(rng, gold) -> list[dict]:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", ["several right", "several contexts", "mutual information"])
+@pytest.mark.parametrize(
+    "kind",
+    slow_but(("several right", "several contexts", "mutual information"), "mutual information"),
+)
 def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_path, rng):
     changes: dict = {}
     gold = lambda rng: int(rng.integers(4))  # noqa: E731
@@ -559,7 +562,7 @@ def test_questions_are_known_by_themselves_and_not_by_how_wide_others_are(rng):
     assert other.content_hash != part.content_hash or (part.is_right == other.is_right).all()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_study_of_questions_of_all_widths_grows(small_model, tmp_path, rng):
     from lpserve.study.parse import study_of
     from lpserve.study.sweep import sweep
@@ -670,7 +673,7 @@ def test_a_mask_without_a_score_of_a_wrong_answer_is_not_read_again(small_model,
     assert np.isnan(told.outcome.scored.loss_MI[5]).any()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_shares_of_a_margin_are_for_each_token(small_model, tmp_path):
     """A task without choices is a text whose scored tokens are the answers': of the same windows,
     the draws of questions and of windows tell alike."""

@@ -62,10 +62,10 @@ def _run(name: str, *arguments: Any, **other: Any) -> GateCase:
     return GateCase(name=name, arguments=("run", *given), **other)
 
 
-def _synthetic(name: str, players: int, *arguments: Any) -> GateCase:
+def _synthetic(name: str, players: int, *arguments: Any, slow: bool = False) -> GateCase:
     options = ("--engine", "synthetic", "--engine-option", f"num_players={players}")
     numbers = ("--model", str(DEMO / "model"), *TEXTS, "--num-windows", 6, "--heldout-windows", 4)
-    return _run(name, *options, *numbers, *arguments, recorded_scores=False)
+    return _run(name, *options, *numbers, *arguments, recorded_scores=False, slow=slow)
 
 
 ON_DEMO = ("--model", str(DEMO / "model"))
@@ -82,6 +82,7 @@ CASES = (
         400,
         "--max-removed",
         6,
+        slow=True,
     ),
     _run(
         "screened",
@@ -117,6 +118,7 @@ CASES = (
         80,
         "--max-removed",
         2,
+        slow=True,
     ),
     _run(
         "ppl_ratio",
@@ -152,6 +154,7 @@ CASES = (
         "0.0001",
         "--seed",
         6,
+        slow=True,
     ),
     GateCase(
         name="sweep_demo", arguments=("sweep", "--demo", "--yes"), files=STUDY_FILES, slow=True

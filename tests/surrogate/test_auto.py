@@ -46,6 +46,7 @@ from lpserve.testing.kernels import (
     rough_game,
     some_masks,
 )
+from lpserve.testing.reference import slow_but
 
 pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
@@ -455,7 +456,7 @@ def test_additive_games_are_reproduced(kind, rng):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", TRAINS)
+@pytest.mark.parametrize("kind", slow_but(TRAINS, "boosting"))
 def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, statistical_rng):
     squares, inside = [], []
     for make in (exception_game, threshold_game, pair_game):
@@ -477,7 +478,7 @@ def test_deviations_are_honest_on_unseen_masks_of_random_games(kind, statistical
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", TRAINS)
+@pytest.mark.parametrize("kind", slow_but(TRAINS, "boosting"))
 def test_scores_said_to_be_noise_change_little(kind, statistical_rng):
     """Medians of five games: in one game of twenty either kind may miss such a bound."""
     shares, ratios, misses = [], [], []
@@ -654,7 +655,7 @@ def test_a_stack_weighs_means_and_deviations_and_judges_itself_by_other_folds(rn
 # -- auto ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_another_than_a_kernel_answers_where_it_predicts_better(statistical_rng):
     """A jump that no smooth kernel has: the others' true error is smaller.
 

@@ -174,7 +174,7 @@ def test_own_parts_of_80_players_are_sums_over_sizes(sizes, rng):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("num_players", [12, 80, 200])
+@pytest.mark.parametrize("num_players", [12, 80, pytest.param(200, marks=pytest.mark.slow)])
 def test_players_of_one_scale_give_hypergeometric_sums(num_players, rng):
     """All players alike: k(S, m) hangs on two counts, exact at any P without enumeration."""
     decay, growth = rng.uniform(0.005, 0.1), rng.normal(0.0, 0.01)

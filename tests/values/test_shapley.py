@@ -349,7 +349,7 @@ def test_noise_of_the_scores_reaches_exact_values(rng):
     assert (shapley_values(masks, utilities, sizes).stderr_P == 0).all()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_noise_of_the_scores_widens_estimated_values(statistical_rng):
     """Real noise, stated as it is: 2.6 times the error of such games (the median of 40).
 

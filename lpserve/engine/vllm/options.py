@@ -21,7 +21,7 @@ from msgspec import Meta
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.kind import MEMORY_OPTIONS, check_option_types
 from lpserve.errors import InputError
-from lpserve.model.architecture import Architecture
+from lpserve.model.architecture import Architecture, text_section
 from lpserve.model.size import ITEM_BYTES
 from lpserve.types import EngineSpec
 
@@ -188,12 +188,32 @@ def kv_cache_bytes(
     """Bytes of KV cache on each rank: room for the windows of one mask, at most
     `MAX_BATCHED_TOKENS`, and always for two requests of the greatest length."""
     architecture = Architecture.from_config(config)
-    kv_heads = architecture.num_kv_heads or 1
     shards = int(spec.options.get("tensor_parallel_size", 1))
-    values = 2 * -(-kv_heads // shards) * (architecture.head_size or 1)
+    shapes = _kv_shapes(config, architecture)
+    values = max(2 * -(-heads // shards) * size for heads, size in shapes)
     layers = architecture.num_layers or 1
     per_token = max(values, architecture.latent_size) * layers * ITEM_BYTES[spec.dtype]
     blocks = -(-length // KV_BLOCK_TOKENS)
     wanted = min(windows.num_windows, max(1, MAX_BATCHED_TOKENS // length))
     # twice: layers with and without a sliding window get pools of their own
     return 2 * per_token * KV_BLOCK_TOKENS * blocks * max(2, wanted) + (8 << 20)
+
+
+def _kv_shapes(config: Mapping[str, Any], architecture: Architecture) -> list[tuple[int, int]]:
+    """Heads whose keys and values are stored, and their size: of most layers, and of those that
+    differ (Gemma-4's with attention to all of the text)."""
+    usual = (architecture.num_kv_heads or 1, architecture.head_size or 1)
+    text = text_section(dict(config))
+    layers = text.get("per_layer_config")
+    parts = [text, *(layers.values() if isinstance(layers, dict) else [])]
+    shapes = [usual]
+    for part in parts:
+        named = part if isinstance(part, dict) else {}
+        heads = (named.get("num_global_key_value_heads"), named.get("num_key_value_heads"))
+        sizes = (named.get("global_head_dim"), named.get("head_dim"))
+        shapes.append((_first_whole(*heads, usual[0]), _first_whole(*sizes, usual[1])))
+    return shapes
+
+
+def _first_whole(*values: Any) -> int:
+    return next(value for value in values if type(value) is int and value > 0)

@@ -11,6 +11,7 @@ from lpserve.engine.trie import TrieSettings
 from lpserve.engine.vllm.ranks import Ranks
 from lpserve.engine.vllm.stack import STATE_KINDS
 from lpserve.errors import EngineError
+from lpserve.masks import sort_distinct
 from lpserve.types import BoolArray, EngineSpec, FloatArray
 
 PATH_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
@@ -80,6 +81,7 @@ class PathChoice:
 
     def _requests(self, windows: TokenWindows, reason: str) -> ChosenPath:
         self._check_masks_matter(windows, self._ranks.score_by_requests, "requests")
+        self._check_order_is_nothing(windows)
         noise = self._requests_noise(windows)
         return ChosenPath("requests", reason, noise, self._state_kind)
 
@@ -128,6 +130,22 @@ class PathChoice:
                 f"vLLM's {path} path gives one score to different masks: they have no effect "
                 "(a compiled model, or layers that do nothing)"
             )
+
+    def _check_order_is_nothing(self, windows: TokenWindows) -> None:
+        """A mask's score must not depend on the masks before it, as where a layer reads what
+        another one left in a cache. What is read comes from a layer before: so masks that keep
+        the last layers alone."""
+        probe, players = windows.select(np.arange(1)), self._ranks.num_players
+        last = [np.arange(players) >= quarter * players // 4 for quarter in (1, 2, 3)]
+        masks_MP = sort_distinct(np.concatenate([self._probe_masks(), last]))[0]
+        first_M = self._ranks.score_by_requests(masks_MP, probe)[0][:, 0, 0]
+        for row in reversed(range(len(masks_MP))):
+            again = self._ranks.score_by_requests(masks_MP[row : row + 1], probe)[0][0, 0, 0]
+            if abs(again / first_M[row] - 1) > self._tolerance:
+                raise EngineError(
+                    "vLLM's requests path gives a mask another score after other masks: its layers "
+                    "cannot be skipped one by one"
+                )
 
     def _self_check(self, windows: TokenWindows) -> tuple[str | None, float, float]:
         """Both paths on the probe masks: why scoring is not to be trusted (None: it is), the

@@ -178,7 +178,9 @@ class VllmStack:
         output: Any = self._tap.run(player, arguments)
         if not isinstance(output, tuple):
             return output, output
-        return output[0], output[-1] if self._tap.takes_residual[player] else output[0]
+        left = output[-1] if self._tap.takes_residual[player] else output[0]
+        # some take a residual by habit, do not read it and leave none (Gemma-4's)
+        return output[0], torch.zeros_like(output[0]) if left is None else left
 
     def _tail(
         self, record: _Recorded, hidden: torch.Tensor, residual: torch.Tensor | None

@@ -88,7 +88,7 @@ def test_layers_do_not_fault_their_memory_in_again(model_dir):
 
 
 @needs_glibc
-@pytest.mark.process
+@pytest.mark.slow
 def test_layers_of_an_engine_in_a_thread_do_not_either(model_dir):
     _, forwards, second, _ = figures(FAULTS_SCRIPT, str(model_dir("llama")), "kept", "thread")
     assert second < PAGES_OF_A_LAYER / 2 * forwards  # 5 to 37 a layer were seen

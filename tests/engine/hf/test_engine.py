@@ -55,9 +55,9 @@ def test_other_masks_budget_and_micro_batch_do_not_matter(family, model_dir, rng
     masks = rng.random((24, NUM_LAYERS)) < 0.6
     with lpserve.open_engine(path, windows) as engine:
         together = engine.score(masks).nll_MN
-        alone = np.concatenate([engine.score(mask[None]).nll_MN for mask in masks])
+        alone = np.concatenate([engine.score(mask[None]).nll_MN for mask in masks[:10]])
         # on CPU a micro-batch is one state: sharing changes nothing at all
-        assert (together == alone).all()
+        assert (together[:10] == alone).all()
     state = 40 * 64 * 4
     for budget, tokens in [
         ((NUM_LAYERS + 1) * state, None),  # one window at a time, one path

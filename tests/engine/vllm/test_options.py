@@ -90,6 +90,18 @@ def test_the_kv_cache_holds_the_windows_of_one_mask_and_little_more():
     assert kv_cache_bytes(LLAMA_70B, spec(), windows(), 129) > 7 * got  # one rank holds all heads
 
 
+def test_the_kv_cache_is_sized_by_the_layers_that_need_most():
+    """Gemma-4's layers that attend to all of the text have other heads, named in two ways."""
+    usual = kv_cache_bytes(LLAMA_70B, spec(), windows(), 129) - (8 << 20)
+    for more in (
+        {"global_head_dim": 512, "num_global_key_value_heads": 4},
+        {"per_layer_config": {"5": {"head_dim": 512, "num_key_value_heads": 4}}},
+        {"per_layer_config": {"5": {"head_dim": 256}, "6": None, "7": {"head_dim": "x"}}},
+    ):
+        got = kv_cache_bytes({**LLAMA_70B, **more}, spec(), windows(), 129)
+        assert got - (8 << 20) == 2 * usual
+
+
 def test_what_rounds_belongs_to_the_numerics():
     assert quantization_of(spec(), None) == ""
     assert quantization_of(spec(kv_cache_dtype="auto"), "fp8") == "fp8"

@@ -142,6 +142,30 @@ def test_the_probe_finds_what_a_state_carries_and_scores_are_right(kind, rng):
     assert np.abs(got - expected).max() < 1e-5  # losses are summed in float64, computed in float32
 
 
+class LayerWithoutResidual(Layer):
+    """Takes a residual, does not read it, and leaves none, as Gemma-4's do in vLLM."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: Any
+    ) -> tuple[torch.Tensor, None]:
+        return super().forward(positions, hidden_states, None)[0], None
+
+
+def test_layers_that_take_a_residual_and_leave_none(rng):
+    windows, model = some_windows(rng), Model("hidden")
+    model.layers = [LayerWithoutResidual("hidden", seed) for seed in range(PLAYERS)]
+    model.tap = LayerTap(list(model.layers), 0, lambda: None)
+    stack = VllmStack(model, head_chunk_bytes=1 << 12)
+    scorer = StackScorer(stack, settings())
+    key = scorer.register(windows)
+    with torch.inference_mode():
+        assert stack.probe()[0] == "hidden"
+    stack.state_kind = "hidden"
+    masks = rng.random((20, PLAYERS)) < 0.6
+    expected = np.array([slow_nll("hidden", mask, windows) for mask in masks])
+    assert np.abs(scorer.score(masks, key)[0][..., 0] - expected).max() < 1e-5
+
+
 class LayerWithMore(Layer):
     """Returns what it was given beside its state, as StableLM's do in vLLM: nobody reads it."""
 

@@ -161,6 +161,7 @@ def _open(worker: Any) -> dict[str, Any]:
     check_contract()
     if not hasattr(worker, "_lpserve_tap"):
         layers, first = _decoder_layers(worker)
+        _check_own_keys(layers, first)
         worker._lpserve_tap = LayerTap(layers, first, _forget_moe_order)
         _allocate_receive_buffers(worker)
         _use_plain_rotary_with_mla(worker)
@@ -206,6 +207,18 @@ def _decoder_layers(worker: Any) -> tuple[list[nn.Module], int]:
     modules = distinct[0]
     local = [i for i, layer in enumerate(modules) if not isinstance(layer, PPMissingLayer)]
     return [modules[i] for i in local], local[0]
+
+
+def _check_own_keys(layers: list[nn.Module], first: int) -> None:
+    """Raise EngineError where a layer attends to keys and values that another one computes: by
+    requests, too, it would read what an earlier request left in the cache."""
+    for index, layer in enumerate(layers, first):
+        for module in layer.modules():
+            if getattr(module, "kv_sharing_target_layer_name", None) is not None:
+                raise EngineError(
+                    f"layer {index} takes keys and values of {module.kv_sharing_target_layer_name}:"
+                    " its layers cannot be skipped one by one"
+                )
 
 
 def _forget_moe_order() -> None:

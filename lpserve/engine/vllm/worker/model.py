@@ -181,8 +181,6 @@ def attention_spec(name: str, module: Any) -> AttentionSpec:
             raise EngineError(f"{name}: {type(module.impl).__name__} has no {attribute!r}")
     if module.attn_type != AttentionType.DECODER:
         raise EngineError(f"{name} is not causal self-attention")
-    if module.kv_sharing_target_layer_name is not None:
-        raise EngineError(f"{name} takes keys and values of another layer")
     if module.use_mm_prefix:
         raise EngineError(f"{name} attends both ways over a prefix")
     if getattr(module, "use_alibi_sqrt", False):
