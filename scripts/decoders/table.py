@@ -77,8 +77,8 @@ def _exports(records: Records) -> Iterable[str]:
     yield "## Exported\n"
     yield (
         f"Without layers 1; 0 and 3; 5; 2, 3 and 4: {len(written)} of {len(sets)} sets were "
-        f"written, loaded by transformers and scored within {worst:.0e} of the reference; all four of "
-        f"{len(whole)} of {len(records)} models. "
+        f"written, loaded by transformers and scored within {worst:.0e} of the reference; all four "
+        f"of {len(whole)} of {len(records)} models. "
         "Wherever the unpruned model continues a text alike with a cache and without, so did the "
         f"exported one, but for: {_unlike(records) or 'none'}.\n"
     )
