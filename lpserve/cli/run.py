@@ -56,8 +56,13 @@ def add_run(commands: Any) -> None:
     run.set_defaults(run=_run)
     add = run.add_argument
     add("--demo", action="store_true", help="the bundled 12-layer model and texts, export included")
+    add("--demo-texts", action="store_true", help="the bundled texts, of a model of your own")
     add("--config", metavar="FILE", help="TOML or YAML with the same keys; flags win over it")
-    add("--model", metavar="DIR", help="checkpoint folder: config.json, *.safetensors, tokenizer")
+    add(
+        "--model",
+        metavar="DIR",
+        help="checkpoint folder (config.json, *.safetensors, tokenizer), or a .gguf file",
+    )
     add_window_flags(run, tasks=True)
     add_task_flags(run)
     add(
@@ -115,11 +120,15 @@ def _run(arguments: argparse.Namespace) -> int:
         from lpserve.demo import demo_values
 
         values = demo_values()
+    elif arguments.demo_texts:
+        from lpserve.demo import demo_texts
+
+        values = demo_texts()
     source = "flags"
     if arguments.config:
         source = f"config {arguments.config}"
         values |= load_config_file(arguments.config)
-    skipped = {"run", "demo", "config", *ENGINE_OPTION_FLAGS}
+    skipped = {"run", "demo", "demo_texts", "config", *ENGINE_OPTION_FLAGS}
     flags = {k: v for k, v in vars(arguments).items() if k not in skipped and v is not None}
     options = engine_options(arguments)
     if options:

@@ -8,7 +8,8 @@ from typing import Any
 from lpserve.errors import InputError, LpserveError, first_line
 from lpserve.inputs.documents import read_json_object, shown
 from lpserve.inputs.files import is_there
-from lpserve.model.own_code import FROM_FOLDER
+from lpserve.model.gguf import readable_folder
+from lpserve.model.local import FROM_FOLDER
 
 MOST_IDS = 10_000_000
 """Token ids must be below: vocabularies have some 300,000, and a table of all ids is allocated."""
@@ -20,11 +21,12 @@ def load_tokenizer(tokenizer: str | Path | Any) -> Any:
         return tokenizer
     from transformers import AutoTokenizer
 
-    if not Path(tokenizer).is_dir():
+    folder = readable_folder(tokenizer)
+    if not folder.is_dir():
         raise InputError(f"tokenizer {str(tokenizer)!r} is not a folder")
-    _check_ids(Path(tokenizer) / "tokenizer.json")
+    _check_ids(folder / "tokenizer.json")
     try:
-        return AutoTokenizer.from_pretrained(str(tokenizer), **FROM_FOLDER)
+        return AutoTokenizer.from_pretrained(str(folder), **FROM_FOLDER)
     except LpserveError:  # a signal
         raise
     except Exception as error:  # transformers raises many kinds for a folder without a tokenizer

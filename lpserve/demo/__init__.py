@@ -12,14 +12,21 @@ def demo_values() -> dict[str, Any]:
     """Config values of the demonstration: 10 x 128 calibration tokens, 400 masks, r up to 6."""
     return {
         "model": str(FOLDER / "model"),
-        "calibration": {"sherlock": str(FOLDER / "calibration.txt")},
-        "heldout": {"dracula": str(FOLDER / "heldout.txt")},
+        **demo_texts(),
         "num_windows": 10,
         "heldout_windows": 32,
         "length": 128,
         "budget": 400,
         "max_removed": 6,
         "out": "demo-run",
+    }
+
+
+def demo_texts() -> dict[str, Any]:
+    """The bundled texts: one novel to calibrate on, another held out."""
+    return {
+        "calibration": {"sherlock": str(FOLDER / "calibration.txt")},
+        "heldout": {"dracula": str(FOLDER / "heldout.txt")},
     }
 
 

@@ -32,7 +32,8 @@ from lpserve.model.architecture import (
     text_section,
 )
 from lpserve.model.checkpoint import Checkpoint
-from lpserve.model.own_code import FROM_FOLDER, check_own_code
+from lpserve.model.local import FROM_FOLDER
+from lpserve.model.own_code import check_own_code
 
 PER_LAYER_LISTS = (
     "layer_types",
@@ -78,8 +79,6 @@ class PrunedConfig:
     """0-based layers of the original model, sorted."""
     num_layers: int
     """Layers of the original model."""
-    prefix: str
-    """Tensor-name prefix of the layers, such as `model.layers.`."""
     vocab_size: int
     """Tokens of the vocabulary."""
     numbers: Renumbering
@@ -168,7 +167,6 @@ def prune(original: Original, removed: Sequence[int]) -> PrunedConfig:
             config=config,
             kept=kept,
             num_layers=num_layers,
-            prefix=prefix,
             vocab_size=int(original.defaults["vocab_size"]),
             numbers=numbers,
             moved=shared_sources(old, new, path, kept, set(names), prefix),

@@ -19,7 +19,7 @@ from typing import Any
 
 from lpserve.errors import LpserveError, first_line
 from lpserve.model.loading import build_untrained
-from lpserve.model.own_code import FROM_FOLDER
+from lpserve.model.local import FROM_FOLDER
 
 _BOOKKEEPING = ("store_full_length_kv",)
 """Attributes that say what a layer leaves behind, not what it computes: Gemma 4's last layer of a

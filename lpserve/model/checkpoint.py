@@ -24,6 +24,7 @@ from lpserve.errors import InputError
 from lpserve.inputs.documents import json_value, read_json_object, shown
 from lpserve.inputs.files import decoded, is_there, reason_of
 from lpserve.inputs.shapes import converted
+from lpserve.model.gguf import readable_folder
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -89,17 +90,18 @@ class Checkpoint:
 
 
 def read_checkpoint(model: str | Path) -> Checkpoint:
-    """Check a checkpoint folder and read its headers.
+    """Check a checkpoint folder and read its headers; of a GGUF file, the folder that it is
+    converted to.
 
     Raises:
         InputError: the folder, its config.json or a shard is missing, unreadable or truncated; or
             transformers and vLLM would load other files of the folder than each other.
     """
-    path = Path(model)
+    path = readable_folder(model)
     if not is_there(path) or not path.is_dir():
         raise InputError(
             f"model {str(model)!r} is not a folder: give the path of a checkpoint folder "
-            "(config.json and *.safetensors)"
+            "(config.json and *.safetensors), or of a .gguf file"
         )
     config = read_json_object(path / "config.json", missing=_NO_CONFIG, repeats=True)
     shards = _shards(path)

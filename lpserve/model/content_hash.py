@@ -27,6 +27,7 @@ from typing import Any
 from lpserve.errors import InputError
 from lpserve.inputs.documents import read_json
 from lpserve.model.checkpoint import Checkpoint, TensorEntry
+from lpserve.model.local import cache_folder
 
 PIECE_BYTES = 32 << 20
 """Bytes hashed at a time: a tensor's digest depends on it."""
@@ -174,12 +175,6 @@ def _pieces(entry: TensorEntry) -> list[tuple[int, int]]:
 # -- the cache ---------------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where digests of large shards are kept: under XDG_CACHE_HOME, else under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lpserve" / "digests"
-
-
 def _state(shard: Path) -> dict[str, Any]:
     """What of a file changes whenever its bytes do. The path is the file's own, not a link's."""
     found = shard.stat()
@@ -196,7 +191,7 @@ def _state(shard: Path) -> dict[str, Any]:
 
 def _cache_file(state: Mapping[str, Any]) -> Path:
     name = hashlib.sha256(os.fsencode(state["path"])).hexdigest()
-    return cache_folder() / f"{name}.json"
+    return cache_folder("digests") / f"{name}.json"
 
 
 def _cached(state: Mapping[str, Any], entries: Sequence[TensorEntry]) -> dict[str, str] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lpserve.errors import InputError
 from lpserve.model.architecture import multimodal_class
-from lpserve.model.own_code import FROM_FOLDER
+from lpserve.model.local import FROM_FOLDER
 
 
 def load_pretrained(config: Mapping[str, Any], path: str, **arguments: Any) -> Any:

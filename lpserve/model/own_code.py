@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-from types import MappingProxyType
 
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import Checkpoint
-
-FROM_FOLDER = MappingProxyType({"local_files_only": True, "trust_remote_code": False})
-"""Arguments of every `from_pretrained`: nothing from a network, no code from the folder. Left to
-itself transformers asks whether to run such code, and a `y` on standard input runs it."""
 
 
 def check_own_code(checkpoint: Checkpoint) -> None:

@@ -17,11 +17,11 @@ from lpserve.errors import InputError
 from lpserve.model import content_hash
 from lpserve.model.checkpoint import TensorEntry, read_checkpoint
 from lpserve.model.content_hash import (
-    cache_folder,
     checkpoint_hash,
     is_sampled,
     sampled_hash,
 )
+from lpserve.model.local import cache_folder
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
 
@@ -239,7 +239,7 @@ def test_small_shards_leave_nothing_in_the_cache(tmp_path, rng, monkeypatch):
     monkeypatch.setattr(content_hash, "SETTLED_S", 0.0)
     _, told = hash_afresh(write_one_file(tmp_path / "m", random_tensors(rng)), monkeypatch)
     assert told == []
-    assert not cache_folder().exists()
+    assert not cache_folder("digests").exists()
 
 
 def test_a_link_in_the_cache_is_not_written_through(tmp_path, rng, monkeypatch, cached_at_once):

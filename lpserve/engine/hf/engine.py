@@ -40,6 +40,7 @@ from lpserve.errors import InputError, LpserveError, typed_first_line
 from lpserve.model.architecture import check_decoder, read_architecture
 from lpserve.model.checkpoint import Checkpoint, read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
+from lpserve.model.gguf import gguf_record
 from lpserve.model.loading import load_pretrained
 from lpserve.model.players import layer_players
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores
@@ -112,6 +113,7 @@ class TransformersEngine:
                 "threads": torch.get_num_threads(),
                 "first_not_finite": stack.first_not_finite,
                 "allocator": allocator,
+                "dequantized_from": gguf_record(checkpoint.path),
             },
         )
 

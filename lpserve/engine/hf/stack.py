@@ -66,7 +66,7 @@ class RecordedStack:
         config = model.config.get_text_config()
         self.vocab_size = int(config.vocab_size)
         num_layers = num_layers or int(config.num_hidden_layers)
-        self.layers, self.list_name = find_layers(model, num_layers, self._probe_ids(8))
+        self.layers, _ = find_layers(model, num_layers, self._probe_ids(8))
         self.num_players = len(self.layers)
         self._form = find_form(model, self.layers, self.vocab_size)
         self._run: list[Any] = list(self.layers)

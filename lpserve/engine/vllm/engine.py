@@ -43,6 +43,7 @@ from lpserve.errors import InputError
 from lpserve.model.architecture import check_decoder
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
+from lpserve.model.gguf import gguf_record
 from lpserve.model.players import layer_players
 from lpserve.types import (
     BoolArray,
@@ -118,6 +119,7 @@ class VllmEngine:
             settings={
                 "path": self.path,
                 "unlike_transformers": known_difference(self._checkpoint.config),
+                "dequantized_from": gguf_record(self._checkpoint.path),
                 "state_budget_bytes": settings.state_budget_bytes,
                 "micro_batch_tokens": settings.micro_batch_tokens,
                 "pack_states": settings.pack_states,

@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -22,6 +21,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.kind import MEMORY_OPTIONS, check_option_types
 from lpserve.errors import InputError
 from lpserve.model.architecture import Architecture, text_section
+from lpserve.model.gguf import readable_folder
 from lpserve.model.size import ITEM_BYTES
 from lpserve.types import EngineSpec
 
@@ -165,8 +165,9 @@ def engine_arguments(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    folder = readable_folder(spec.model)
     forced = {
-        "model": str(spec.model),
+        "model": str(folder),
         "dtype": spec.dtype,
         "max_model_len": length,
         "enforce_eager": True,
@@ -174,7 +175,7 @@ def engine_arguments(
         "skip_tokenizer_init": True,
         "worker_extension_cls": "lpserve.engine.vllm.worker.extension.WorkerExtension",
     }
-    if any(Path(spec.model).glob("consolidated*.safetensors")):
+    if any(folder.glob("consolidated*.safetensors")):
         # vLLM would take these files, of Mistral's own format, in place of those that are hashed
         forced |= {"load_format": "safetensors", "config_format": "hf"}
     if "gpu_memory_utilization" in passed and "kv_cache_memory_bytes" not in passed:
