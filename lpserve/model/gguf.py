@@ -138,8 +138,7 @@ def _write_checkpoint(file: Path, folder: Path) -> None:
         raise InputError(
             f"model {file}: transformers cannot read it: {typed_first_line(error)}"
         ) from None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the weights are plain numbers now
+    vars(model.config).pop("quantization_config", None)  # the weights are plain numbers now
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import (
+from tiny_models import (
     LENGTH,
     NUM_LAYERS,
     difference,

@@ -43,7 +43,7 @@ def main() -> None:
 def sweep(stage: str, names: list[str], path: Path) -> None:
     """Run a stage for these models (none named: for all that have no record yet)."""
     import stages  # noqa: F401 (before any fork)
-    from models import TABLE, all_names
+    from tiny_models import TABLE, all_names
 
     records = _read(path)
     wanted = names or [

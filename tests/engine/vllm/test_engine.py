@@ -29,7 +29,6 @@ from lpserve.testing.reference import (
     relative,
     save_model,
     slow_but,
-    small_config,
     window_nll,
     with_layers_deleted,
 )
@@ -262,14 +261,15 @@ def test_layers_that_share_keys_and_values_are_refused(tmp_path, rng, monkeypatc
     10%, and others when asked again. The check at start sees that without knowing why."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
     config = transformers.Gemma4TextConfig(
-        **{k: getattr(small_config("llama"), k) for k in ("hidden_size", "intermediate_size")},
+        hidden_size=64,
+        intermediate_size=96,
         vocab_size=97,
         vocab_size_per_layer_input=97,
         num_hidden_layers=6,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
-        global_head_dim=32,
+        global_head_dim=32,  # pyright: ignore[reportCallIssue] (it takes further keys)
         sliding_window=8,
         max_position_embeddings=64,
         layer_types=kinds,
@@ -291,7 +291,7 @@ def test_layers_that_share_keys_and_values_are_refused(tmp_path, rng, monkeypatc
 def test_what_vllms_kernels_raise_is_a_refusal_in_one_line(tmp_path, rng):
     """Its CPU build has no kernel for Mamba's scan, which only the first forward shows."""
     config = transformers.MambaConfig(
-        hidden_size=64, num_hidden_layers=2, vocab_size=97, state_size=8, intermediate_size=128
+        hidden_size=64, num_hidden_layers=2, vocab_size=97, state_size=8
     )
     path = save_model(config, tmp_path / "mamba", 0)
     with pytest.raises(EngineError, match="vLLM cannot run the model: AttributeError") as caught:

@@ -153,7 +153,7 @@ class LayerWithoutResidual(Layer):
 
 def test_layers_that_take_a_residual_and_leave_none(rng):
     windows, model = some_windows(rng), Model("hidden")
-    model.layers = [LayerWithoutResidual("hidden", seed) for seed in range(PLAYERS)]
+    model.layers = list[Layer](LayerWithoutResidual("hidden", seed) for seed in range(PLAYERS))
     model.tap = LayerTap(list(model.layers), 0, lambda: None)
     stack = VllmStack(model, head_chunk_bytes=1 << 12)
     scorer = StackScorer(stack, settings())
@@ -185,7 +185,7 @@ class ModelWithMore(Model):
         self.tap = LayerTap(list(self.layers), 0, lambda: None)
 
     def run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        hidden, more = self.embedding[ids], None
+        hidden = more = self.embedding[ids]
         for layer in self.layers:
             hidden, more = layer(positions, hidden)
         hidden = hidden + more if self.reads else hidden
