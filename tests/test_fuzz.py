@@ -53,7 +53,7 @@ from lpserve.store.run_folder import read_run_config
 from lpserve.store.store import Store
 from lpserve.store.tables import export_scores, import_scores
 from lpserve.study.parse import study_of
-from lpserve.testing.checkpoints import TEXT
+from lpserve.testing.checkpoints import TEXT, write_gguf
 from lpserve.testing.runs import make_config, write_texts
 from lpserve.types import EngineSpec
 
@@ -602,6 +602,24 @@ def test_model_configs(model):
         share=4,
         memory=2 << 30,
     )
+
+
+def test_gguf_files(tmp_path, monkeypatch, rng):
+    """Changed before the tensors begin, and dequantized where the file is read."""
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "in" / "a.gguf"
+    path.parent.mkdir()
+    write_gguf(path, rng)
+    base = path.read_bytes()
+    header = base[: base.index(b"blk.3.ffn_norm.weight") + 60]
+
+    def read(path: Path) -> None:
+        check_decoder(read_checkpoint(path))
+        load_tokenizer(path)
+
+    inputs = changed_bytes(header).map(lambda head: head + base[len(header) :])
+    fuzzed(path, base, inputs, read, share=4)
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json"])

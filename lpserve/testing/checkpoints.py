@@ -124,3 +124,73 @@ def save_random(config: Any, path: Any, seed: int) -> Any:
 
 def _class_name(config: Any) -> str:
     return "Qwen2VLForConditionalGeneration" if config.model_type == "qwen2_vl" else ""
+
+
+GGUF_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+"""Of the model that `write_gguf` writes, as transformers names them."""
+
+
+def write_gguf(path: Path, rng: np.random.Generator, architecture: str = "llama") -> dict[str, Any]:
+    """A small random model; returns what its tensors hold once dequantized, by GGUF's names."""
+    import gguf
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    packing = gguf.GGMLQuantizationType.Q4_1
+    width, inner, layers, heads, kv_heads, vocabulary, positions, _ = GGUF_SIZES.values()
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(positions)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocabulary)
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, "hi", *(f"<{i}>" for i in range(len(letters) + 1, vocabulary))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["h i"])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    kept: dict[str, Any] = {}
+
+    def add(name: str, *shape: int) -> None:
+        values = rng.normal(0, 0.15, shape).astype(np.float32)
+        if len(shape) == 1:  # norms stay as they are
+            kept[name] = values + 1
+            writer.add_tensor(name, kept[name])
+            return
+        packed = gguf.quants.quantize(values, packing)
+        kept[name] = gguf.quants.dequantize(packed, packing)
+        writer.add_tensor(name, packed, raw_dtype=packing)
+
+    add("token_embd.weight", vocabulary, width)
+    add("output.weight", vocabulary, width)
+    add("output_norm.weight", width)
+    size = width // heads
+    for layer in range(layers):
+        for name, rows in (("q", width), ("k", kv_heads * size), ("v", kv_heads * size)):
+            add(f"blk.{layer}.attn_{name}.weight", rows, width)
+        add(f"blk.{layer}.attn_output.weight", width, width)
+        for name in ("gate", "up"):
+            add(f"blk.{layer}.ffn_{name}.weight", inner, width)
+        add(f"blk.{layer}.ffn_down.weight", width, inner)
+        add(f"blk.{layer}.attn_norm.weight", width)
+        add(f"blk.{layer}.ffn_norm.weight", width)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return kept

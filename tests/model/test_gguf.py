@@ -8,12 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers.pre_tokenizers import ByteLevel
 
 import lpserve
 from lpserve.cli.entry import main
@@ -23,10 +21,8 @@ from lpserve.inputs.documents import read_json_object
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.gguf import gguf_record, readable_folder
 from lpserve.model.gguf_header import tensor_types
+from lpserve.testing.checkpoints import GGUF_SIZES, write_gguf
 from lpserve.testing.reference import window_nll, with_layers_deleted
-
-NUM_LAYERS, WIDTH, HEADS, KV_HEADS, INNER, VOCABULARY = 4, 64, 2, 1, 96, 300
-PIECE = gguf.GGMLQuantizationType.Q4_1
 
 
 @pytest.fixture(autouse=True)
@@ -36,71 +32,9 @@ def own_cache(tmp_path_factory, monkeypatch) -> Path:
     return cache
 
 
-def write_gguf(path: Path, rng: np.random.Generator, architecture: str = "llama") -> dict[str, Any]:
-    """A small random model; returns what its tensors hold once dequantized, by GGUF's names."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(NUM_LAYERS)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(VOCABULARY)
-    letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, "hi", *(f"<{i}>" for i in range(len(letters) + 1, VOCABULARY))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_merges(["h i"])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    kept: dict[str, Any] = {}
-
-    def add(name: str, *shape: int) -> None:
-        values = rng.normal(0, 0.15, shape).astype(np.float32)
-        if len(shape) == 1:  # norms stay as they are
-            kept[name] = values + 1
-            writer.add_tensor(name, kept[name])
-            return
-        packed = gguf.quants.quantize(values, PIECE)
-        kept[name] = gguf.quants.dequantize(packed, PIECE)
-        writer.add_tensor(name, packed, raw_dtype=PIECE)
-
-    add("token_embd.weight", VOCABULARY, WIDTH)
-    add("output.weight", VOCABULARY, WIDTH)
-    add("output_norm.weight", WIDTH)
-    size = WIDTH // HEADS
-    for layer in range(NUM_LAYERS):
-        for name, rows in (("q", WIDTH), ("k", KV_HEADS * size), ("v", KV_HEADS * size)):
-            add(f"blk.{layer}.attn_{name}.weight", rows, WIDTH)
-        add(f"blk.{layer}.attn_output.weight", WIDTH, WIDTH)
-        for name in ("gate", "up"):
-            add(f"blk.{layer}.ffn_{name}.weight", INNER, WIDTH)
-        add(f"blk.{layer}.ffn_down.weight", WIDTH, INNER)
-        add(f"blk.{layer}.attn_norm.weight", WIDTH)
-        add(f"blk.{layer}.ffn_norm.weight", WIDTH)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return kept
-
-
 def reference(kept: dict[str, Any]) -> Any:
     """The model by hand: GGUF interleaves the halves of rotary heads, transformers does not."""
-    config = transformers.LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-    )
+    config = transformers.LlamaConfig(**GGUF_SIZES, tie_word_embeddings=False)
     names = {
         "attn_q": "self_attn.q_proj",
         "attn_k": "self_attn.k_proj",
@@ -121,9 +55,11 @@ def reference(kept: dict[str, Any]) -> Any:
         if not name.startswith("blk."):
             continue
         _, layer, part, _ = name.split(".")
-        heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(part)
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
+            part
+        )
         if heads:
-            split = values.reshape(heads, values.shape[0] // heads // 2, 2, WIDTH)
+            split = values.reshape(heads, values.shape[0] // heads // 2, 2, -1)
             values = split.swapaxes(1, 2).reshape(values.shape)
         state[f"model.layers.{layer}.{names[part]}.weight"] = values
     model = transformers.LlamaForCausalLM(config).eval()
@@ -155,7 +91,7 @@ def test_a_gguf_file_scores_and_exports_as_its_dequantized_weights(tmp_path, rng
     record = info.settings["dequantized_from"]
     assert record == gguf_record(folder)
     assert record["file"] == str(file)
-    assert record["types"] == {"F32": 2 * NUM_LAYERS + 1, "Q4_1": 7 * NUM_LAYERS + 2}
+    assert record["types"] == {"F32": 2 * 4 + 1, "Q4_1": 7 * 4 + 2}
     assert info.model == str(file)
     lpserve.export_checkpoint(file, removed=[1], out=tmp_path / "pruned", verify=False)
     pruned = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="float32")
