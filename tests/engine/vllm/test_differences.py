@@ -18,6 +18,8 @@ def test_a_known_difference_is_found_by_the_model_type():
     assert known_difference({"model_type": "llama"}) is None
     assert known_difference({"model_type": None}) is None
     assert known_difference({"model_type": "mamba2", "n_groups": 1}) is None
+    assert known_difference({"model_type": "deepseek_v3"}) == MEASURED["deepseek_v3"]
+    assert known_difference({"model_type": "deepseek_v3", "scoring_func": "sigmoid"}) is None
 
 
 @pytest.mark.slow
