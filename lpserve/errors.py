@@ -58,8 +58,11 @@ class DataWarning(UserWarning):
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's message as one line: its first line that is not blank, or else its type."""
+    """An exception's message as one line: its first line that is not blank, and the next where that
+    ends in a colon; or else its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__
 
 

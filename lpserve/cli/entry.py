@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import select
 import sys
 import tempfile
@@ -145,7 +146,12 @@ class _Parser(argparse.ArgumentParser):
         return parsed, rest
 
     def error(self, message: str) -> NoReturn:
-        """Leave with exit code 2."""
+        """Leave with exit code 2; of an unknown command the nearest is named in place of all."""
+        if match := re.match(r".*: invalid choice: '(.*)' \(choose from (.*)\)$", message):
+            known = [word.strip(" '") for word in match[2].split(",")]
+            near = difflib.get_close_matches(match[1], known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+            message = f"no command {match[1]!r}: {hint}"
         self.exit(2, f"{self.prog}: {message}\n")
 
 

@@ -15,7 +15,7 @@ _EVAL_HELP = """\
 Perplexity and lm-evaluation-harness tasks of the full model and of sets of layers removed from it,
 all at once: masks are scored without exporting, prefixes shared, every score kept in --out.
 
-  lpserve eval --model Llama-2-7b --sets run --text wikitext2=wiki.txt --protocol gptq-2048
+  lpserve eval --model Llama-2-7b --sets run --text wikitext2=wiki.test.jsonl --protocol gptq-2048
   lpserve eval --model Llama-2-7b --sets run --remove 3,6 --tasks arc_easy,lambada_openai
   lpserve eval --model Llama-2-7b --sets layer_drop_config.txt --removed 21,22 --text wiki.txt
   lpserve eval --model pruned --text wiki.txt          an exported checkpoint

@@ -130,7 +130,7 @@ def checkpoint_players(model: str, _: Mapping[str, Any]) -> int:
     """Decoder layers of a checkpoint folder; raises InputError unless it is a decoder."""
     checkpoint = read_checkpoint(model)
     check_decoder(checkpoint)
-    return required(read_architecture(checkpoint).num_layers, "number of layers")
+    return required(read_architecture(checkpoint).num_layers, "num_hidden_layers")
 
 
 def checkpoint_resources(spec: EngineSpec) -> EngineResources:

@@ -27,6 +27,7 @@ from lpserve.export.structure import (
 )
 from lpserve.model.architecture import (
     LAYER_COUNT_KEYS,
+    LAYERS_AHEAD,
     find_layer_prefix,
     read_architecture,
     text_section,
@@ -194,6 +195,8 @@ def _candidates(original: Original, kept: list[int]) -> Iterator[dict[str, Any]]
         config = copy.deepcopy(original.checkpoint.config)
         text = text_section(config)
         _cut_fields(text, original.defaults, kept, num_layers)
+        if text.get(LAYERS_AHEAD):
+            text[LAYERS_AHEAD] = 0  # their tensors stay behind (`writer.write_checkpoint`)
         for key in cut:
             values = text.get(key, original.defaults.get(key)) or ()
             text[key] = [values[layer] for layer in kept]

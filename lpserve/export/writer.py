@@ -41,8 +41,8 @@ settings of generation and of pictures, code, licence."""
 
 
 def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path) -> list[str]:
-    """Write the pruned checkpoint into an existing folder; returns the names of files that were
-    left behind, weights aside.
+    """Write the pruned checkpoint into an existing folder; returns what was left behind beside the
+    removed layers: names of files, and what layers that predict several tokens ahead hold.
 
     Written are the config, the tokenizer's files, the shards (as many as keep a tensor), their
     index if there are several, and the mergekit recipe.
@@ -65,6 +65,9 @@ def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path)
         ]
         if pairs:
             shards.append(([e for e, _ in pairs], [n for _, n in pairs]))
+    ahead = sum(_is_ahead(entry.name, pruned) for entry in checkpoint.tensors)
+    if ahead:
+        left_behind.append(f"{ahead} tensors of layers that predict further tokens")
     weight_map: dict[str, str] = {}
     for number, (entries, names) in enumerate(shards, start=1):
         name = (
@@ -85,6 +88,13 @@ def _new_names(name: str, pruned: PrunedConfig) -> list[str]:
     """Under which names a tensor of the original is written: none if it goes with its layer."""
     own = pruned.numbers.new_name(name)
     return [*([] if own is None else [own]), *(n for n, old in pruned.moved.items() if old == name)]
+
+
+def _is_ahead(name: str, pruned: PrunedConfig) -> bool:
+    """Whether a tensor is of a layer behind the decoder's, which predicts several tokens ahead."""
+    index = name.removeprefix(pruned.numbers.prefix).partition(".")[0]
+    of_layer = name.startswith(pruned.numbers.prefix) and index.isdigit()
+    return of_layer and int(index) >= pruned.num_layers
 
 
 def _copy_shard(entries: list[TensorEntry], names: list[str], path: Path) -> None:

@@ -95,7 +95,7 @@ def array_of(
     """
     found = arrays.get(name)
     if found is None:
-        raise InputError(f"{source} holds no array {name!r}")
+        raise InputError(f"{source}: it holds no array {name!r}")
     if found.dtype.kind not in kind:
         raise InputError(f"{source}: array {name!r} must hold {KINDS[kind]}: got {found.dtype}")
     lengths = dict(zip(axes, found.shape, strict=False))

@@ -32,6 +32,8 @@ LAYER_COUNT_KEYS = (
 """Config keys that hold the number of decoder layers."""
 MOST_LAYERS = 10_000
 """A config that counts more is damaged: models have some hundred."""
+LAYERS_AHEAD = "num_nextn_predict_layers"
+"""The config key that counts layers which predict several tokens ahead, and that come last."""
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
 _POSITIONS = ("max_position_embeddings", "n_positions")
@@ -131,7 +133,7 @@ def text_section(config: dict[str, Any]) -> dict[str, Any]:
 def required(value: int | None, name: str) -> int:
     """A quantity that the caller cannot do without; raises InputError where the config lacks it."""
     if value is None:
-        raise InputError(f"the model's config.json names no {name}")
+        raise InputError(f"the model's config.json names no {name} that is a whole number above 0")
     return value
 
 
@@ -240,7 +242,7 @@ def find_layer_prefix(
 
 def _layers_ahead(checkpoint: Checkpoint) -> int:
     """Layers that predict several tokens ahead, which files hold behind the decoder's."""
-    ahead = text_section(checkpoint.config).get("num_nextn_predict_layers")
+    ahead = text_section(checkpoint.config).get(LAYERS_AHEAD)
     return ahead if type(ahead) is int and ahead > 0 else 0
 
 

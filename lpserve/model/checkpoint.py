@@ -197,11 +197,21 @@ def _read_header(shard: Path, size: int, modified_ns: int) -> tuple[TensorEntry,
             offset=8 + length + info.data_offsets[0],
             num_bytes=info.data_offsets[1] - info.data_offsets[0],
         )
-        for name, info in converted(header, dict[str, _TensorInfo], problem).items()
+        for name, info in _tensor_infos(header, problem).items()
     ]
     entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
     _check_layout(entries, 8 + length, size, problem)
     return tuple(entries)
+
+
+def _tensor_infos(header: dict[str, Any], problem: str) -> dict[str, _TensorInfo]:
+    """What a header says of each tensor; the error names the tensor that is wrong."""
+    try:
+        return converted(header, dict[str, _TensorInfo], problem)
+    except InputError:
+        for name, info in header.items():
+            converted(info, _TensorInfo, f"{problem}: tensor {shown(name)}")
+        raise
 
 
 def _check_layout(entries: Sequence[TensorEntry], start: int, size: int, problem: str) -> None:

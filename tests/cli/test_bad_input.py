@@ -355,6 +355,8 @@ def test_a_bad_value_type_in_a_config_names_its_key():
     ("argv", "told"),
     [
         (["run", "--modle", "x"], "lpserve run: unknown flag --modle; did you mean --model?"),
+        (["exprt", "x"], "lpserve: no command 'exprt': did you mean 'export'?"),
+        (["xyzzy"], "lpserve: no command 'xyzzy': there are run, plan, export"),
         (["run", "--bud=3"], "lpserve run: unknown flag --bud"),  # no flag is shortened
         (["run", "--xyzzy"], "lpserve run: unknown flag --xyzzy: see lpserve run --help"),
         (["run", "--budget", "x"], "lpserve run: argument --budget: invalid int value: 'x'"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lpserve.errors import InputError
 from lpserve.export.export import export_checkpoint
@@ -81,6 +82,20 @@ def test_targets_that_cannot_be_made_are_one_line(name, model_dir, tmp_path):
     with pytest.raises(InputError) as caught:
         export_checkpoint(model_dir("llama"), [1], tmp_path / name, verify=False)
     assert "\n" not in str(caught.value)
+
+
+def test_layers_that_predict_further_tokens_stay_behind_and_that_is_told(model_dir, tmp_path):
+    model = shutil.copytree(model_dir("llama"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors |= {k.replace(".5.", ".6."): v for k, v in tensors.items() if ".layers.5." in k}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    report = export_checkpoint(model, [0], tmp_path / "out", verify=False)
+    assert report.left_behind == ["9 tensors of layers that predict further tokens"]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 0
+    assert not any(".layers.5." in name for name in load_file(tmp_path / "out/model.safetensors"))
 
 
 def test_only_what_is_about_the_pruned_model_goes_along(model_dir, tmp_path):

@@ -89,7 +89,7 @@ def test_shared_axes_have_one_length():
         ("masks", "b", "MP", r"of shape \[3, 5\]: got \[2, 5\]"),
         ("nll", "iu", "MI", "must hold whole numbers: got float64"),
         ("nll", "f", "M", r"of shape \[3\]: got \[3, 4\]"),
-        ("loss", "f", "MI", "s holds no array 'loss'"),
+        ("loss", "f", "MI", "s: it holds no array 'loss'"),
     ]:
         with pytest.raises(InputError, match=told):
             array_of(arrays, name, kind, axes, sizes, "s")

@@ -81,8 +81,8 @@ def test_a_quantity_that_is_left_out_is_an_error_only_where_it_is_needed():
     found = Architecture.from_config({"num_hidden_layers": "6", "num_attention_heads": True})
     assert found.num_layers is None
     assert found.num_heads is None
-    with pytest.raises(InputError, match=r"config\.json names no number of layers"):
-        required(found.num_layers, "number of layers")
+    with pytest.raises(InputError, match=r"config\.json names no num_hidden_layers"):
+        required(found.num_layers, "num_hidden_layers")
 
 
 def test_soft_capped_scores_need_the_eager_attention_of_transformers():
