@@ -131,6 +131,7 @@ def test_every_command_is_one_that_lpserve_takes(where, words):
         left_out = (
             "run",
             "demo",
+            "demo_texts",
             "config",
             "engine_option",
             "state_budget_mb",
