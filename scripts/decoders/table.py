@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 Records = Mapping[str, Mapping[str, Any]]
@@ -11,34 +12,37 @@ EXACT = 1e-5
 """Largest relative difference in float32 that rounding explains (sums in another order)."""
 
 
-def page(records: Mapping[str, Records]) -> str:
-    """docs/engines/decoders.md, from the records of the three stages."""
-    score, export, vllm = (_tried(records[stage]) for stage in ("score", "export", "vllm"))
+def page(folder: Path) -> str:
+    """docs/engines/decoders.md, from the records of the three stages in a folder."""
+    score, export, vllm = (_tried(_stage(folder, name)) for name in ("score", "export", "vllm"))
+    versions = json.loads((folder / "score.json").read_text())["versions"]
     parts = [
         "# Every decoder\n",
         "Tiny random models (6 layers) of every causal decoder of transformers "
-        f"{importlib.metadata.version('transformers')}, of other forms of their configurations, of "
-        "older ways to write config.json, and of checkpoints that also read pictures. Made by "
+        f"{versions['transformers']}, of other forms of their configurations, of older ways to "
+        "write config.json, and of checkpoints that also read pictures. Made by "
         "`scripts/decoders/sweep.py`, which uses nothing of lpserve to say what is right: the "
         "model with the dropped layers deleted. Names are model types; after a colon another "
         "form.\n",
         *_scoring(score),
         *_exports(export),
-        *_vllm(vllm),
+        *_vllm(vllm, versions["vllm"]),
     ]
     return "\n".join(parts)
 
 
-def counts(records: Mapping[str, Records]) -> dict[str, int]:
+def counts(folder: Path) -> dict[str, int]:
     """What README tells of the sweep."""
-    score, export = _tried(records["score"]), _tried(records["export"])
+    score, export = _tried(_stage(folder, "score")), _tried(_stage(folder, "export"))
     return {
-        "scored": len(_of(score, "served")),
         "models": len(score),
+        "scored": len(_of(score, "served")),
         "exported": len(_of(export, "served")),
-        "exports": len(export),
-        "wrong": sum(not one["worst"] < EXACT for one in _of(score, "served").values()),
     }
+
+
+def _stage(folder: Path, name: str) -> Records:
+    return json.loads((folder / f"{name}.json").read_text())["records"]
 
 
 def _tried(records: Records) -> Records:
@@ -103,14 +107,14 @@ def _unlike(records: Records) -> str:
     return "; ".join(found)
 
 
-def _vllm(records: Records) -> Iterable[str]:
+def _vllm(records: Records, version: str) -> Iterable[str]:
     served = _of(records, "served")
     told = {n: one for n, one in served.items() if one["told"]}
     exact = {n: one for n, one in served.items() if n not in told and "dtype" not in one}
     yield "## Scored with vLLM\n"
     yield (
-        f"{len(served)} of {len(records)} models tried in vLLM "
-        f"{importlib.metadata.version('vllm')}'s build for CPU, which lacks many kernels. "
+        f"{len(served)} of {len(records)} models tried in vLLM {version}'s build for CPU, which "
+        "lacks many kernels. "
         f"{len(exact)} are within {_most(exact, 'worst')} of transformers in float32; by requests, "
         "not by the trie in vLLM's workers: "
         f"{_names({n: one for n, one in exact.items() if one['path'] == 'vllm/requests'})}\n"
