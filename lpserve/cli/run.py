@@ -72,6 +72,17 @@ def add_run(commands: Any) -> None:
         help="score sets that the search wants on the "
         "first N windows of each corpus first (0: on all at once)",
     )
+    _add_search_flags(run)
+    add_engine_flags(run)
+    add("--seed", type=int, help="seed of the sampled masks (0)")
+    add("--store", metavar="FILE", help="score store to share between runs (OUT/scores.sqlite)")
+    add("--out", metavar="DIR", help="run folder (run)")
+    add_tracking_flags(run)
+
+
+def _add_search_flags(run: argparse.ArgumentParser) -> None:
+    """How many masks, for what answers, and when to stop."""
+    add = run.add_argument
     add("--budget", type=int, help="most masks scored on calibration windows (400)")
     add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
     add("--protect", metavar="I,J,...", type=numbers, help="layers that stay in every set")
@@ -105,11 +116,6 @@ def add_run(commands: Any) -> None:
         metavar="Z",
         help="stop once every value's 90%% interval is within +-Z of the utility",
     )
-    add_engine_flags(run)
-    add("--seed", type=int, help="seed of the sampled masks (0)")
-    add("--store", metavar="FILE", help="score store to share between runs (OUT/scores.sqlite)")
-    add("--out", metavar="DIR", help="run folder (run)")
-    add_tracking_flags(run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -117,7 +117,6 @@ def _converted(file: Path) -> Path:
 
 def _write_checkpoint(file: Path, folder: Path) -> None:
     """The model and its tokenizer as transformers reads them."""
-    import torch
     import transformers
 
     folder_of_file = str(file.parent)
@@ -125,7 +124,7 @@ def _write_checkpoint(file: Path, folder: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder_of_file,
             gguf_file=file.name,
-            dtype=torch.float32,
+            dtype="float32",
             quantization_config=transformers.GgufConfig(dequantize=True),
             **FROM_FOLDER,
         )

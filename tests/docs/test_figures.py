@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 from collections import defaultdict
@@ -81,3 +82,22 @@ def test_the_demo_study_is_told_as_it_is():
     told = f"{len(counts['points'])} points took {counts['scores_held']:,} scores of a mask"
     assert told in text
     assert counts["scores_twice"] == 0
+
+
+def test_every_decoder_is_told_as_the_sweep_found_it():
+    """`python scripts/decoders/sweep.py table > docs/engines/decoders.md`, and README's numbers."""
+    folder = ROOT / "scripts" / "decoders"
+    spec = importlib.util.spec_from_file_location("table", folder / "table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    told = (ROOT / "docs" / "engines" / "decoders.md").read_text(encoding="utf-8")
+    assert told == table.page(folder / "results")
+    assert "| traceback" not in told
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    found = table.counts(folder / "results")
+    assert (
+        f"{found['scored']} of {found['models']} models of every decoder of transformers are "
+        f"scored, {found['exported']} exported" in readme
+    )
