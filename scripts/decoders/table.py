@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def counts(folder: Path) -> dict[str, int]:
         "models": len(score),
         "scored": len(_of(score, "served")),
         "exported": len(_of(export, "served")),
+        "exports": len(export),
     }
 
 
@@ -141,5 +143,6 @@ def _reasons(reasons: Mapping[str, str]) -> Iterable[str]:
     yield "| model | what happens |"
     yield "| --- | --- |"
     for name, reason in reasons.items():
-        yield f"| {name} | {reason.replace('|', '/')} |"
+        said = re.sub(r"^model DIR\S* (cannot be exported without layers \[[^]]*\]: )?", "", reason)
+        yield f"| {name} | {said.replace('|', '/')} |"
     yield ""

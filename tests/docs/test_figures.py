@@ -98,6 +98,7 @@ def test_every_decoder_is_told_as_the_sweep_found_it():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     found = table.counts(folder / "results")
     assert (
-        f"{found['scored']} of {found['models']} models of every decoder of transformers are "
-        f"scored, {found['exported']} exported" in readme
+        f"{found['scored']} of {found['models']} small models, one or more of every decoder of "
+        f"transformers, are scored so, and {found['exported']} of {found['exports']} exported for "
+        "every set tried" in readme
     )
