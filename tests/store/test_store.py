@@ -474,6 +474,11 @@ def test_no_flipped_byte_anywhere_makes_a_wrong_score(tmp_path, rng, shared):
                 refused += 1
                 continue
             assert store.games() == {GAME.content_hash: GAME}
+            if damaged[18] > 2:  # SQLite's write version: it opens such a file for reading alone
+                with pytest.raises(InputError, match="cannot be written"):
+                    known_nll(store, windows, masks)
+                refused += 1
+                continue
             assert same_bits(known_nll(store, windows, masks), nll)
             for scores in store.read_all():
                 assert scores.windows.num_tokens_N.tolist() == [15] * 12
