@@ -71,14 +71,18 @@ class Renumbering:
 
     def new_name(self, name: str) -> str | None:
         """A module's or tensor's name in the pruned model; None: it goes with its layer."""
-        if not name.startswith(self.prefix):
+        layer = self.layer_of(name)
+        if layer is None:
             return name
-        index, dot, rest = name[len(self.prefix) :].partition(".")
-        if not index.isdigit():
-            return name
-        if int(index) not in self.kept:
+        if layer not in self.kept:
             return None
-        return f"{self.prefix}{self.kept.index(int(index))}{dot}{rest}"
+        _, dot, rest = name[len(self.prefix) :].partition(".")
+        return f"{self.prefix}{self.kept.index(layer)}{dot}{rest}"
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that a module or tensor belongs to; None: to none."""
+        index = name.removeprefix(self.prefix).partition(".")[0]
+        return int(index) if name.startswith(self.prefix) and index.isdigit() else None
 
     def modules(self) -> list[str]:
         """Every module that has a tensor, and all that hold one of them."""

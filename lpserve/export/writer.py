@@ -65,7 +65,9 @@ def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path)
         ]
         if pairs:
             shards.append(([e for e, _ in pairs], [n for _, n in pairs]))
-    ahead = sum(_is_ahead(entry.name, pruned) for entry in checkpoint.tensors)
+    # layers behind the decoder's predict several tokens ahead
+    layers = [pruned.numbers.layer_of(entry.name) or 0 for entry in checkpoint.tensors]
+    ahead = sum(layer >= pruned.num_layers for layer in layers)
     if ahead:
         left_behind.append(f"{ahead} tensors of layers that predict further tokens")
     weight_map: dict[str, str] = {}
@@ -88,13 +90,6 @@ def _new_names(name: str, pruned: PrunedConfig) -> list[str]:
     """Under which names a tensor of the original is written: none if it goes with its layer."""
     own = pruned.numbers.new_name(name)
     return [*([] if own is None else [own]), *(n for n, old in pruned.moved.items() if old == name)]
-
-
-def _is_ahead(name: str, pruned: PrunedConfig) -> bool:
-    """Whether a tensor is of a layer behind the decoder's, which predicts several tokens ahead."""
-    index = name.removeprefix(pruned.numbers.prefix).partition(".")[0]
-    of_layer = name.startswith(pruned.numbers.prefix) and index.isdigit()
-    return of_layer and int(index) >= pruned.num_layers
 
 
 def _copy_shard(entries: list[TensorEntry], names: list[str], path: Path) -> None:

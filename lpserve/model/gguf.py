@@ -90,9 +90,10 @@ def gguf_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _gguf_file(path: Path) -> Path | None:
-    if path.suffix.lower() == SUFFIX and not path.is_dir():
+    is_folder = is_there(path) and path.is_dir()
+    if path.suffix.lower() == SUFFIX and not is_folder:
         return path
-    if not path.is_dir() or is_there(path / "config.json"):
+    if not is_folder or is_there(path / "config.json"):
         return None
     try:
         found = sorted(p for p in path.iterdir() if p.suffix.lower() == SUFFIX)

@@ -13,6 +13,7 @@ import numpy as np
 
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, drop_one, without
+from lpserve.plan.sets import ranking_mask
 from lpserve.types import BoolArray, FloatArray
 
 
@@ -96,9 +97,8 @@ class Constraint:
 
         Ties drop the earlier player.
         """
-        free = self.free
-        order = np.argsort(values_P[free], kind="stable")[: num_removed - len(self.forced)]
-        return without(self.num_players, [*self.forced, *(free[i] for i in order)])
+        of_free = ranking_mask(values_P[self.free], num_removed - len(self.forced))
+        return self.embed(of_free[None])[0]
 
 
 def constraint_of(

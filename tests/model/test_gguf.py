@@ -168,6 +168,13 @@ def test_files_that_transformers_cannot_read_are_refused_with_its_reason(
         read_checkpoint(file)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+@pytest.mark.parametrize("suffix", ["", ".gguf"])
+def test_paths_that_no_file_can_have_are_one_line(name, suffix):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_checkpoint(name + suffix)
+
+
 def test_a_disk_without_room_is_told_before_anything_is_written(
     tmp_path, rng, monkeypatch, own_cache
 ):
