@@ -25,6 +25,9 @@ class RunState:
     total: int = 0
     reused: int = 0
     """Masks of `done` that the store already held."""
+    windows: tuple[int, int] = (0, 0)
+    """Where masks are scored on their windows in several parts: windows of masks that engines have
+    scored, and those that they have to."""
     work: Work = field(default_factory=Work)
     best: dict[int, float] = field(default_factory=dict)
     """Number removed -> best calibration perplexity so far."""
@@ -65,6 +68,7 @@ class Progress:
         """Start a stage of `total` masks; its speed and time left are its own."""
         self.state.stage, self.state.total = stage, total
         self.state.done = self.state.reused = 0
+        self.state.windows = (0, 0)
         self._started = time.monotonic()
 
     def update(self, *, force: bool = False) -> bool:
@@ -93,11 +97,14 @@ class Progress:
     def line(self, elapsed_s: float) -> str:
         """The progress line as text, `elapsed_s` after the stage began."""
         state = self.state
-        scored = state.done - state.reused
-        speed = scored / elapsed_s if elapsed_s > 0 else 0.0
+        scored: float = state.done - state.reused
         parts = [f"{state.stage}: {state.done}/{state.total} masks"]
         if state.reused:
             parts[0] += f" ({state.reused} from the store)"
+        if state.windows[1]:
+            parts.append(f"{state.windows[0]}/{state.windows[1]} windows")
+            scored = state.windows[0] / state.windows[1] * (state.total - state.reused)
+        speed = scored / elapsed_s if elapsed_s > 0 else 0.0
         parts.append(f"{speed:.1f} masks/s")
         work = state.work
         if work.skip_layer_forwards:
@@ -116,7 +123,7 @@ class Progress:
             )
         if state.quarantined:
             parts.append(f"{state.quarantined} quarantined")
-        left = state.total - state.done
+        left = state.total - state.reused - scored
         if left > 0:
             parts.append(f"{left / speed:.0f} s left" if speed > 0 else "time left unknown")
         else:

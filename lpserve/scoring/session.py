@@ -292,6 +292,7 @@ class ScoringSession:
     def _show(self, tracker: ScoreTracker) -> None:
         state = self.progress.state
         state.done, state.reused = tracker.scored, tracker.reused
+        state.windows = tracker.windows if tracker.in_parts else (0, 0)
         state.quarantined = len(tracker.quarantined)
         if self.progress.update():
             self.pool.publish(state)

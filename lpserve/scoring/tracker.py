@@ -111,6 +111,14 @@ class ScoreTracker:
         """Masks that have every score that was first asked of them."""
         self.reused = 0
         """Masks of `scored` whose scores the store already held."""
+        self.windows = (0, 0)
+        """Windows of masks that engines have scored or given up, and those that they were asked
+        for."""
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a mask is scored on its windows in several parts."""
+        return len(self._blocks) > 1
 
     def _add_block(self, block: WindowBlock, part: IntArray) -> None:
         """Add a block of windows, and note all rows of this part that have their content."""
@@ -169,6 +177,7 @@ class ScoreTracker:
         for index, rows in wanted:
             if rows:
                 block = self._blocks[index]
+                self._count_windows(0, len(rows) * len(block.rows))
                 windows = self._block_windows[block.id]
                 self._dispatcher.add(masks_MP[rows], block, windows, self._extra_metrics)
         return request
@@ -176,6 +185,7 @@ class ScoreTracker:
     def accept(self, result: UnitResult | GivenUp) -> None:
         """Commit a result of the dispatcher to the store, then count it."""
         unit = result.unit
+        self._count_windows(len(unit.masks_MP) * len(unit.block.rows), 0)
         if isinstance(result, GivenUp):
             self._store.quarantine(self._game, unit.block, unit.masks_MP[0], result.reason)
             key = keys(unit.masks_MP)[0]
@@ -196,6 +206,9 @@ class ScoreTracker:
                 request.values[metric][row, rows[new]] = value_N[positions[new]]
         for key in mask_keys:
             self._one_block_less(key)
+
+    def _count_windows(self, done: int, wanted: int) -> None:
+        self.windows = self.windows[0] + done, self.windows[1] + wanted
 
     def _one_block_less(self, key: bytes) -> None:
         mask = self._open[key]

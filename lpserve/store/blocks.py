@@ -15,8 +15,9 @@ from lpserve.data.windows import TokenWindows
 from lpserve.store.connection import StoreConnection
 from lpserve.types import IntArray
 
-MAX_BLOCK_WINDOWS = 64
-"""Windows of a new block."""
+MAX_BLOCK_WINDOWS, MAX_BLOCK_TOKENS = 64, 32768
+"""Windows of a new block, and their scored tokens unless one window has more: what is scored at
+once should take seconds on any machine, since it is lost when a process is killed."""
 KEYS_PER_QUERY = 500
 """Values in one SQL statement, below what SQLite allows."""
 
@@ -71,9 +72,7 @@ class WindowBlocks:
             if all(window in row_of for window in members):
                 rows = [row_of.pop(window) for window in members]
                 chosen.append(WindowBlock(id=block, rows=np.array(rows, dtype=np.int64)))
-        rest = list(row_of.items())
-        for start in range(0, len(rest), MAX_BLOCK_WINDOWS):
-            part = rest[start : start + MAX_BLOCK_WINDOWS]
+        for part in _new_blocks(list(row_of.items()), windows.num_tokens_N):
             block = self._make_block([window for window, _ in part])
             chosen.append(
                 WindowBlock(id=block, rows=np.array([row for _, row in part], dtype=np.int64))
@@ -133,3 +132,18 @@ class WindowBlocks:
                 [(block, position, window) for position, window in enumerate(members)],
             )
         return int(block)
+
+
+def _new_blocks(
+    rest: Sequence[tuple[int, int]], num_tokens_N: IntArray
+) -> Iterator[Sequence[tuple[int, int]]]:
+    """Windows that no block covers, as (window, row), in the blocks that are made of them."""
+    start = tokens = 0
+    for place, (_, row) in enumerate(rest):
+        tokens += int(num_tokens_N[row])
+        full = place - start >= MAX_BLOCK_WINDOWS or tokens > MAX_BLOCK_TOKENS
+        if full and place > start:
+            yield rest[start:place]
+            start, tokens = place, int(num_tokens_N[row])
+    if rest:
+        yield rest[start:]

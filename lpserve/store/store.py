@@ -107,8 +107,8 @@ class Store:
 
         Blocks that the store holds and whose windows are all wanted come first, the largest before
         others; the remaining windows are put into new blocks of at most
-        `lpserve.store.blocks.MAX_BLOCK_WINDOWS`. So a run on more windows scores only those that
-        an earlier one on fewer has not.
+        `MAX_BLOCK_WINDOWS` windows and `MAX_BLOCK_TOKENS` tokens (`lpserve.store.blocks`). So a run
+        on more windows scores only those that an earlier one on fewer has not.
         """
         return self._blocks.covering(windows)
 

@@ -144,3 +144,11 @@ def test_units_take_about_two_seconds_at_every_engine(rng):
     assert 1.5 < np.median(seconds) < 2.5
     assert np.quantile(seconds, 0.9) < 3.0
     assert pool.submits < 800  # 500 of 2 s, and the first and last ones
+
+
+def test_slow_masks_are_scored_together_so_that_they_share_prefixes(rng):
+    """By the time of a unit alone, masks of 2 s and more would go one by one."""
+    results, _, pool = dispatch(setting(rng, engines=2, masks=400, mask_s=2.0))
+    sizes = [len(r.unit.masks_MP) for r in results if isinstance(r, UnitResult)]
+    assert np.median(sizes[:-20]) > 10
+    assert pool.now < 1.15 * 400 * 2.0 / pool.speed

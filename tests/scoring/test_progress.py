@@ -32,6 +32,15 @@ def test_nothing_scored_yet_says_so():
     assert progress.line(0.5) == "scoring: 0/100 masks | 0.0 masks/s | time left unknown"
 
 
+def test_masks_in_parts_count_their_windows():
+    progress = Progress(interval_s=1.0, stream=io.StringIO())
+    progress.begin("wikitext2", 3)
+    progress.state.windows = (128, 512)
+    assert progress.line(30.0) == (
+        "wikitext2: 0/3 masks | 128/512 windows | 0.0 masks/s | 90 s left"
+    )
+
+
 @pytest.mark.parametrize(("interval_s", "lines"), [(1000.0, 1), (1e-9, 5)])
 def test_outside_a_terminal_one_plain_line_comes_per_interval(interval_s, lines):
     stream = io.StringIO()

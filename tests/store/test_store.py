@@ -18,7 +18,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.errors import DiskFullError, InputError, StoreBusyError, StoreCorruptError
 from lpserve.masks import full_mask, keys
 from lpserve.store import lease
-from lpserve.store.blocks import MAX_BLOCK_WINDOWS
+from lpserve.store.blocks import MAX_BLOCK_TOKENS, MAX_BLOCK_WINDOWS
 from lpserve.store.store import Store
 from lpserve.testing.stores import (
     GAME,
@@ -158,6 +158,17 @@ def test_blocks_cover_the_windows_once_and_stay_small(tmp_path, rng):
         for again, block in zip(store.blocks_for(windows), blocks, strict=True):
             assert again.id == block.id
             assert np.array_equal(again.rows, block.rows)
+
+
+def test_blocks_of_long_windows_hold_few_of_them(tmp_path, rng):
+    """What is scored at once stays small: 489 windows of 2,048 tokens take minutes on a CPU."""
+    windows = TokenWindows.from_tokens(rng.integers(0, 50, (40, 2049)))
+    with Store(tmp_path / "a") as store:
+        blocks = store.blocks_for(windows)
+        assert [len(b.rows) for b in blocks] == [16, 16, 8]
+        assert 16 * 2048 == MAX_BLOCK_TOKENS
+        longer = TokenWindows.from_tokens(rng.integers(0, 50, (2, MAX_BLOCK_TOKENS + 9)))
+        assert [len(b.rows) for b in store.blocks_for(longer)] == [1, 1]
 
 
 def test_more_windows_score_only_the_new_ones(tmp_path, rng, shared):
