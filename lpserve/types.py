@@ -91,6 +91,8 @@ class EngineInfo:
     """Resolved settings that set arithmetic or memory: micro-batch, state budget, threads."""
     metrics: tuple[str, ...] = ("nll",)
     """What it can score (`check_metric`); `kl` stands for `kl_topK` too."""
+    has_overlap: bool = False
+    """Whether it measures `Scores.overlap_MM`."""
 
     @property
     def num_players(self) -> int:
@@ -142,6 +144,11 @@ class Scores:
     others: Mapping[str, FloatArray] = field(default_factory=dict)
     """Further metrics that were asked for: name -> `float64[M, N]`, summed over the scored
     positions of each window; see `check_metric`."""
+    overlap_MM: FloatArray | None = None
+    """How alike masks change the predictions of the first of them, nats, summed over all scored
+    positions: entry (i, j) is Cov_p(z_i - z_0, z_j - z_0), with z the logits under a mask, the
+    covariance over the vocabulary by p = softmax(z_0). It is the Gauss-Newton matrix of the NLL
+    with whole effects in place of derivatives. None where it was not asked for."""
 
     def of(self, metric: str) -> FloatArray:
         """The sums of a metric, `float64[M, N]`."""

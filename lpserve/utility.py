@@ -78,6 +78,12 @@ class Utility:
         return self.metric == "nll" and self.item == "window"
 
     @property
+    def in_nats(self) -> bool:
+        """Whether its loss is a token's NLL or divergence, to which effects on the model's
+        predictions add in second order (`lpserve.plan.expansion`)."""
+        return self.item == "window" and self.metric != "misses"
+
+    @property
     def items(self) -> str:
         """`windows` or `questions`, for messages."""
         return f"{self.item}s"

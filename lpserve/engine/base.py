@@ -122,6 +122,21 @@ class HasTaylorImportance(Protocol):
         ...
 
 
+@runtime_checkable
+class HasOverlap(Protocol):
+    """An engine that measures how alike masks change what the model predicts."""
+
+    def score_overlap(
+        self, masks_MP: BoolArray, windows: str | None = None, extra_metrics: Sequence[str] = ()
+    ) -> Scores:
+        """`Engine.score`, with the overlap of the masks' effects (`types.Scores.overlap_MM`).
+
+        Args:
+            masks_MP: bool [M, P], distinct; effects are changes from the first mask's predictions.
+        """
+        ...
+
+
 class PaddingMattersError(EngineError):
     """Windows of a padded length score otherwise than by themselves."""
 
@@ -166,6 +181,19 @@ class LayerStack(Protocol):
         """
         ...
 
+    def before_head(self, batch: torch.Tensor, block: TokenWindows) -> torch.Tensor:
+        """States before the scored targets as the head takes them, `[k, n, ...]`, of k stacked
+        masks."""
+        ...
+
+    def overlap(self, rows_Mn: torch.Tensor, reference: int) -> torch.Tensor:
+        """`types.Scores.overlap_MM` of masks by their states `before_head`, `float64[M, M]`.
+
+        Args:
+            reference: row of the mask whose predictions the others are compared with.
+        """
+        ...
+
 
 def check_masks(masks_MP: Any, num_players: int) -> BoolArray:
     """Raise InputError unless masks are bool [M >= 1, P]."""
@@ -191,8 +219,18 @@ def check_extra_metrics(info: EngineInfo, extra_metrics: Sequence[str]) -> tuple
 
 
 def scores_of(
-    metric_values: FloatArray, extra_metrics: Sequence[str], num_tokens_N: IntArray, work: Work
+    metric_values: FloatArray,
+    extra_metrics: Sequence[str],
+    num_tokens_N: IntArray,
+    work: Work,
+    overlap_MM: FloatArray | None = None,
 ) -> Scores:
     """Scores from metrics side by side, the NLL first."""
     others = {name: metric_values[..., 1 + column] for column, name in enumerate(extra_metrics)}
-    return Scores(nll_MN=metric_values[..., 0], num_tokens_N=num_tokens_N, work=work, others=others)
+    return Scores(
+        nll_MN=metric_values[..., 0],
+        num_tokens_N=num_tokens_N,
+        work=work,
+        others=others,
+        overlap_MM=overlap_MM,
+    )

@@ -19,6 +19,9 @@ from lpserve.errors import InputError
 from lpserve.utility import top_of
 
 _MAX_CACHED = 64
+_LEAST_TARGETS = 4
+"""Targets of all masks that are compared at once, whatever their logits take: fewer would read the
+head's weights once for every target."""
 
 TokenMetrics = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 """(states before the targets [k * n, ...], their ids [n], which targets) -> float32[k * n, C]."""
@@ -72,6 +75,10 @@ class Vocabulary(Protocol):
         """`float32[k, n]` nats: KL divergence of the full model's prediction from each mask's."""
         ...
 
+    def overlap(self, logits: torch.Tensor, reference: int, /) -> torch.Tensor:
+        """`float64[k, k]` nats: see `types.Scores.overlap_MM`; of logits `[k, n, V]`."""
+        ...
+
 
 class LocalVocabulary:
     """All logits of the vocabulary are computed on one device.
@@ -103,6 +110,13 @@ class LocalVocabulary:
             full_logits.log_softmax(-1, dtype=torch.float32),
             mask_logits.log_softmax(-1, dtype=torch.float32),
         )
+
+    def overlap(self, logits: torch.Tensor, reference: int, /) -> torch.Tensor:
+        p = logits[reference].softmax(-1, dtype=torch.float32)
+        change = logits.float() - logits[reference].float()
+        change -= (change * p).sum(-1, keepdim=True)
+        weighted = change.mul_(p.sqrt()).flatten(1)
+        return (weighted @ weighted.T).double()
 
 
 class Head:
@@ -174,6 +188,24 @@ class Head:
             1 + len(extra_metrics),
             metrics,
         )
+
+    def before(self, batch: torch.Tensor, block: TokenWindows) -> torch.Tensor:
+        """States before the scored targets, `[k, n, ...]`, of k stacked masks."""
+        states = batch.view(batch.shape[0] // block.num_windows, -1, *batch.shape[2:])
+        return states[:, self._targets.of(block).flat]
+
+    def overlap(self, rows_Mn: torch.Tensor, reference: int) -> torch.Tensor:
+        """See `lpserve.engine.base.LayerStack.overlap`."""
+        num_masks, num_targets = rows_Mn.shape[:2]
+        # beside the logits: their changes, and the products with the probabilities
+        target_bytes = 3 * self._logit_bytes * self._vocab_size * num_masks
+        chunk = max(_LEAST_TARGETS, self._chunk_bytes // target_bytes)
+        total = torch.zeros((num_masks, num_masks), dtype=torch.float64, device=rows_Mn.device)
+        for start in range(0, num_targets, chunk):
+            part = rows_Mn[:, start : start + chunk]
+            logits = self._vocabulary.logits(part.flatten(0, 1))
+            total += self._vocabulary.overlap(logits.view(*part.shape[:2], -1), reference)
+        return total
 
     def _chunk(self, batch: torch.Tensor, block: TokenWindows, factor: int) -> int:
         """Targets of a mask that may be worked on at once."""

@@ -21,7 +21,7 @@ import torch
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import LayerStack, PaddingMattersError
-from lpserve.engine.trie import TrieExecutor, TrieSettings
+from lpserve.engine.trie import LeafStates, TrieExecutor, TrieSettings
 from lpserve.errors import InputError
 from lpserve.masks import sort_distinct
 from lpserve.types import BoolArray, FloatArray, IntArray, Work
@@ -134,25 +134,71 @@ class StackScorer:
             seconds=time.perf_counter() - started,
         )
 
+    def score_overlap(
+        self, masks_MP: BoolArray, key: str, extra_metrics: Sequence[str] = ()
+    ) -> tuple[FloatArray, Work, FloatArray]:
+        """`score` of distinct masks, with the overlap of their effects (`types.Scores.overlap_MM`);
+        zeros on a stage that is not the last of its pipeline."""
+        started = time.perf_counter()
+        sorted_MP, inverse_M = sort_distinct(masks_MP)
+        metric_values = np.empty(
+            (len(sorted_MP), len(self.num_tokens(key)), 1 + len(extra_metrics))
+        )
+        overlap_DD = np.zeros((len(sorted_MP), len(sorted_MP)))
+        layer_forwards = tokens = 0
+        is_last = self._first + self.stack.num_players == self._num_players
+        with full_precision():
+            for group in self._groups[key]:
+                for columns, part in self._parts(group.block, held=2):
+                    leaves = LeafStates(part, len(sorted_MP)) if is_last else None
+                    values, layer_forwards = self._walk_part(sorted_MP, part, extra_metrics, leaves)
+                    metric_values[:, group.row_numbers[columns]] = values
+                    if leaves is not None and leaves.rows_Dn is not None:
+                        found = self.stack.overlap(leaves.rows_Dn, int(inverse_M[0]))
+                        overlap_DD += found.cpu().numpy()
+                tokens += len(sorted_MP) * group.block.tokens_NT.size
+        work = Work(
+            masks=len(masks_MP),
+            distinct_masks=2 * len(sorted_MP),  # heads: for the metrics, and to be compared
+            layer_forwards=layer_forwards,
+            skip_layer_forwards=int(np.asarray(masks_MP).sum()),
+            tokens=tokens,
+            seconds=time.perf_counter() - started,
+        )
+        return metric_values[inverse_M], work, overlap_DD[np.ix_(inverse_M, inverse_M)]
+
     def _walk(
         self, sorted_MP: BoolArray, block: TokenWindows, extra_metrics: Sequence[str]
     ) -> tuple[FloatArray, int]:
         """Metrics [D, N, C] of one block, and its layer-forwards."""
         metric_values = np.empty((len(sorted_MP), block.num_windows, 1 + len(extra_metrics)))
-        mine = slice(self._first, self._first + self.stack.num_players)
-        bounds = prefix_bounds(sorted_MP, self._first)
         layer_forwards = 0
         for columns, part in self._parts(block):
-            layer_forwards = 0
-            for low, high in pairwise(bounds):
-                values, work = self.executor.score(sorted_MP[low:high, mine], part, extra_metrics)
-                metric_values[low:high, columns] = values
-                layer_forwards += work.layer_forwards
+            values, layer_forwards = self._walk_part(sorted_MP, part, extra_metrics)
+            metric_values[:, columns] = values
         return metric_values, layer_forwards
 
-    def _parts(self, block: TokenWindows) -> Iterator[tuple[slice, TokenWindows]]:
+    def _walk_part(
+        self,
+        sorted_MP: BoolArray,
+        part: TokenWindows,
+        extra_metrics: Sequence[str],
+        leaves: LeafStates | None = None,
+    ) -> tuple[FloatArray, int]:
+        """Metrics [D, N, C] of windows that fit one state, and the layer-forwards."""
+        metric_values = np.empty((len(sorted_MP), part.num_windows, 1 + len(extra_metrics)))
+        mine = slice(self._first, self._first + self.stack.num_players)
+        layer_forwards = 0
+        for low, high in pairwise(prefix_bounds(sorted_MP, self._first)):
+            metric_values[low:high], work = self.executor.score(
+                sorted_MP[low:high, mine], part, extra_metrics, leaves and (leaves, low)
+            )
+            layer_forwards += work.layer_forwards
+        return metric_values, layer_forwards
+
+    def _parts(self, block: TokenWindows, held: int = 1) -> Iterator[tuple[slice, TokenWindows]]:
         """The parts of a block that fit one state each, with their columns in the block."""
-        rows = self._rows(block)
+        rows = self._rows(block, held)
         if rows == block.num_windows:
             yield slice(0, rows), block
             return
@@ -160,9 +206,11 @@ class StackScorer:
             stop = min(start + rows, block.num_windows)
             yield slice(start, stop), block.select(np.arange(start, stop))
 
-    def _rows(self, block: TokenWindows) -> int:
+    def _rows(self, block: TokenWindows, held: int = 1) -> int:
         """Windows in one state: the same for every stage, whatever its own number of players."""
-        return self.executor.group_rows(block.num_windows, block.length, self._num_players)
+        return self.executor.group_rows(
+            block.num_windows, block.length, self._num_players, held=held
+        )
 
     def batch_noise(self, key: str, seed: int = 0) -> float:
         """How much the other masks of a batch change a score: nats per token, root mean square over

@@ -43,6 +43,27 @@ class TrieSettings:
     mask's arithmetic does not depend on the masks around it (the default on CPU)."""
 
 
+class LeafStates:
+    """What the head is given under every mask of a walk, `[D, n, ...]`: kept, so that masks can be
+    compared with one another.
+
+    Args:
+        block: the windows that are walked, in one row group.
+        num_masks: D.
+    """
+
+    def __init__(self, block: TokenWindows, num_masks: int) -> None:
+        self._block, self._num_masks = block, num_masks
+        self.rows_Dn: torch.Tensor | None = None
+
+    def keep(self, stack: LayerStack, batch: torch.Tensor, first: int) -> None:
+        """Keep the states of stacked masks, whose places begin at `first`."""
+        rows = stack.before_head(batch, self._block)
+        if self.rows_Dn is None:
+            self.rows_Dn = rows.new_empty((self._num_masks, *rows.shape[1:]))
+        self.rows_Dn[first : first + len(rows)] = rows
+
+
 @dataclass(slots=True)
 class _Node:
     low: int
@@ -65,11 +86,14 @@ class TrieExecutor:
         self._batch: torch.Tensor | None = None
         self._full_states: dict[str, torch.Tensor] = {}
 
-    def group_rows(self, num_windows: int, length: int, num_players: int | None = None) -> int:
+    def group_rows(
+        self, num_windows: int, length: int, num_players: int | None = None, *, held: int = 1
+    ) -> int:
         """Windows in one state: all of them, or as many as let the P + 1 states of a path fit.
 
         Args:
             num_players: of the full model, where the stack is one stage of a pipeline.
+            held: how many times P + 1 states are held, as far as the budget allows it.
 
         Raises:
             InputError: the budget does not hold P + 1 states of one window.
@@ -82,14 +106,24 @@ class TrieExecutor:
                 f"state_budget_mb is too small: {num_players + 1} states of one "
                 f"{length}-token window take {path_bytes / 2**20:.2f} MiB"
             )
+        fitting_rows = max(1, fitting_rows // held)
         batch_rows = max(1, self._settings.micro_batch_tokens // length)
         return int(min(num_windows, fitting_rows, batch_rows))
 
     def score(
-        self, masks_MP: BoolArray, block: TokenWindows, extra_metrics: Sequence[str] = ()
+        self,
+        masks_MP: BoolArray,
+        block: TokenWindows,
+        extra_metrics: Sequence[str] = (),
+        leaves: tuple[LeafStates, int] | None = None,
     ) -> tuple[FloatArray, Work]:
         """Metrics of every mask on windows of one padded length, `float64[M, N, C]`: the NLL, then
-        those of `extra_metrics`; and the work."""
+        those of `extra_metrics`; and the work.
+
+        Args:
+            leaves: where to keep final states, and the place of the first mask there; the block is
+                one row group.
+        """
         started = time.perf_counter()
         sorted_MP, inverse_M = sort_distinct(masks_MP)
         rows = self.group_rows(block.num_windows, block.length)
@@ -97,7 +131,7 @@ class TrieExecutor:
         layer_forwards = 0
         for start in range(0, block.num_windows, rows):
             group = block.select(np.arange(start, min(start + rows, block.num_windows)))
-            walk = _Walk(self, sorted_MP, group, extra_metrics)
+            walk = _Walk(self, sorted_MP, group, extra_metrics, leaves)
             try:
                 metric_values[:, start : start + group.num_windows] = walk.run()
             except BaseException:
@@ -179,7 +213,9 @@ class _Walk:
         sorted_MP: BoolArray,
         block: TokenWindows,
         extra_metrics: Sequence[str],
+        leaves: tuple[LeafStates, int] | None,
     ) -> None:
+        self._leaves = leaves
         self._executor = executor
         self._stack = executor._stack
         self._masks_MP = sorted_MP
@@ -261,6 +297,9 @@ class _Walk:
         for part in self._batches([node.state_NTd for node in nodes]):
             batch = nodes[part]
             stacked = self._executor.stacked([node.state_NTd for node in batch])
+            if self._leaves is not None:
+                kept, first = self._leaves
+                kept.keep(self._stack, stacked, first + batch[0].low)
             reduced = self._stack.reduce(stacked, self._block, self._extra_metrics, self._full_NTd)
             # leaves of a frontier are neighbours in key order
             self._metric_values[batch[0].low : batch[-1].high] = reduced.view(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from scipy.stats import norm
@@ -40,6 +41,23 @@ _MAX_STEPS = 20
 _SHORTLIST = 64
 _MAX_JOINT = 512  # candidates of a batch: their joint covariance is held in memory
 _MIN_VARIANCE = 1e-14
+
+
+class PredictsSets(Protocol):
+    """What a search needs of a model of sets."""
+
+    def mean(self, queried_MP: BoolArray) -> FloatArray:
+        """Predicted utility, `float64[Q]`."""
+        ...
+
+
+@runtime_checkable
+class PredictsSwaps(Protocol):
+    """A model that predicts all swaps of a set at once."""
+
+    def swap_means(self, mask_P: BoolArray) -> FloatArray:
+        """Predicted utility of every swap of a kept for a dropped player, `float64[kept, dropped]`."""
+        ...
 
 
 def starts(
@@ -70,14 +88,13 @@ def starts(
 
 
 def best_predicted_sets(
-    surrogate: Surrogate, within: Constraint, num_removed: int, starts_MP: BoolArray
+    surrogate: PredictsSets, within: Constraint, num_removed: int, starts_MP: BoolArray
 ) -> BoolArray:
     """The sets of one size with the highest predicted utility, best first, `bool[<=64, P]`.
 
     Exhaustive where at most `MAX_EXHAUSTIVE` sets are within the constraint, else beam search over
     swaps from `starts_MP` (see `starts`). Predictions are those of the acquisition model where
-    there is one: a kernel surrogate predicts all swaps of a set at once
-    (`KernelSurrogate.swap_means`).
+    there is one.
     """
     surrogate = acquisition_model(surrogate) or surrogate
     if within.count(num_removed) <= MAX_EXHAUSTIVE:
@@ -101,13 +118,13 @@ def best_predicted_sets(
 
 
 def _best_swaps(
-    surrogate: Surrogate, mask_P: BoolArray, within: Constraint
+    surrogate: PredictsSets, mask_P: BoolArray, within: Constraint
 ) -> tuple[BoolArray, FloatArray]:
     """The swaps of a set with the highest predicted utilities, and these utilities."""
     near = swap_one(mask_P)
     holds = within.holds(near)
     near = near[holds]
-    if isinstance(surrogate, KernelSurrogate):
+    if isinstance(surrogate, PredictsSwaps):
         return _top(near, surrogate.swap_means(mask_P).ravel()[holds])
     return _top(near, surrogate.mean(near))
 

@@ -74,7 +74,8 @@ class RivalCost:
     masks: int
     tokens: int
     layer_forwards: float
-    """The head of each mask counts as `acquisition.HEAD_COST` layers."""
+    """The head of each mask counts as `acquisition.HEAD_COST` layers; what is measured beside masks
+    counts too."""
     note: str = ""
     """What it took besides scoring masks, or why the rival did not run."""
 
@@ -129,7 +130,8 @@ def _check_start(
     """Start every rival that needs nothing but scores: what one of them refuses is raised here."""
     setting = _setting(config, num_players, max_removed, num_windows)
     for name in config.rivals:
-        if RIVALS[name].needs is None:
+        needs = RIVALS[name].needs
+        if needs is None or not needs.refusal:
             with closing(RIVALS[name].make(setting)) as proposer:
                 next(proposer)
 
@@ -159,14 +161,14 @@ class _Comparing:
         self._calibration, self._heldout = calibration, heldout
         self._players = session.info.num_players
         self._setting = _setting(config, self._players, max_removed, calibration.num_windows)
-        self._measurements: dict[type, Any] = {}
+        self._measurements: dict[str, Any] = {}
 
     def run(self) -> Comparison:
         sets: list[tuple[str, BoolArray, float]] = []
         costs = []
         for name in self._config.rivals:
-            record, note = self._driven(name)
-            costs.append(self._cost(name, record, note))
+            record, note, beside = self._driven(name)
+            costs.append(self._cost(name, record, note, beside))
             found = best_sets(record)
             sets += [(name, *found[r]) for r in sorted(found) if 1 <= r <= self._max_removed]
         given = [s for s in self._config.sets if s.removed]
@@ -201,31 +203,31 @@ class _Comparing:
             masks_read=self._session.masks_read,
         )
 
-    def _driven(self, name: str) -> tuple[list[Answer], str]:
-        """All that a rival scored, and a note on what else it did or why it did not run."""
-        rival, setting, note = RIVALS[name], self._setting, ""
+    def _driven(self, name: str) -> tuple[list[Answer], str, float]:
+        """All that a rival scored, a note on what else it did or why it did not run, and what that
+        took in layer-forwards."""
+        rival, setting, note, beside = RIVALS[name], self._setting, "", 0.0
         if rival.needs is not None:
             measured = self._measured(rival.needs)
-            if measured is None:
-                return [], rival.needs.refusal
-            setting, note = replace(setting, measured=measured), rival.needs.cost
+            if measured is not None:
+                setting, note = replace(setting, measured=measured), rival.needs.cost
+                beside = rival.needs.forwards(self._players)
+            elif rival.needs.refusal:
+                return [], rival.needs.refusal, 0.0
         record = drive(
             rival.make(setting),
             lambda ask: self._score(name, ask),
             setting.budget,
             setting.num_windows,
         )
-        return record, note
+        return record, note, beside
 
     def _measured(self, needs: Measurement) -> Any:
-        """The measurement inside the model, made once; None where the engine cannot make it."""
-        if needs.capability not in self._measurements:
-            self._measurements[needs.capability] = self._session.with_engine(
-                lambda engine: (
-                    needs.measure(engine) if isinstance(engine, needs.capability) else None
-                )
-            )
-        return self._measurements[needs.capability]
+        """The measurement inside the model, made once; None where the engines cannot make it."""
+        if needs.cost not in self._measurements:
+            found = needs.measure(self._session, self._calibration)
+            self._measurements[needs.cost] = found
+        return self._measurements[needs.cost]
 
     def _score(self, stage: str, ask: Ask) -> FloatArray:
         windows = self._calibration
@@ -237,7 +239,7 @@ class _Comparing:
         nll_MN = self._session.score(masks_MP, windows, stage=stage)["nll"].astype(np.float64)
         return np.asarray(nll_MN.sum(axis=1) / windows.num_tokens_N.sum(), dtype=np.float64)
 
-    def _cost(self, name: str, record: Sequence[Answer], note: str) -> RivalCost:
+    def _cost(self, name: str, record: Sequence[Answer], note: str, beside: float) -> RivalCost:
         spent = Spent(self._calibration.num_windows)
         for answer in record:
             spent.add(answer.ask)
@@ -245,7 +247,7 @@ class _Comparing:
             rival=name,
             masks=spent.masks,
             tokens=spent.tokens(self._calibration.lengths_N),
-            layer_forwards=spent.forwards,
+            layer_forwards=spent.forwards + beside,
             note=note,
         )
 

@@ -11,6 +11,7 @@ from lpserve.rivals.proposer import Ask, Proposer, SearchSetting
 from lpserve.rounds.history import CompletedRound
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.settings import RoundSettings
+from lpserve.types import FloatArray
 from lpserve.utility import utility_named
 
 
@@ -33,12 +34,21 @@ def propose(setting: SearchSetting) -> Proposer:
     minimum = settings.minimum_budget()
     if setting.budget < minimum:
         raise InputError(f"budget must be at least {minimum} for lpserve: got {setting.budget}")
-    return ours(settings)
+    return ours(settings, setting.measured)
 
 
-def ours(settings: RoundSettings) -> Proposer:
-    """lpserve's own rounds, as a run plays them: round n is chosen from rounds up to n - 2."""
-    planner = RoundPlanner(settings, utility_named("neg_nll"), np.ones(1, dtype=np.int64))
+def ours(settings: RoundSettings, overlap_PP: FloatArray | None = None) -> Proposer:
+    """lpserve's own rounds, as a run plays them: round n is chosen from rounds up to n - 2.
+
+    Args:
+        overlap_PP: see `lpserve.rounds.history.CompletedRound`.
+    """
+    planner = RoundPlanner(
+        settings,
+        utility_named("neg_nll"),
+        np.ones(1, dtype=np.int64),
+        overlap=overlap_PP is not None,
+    )
     rounds: list[CompletedRound] = []
     last: CompletedRound | None = None
     for index in itertools.count():
@@ -49,4 +59,5 @@ def ours(settings: RoundSettings) -> Proposer:
             rounds.append(last)
         nll_M = yield Ask(asked.all_masks)
         nll_column = nll_M[:, None]  # means, not rounded as a store would round them
-        last = CompletedRound(asked.all_masks, nll_column, nll_column)
+        overlap = overlap_PP if asked.overlap else None
+        last = CompletedRound(asked.all_masks, nll_column, nll_column, overlap)

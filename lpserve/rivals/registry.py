@@ -14,23 +14,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lpserve.engine.base import HasHiddenStates, HasTaylorImportance
+from lpserve.rounds.acquisition import HEAD_COST
 
 if TYPE_CHECKING:
+    from lpserve.data.windows import TokenWindows
     from lpserve.rivals.proposer import Proposer, SearchSetting
+    from lpserve.scoring.session import ScoringSession
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """What an engine measures inside the model for a rival, beside scoring masks."""
+    """What is measured inside the model for a rival, beside scoring masks."""
 
-    capability: type
-    """Protocol of `engine.base`; engines that do not satisfy it cannot measure this."""
-    measure: Callable[[Any], Any]
-    """What is asked of an engine that does."""
+    measure: Callable[[ScoringSession, TokenWindows], Any]
+    """From a session and the calibration windows; None where its engines cannot measure it."""
     cost: str
     """What it takes, in words."""
-    refusal: str
-    """Why the rival did not run where the engine lacks the method."""
+    forwards: Callable[[int], float]
+    """What it takes, in layer-forwards, from the number of players."""
+    refusal: str = ""
+    """Why the rival did not run where it cannot be measured; "": it runs without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +61,37 @@ class Rival:
         return getattr(import_module(f"lpserve.rivals.{module}"), function)(setting)
 
 
+def _of_engine(capability: type, method: str) -> Callable[[ScoringSession, TokenWindows], Any]:
+    """A measurement by a method of an engine in this process, on the windows it was opened with."""
+
+    def measure(session: ScoringSession, _windows: TokenWindows) -> Any:
+        return session.with_engine(
+            lambda engine: getattr(engine, method)() if isinstance(engine, capability) else None
+        )
+
+    return measure
+
+
 HIDDEN_STATES = Measurement(
-    capability=HasHiddenStates,
-    measure=lambda engine: engine.hidden_states(),
+    measure=_of_engine(HasHiddenStates, "hidden_states"),
     cost="one forward pass over the calibration windows",
+    forwards=float,
     refusal="not run: hidden states need engine transformers in this process",
 )
 GRADIENTS = Measurement(
-    capability=HasTaylorImportance,
-    measure=lambda engine: engine.taylor_importance(),
+    measure=_of_engine(HasTaylorImportance, "taylor_importance"),
     cost="one forward and backward pass over the calibration windows",
+    forwards=lambda players: 3.0 * players,  # a backward pass takes twice a forward pass
     refusal="not run: gradients need engine transformers in this process",
+)
+OVERLAP = Measurement(
+    measure=lambda session, windows: session.overlap(windows),
+    cost="the heads of the whole model and of every single layer's drop, once more",
+    forwards=lambda players: HEAD_COST * (players + 1),
 )
 
 RIVALS: dict[str, Rival] = {
-    "lpserve": Rival("this project, --goal plan", "ours:propose", plans_its_budget=True),
+    "lpserve": Rival("this project, --goal plan", "ours:propose", OVERLAP, plans_its_budget=True),
     "random": Rival("uniform sets of every size in turn", "random_sets:propose"),
     "last": Rival("the last layers (arXiv 2411.15558)", "criteria:propose_last"),
     "shortgpt": Rival(

@@ -27,6 +27,9 @@ class Round:
     """Which of them are wanted on all items; the others on the screen alone."""
     promoted_MP: BoolArray
     """Masks that were scored on the screen: now wanted on all items."""
+    overlap: bool = False
+    """Whether the overlap of single players' effects is wanted too: the masks begin with the full
+    one and all that drop one player."""
 
     def __len__(self) -> int:
         """Number of new masks, which the budget counts."""
@@ -52,6 +55,9 @@ class CompletedRound:
     or given up. Of questions, those of the correct answers."""
     loss_MI: NDArray[Any]
     """What every decision reads (`Utility`): NLLs, or losses of another kind."""
+    overlap_PP: FloatArray | None = None
+    """Of the first round: how the effects of single players overlap (`types.Scores.overlap_MM`),
+    nats per token; None where the engines do not measure it."""
 
 
 def latest_scores(rounds: Sequence[CompletedRound]) -> CompletedRound:

@@ -17,6 +17,16 @@ what the path leaves of them is the search's alone, so that greedy's sets are sc
     ...
     later     sets by expected improvement, rankings by value, masks for the values
 
+Where the engines measure how single players' effects overlap (`lpserve.plan.expansion`), no greedy
+path is walked: short lists by expansion reach its sets with a part of its masks.
+
+    round 0   as above, with the overlap
+    round 1   stratified random masks; with goal `plan` a few
+    then      for every r, sets by expansions about the best scored sets, until eight of each size
+              are asked for
+    later     sets by expansion and by expected improvement, as each has earned
+              (`lpserve.rounds.expanding`); rankings and masks for the values with goal `both`
+
 With a screen (`lpserve.rounds.screening`) greedy's sets, rankings and the search's sets are scored
 on a few items first (with goal `plan` everything after round 1), and every round also asks for the
 remaining items of those that may still be the best. Such a promotion is no new mask: the budget
@@ -28,11 +38,13 @@ Notation: M masks, P players, I items.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from lpserve.masks import drop_one, full_mask, keys
 from lpserve.plan.search import MIN_EXPECTED_IMPROVEMENT
+from lpserve.rounds.expanding import CORRECTED, EXPANSION, SEARCH, ExpansionSource, earned_places
 from lpserve.rounds.history import (
     AskedMasks,
     CompletedRound,
@@ -69,6 +81,7 @@ class RoundPlanner:
         *,
         screen: IntArray | None = None,
         model: RoundModel | None = None,
+        overlap: bool = False,
     ) -> None:
         """
         Args:
@@ -76,7 +89,9 @@ class RoundPlanner:
             num_tokens_I: scored tokens of the items (`UtilityView.num_tokens_I`).
             screen: rows of the items that masks may be scored on alone; None: no screening.
             model: what proposes masks from scores; None: surrogates fitted to them.
+            overlap: whether the first round will bring the overlap of single players' effects.
         """
+        self._overlap = overlap and settings.goal != "values"
         self._settings, self._utility, self._num_tokens_I = settings, utility, num_tokens_I
         self._screen = screen
         own_search_fit = utility != SEARCH_UTILITY or screen is not None
@@ -84,6 +99,7 @@ class RoundPlanner:
         self.asked = AskedMasks(settings.num_players)
         self._design = DesignSource(settings)
         self._greedy = GreedySource(settings)
+        self._expansion = ExpansionSource(settings)
         self._stop = StopCheck(settings.stop)
         self._num_proposed = 0
 
@@ -109,12 +125,18 @@ class RoundPlanner:
             rounds: complete rounds 0..index-2 at least; later ones are not read.
         """
         if index < 2:
-            return self._finish(self._first_rounds(index))
+            found = self._finish(self._first_rounds(index))
+            return replace(found, overlap=self._overlap and index == 0)
         known = self._known(rounds[: index - 1])
         fitted = self.model.fit(known)
         goal = self._settings.goal
-        walking = goal != "values" and index < 2 * len(self._settings.plan_sizes)
-        batch = self._begin(index, known, walking=walking)
+        expands = goal != "values" and self._expansion.fit(known, rounds[0].overlap_PP)
+        if expands:
+            walking = self._expansion.begins(self.asked)
+            batch: list[BoolArray] = []
+        else:
+            walking = goal != "values" and index < 2 * len(self._settings.plan_sizes)
+            batch = self._begin(index, known, walking=walking)
         waiting_MP = self._waiting(known)
         if (
             fitted
@@ -127,8 +149,13 @@ class RoundPlanner:
             promoted = self._promotions(known, _PROMOTION_GAIN)
         size = self._size(walking=walking)
         room = size - len(batch)
-        if fitted and room > 0 and goal != "values":
-            batch += self._searched(index, known, room, [*batch, *promoted], walking=walking)
+        if expands and walking:
+            batch += self._expansion.take(self.asked, room, screened=self._screens)
+        elif fitted and room > 0 and goal != "values":
+            earned = rounds[: index - 1] if expands else ()
+            batch += self._searched(
+                index, known, room, [*batch, *promoted], earned, walking=walking
+            )
         batch += self._for_values(index, size - len(batch), batch)
         batch += self._design.take(
             self.asked, size - len(batch), screened=self._screens and goal == "plan"
@@ -153,7 +180,9 @@ class RoundPlanner:
     def _first_rounds(self, index: int) -> list[BoolArray]:
         """Rounds 0 and 1, which depend on no score."""
         if index == 1:
-            return self._design.take(self.asked, self._settings.round_size)
+            few = self._settings.goal == "plan" and self._overlap
+            count = _WALK_SIZE if few else self._settings.round_size
+            return self._design.take(self.asked, min(count, self._settings.round_size))
         full_P = full_mask(self._settings.num_players)
         batch = self.asked.add([full_P], "full") + self.asked.add(drop_one(full_P), "greedy")
         if self._settings.goal != "values":
@@ -197,20 +226,33 @@ class RoundPlanner:
         known: KnownUtilities,
         room: int,
         chosen: Sequence[BoolArray],
+        rounds: Sequence[CompletedRound],
         *,
         walking: bool,
     ) -> list[BoolArray]:
-        """Rankings by value, and sets by expected improvement."""
+        """Rankings by value, sets by expansion, and sets by expected improvement.
+
+        Args:
+            rounds: complete rounds, by which proposers earn their places; none: no expansion.
+        """
         found: list[BoolArray] = []
         if not walking:
             room -= room // _VALUES_SHARE if self._settings.goal == "both" else 0
             share = max(1, room // _RANKING_SHARE)
+            share = 0 if rounds and self._settings.goal == "plan" else share
             found = self.asked.add(
                 self.model.rankings(index), "ranking", max_count=share, screened=self._screens
             )
+        if rounds:
+            places = earned_places(room - len(found), rounds, known, self.sources)
+            screened = self._screens
+            found += self._expansion.take(self.asked, places[EXPANSION], screened=screened)
+            found += self._expansion.corrected(
+                known, self.asked, places[CORRECTED], screened=screened
+            )
         pending_MP = self.asked.pending([*chosen, *found])
         sets_MP = self.model.by_improvement(known, self.asked, room - len(found), pending_MP)
-        return found + self.asked.add(sets_MP, "search", screened=self._screens)
+        return found + self.asked.add(sets_MP, SEARCH, screened=self._screens)
 
     def _for_values(self, index: int, count: int, batch: Sequence[BoolArray]) -> list[BoolArray]:
         picks_MP = self.model.for_values(index, self.asked, count, self.asked.pending(batch))

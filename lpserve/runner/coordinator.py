@@ -40,7 +40,7 @@ from lpserve.scoring.session import POLL_S, ScoringSession
 from lpserve.scoring.tracker import ScoreRequest, ScoreTracker
 from lpserve.scoring.units import GivenUp
 from lpserve.store.run_folder import RunFolder
-from lpserve.types import BoolArray, IntArray, perplexity
+from lpserve.types import BoolArray, FloatArray, IntArray, perplexity
 from lpserve.utility import utility_named
 
 _PROPOSAL_POLL_S = 0.01
@@ -95,7 +95,11 @@ class RunLoop:
         self.settings = round_settings(config, pool.info.num_players)
         self.utility = utility_named(config.utility)
         self.planner = RoundPlanner(
-            self.settings, self.utility, calibration.num_tokens_I, screen=self.screen
+            self.settings,
+            self.utility,
+            calibration.num_tokens_I,
+            screen=self.screen,
+            overlap=pool.info.has_overlap and self.utility.in_nats,
         )
         self.rounds: list[CompletedRound] = []
         """Complete rounds, in order."""
@@ -158,7 +162,7 @@ class RunLoop:
                 self.check_signals()
 
     def _ask(self, asked: Round) -> _Asked:
-        requests = [self.tracker.request(asked.masks_MP, asked.full_M)]
+        requests = [self.tracker.request(asked.masks_MP, asked.full_M, overlap=asked.overlap)]
         if len(asked.promoted_MP):
             requests.append(self.tracker.request(asked.promoted_MP, promoted=True))
         return _Asked(asked, requests)
@@ -167,11 +171,16 @@ class RunLoop:
         """Move rounds that are complete, in order, to `rounds`."""
         while pending and pending[0].complete:
             asked = pending.popleft()
-            self._take(asked.round.all_masks, asked.values)
+            self._take(asked.round.all_masks, asked.values, asked.requests[0].overlap_PP)
             self._show_best(self.rounds[-1])
         self.show()
 
-    def _take(self, masks_MP: BoolArray, values: dict[str, NDArray[np.float32]]) -> None:
+    def _take(
+        self,
+        masks_MP: BoolArray,
+        values: dict[str, NDArray[np.float32]],
+        overlap_PP: FloatArray | None = None,
+    ) -> None:
         """Add a complete round, from its sums `[M, N]`; the first mask of all is the full model."""
         nll_MI = self.calibration.ppl_nll(values)
         loss_MI = nll_MI
@@ -183,7 +192,7 @@ class RunLoop:
             if not np.isfinite([nll_MI[0], loss_MI[0]]).all():
                 what = "the full model's own score is not finite"
                 raise LpserveError(f"{what}: check the model and the dtype")
-        self.rounds.append(CompletedRound(masks_MP, nll_MI, loss_MI))
+        self.rounds.append(CompletedRound(masks_MP, nll_MI, loss_MI, overlap_PP))
 
     def adopt(self, other: RunRecord) -> None:
         """Take the first `budget` masks of another run, with their scores on these windows.
@@ -211,7 +220,10 @@ class RunLoop:
 
     def accept(self, result: UnitResult | GivenUp) -> None:
         self.tracker.accept(result)
-        if isinstance(result, GivenUp):
+        if isinstance(result, GivenUp) and result.unit.overlap:
+            self.folder.event("no overlap", reason=result.reason)
+            self.progress.note(f"sets are searched without short lists: {result.reason}")
+        elif isinstance(result, GivenUp):
             mask = key_text(keys(result.unit.masks_MP)[0], self.settings.num_players)
             self.folder.event("quarantined", mask=mask, reason=result.reason)
             self.progress.note(f"mask {mask} cannot be scored and is left out: {result.reason}")

@@ -40,13 +40,14 @@ from lpserve.plan.sets import ranking_mask
 from lpserve.rounds.history import AskedMasks, CompletedRound, KnownUtilities
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.settings import RoundSettings
-from lpserve.scoring.pace import TARGET_UNIT_S
+from lpserve.scoring.pace import unit_masks
 from lpserve.surrogate import Surrogate
 from lpserve.types import BoolArray, FloatArray
 from lpserve.utility import utility_named
 
 HELDOUT_CANDIDATES = 4
 """Sets of each size that held-out windows check: greedy, ranking, search and the best."""
+_STAND_IN_OVERLAP = 0.1  # of two players' effects, as a part of the root of their losses' product
 _PROPOSALS = 16  # stand-in sets of each size for a round of proposals
 
 
@@ -246,7 +247,10 @@ def sample_rounds(settings: RoundSettings, budget: int) -> list[BoolArray]:
     rng = np.random.default_rng([settings.seed, settings.num_players, 1])
     loss_P = rng.gamma(1.0, 1.0, settings.num_players)
     model = StandInModel(settings, loss_P)
-    planner = RoundPlanner(settings, utility_named("neg_nll"), np.ones(1, np.int64), model=model)
+    planner = RoundPlanner(
+        settings, utility_named("neg_nll"), np.ones(1, np.int64), model=model, overlap=True
+    )
+    overlap_PP = _STAND_IN_OVERLAP * np.sqrt(np.outer(loss_P, loss_P))
     rounds: list[CompletedRound] = []
     asked = 0
     while asked < budget:
@@ -255,7 +259,8 @@ def sample_rounds(settings: RoundSettings, budget: int) -> list[BoolArray]:
             break
         asked += len(masks_MP)
         loss_column = (1.0 + (~masks_MP) @ loss_P)[:, None].astype(np.float32)
-        rounds.append(CompletedRound(masks_MP, loss_column, loss_column))
+        overlap = None if rounds else overlap_PP
+        rounds.append(CompletedRound(masks_MP, loss_column, loss_column, overlap))
     return [done.masks_MP for done in rounds]
 
 
@@ -269,13 +274,13 @@ def split_units(masks_MP: BoolArray, largest: int, engines: int) -> list[BoolArr
 def _unit_masks(
     settings: CostSettings, size: ModelSize, rounds: list[BoolArray], tokens: int
 ) -> int:
-    """Masks in two seconds of one engine at the assumed rate; without a rate a whole round."""
+    """Masks of a unit at the assumed rate; without a rate a whole round."""
     largest = max(len(masks_MP) for masks_MP in rounds)
     if settings.tflops_per_gpu is None:
         return largest
     round_work = _part(rounds, size, tokens, settings.length)
     rate = settings.gpus_per_engine * settings.tflops_per_gpu * 1e12
-    return max(1, min(largest, int(TARGET_UNIT_S * rate * round_work.masks / round_work.flop)))
+    return min(largest, unit_masks(round_work.flop / round_work.masks / rate))
 
 
 def _heldout_masks(settings: RoundSettings) -> BoolArray:

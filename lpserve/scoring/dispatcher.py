@@ -115,6 +115,24 @@ class Dispatcher:
         self._enqueue(unit, first=False)
         self._pump()
 
+    def add_overlap(
+        self,
+        masks_MP: BoolArray,
+        block: WindowBlock,
+        windows: str,
+        extra_metrics: tuple[str, ...] = (),
+    ) -> None:
+        """`add`, with the overlap of the masks' effects: on one engine, before what is queued."""
+        unit = QueuedUnit(
+            masks_MP=masks_MP,
+            block=block,
+            windows=windows,
+            extra_metrics=extra_metrics,
+            overlap=True,
+        )
+        self._enqueue(unit, first=True)
+        self._pump()
+
     @property
     def idle(self) -> bool:
         """Whether nothing is queued and no answer is awaited."""
@@ -217,7 +235,7 @@ class Dispatcher:
             self._masks_waiting -= len(unit.masks_MP)
             if unit.window_slice and unit.window_slice.split.ended:
                 continue
-            if not unit.failures and not unit.window_slice:
+            if not unit.failures and not unit.window_slice and not unit.overlap:
                 unit = self._cut(unit, engine)
             self._copies[unit] = _UnitCopies()
             self._submit(unit, engine)

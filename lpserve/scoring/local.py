@@ -13,7 +13,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine import build_engine
 from lpserve.engine.base import Engine
 from lpserve.errors import EngineError, typed_first_line
-from lpserve.scoring.pool import UnitResult, WorkUnit, still_works
+from lpserve.scoring.pool import UnitResult, WorkUnit, score_on, still_works
 from lpserve.scoring.progress import RunState
 from lpserve.types import EngineSpec, Scores
 
@@ -79,7 +79,7 @@ class LocalPool:
                 self._done.put(self._scored(unit))
 
     def _score(self, unit: WorkUnit) -> Scores:
-        return self._engine.score(unit.masks_MP, unit.windows, unit.extra_metrics)
+        return score_on(self._engine, unit.masks_MP, unit.windows, unit.extra_metrics, unit.overlap)
 
     def _scored(self, unit: WorkUnit) -> UnitResult | EngineError:
         result = UnitResult(unit=unit, scores=None, engine="local")

@@ -70,6 +70,12 @@ def target_unit_s(num_engines: int) -> float:
     return max(TARGET_UNIT_S, ANSWER_S * num_engines)
 
 
+def unit_masks(mask_s: float) -> int:
+    """Masks of a unit where there are many more: `TARGET_UNIT_S` of work, or as many as share most
+    of their prefixes."""
+    return max(1, int(TARGET_UNIT_S / mask_s), min(_SHARED_MASKS, int(_SHARED_S / mask_s)))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnitSize:
     """How much of the queue goes to an engine next."""
@@ -97,7 +103,8 @@ def unit_size(
     if mask_s is None:
         return UnitSize(masks=min(_FIRST_UNIT_MASKS, share), window_parts=1)
     share = max(share, int(MIN_UNIT_S / mask_s))
-    shared = min(_SHARED_MASKS, int(_SHARED_S / mask_s), share if num_engines == 1 else share // 2)
-    masks = max(1, min(max(int(target_s / mask_s), shared), share))
+    alone = int(target_s / mask_s)
+    most = max(alone, min(unit_masks(mask_s), share if num_engines == 1 else share // 2))
+    masks = max(1, min(most, share))
     parts = min(num_engines // masks_waiting, int(mask_s / MIN_UNIT_S))
     return UnitSize(masks=masks, window_parts=max(1, parts))

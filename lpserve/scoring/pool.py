@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.base import Engine
+from lpserve.engine.base import Engine, HasOverlap
 from lpserve.scoring.progress import RunState
 from lpserve.store.blocks import WindowBlock
 from lpserve.types import BoolArray, EngineInfo, Scores
@@ -36,6 +36,9 @@ class WorkUnit:
     """Hash under which the engines know the windows."""
     extra_metrics: tuple[str, ...] = ()
     """Metrics beside the NLL."""
+    overlap: bool = False
+    """Whether the overlap of the masks' effects is measured (`types.Scores.overlap_MM`): such a unit
+    stays whole, and its masks in their order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +56,20 @@ class UnitResult:
     a node left."""
     lost: bool = False
     """Whether the engine was lost while it worked on the unit."""
+
+
+def score_on(
+    engine: Engine,
+    masks_MP: BoolArray,
+    windows: str,
+    extra_metrics: tuple[str, ...],
+    overlap: bool,
+) -> Scores:
+    """What an engine gives for a unit of these masks; see `WorkUnit`."""
+    if not overlap:
+        return engine.score(masks_MP, windows, extra_metrics)
+    assert isinstance(engine, HasOverlap)
+    return engine.score_overlap(masks_MP, windows, extra_metrics)
 
 
 def still_works(engine: Engine, windows: str) -> bool:

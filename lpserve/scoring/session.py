@@ -24,18 +24,18 @@ from lpserve.config import EngineConfig
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine, check_extra_metrics
 from lpserve.errors import EngineError, InputError, LpserveError, RunInterrupted
-from lpserve.masks import key_text, keys, sort_distinct
+from lpserve.masks import drop_one, key_text, keys, sort_distinct
 from lpserve.scoring.dispatcher import Dispatcher
 from lpserve.scoring.local import LocalPool
 from lpserve.scoring.open import engine_notes, engine_spec, open_pool
 from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.signals import Signals, trap_signals
-from lpserve.scoring.tracker import ScoreTracker
+from lpserve.scoring.tracker import ScoreRequest, ScoreTracker
 from lpserve.scoring.units import GivenUp
 from lpserve.store.blocks import WindowBlock
 from lpserve.store.store import Store
-from lpserve.types import BoolArray, EngineInfo, Work
+from lpserve.types import BoolArray, EngineInfo, FloatArray, Work
 
 POLL_S = 0.2
 """Seconds to wait for a result before progress and signals are looked at again."""
@@ -219,24 +219,39 @@ class ScoringSession:
             InputError: the engine has no such metric, or the windows do not fit the model.
             RunInterrupted: a signal came; what was scored is kept.
         """
+        distinct_MP, inverse_M = sort_distinct(masks_MP)
+        request = self._scored(distinct_MP, windows, extra_metrics, stage)
+        return {metric: values_MN[inverse_M] for metric, values_MN in request.values.items()}
+
+    def _scored(
+        self,
+        masks_MP: BoolArray,
+        windows: TokenWindows,
+        extra_metrics: tuple[str, ...],
+        stage: str,
+        *,
+        overlap: bool = False,
+    ) -> ScoreRequest:
+        """A complete request of distinct masks; see `score` and `ScoreTracker.request`."""
         check_extra_metrics(self.info, extra_metrics)
         if self.compares:
             self.check_same_scores(windows)
-        distinct_MP, inverse_M = sort_distinct(masks_MP)
         tracker = ScoreTracker(
             self.store, self.game, windows, self.dispatcher, extra_metrics=extra_metrics
         )
 
         def accept(result: UnitResult | GivenUp) -> None:
             tracker.accept(result)
-            if isinstance(result, GivenUp):
+            if isinstance(result, GivenUp) and result.unit.overlap:
+                self.progress.note(f"the overlap of single layers is not known: {result.reason}")
+            elif isinstance(result, GivenUp):
                 mask = key_text(keys(result.unit.masks_MP)[0], self.info.num_players)
                 self.progress.note(f"mask {mask} cannot be scored: {result.reason}")
             elif result.scores is not None:
                 self.progress.state.work += result.scores.work
 
-        self.progress.begin(stage, len(distinct_MP))
-        request = tracker.request(distinct_MP)
+        self.progress.begin(stage, len(masks_MP))
+        request = tracker.request(masks_MP, overlap=overlap)
         while not request.complete:
             self.drain(POLL_S, accept)
             self._show(tracker)
@@ -244,7 +259,16 @@ class ScoringSession:
         self._show(tracker)
         self.masks_scored += tracker.scored - tracker.reused
         self.masks_read += tracker.reused
-        return {metric: values_MN[inverse_M] for metric, values_MN in request.values.items()}
+        return request
+
+    def overlap(self, windows: TokenWindows) -> FloatArray | None:
+        """How the effects of single players overlap on windows, nats per token, `float64[P, P]`
+        (`types.Scores.overlap_MM`); None where the engines do not measure it, or cannot."""
+        if not self.info.has_overlap:
+            return None
+        full_P = np.ones(self.info.num_players, dtype=bool)
+        masks_MP = np.concatenate([full_P[None], drop_one(full_P)])
+        return self._scored(masks_MP, windows, (), "single layers", overlap=True).overlap_PP
 
     def compare_first(self) -> None:
         """Have the whole model's loss compared before anything else is scored, if the store holds

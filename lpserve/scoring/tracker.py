@@ -21,7 +21,7 @@ from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.units import GivenUp
 from lpserve.store.blocks import WindowBlock
 from lpserve.store.store import Store
-from lpserve.types import BoolArray, IntArray
+from lpserve.types import BoolArray, FloatArray, IntArray
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +36,9 @@ class ScoreRequest:
     """Metric -> which of these the store held before, `bool[M, N]`."""
     missing: int = 0
     """Masks that lack a score that was asked for, and are not given up."""
+    overlap_PP: FloatArray | None = None
+    """How the effects of single players overlap, nats per token (`types.Scores.overlap_MM`); None
+    where it was not asked for or could not be had."""
 
     @property
     def nll_MN(self) -> NDArray[np.float32]:
@@ -101,6 +104,10 @@ class ScoreTracker:
             block.id: dispatcher.register(windows.select(block.rows)) for block in self._blocks
         }
         self._open: dict[bytes, _OpenMask] = {}
+        self._singles: ScoreRequest | None = None
+        """The request that waits for an overlap."""
+        self.overlap_failed = ""
+        """Why there is no overlap, if it was asked for and could not be had."""
         blocks = {block.id for block in self._blocks}
         self._bad = {
             held: reason for held, reason in store.quarantined(game).items() if held[0] in blocks
@@ -130,7 +137,12 @@ class ScoreTracker:
         self._columns[_block_key(block)] = positions, rows
 
     def request(
-        self, masks_MP: BoolArray, full_M: BoolArray | None = None, *, promoted: bool = False
+        self,
+        masks_MP: BoolArray,
+        full_M: BoolArray | None = None,
+        *,
+        promoted: bool = False,
+        overlap: bool = False,
     ) -> ScoreRequest:
         """Read what the store holds of these masks and queue the rest for the engines.
 
@@ -142,6 +154,9 @@ class ScoreTracker:
             full_M: bool [M], which masks are wanted on all windows, the others on the screen;
                 None: all of them.
             promoted: they are already counted, when scored on the screen; do not count them twice.
+            overlap: the full mask and all that drop one player come first, in the players' order,
+                and the overlap of their effects is wanted too. It is measured with their scores, or
+                again where the store holds these alone.
         """
         full_M = np.ones(len(masks_MP), dtype=bool) if full_M is None else full_M
         request = ScoreRequest(masks_MP=masks_MP, values={}, known={})
@@ -154,10 +169,12 @@ class ScoreTracker:
         mask_keys = keys(masks_MP)
         left_M = np.zeros(len(masks_MP), dtype=np.int64)
         wanted: list[tuple[int, list[int]]] = []
+        together = self._without_overlap() if overlap else set()
         for index, block in enumerate(self._blocks):
             rows = []
             wanted_M = full_M | (block.id in self._screened_blocks)
             unknown_M = ~known_MN[:, block.rows].all(axis=1)
+            unknown_M[: 1 + masks_MP.shape[1]] |= block.id in together
             for row in np.flatnonzero(wanted_M & unknown_M).tolist():
                 reason = self._bad.get((block.id, mask_keys[row]))
                 if reason is None:
@@ -174,17 +191,53 @@ class ScoreTracker:
             complete = sum(mask_keys[row] not in self.quarantined for row in known)
             self.reused += complete
             self.scored += complete
+        if overlap:
+            self._singles = request
         for index, rows in wanted:
             if rows:
-                block = self._blocks[index]
-                self._count_windows(0, len(rows) * len(block.rows))
-                windows = self._block_windows[block.id]
-                self._dispatcher.add(masks_MP[rows], block, windows, self._extra_metrics)
+                self._submit(self._blocks[index], masks_MP, rows, together)
+        self._note_overlap()
         return request
+
+    def _submit(
+        self, block: WindowBlock, masks_MP: BoolArray, rows: list[int], together: set[int]
+    ) -> None:
+        """Queue masks on a block; on those of `together` the single players' as one unit."""
+        self._count_windows(0, len(rows) * len(block.rows))
+        where = block, self._block_windows[block.id], self._extra_metrics
+        singles = 1 + masks_MP.shape[1]
+        if block.id in together and rows[:singles] == list(range(singles)):
+            self._dispatcher.add_overlap(masks_MP[:singles], *where)
+            rows = rows[singles:]
+        if rows:
+            self._dispatcher.add(masks_MP[rows], *where)
+
+    def _without_overlap(self) -> set[int]:
+        """Blocks of which the store holds no overlap."""
+        held = ((b.id, self._store.get_overlap(self._game, b.id)) for b in self._blocks)
+        return {block for block, overlap_PP in held if overlap_PP is None}
+
+    def _note_overlap(self) -> None:
+        """Give the overlap to the request that asked for it, once every block has its part."""
+        if self._singles is None:
+            return
+        parts = [self._store.get_overlap(self._game, block.id) for block in self._blocks]
+        found = [part for part in parts if part is not None]
+        if len(found) == len(parts):
+            rows = np.concatenate([block.rows for block in self._blocks])
+            self._singles.overlap_PP = sum(found, np.zeros(())) / (
+                self._windows.num_tokens_N[rows].sum()
+            )
+            self._singles = None
 
     def accept(self, result: UnitResult | GivenUp) -> None:
         """Commit a result of the dispatcher to the store, then count it."""
         unit = result.unit
+        if isinstance(result, GivenUp) and unit.overlap:
+            self.overlap_failed = result.reason
+            where = unit.block, unit.windows, unit.extra_metrics
+            self._dispatcher.add(unit.masks_MP, *where)
+            return
         self._count_windows(len(unit.masks_MP) * len(unit.block.rows), 0)
         if isinstance(result, GivenUp):
             self._store.quarantine(self._game, unit.block, unit.masks_MP[0], result.reason)
@@ -204,6 +257,13 @@ class ScoreTracker:
                 request, row = self._open[key].request, self._open[key].row
                 new = ~request.known[metric][row, rows]  # the older score counts
                 request.values[metric][row, rows[new]] = value_N[positions[new]]
+        if result.scores.overlap_MM is not None:
+            overlap_PP = result.scores.overlap_MM[1:, 1:]
+            if np.isfinite(overlap_PP).all():
+                self._store.put_overlap(self._game, unit.block.id, overlap_PP)
+            else:
+                self.overlap_failed = "it is not finite"
+            self._note_overlap()
         for key in mask_keys:
             self._one_block_less(key)
 

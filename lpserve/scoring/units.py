@@ -21,7 +21,8 @@ from lpserve.types import FloatArray, Scores, Work
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GivenUp:
-    """A mask that no engine could score: alone in its unit it failed twice."""
+    """A mask that no engine could score: alone in its unit it failed twice. Or masks whose overlap
+    none could measure."""
 
     unit: WorkUnit
     reason: str
@@ -75,7 +76,7 @@ def after_failure(
     failures, places = unit.failures + len(failed_at), unit.failed_at.union(failed_at)
     if not failed_at or failures < 2:
         return [replace(unit, failures=failures, failed_at=places)]
-    if len(unit.masks_MP) == 1:
+    if len(unit.masks_MP) == 1 or unit.overlap:
         if unit.window_slice:  # the mask is given up on all its windows
             unit.window_slice.split.ended = True
             unit = unit.window_slice.split.unit

@@ -36,6 +36,12 @@ CREATE TABLE quarantine (
   reason TEXT NOT NULL, PRIMARY KEY (game, block, metric, mask)) WITHOUT ROWID;
 """
 _STATEMENTS = _SCHEMA.strip().removesuffix(";").split(";\n")
+OVERLAP_TABLE = """CREATE TABLE overlaps (
+  game INTEGER NOT NULL, block INTEGER NOT NULL, value BLOB NOT NULL, crc INTEGER NOT NULL,
+  PRIMARY KEY (game, block)) WITHOUT ROWID"""
+"""Overlaps of the effects of single players; made when the first is stored."""
+OVERLAP = "overlap"
+"""What stands for a metric in the checksum of an overlap."""
 
 
 def connect_sqlite(path: Path, mode: str) -> sqlite3.Connection:
@@ -124,12 +130,18 @@ def _problem(db: sqlite3.Connection) -> str | None:
     if version != SCHEMA_VERSION:
         return f"has format {version}, and this lpserve reads {SCHEMA_VERSION}"
     # the lease comes with the first opening on a shared path
-    if tables not in (_STATEMENTS, [*_STATEMENTS, LEASE_TABLE]):
+    fixed, later = tables[: len(_STATEMENTS)], tables[len(_STATEMENTS) :]
+    known = {LEASE_TABLE, OVERLAP_TABLE}
+    if fixed != _STATEMENTS or len(later) > len(set(later)) or not known.issuperset(later):
         return "is corrupt (its tables are not those of a store)"
     # SQLite checks its structure, not what the cells hold
     for *score, crc in db.execute("SELECT game, block, metric, mask, value, crc FROM scores"):
         if checksum(*score) != crc:
             return "is corrupt (a score does not match its checksum)"
+    if OVERLAP_TABLE in later:
+        for game, block, value, crc in db.execute("SELECT * FROM overlaps"):
+            if checksum(game, block, OVERLAP, b"", value) != crc:
+                return "is corrupt (an overlap does not match its checksum)"
     for content_hash, description in db.execute("SELECT hash, description FROM games"):
         if game_of(description).content_hash != content_hash:
             return "is corrupt (a game does not match its hash)"

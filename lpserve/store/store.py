@@ -10,6 +10,7 @@ Notation: M masks, N windows, P players.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.masks import keys
 from lpserve.store.blocks import KEYS_PER_QUERY, StoredWindows, WindowBlock, WindowBlocks
 from lpserve.store.connection import StoreConnection
-from lpserve.store.schema import checksum, description_of, game_of
+from lpserve.store.schema import OVERLAP, OVERLAP_TABLE, checksum, description_of, game_of
 from lpserve.types import BoolArray, FloatArray, Game
 
 
@@ -171,7 +172,7 @@ class Store:
         nll_MN = np.full((len(row_of), len(ids)), np.nan, dtype=np.float32)
         known_MN = np.zeros(nll_MN.shape, dtype=bool)
         for held in self._blocks.holding(ids):
-            for key, value in self._rows(game, held.block, metric, list(row_of)):
+            for key, value in _rows(self._file, game, held.block, metric, list(row_of)):
                 value_N = np.frombuffer(value, dtype="<f4")
                 if len(value_N) != held.size:
                     raise self._file.refused(
@@ -203,6 +204,32 @@ class Store:
         """Scores held, over all games, blocks and metrics."""
         with self._file.translated():
             return int(self._file.db.execute("SELECT COUNT(*) FROM scores").fetchone()[0])
+
+    # -- overlaps ------------------------------------------------------------------------------
+
+    def put_overlap(self, game: int, block: int, overlap_PP: FloatArray) -> None:
+        """Commit how the effects of single players overlap on a block, nats summed over its
+        positions (`types.Scores.overlap_MM`); of two the first is kept."""
+        value = overlap_PP.astype("<f8").tobytes()
+        row = (game, block, value, checksum(game, block, OVERLAP, b"", value))
+        with self._file.transaction():
+            self._file.db.execute(
+                OVERLAP_TABLE.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS")
+            )
+            self._file.db.execute("INSERT OR IGNORE INTO overlaps VALUES (?, ?, ?, ?)", row)
+
+    def get_overlap(self, game: int, block: int) -> FloatArray | None:
+        """What `put_overlap` stored, `float64[P, P]`; None where it did not."""
+        query = "SELECT value FROM overlaps WHERE game = ? AND block = ?"
+        with self._file.translated():
+            named = "SELECT 1 FROM sqlite_master WHERE name = 'overlaps'"
+            if self._file.db.execute(named).fetchone() is None:
+                return None
+            found = self._file.db.execute(query, (game, block)).fetchone()
+        if found is None:
+            return None
+        flat = np.frombuffer(found[0], dtype="<f8")
+        return flat.reshape(math.isqrt(len(flat)), -1)
 
     # -- quarantine ----------------------------------------------------------------------------
 
@@ -246,7 +273,7 @@ class Store:
         row_of = {key: row for row, key in enumerate(values)}
         for older in self._blocks.holding(ids):
             if older.block < block:
-                for key, _ in self._rows(game, older.block, metric, list(values)):
+                for key, _ in _rows(self._file, game, older.block, metric, list(values)):
                     first_MN[row_of[key], older.columns] = False
         return StoredScores(
             game=name,
@@ -257,16 +284,17 @@ class Store:
             windows=StoredWindows(hashes, np.array(num_tokens, dtype=np.int64)),
         )
 
-    def _rows(
-        self, game: int, block: int, metric: str, mask_keys: list[bytes]
-    ) -> Iterator[tuple[bytes, bytes]]:
-        """(mask key, stored values) of those masks that have a row."""
-        for start in range(0, len(mask_keys), KEYS_PER_QUERY):
-            part = mask_keys[start : start + KEYS_PER_QUERY]
-            marks = ",".join("?" * len(part))
-            with self._file.translated():
-                yield from self._file.db.execute(
-                    "SELECT mask, value FROM scores WHERE game = ? AND block = ? AND metric = ? "
-                    f"AND mask IN ({marks})",
-                    (game, block, metric, *part),
-                ).fetchall()
+
+def _rows(
+    file: StoreConnection, game: int, block: int, metric: str, mask_keys: list[bytes]
+) -> Iterator[tuple[bytes, bytes]]:
+    """(mask key, stored values) of those masks that have a row."""
+    for start in range(0, len(mask_keys), KEYS_PER_QUERY):
+        part = mask_keys[start : start + KEYS_PER_QUERY]
+        marks = ",".join("?" * len(part))
+        with file.translated():
+            yield from file.db.execute(
+                "SELECT mask, value FROM scores WHERE game = ? AND block = ? AND metric = ? "
+                f"AND mask IN ({marks})",
+                (game, block, metric, *part),
+            ).fetchall()

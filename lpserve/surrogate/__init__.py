@@ -59,7 +59,7 @@ def kernel_of(surrogate: Predictor) -> KernelSurrogate | None:
     return best if isinstance(best, KernelSurrogate) else None
 
 
-def acquisition_model(surrogate: Predictor) -> KernelSurrogate | None:
+def acquisition_model(surrogate: object) -> KernelSurrogate | None:
     """The kernel surrogate that acquisition uses: itself; for `auto` its best kernel, even if
     another model predicts; else None."""
     best = surrogate.best_kernel if isinstance(surrogate, AutoSurrogate) else surrogate

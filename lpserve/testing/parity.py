@@ -88,6 +88,18 @@ def metrics_by_hand(
     )
 
 
+def overlap_by_hand(folder: Path, masks: np.ndarray, windows: lpserve.TokenWindows) -> np.ndarray:
+    """`types.Scores.overlap_MM` from whole logits in float64: at every scored target the covariance
+    matrix of p, explicitly, between the changes of two masks."""
+    model = reference_model(folder)
+    scored = torch.from_numpy(windows.scored_NT[:, 1:])
+    logits = [logits_of(with_layers_deleted(model, mask), windows)[scored] for mask in masks]
+    p = logits[0].softmax(-1)
+    covariance = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    changes = torch.stack([each - logits[0] for each in logits])
+    return torch.einsum("itv,tvw,jtw->ij", changes, covariance, changes).numpy()
+
+
 def _gap(logits: torch.Tensor, place: int) -> torch.Tensor:
     """From each `place`-th highest logit to the next."""
     highest = logits.topk(place + 1, dim=-1).values

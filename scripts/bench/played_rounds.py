@@ -21,6 +21,7 @@ def played_rounds(
     budget: int,
     *,
     screen: IntArray | None = None,
+    overlap_PP: np.ndarray | None = None,
 ) -> Iterator[Round]:
     """One round after another, cut where the budget ends.
 
@@ -29,8 +30,11 @@ def played_rounds(
     Args:
         nll_of: masks -> `float32[M, N]`, nats.
         utility, num_tokens_N, screen: see `RoundPlanner`.
+        overlap_PP: see `CompletedRound`.
     """
-    planner = RoundPlanner(settings, utility, num_tokens_N, screen=screen)
+    planner = RoundPlanner(
+        settings, utility, num_tokens_N, screen=screen, overlap=overlap_PP is not None
+    )
     rounds: list[CompletedRound] = []
 
     def score(asked: Round) -> None:
@@ -39,7 +43,8 @@ def played_rounds(
             others_N = ~np.isin(np.arange(nll_MN.shape[1]), screen)
             screened = np.flatnonzero(~asked.full_M)
             nll_MN[np.ix_(screened, np.flatnonzero(others_N))] = np.nan
-        rounds.append(CompletedRound(asked.all_masks, nll_MN, nll_MN))
+        overlap = None if rounds else overlap_PP
+        rounds.append(CompletedRound(asked.all_masks, nll_MN, nll_MN, overlap))
 
     index, left, last = 0, budget, None
     while left:

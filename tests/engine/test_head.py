@@ -22,6 +22,7 @@ from lpserve.testing.parity import (
     TOP,
     edge_masks,
     metrics_by_hand,
+    overlap_by_hand,
     some_windows,
 )
 from lpserve.testing.reference import relative
@@ -69,6 +70,36 @@ def test_targets_are_worked_on_in_chunks_of_bounded_memory(model_dir, rng):
         assert difference < TOLERANCE * max(1.0, whole.of(name).max())
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 500, "state_budget_mb": 0.3}])
+def test_the_overlap_of_effects_is_their_covariance_by_the_first_masks_predictions(
+    family, options, model_dir, rng
+):
+    """With a budget of a few windows' states, and masks in no order; 1e-5 as for the NLL."""
+    folder, windows = model_dir(family), some_windows(rng, num=5)
+    masks = rng.permutation(np.unique(rng.random((9, NUM_LAYERS)) < 0.6, axis=0))
+    expected = overlap_by_hand(folder, masks, windows)
+    with lpserve.open_engine(folder, windows, **options) as engine:
+        assert engine.info.has_overlap
+        scores = cast("Any", engine).score_overlap(masks)
+        plain = engine.score(masks)
+        targets: list[int] = []
+        head = cast("Any", engine)._scorer.stack._reducer
+        head._chunk_bytes = 97 * 8 * 3 * 7 * len(masks)  # seven targets of all masks
+        original = head._vocabulary.logits
+        head._vocabulary = LocalVocabulary(
+            lambda rows: targets.append(len(rows) / len(masks)) or original(rows)
+        )
+        chunked = cast("Any", engine).score_overlap(masks)
+    assert relative(scores.nll_MN, plain.nll_MN) < TOLERANCE
+    assert plain.overlap_MM is None
+    assert scores.work.layer_forwards == plain.work.layer_forwards
+    assert np.abs(expected).max() > 1.0
+    for found in (scores, chunked):
+        assert np.abs(found.overlap_MM - expected).max() < TOLERANCE * np.abs(expected).max()
+    assert sum(n for n in targets if n == 7) > 0.5 * windows.num_tokens_N.sum()
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("path", ["scoring", "requests"])
 def test_vllm_gives_the_same_metrics(path, model_dir, rng):
@@ -82,8 +113,13 @@ def test_vllm_gives_the_same_metrics(path, model_dir, rng):
                 engine.score(masks, extra_metrics=("kl",))
             misses = engine.score(masks, extra_metrics=("misses",)).of("misses")
             assert (np.abs(misses - expected["misses"]) <= doubt["misses"]).all()
+            with pytest.raises(InputError, match="cannot be had by requests"):
+                cast("Any", engine).score_overlap(masks)
             return
         scores = engine.score(masks, extra_metrics=tuple(expected))
+        overlap = cast("Any", engine).score_overlap(masks).overlap_MM
+    wanted = overlap_by_hand(folder, masks, windows)
+    assert np.abs(overlap - wanted).max() < TOLERANCE * np.abs(wanted).max()
     assert (np.abs(scores.of("misses") - expected["misses"]) <= doubt["misses"]).all()
     for name in ("kl", f"kl_top{TOP}"):
         bound_MN = TOLERANCE * expected[name].max() + doubt[name]

@@ -152,3 +152,37 @@ def test_slow_masks_are_scored_together_so_that_they_share_prefixes(rng):
     sizes = [len(r.unit.masks_MP) for r in results if isinstance(r, UnitResult)]
     assert np.median(sizes[:-20]) > 10
     assert pool.now < 1.15 * 400 * 2.0 / pool.speed
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_masks_whose_overlap_is_wanted_stay_together_and_in_order(dies, rng):
+    chosen = setting(rng, engines=3, masks=200, mask_s=0.5, restart_s=1.0)
+
+    class Pool(SimulatedPool):
+        def _begin(self, engine) -> None:
+            super()._begin(engine)
+            if dies and engine.tasks[0].unit.overlap:
+                engine.hangs = True
+                self._at(self.now + 0.01, "end", engine, engine.life)
+
+        def _end(self, engine, life) -> None:
+            if life == engine.life:
+                self._lose(engine)
+
+    pool = Pool(chosen)
+    dispatcher = Dispatcher(pool, clock=lambda: pool.now)
+    windows = dispatcher.register(TokenWindows.from_tokens(np.zeros((4, 128), dtype=np.int64)))
+    masks_MP = rng.permutation(np.concatenate(list(distinct_masks(chosen.masks))))
+    block = WindowBlock(id=0, rows=np.arange(4))
+    dispatcher.add(masks_MP[40:], block, windows)
+    dispatcher.add_overlap(masks_MP[:40], block, windows)
+    found = []
+    while not dispatcher.idle:
+        found += filter(None, [dispatcher.next(0.0)])
+    (unit,) = [result for result in found if result.unit.overlap]
+    assert isinstance(unit, GivenUp) == dies
+    assert (unit.unit.masks_MP == masks_MP[:40]).all()
+    others = [
+        key for result in found if not result.unit.overlap for key in keys(result.unit.masks_MP)
+    ]
+    assert Counter(others) == Counter(keys(masks_MP[40:]))

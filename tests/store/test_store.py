@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +145,29 @@ def test_scores_of_another_shape_are_refused(tmp_path, rng):
         assert store.count() == 0
 
 
+# -- overlaps --------------------------------------------------------------------------------------
+
+
+def test_overlaps_are_kept_as_they_are_and_the_first_counts(tmp_path, rng):
+    first_PP, second_PP = rng.normal(size=(2, 5, 5))
+    with Store(tmp_path / "a") as store:
+        block, other = store.blocks_for(drawn_windows(rng, 70))
+        assert store.get_overlap(1, block.id) is None
+        store.put_overlap(1, block.id, first_PP)
+        store.put_overlap(1, block.id, second_PP)
+        store.put_overlap(2, block.id, second_PP)
+    with Store(tmp_path / "a") as store:
+        for game, expected_PP in ((1, first_PP), (2, second_PP)):
+            found_PP = store.get_overlap(game, block.id)
+            assert found_PP is not None
+            assert (found_PP == expected_PP).all()
+        assert store.get_overlap(1, other.id) is None
+    with closing(sqlite3.connect(tmp_path / "a")) as db, db:
+        db.execute("UPDATE overlaps SET value = zeroblob(200) WHERE game = 2")
+    with pytest.raises(StoreCorruptError, match="an overlap does not match its checksum"):
+        Store(tmp_path / "a")
+
+
 # -- blocks ----------------------------------------------------------------------------------------
 
 
@@ -166,7 +189,7 @@ def test_blocks_of_long_windows_hold_few_of_them(tmp_path, rng):
     with Store(tmp_path / "a") as store:
         blocks = store.blocks_for(windows)
         assert [len(b.rows) for b in blocks] == [16, 16, 8]
-        assert 16 * 2048 == MAX_BLOCK_TOKENS
+        assert MAX_BLOCK_TOKENS == 16 * 2048
         longer = TokenWindows.from_tokens(rng.integers(0, 50, (2, MAX_BLOCK_TOKENS + 9)))
         assert [len(b.rows) for b in store.blocks_for(longer)] == [1, 1]
 

@@ -102,6 +102,7 @@ class TransformersEngine:
             noise_nll=self._scorer.batch_noise(self._default) if settings.pack_states else 0.0,
             vocab_size=stack.vocab_size,
             metrics=METRICS,
+            has_overlap=True,
             versions={"torch": torch.__version__, "transformers": transformers.__version__},
             settings={
                 "state_budget_bytes": settings.state_budget_bytes,
@@ -129,6 +130,16 @@ class TransformersEngine:
         extra_metrics = check_extra_metrics(self.info, extra_metrics)
         metric_values, work = self._scorer.score(masks_MP, key, extra_metrics)
         return scores_of(metric_values, extra_metrics, self._scorer.num_tokens(key), work)
+
+    def score_overlap(
+        self, masks_MP: BoolArray, windows: str | None = None, extra_metrics: Sequence[str] = ()
+    ) -> Scores:
+        """See `lpserve.engine.base.HasOverlap`."""
+        key = self._default if windows is None else windows
+        masks_MP = check_masks(masks_MP, self.info.num_players)
+        names = check_extra_metrics(self.info, extra_metrics)
+        metric_values, work, overlap_MM = self._scorer.score_overlap(masks_MP, key, names)
+        return scores_of(metric_values, names, self._scorer.num_tokens(key), work, overlap_MM)
 
     def hidden_states(self, windows: str | None = None) -> HiddenStates:
         """Block influence and angular distances in the full model, on registered windows."""

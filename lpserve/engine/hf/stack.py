@@ -135,6 +135,12 @@ class RecordedStack:
     ) -> torch.Tensor:
         return self._reducer.reduce(batch, block, extra_metrics, full_NTd)
 
+    def before_head(self, batch: torch.Tensor, block: TokenWindows) -> torch.Tensor:
+        return self._reducer.before(batch, block)
+
+    def overlap(self, rows_Mn: torch.Tensor, reference: int) -> torch.Tensor:
+        return self._reducer.overlap(rows_Mn, reference)
+
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
         """`[n, V]`: the model's own forward pass on n texts of one token each, whose last layer
         returns the given states."""

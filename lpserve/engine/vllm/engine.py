@@ -111,6 +111,7 @@ class VllmEngine:
             device=first["device"],
             vocab_size=first["vocab_size"],
             metrics=self._metrics(),
+            has_overlap=self.path == "scoring",
             versions={
                 "torch": torch.__version__,
                 "vllm": vllm.__version__,
@@ -167,6 +168,18 @@ class VllmEngine:
         score = self._ranks.score_by_stack if scoring else self._ranks.score_by_requests
         metric_values, work = score(masks_MP, self._windows[key], extra_metrics)
         return scores_of(metric_values, extra_metrics, self._windows[key].num_tokens_N, work)
+
+    def score_overlap(
+        self, masks_MP: BoolArray, windows: str | None = None, extra_metrics: Sequence[str] = ()
+    ) -> Scores:
+        """See `lpserve.engine.base.HasOverlap`; the scoring path alone has it."""
+        if not self.info.has_overlap:
+            raise InputError("overlaps cannot be had by requests, which show no logits")
+        registered = self._windows[self._default if windows is None else windows]
+        masks_MP = check_masks(masks_MP, self._num_players)
+        names = check_extra_metrics(self.info, extra_metrics)
+        metric_values, work, overlap_MM = self._ranks.score_overlap(masks_MP, registered, names)
+        return scores_of(metric_values, names, registered.num_tokens_N, work, overlap_MM)
 
     def score_by_requests(
         self, masks_MP: BoolArray, windows: TokenWindows, extra_metrics: Sequence[str] = ()

@@ -77,14 +77,26 @@ class Ranks:
         self, masks_MP: BoolArray, windows: TokenWindows, extra_metrics: Sequence[str] = ()
     ) -> tuple[FloatArray, Work]:
         """Metrics `float64[M, N, C]` by the trie executor inside the workers, and the work."""
-        replies = self.call(
-            "lpserve_score",
-            windows.content_hash,
-            masks_MP.tobytes(),
-            len(masks_MP),
-            list(extra_metrics),
-        )
-        # the last pipeline stage reduces; its tensor-parallel ranks must agree
+        return self._agreed(self._ask("lpserve_score", masks_MP, windows, extra_metrics))
+
+    def score_overlap(
+        self, masks_MP: BoolArray, windows: TokenWindows, extra_metrics: Sequence[str] = ()
+    ) -> tuple[FloatArray, Work, FloatArray]:
+        """`score_by_stack`, with the overlap of the masks' effects (`types.Scores.overlap_MM`)."""
+        replies = self._ask("lpserve_overlap", masks_MP, windows, extra_metrics)
+        metric_values, work = self._agreed(replies)
+        overlap_MM = np.frombuffer(replies[-1]["overlap"]).reshape(len(masks_MP), -1)
+        return metric_values, work, overlap_MM.copy()
+
+    def _ask(
+        self, method: str, masks_MP: BoolArray, windows: TokenWindows, extra_metrics: Sequence[str]
+    ) -> list[Any]:
+        masks = masks_MP.tobytes(), len(masks_MP)
+        return self.call(method, windows.content_hash, *masks, list(extra_metrics))
+
+    def _agreed(self, replies: list[Any]) -> tuple[FloatArray, Work]:
+        """What the last pipeline stage gives, whose tensor-parallel ranks must agree, and the work
+        of all stages."""
         per_stage = len(replies) // self.num_stages
         arrays = [np.frombuffer(r["values"]).reshape(r["shape"]) for r in replies[-per_stage:]]
         if any(not np.array_equal(array, arrays[0], equal_nan=True) for array in arrays):

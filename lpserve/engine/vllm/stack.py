@@ -150,6 +150,12 @@ class VllmStack:
         full = None if full_NTd is None else self._final(full_NTd)
         return self._head.reduce(self._final(batch), block, extra_metrics, full)
 
+    def before_head(self, batch: torch.Tensor, block: TokenWindows) -> torch.Tensor:
+        return self._head.before(self._final(batch), block)
+
+    def overlap(self, rows_Mn: torch.Tensor, reference: int) -> torch.Tensor:
+        return self._head.overlap(rows_Mn, reference)
+
     def _final(self, batch: torch.Tensor) -> torch.Tensor:
         """What the model gives its head, `[B, T, d]`."""
         rows, length = batch.shape[:2]

@@ -11,7 +11,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine import build_engine
 from lpserve.engine.base import Engine
 from lpserve.errors import LpserveError, typed_first_line
-from lpserve.scoring.pool import still_works
+from lpserve.scoring.pool import score_on, still_works
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, Scores
 
 
@@ -77,13 +77,17 @@ class EngineActor:
             self._refused[windows.content_hash] = failure
 
     def score(
-        self, masks_MP: BoolArray, windows: str, extra_metrics: tuple[str, ...]
+        self,
+        masks_MP: BoolArray,
+        windows: str,
+        extra_metrics: tuple[str, ...],
+        overlap: bool = False,
     ) -> Scores | Failure:
-        """Score masks bool [M, P] on registered windows."""
+        """Score masks bool [M, P] on registered windows; see `lpserve.scoring.pool.WorkUnit`."""
         if windows in self._refused:
             return self._refused[windows]
         try:
-            return self._engine.score(masks_MP, windows, extra_metrics)
+            return score_on(self._engine, masks_MP, windows, extra_metrics, overlap)
         except Exception as error:
             broken = not still_works(self._engine, windows)
             return Failure(type(error).__name__, typed_first_line(error), broken)

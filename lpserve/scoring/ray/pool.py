@@ -117,7 +117,9 @@ class RayPool:
         if unit.windows not in member.windows:
             member.windows.add(unit.windows)
             member.actor.register.remote(self._windows[unit.windows])
-        answer = member.actor.score.remote(unit.masks_MP, unit.windows, unit.extra_metrics)
+        answer = member.actor.score.remote(
+            unit.masks_MP, unit.windows, unit.extra_metrics, unit.overlap
+        )
         task = EngineTask(unit, answer, expected_s, time.monotonic())
         member.tasks.append(task)
         self._fleet.when_done(answer, lambda f: self._answered(member, task, f))

@@ -12,6 +12,7 @@ come back as `{"error": ...}`: an exception in one worker can kill the engine.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ from lpserve.engine.vllm.tap import LayerTap
 from lpserve.engine.vllm.worker.contract import check_contract
 from lpserve.engine.vllm.worker.model import VllmModel
 from lpserve.errors import EngineError, InputError, typed_first_line
+from lpserve.types import FloatArray, Work
 
 
 def known_arguments() -> frozenset[str]:
@@ -128,18 +130,21 @@ class WorkerExtension:
         def score() -> dict[str, Any]:
             with self._lpserve_stack.session():
                 metric_values, work = self._lpserve_scorer.score(masks_MP, key, extra_metrics)
-            return {
-                "values": metric_values.tobytes(),
-                "shape": list(metric_values.shape),
-                "work": [
-                    work.masks,
-                    work.distinct_masks,
-                    work.layer_forwards,
-                    work.skip_layer_forwards,
-                    work.tokens,
-                    work.seconds,
-                ],
-            }
+            return _reply(metric_values, work)
+
+        return _reported(score)
+
+    def lpserve_overlap(
+        self, key: str, masks: bytes, num_masks: int, extra_metrics: list[str]
+    ) -> dict[str, Any]:
+        """`lpserve_score`, with the overlap of the masks' effects."""
+        masks_MP = np.frombuffer(masks, dtype=bool).reshape(num_masks, -1)
+
+        def score() -> dict[str, Any]:
+            with self._lpserve_stack.session():
+                found = self._lpserve_scorer.score_overlap(masks_MP, key, extra_metrics)
+            metric_values, work, overlap_MM = found
+            return _reply(metric_values, work) | {"overlap": overlap_MM.tobytes()}
 
         return _reported(score)
 
@@ -155,6 +160,15 @@ class WorkerExtension:
             "calls": list(tap.calls),
             "classes": [type(layer).__module__ for layer in tap.layers],
         }
+
+
+def _reply(metric_values: FloatArray, work: Work) -> dict[str, Any]:
+    """Scores as plain values, which pass between processes."""
+    return {
+        "values": metric_values.tobytes(),
+        "shape": list(metric_values.shape),
+        "work": list(dataclasses.astuple(work)),
+    }
 
 
 def _open(worker: Any) -> dict[str, Any]:

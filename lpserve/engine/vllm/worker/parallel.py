@@ -69,6 +69,17 @@ class VocabularyPart:
         gap = (parts[4] * (parts[0] - log_p).exp()).sum(dim=0)  # sum of p (logit p - logit q)
         return (gap - log_p + log_q).view(num_stacked, num_targets)
 
+    def overlap(self, logits: torch.Tensor, reference: int) -> torch.Tensor:
+        num_masks, num_targets = logits.shape[:2]
+        maxima, sums = _max_and_sum(logits[reference])
+        log_p = logits[reference] - _log_sum(*self._gathered(maxima, sums))[:, None]
+        change = logits - logits[reference]
+        parts = self._gathered((change * log_p.exp()).sum(-1).flatten())[0]
+        change -= parts.sum(dim=0).view(num_masks, num_targets, 1)
+        weighted = (change * (log_p / 2).exp()).flatten(1)
+        products = (weighted @ weighted.T).double()
+        return self._gathered(products.flatten())[0].sum(dim=0).view(num_masks, num_masks)
+
     def _gathered(self, *numbers: torch.Tensor) -> torch.Tensor:
         """Numbers of every rank, `[len(numbers), R, n]`."""
         from vllm.distributed import tensor_model_parallel_all_gather

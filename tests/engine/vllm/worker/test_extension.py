@@ -19,6 +19,7 @@ from lpserve.testing.parity import (
     NUM_LAYERS,
     edge_masks,
     metrics_by_hand,
+    overlap_by_hand,
     some_windows,
 )
 from lpserve.testing.reference import reference_model, relative, window_nll, with_layers_deleted
@@ -40,9 +41,11 @@ if __name__ == "__main__":
         extra = ("misses", "kl") if "kl" in engine.info.metrics else ("misses",)
         scores = engine.score(data["masks"], extra_metrics=extra)
         calls = engine.layer_calls()
+        overlap = engine.score_overlap(data["masks"])
         requests = engine.score_by_requests(data["masks"], windows).nll_MN
         print("RESULT", json.dumps({
             "scoring": scores.nll_MN.tolist(), "requests": requests.tolist(),
+            "overlap": overlap.overlap_MM.tolist(), "overlap_nll": overlap.nll_MN.tolist(),
             "others": {name: scores.of(name).tolist() for name in extra},
             "path": engine.info.path, "layer_forwards": scores.work.layer_forwards,
             "calls": [
@@ -98,7 +101,9 @@ def test_two_ranks_equal_deleting_layers_on_both_paths(family, options, model_di
         ]
     )
     assert got["path"] == "vllm/scoring"
-    for path in ("scoring", "requests"):
+    wanted = overlap_by_hand(folder, masks, windows)
+    assert np.abs(np.array(got["overlap"]) - wanted).max() < 1e-5 * np.abs(wanted).max()
+    for path in ("scoring", "requests", "overlap_nll"):
         nll_MN = np.array(got[path])
         assert relative(nll_MN.sum(axis=1), expected.sum(axis=1)) < 1e-5, path
         assert relative(nll_MN, expected) < 1e-4, path

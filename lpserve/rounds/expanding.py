@@ -1,0 +1,156 @@
+"""Sets by expansion (`lpserve.plan.expansion`), and how rounds are shared among proposers.
+
+Three propose sets: expansions about scored sets, the expansion about the whole model corrected by
+scored sets, and the surrogate of masks. Which finds better ones depends on the model and on how
+much is scored. So a round's places go to those that have earned them in this run: a bandit whose
+reward is a set that became the best of its size. It reads complete rounds alone, in their order, so
+that the shares do not depend on the number of engines.
+
+Notation: M masks, P players, Q candidates, r = number removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lpserve.masks import keys
+from lpserve.plan.correction import CorrectedExpansion
+from lpserve.plan.expansion import Expansion
+from lpserve.plan.search import (
+    best_predicted_sets,
+    starts,
+)
+from lpserve.rounds.history import AskedMasks, CompletedRound, KnownUtilities
+from lpserve.rounds.settings import RoundSettings
+from lpserve.types import BoolArray, FloatArray
+
+EXPANSION, CORRECTED, SEARCH = "expansion", "corrected expansion", "search"
+PROPOSERS = (EXPANSION, CORRECTED, SEARCH)
+"""Names of the proposers, as sources of masks."""
+SETS_BEFORE_SEARCH = 8
+"""Sets of each size that are asked for by expansion before the others have a share: with fewer
+scored sets it predicts large ones no better than chance (rank correlation with their losses inside
+a size on a 32-layer game: 0.0 at 57 masks, 0.7 at 81)."""
+_ASKED_BEFORE, _HITS_BEFORE = 8.0, 1.0  # what each is taken to have asked for and found at first
+_FADING = 0.8  # weight of a round's finds after each further round: what was easy is found
+_LEAST_SHARE = 0.15  # of each, so that all go on being tried
+
+
+class ExpansionSource:
+    """Short lists of every size, from expansions about the best scored sets."""
+
+    def __init__(self, settings: RoundSettings) -> None:
+        self._settings = settings
+        self._expansion: Expansion | None = None
+        self._corrected = CorrectedExpansion()
+        self._lists: dict[int, tuple[BoolArray, FloatArray]] = {}
+        """Number removed -> sets, best first, and by how much each is predicted to lose less than
+        the best scored set of its size (nats per token)."""
+
+    def fit(self, known: KnownUtilities, overlap_PP: FloatArray | None) -> bool:
+        """Take in the scores; False where the engines measure no overlap, or single players' losses
+        are missing."""
+        self._lists = {}
+        if overlap_PP is None:
+            return False
+        if self._expansion is None:
+            self._expansion = Expansion(overlap_PP, self._settings.within)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            loss_M = -np.log(known.guess_M)  # what is searched on is exp of minus a loss
+        if not self._expansion.fit(known.masks_MP, loss_M):
+            return False
+        best_of = known.best_by_size(self._settings.max_removed, self._settings.within)
+        for r in self._settings.plan_sizes:
+            masks_QP, loss_Q = self._expansion.shortlist(r)
+            best = -np.log(best_of[r]) if best_of[r] > 0 else np.inf
+            self._lists[r] = masks_QP, best - loss_Q
+        return True
+
+    def take(self, asked: AskedMasks, count: int, *, screened: bool = False) -> list[BoolArray]:
+        """The next `count` sets by expansions about scored sets that were never asked for."""
+        return _in_turn(self._lists, EXPANSION, asked, count, screened=screened)
+
+    def corrected(
+        self, known: KnownUtilities, asked: AskedMasks, count: int, *, screened: bool = False
+    ) -> list[BoolArray]:
+        """The next `count` sets of the highest expected improvement by the corrected expansion;
+        fewer where it is small."""
+        if self._expansion is None or count < 1:
+            return []
+        within = self._settings.within
+        self._corrected.fit(self._expansion)
+        best_of = known.best_by_size(self._settings.max_removed, within)
+        lists = {}
+        for r, (masks_QP, _) in self._lists.items():
+            near_MP = np.concatenate([masks_QP, starts(known.masks_MP, known.guess_M, r, within)])
+            if not len(near_MP) or not best_of[r] > 0:
+                continue
+            sets_MP = asked.unseen(best_predicted_sets(self._corrected, within, r, near_MP))
+            lists[r] = sets_MP, self._corrected.mean(sets_MP) - np.log(best_of[r])
+        return _in_turn(lists, CORRECTED, asked, count, screened=screened)
+
+    def begins(self, asked: AskedMasks) -> bool:
+        """Whether the sets that come before the surrogate's are not all asked for."""
+        found = sum(source == EXPANSION for source in asked.sources.values())
+        return found < SETS_BEFORE_SEARCH * len(self._settings.plan_sizes)
+
+
+def _in_turn(
+    lists: Mapping[int, tuple[BoolArray, FloatArray]],
+    source: str,
+    asked: AskedMasks,
+    count: int,
+    *,
+    screened: bool,
+) -> list[BoolArray]:
+    """The first `count` sets that were never asked for, one of every size in turn; in each turn
+    sizes of the highest gains first."""
+    left = {}
+    for r, (masks_QP, gain_Q) in lists.items():
+        fresh = [row for row, key in enumerate(keys(masks_QP)) if key not in asked.sources]
+        left[r] = [(gain_Q[row], masks_QP[row]) for row in reversed(fresh)]
+    batch: list[BoolArray] = []
+    while len(batch) < count and any(left.values()):
+        turn = sorted((-some[-1][0], r) for r, some in left.items() if some)
+        sets = [left[r].pop()[1] for _, r in turn]
+        batch += asked.add(sets, source, max_count=count - len(batch), screened=screened)
+    return batch
+
+
+def earned_places(
+    count: int,
+    rounds: Sequence[CompletedRound],
+    known: KnownUtilities,
+    sources: Mapping[bytes, str],
+) -> dict[str, int]:
+    """Proposer -> how many of a round's `count` searched sets are its.
+
+    Args:
+        rounds: complete rounds, in order.
+        known: utilities of their masks.
+        sources: how each mask was found, by key.
+    """
+    utility_of = dict(zip(keys(known.masks_MP), known.guess_M, strict=True))
+    asked, hits = dict.fromkeys(PROPOSERS, 0.0), dict.fromkeys(PROPOSERS, 0.0)
+    best: dict[int, float] = {}
+    for done in rounds:
+        before = dict(best)
+        finder: dict[int, str] = {}
+        for figures in (asked, hits):
+            for name in figures:
+                figures[name] *= _FADING
+        for mask_P, key in zip(done.masks_MP, keys(done.masks_MP), strict=True):
+            source, r = sources.get(key, ""), int((~mask_P).sum())
+            if source in asked:
+                asked[source] += 1
+            if utility_of.get(key, -np.inf) > best.get(r, -np.inf):
+                best[r], finder[r] = utility_of[key], source
+        for r, source in finder.items():
+            if source in hits and r in before:  # the first set of a size is no find
+                hits[source] += 1
+    earned = np.array([(hits[p] + _HITS_BEFORE) / (asked[p] + _ASKED_BEFORE) for p in PROPOSERS])
+    share = np.maximum(earned / earned.sum(), _LEAST_SHARE)
+    ends = np.rint(count * np.cumsum(share / share.sum())).astype(int).tolist()
+    return dict(zip(PROPOSERS, np.diff([0, *ends]).tolist(), strict=True))
