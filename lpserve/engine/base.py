@@ -186,7 +186,7 @@ class LayerStack(Protocol):
         masks."""
         ...
 
-    def overlap(self, rows_Mn: torch.Tensor, reference: int) -> torch.Tensor:
+    def overlap(self, rows: torch.Tensor, reference: int) -> torch.Tensor:
         """`types.Scores.overlap_MM` of masks by their states `before_head`, `float64[M, M]`.
 
         Args:

@@ -194,15 +194,15 @@ class Head:
         states = batch.view(batch.shape[0] // block.num_windows, -1, *batch.shape[2:])
         return states[:, self._targets.of(block).flat]
 
-    def overlap(self, rows_Mn: torch.Tensor, reference: int) -> torch.Tensor:
+    def overlap(self, rows: torch.Tensor, reference: int) -> torch.Tensor:
         """See `lpserve.engine.base.LayerStack.overlap`."""
-        num_masks, num_targets = rows_Mn.shape[:2]
+        num_masks, num_targets = rows.shape[:2]
         # beside the logits: their changes, and the products with the probabilities
         target_bytes = 3 * self._logit_bytes * self._vocab_size * num_masks
         chunk = max(_LEAST_TARGETS, self._chunk_bytes // target_bytes)
-        total = torch.zeros((num_masks, num_masks), dtype=torch.float64, device=rows_Mn.device)
+        total = torch.zeros((num_masks, num_masks), dtype=torch.float64, device=rows.device)
         for start in range(0, num_targets, chunk):
-            part = rows_Mn[:, start : start + chunk]
+            part = rows[:, start : start + chunk]
             logits = self._vocabulary.logits(part.flatten(0, 1))
             total += self._vocabulary.overlap(logits.view(*part.shape[:2], -1), reference)
         return total

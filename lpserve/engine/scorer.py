@@ -144,7 +144,7 @@ class StackScorer:
         metric_values = np.empty(
             (len(sorted_MP), len(self.num_tokens(key)), 1 + len(extra_metrics))
         )
-        overlap_DD = np.zeros((len(sorted_MP), len(sorted_MP)))
+        overlap = np.zeros((len(sorted_MP), len(sorted_MP)))
         layer_forwards = tokens = 0
         is_last = self._first + self.stack.num_players == self._num_players
         with full_precision():
@@ -153,9 +153,9 @@ class StackScorer:
                     leaves = LeafStates(part, len(sorted_MP)) if is_last else None
                     values, layer_forwards = self._walk_part(sorted_MP, part, extra_metrics, leaves)
                     metric_values[:, group.row_numbers[columns]] = values
-                    if leaves is not None and leaves.rows_Dn is not None:
-                        found = self.stack.overlap(leaves.rows_Dn, int(inverse_M[0]))
-                        overlap_DD += found.cpu().numpy()
+                    if leaves is not None and leaves.rows is not None:
+                        found = self.stack.overlap(leaves.rows, int(inverse_M[0]))
+                        overlap += found.cpu().numpy()
                 tokens += len(sorted_MP) * group.block.tokens_NT.size
         work = Work(
             masks=len(masks_MP),
@@ -165,7 +165,7 @@ class StackScorer:
             tokens=tokens,
             seconds=time.perf_counter() - started,
         )
-        return metric_values[inverse_M], work, overlap_DD[np.ix_(inverse_M, inverse_M)]
+        return metric_values[inverse_M], work, overlap[np.ix_(inverse_M, inverse_M)]
 
     def _walk(
         self, sorted_MP: BoolArray, block: TokenWindows, extra_metrics: Sequence[str]

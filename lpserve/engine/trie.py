@@ -54,14 +54,14 @@ class LeafStates:
 
     def __init__(self, block: TokenWindows, num_masks: int) -> None:
         self._block, self._num_masks = block, num_masks
-        self.rows_Dn: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None
 
     def keep(self, stack: LayerStack, batch: torch.Tensor, first: int) -> None:
         """Keep the states of stacked masks, whose places begin at `first`."""
         rows = stack.before_head(batch, self._block)
-        if self.rows_Dn is None:
-            self.rows_Dn = rows.new_empty((self._num_masks, *rows.shape[1:]))
-        self.rows_Dn[first : first + len(rows)] = rows
+        if self.rows is None:
+            self.rows = rows.new_empty((self._num_masks, *rows.shape[1:]))
+        self.rows[first : first + len(rows)] = rows
 
 
 @dataclass(slots=True)

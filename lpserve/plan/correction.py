@@ -40,5 +40,5 @@ class CorrectedExpansion:
         return mean - self._expansion.predicted(queried_MP), std
 
     def swap_means(self, mask_P: BoolArray) -> FloatArray:
-        """Predicted utility of every swap of a kept for a dropped player, `float64[kept, dropped]`."""
+        """See `lpserve.plan.search.PredictsSwaps`."""
         return self._delta.swap_means(mask_P) - self._expansion.swap_losses(mask_P)

@@ -150,12 +150,12 @@ class Expansion:
         for removed in range(num_removed - _REACH, num_removed + 2):
             for row in self._best_rows(removed):
                 found.append(self._about(self._steps(row), num_removed - removed))
-        masks_QP, place = sort_distinct(np.concatenate([masks for masks, _ in found]))
-        value_Q = np.full(len(masks_QP), np.inf)
-        np.minimum.at(value_Q, place, np.concatenate([values for _, values in found]))
-        unscored = np.array([key not in self._row_of for key in keys(masks_QP)], dtype=bool)
-        usable = unscored & self._within.holds(masks_QP) & np.isfinite(value_Q)
-        return _lowest(masks_QP[usable], value_Q[usable])
+        sets_MP, place = sort_distinct(np.concatenate([masks for masks, _ in found]))
+        lowest = np.full(len(sets_MP), np.inf)
+        np.minimum.at(lowest, place, np.concatenate([values for _, values in found]))
+        unscored = np.array([key not in self._row_of for key in keys(sets_MP)], dtype=bool)
+        usable = unscored & self._within.holds(sets_MP) & np.isfinite(lowest)
+        return _lowest(sets_MP[usable], lowest[usable])
 
     def _best_rows(self, num_removed: int) -> list[int]:
         rows = np.flatnonzero(self._removed_M == num_removed)
@@ -188,9 +188,8 @@ class Expansion:
             may_P = (
                 ~steps.dropped_P & self._allowed_P if move > 0 else steps.dropped_P & self._free_P
             )
-            step = steps.change_P + self.scale * signed_P * (
-                (changed * signed_P) @ self._overlap_PP
-            )
+            between = signed_P * ((changed * signed_P) @ self._overlap_PP)
+            step = steps.change_P + self.scale * between
             step = np.where(may_P & ~changed, value[:, None] + step, np.inf)
             order = np.argsort(step, axis=None, kind="stable")[: 4 * _SHORTLIST]
             row, player = np.unravel_index(order[np.isfinite(step.ravel()[order])], step.shape)
@@ -234,7 +233,7 @@ class Expansion:
         return pool, value
 
 
-def _lowest(masks_QP: BoolArray, value_Q: FloatArray) -> tuple[BoolArray, FloatArray]:
+def _lowest(sets_MP: BoolArray, values: FloatArray) -> tuple[BoolArray, FloatArray]:
     """The masks of the lowest values and these values, best first, at most 64."""
-    order = np.lexsort((*pack(masks_QP).T[::-1], value_Q))[:_SHORTLIST]
-    return masks_QP[order], value_Q[order]
+    order = np.lexsort((*pack(sets_MP).T[::-1], values))[:_SHORTLIST]
+    return sets_MP[order], values[order]

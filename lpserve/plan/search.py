@@ -56,7 +56,7 @@ class PredictsSwaps(Protocol):
     """A model that predicts all swaps of a set at once."""
 
     def swap_means(self, mask_P: BoolArray) -> FloatArray:
-        """Predicted utility of every swap of a kept for a dropped player, `float64[kept, dropped]`."""
+        """Predicted utility of every swap, `float64[kept, dropped]`, in the order of `swap_one`."""
         ...
 
 

@@ -72,6 +72,12 @@ def _of_engine(capability: type, method: str) -> Callable[[ScoringSession, Token
     return measure
 
 
+def _overlap(session: ScoringSession, windows: TokenWindows) -> Any:
+    from lpserve.scoring.session import single_overlap  # a session loads what runs engines
+
+    return single_overlap(session, windows)
+
+
 HIDDEN_STATES = Measurement(
     measure=_of_engine(HasHiddenStates, "hidden_states"),
     cost="one forward pass over the calibration windows",
@@ -85,7 +91,7 @@ GRADIENTS = Measurement(
     refusal="not run: gradients need engine transformers in this process",
 )
 OVERLAP = Measurement(
-    measure=lambda session, windows: session.overlap(windows),
+    measure=_overlap,
     cost="the heads of the whole model and of every single layer's drop, once more",
     forwards=lambda players: HEAD_COST * (players + 1),
 )

@@ -63,9 +63,9 @@ class ExpansionSource:
             return False
         best_of = known.best_by_size(self._settings.max_removed, self._settings.within)
         for r in self._settings.plan_sizes:
-            masks_QP, loss_Q = self._expansion.shortlist(r)
+            sets_MP, losses = self._expansion.shortlist(r)
             best = -np.log(best_of[r]) if best_of[r] > 0 else np.inf
-            self._lists[r] = masks_QP, best - loss_Q
+            self._lists[r] = sets_MP, best - losses
         return True
 
     def take(self, asked: AskedMasks, count: int, *, screened: bool = False) -> list[BoolArray]:
@@ -83,8 +83,8 @@ class ExpansionSource:
         self._corrected.fit(self._expansion)
         best_of = known.best_by_size(self._settings.max_removed, within)
         lists = {}
-        for r, (masks_QP, _) in self._lists.items():
-            near_MP = np.concatenate([masks_QP, starts(known.masks_MP, known.guess_M, r, within)])
+        for r, (sets_MP, _) in self._lists.items():
+            near_MP = np.concatenate([sets_MP, starts(known.masks_MP, known.guess_M, r, within)])
             if not len(near_MP) or not best_of[r] > 0:
                 continue
             sets_MP = asked.unseen(best_predicted_sets(self._corrected, within, r, near_MP))
@@ -108,9 +108,9 @@ def _in_turn(
     """The first `count` sets that were never asked for, one of every size in turn; in each turn
     sizes of the highest gains first."""
     left = {}
-    for r, (masks_QP, gain_Q) in lists.items():
-        fresh = [row for row, key in enumerate(keys(masks_QP)) if key not in asked.sources]
-        left[r] = [(gain_Q[row], masks_QP[row]) for row in reversed(fresh)]
+    for r, (sets_MP, gains) in lists.items():
+        fresh = [row for row, key in enumerate(keys(sets_MP)) if key not in asked.sources]
+        left[r] = [(gains[row], sets_MP[row]) for row in reversed(fresh)]
     batch: list[BoolArray] = []
     while len(batch) < count and any(left.values()):
         turn = sorted((-some[-1][0], r) for r, some in left.items() if some)

@@ -37,8 +37,8 @@ class WorkUnit:
     extra_metrics: tuple[str, ...] = ()
     """Metrics beside the NLL."""
     overlap: bool = False
-    """Whether the overlap of the masks' effects is measured (`types.Scores.overlap_MM`): such a unit
-    stays whole, and its masks in their order."""
+    """Whether the overlap of the masks' effects is measured (`types.Scores.overlap_MM`): such a
+    unit stays whole, and its masks in their order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -100,7 +100,7 @@ class ScoringSession:
             (log or self.progress.note)(line)
         self.dispatcher = Dispatcher(self.pool)
         self.masks_scored = 0
-        """Masks that engines scored for `score`, over all windows that were asked for."""
+        """Masks that engines scored for `score`."""
         self.compares = False
         """Whether `score` still has to compare the whole model's loss (`compare_first`)."""
         self.masks_read = 0
@@ -220,10 +220,10 @@ class ScoringSession:
             RunInterrupted: a signal came; what was scored is kept.
         """
         distinct_MP, inverse_M = sort_distinct(masks_MP)
-        request = self._scored(distinct_MP, windows, extra_metrics, stage)
+        request = self.request(distinct_MP, windows, extra_metrics, stage)
         return {metric: values_MN[inverse_M] for metric, values_MN in request.values.items()}
 
-    def _scored(
+    def request(
         self,
         masks_MP: BoolArray,
         windows: TokenWindows,
@@ -242,11 +242,8 @@ class ScoringSession:
 
         def accept(result: UnitResult | GivenUp) -> None:
             tracker.accept(result)
-            if isinstance(result, GivenUp) and result.unit.overlap:
-                self.progress.note(f"the overlap of single layers is not known: {result.reason}")
-            elif isinstance(result, GivenUp):
-                mask = key_text(keys(result.unit.masks_MP)[0], self.info.num_players)
-                self.progress.note(f"mask {mask} cannot be scored: {result.reason}")
+            if isinstance(result, GivenUp):
+                self.progress.note(_told(result, self.info.num_players))
             elif result.scores is not None:
                 self.progress.state.work += result.scores.work
 
@@ -260,15 +257,6 @@ class ScoringSession:
         self.masks_scored += tracker.scored - tracker.reused
         self.masks_read += tracker.reused
         return request
-
-    def overlap(self, windows: TokenWindows) -> FloatArray | None:
-        """How the effects of single players overlap on windows, nats per token, `float64[P, P]`
-        (`types.Scores.overlap_MM`); None where the engines do not measure it, or cannot."""
-        if not self.info.has_overlap:
-            return None
-        full_P = np.ones(self.info.num_players, dtype=bool)
-        masks_MP = np.concatenate([full_P[None], drop_one(full_P)])
-        return self._scored(masks_MP, windows, (), "single layers", overlap=True).overlap_PP
 
     def compare_first(self) -> None:
         """Have the whole model's loss compared before anything else is scored, if the store holds
@@ -292,20 +280,10 @@ class ScoringSession:
         if not len(rows):
             return
         some = windows.select(rows)
-        results: list[UnitResult | GivenUp] = []
-        block = WindowBlock(id=-1, rows=np.arange(len(rows)))
-        self.dispatcher.add(full_MP, block, self.dispatcher.register(some))
-        while not results:
-            results += filter(None, [self.dispatcher.next(POLL_S)])
-            if self.signals.at_work:
-                self.check_signals(lambda _result: None, lambda: 0)
+        nll_N = _scored_apart(self, full_MP, some)
         self.compares = False
-        (result,) = results
-        if isinstance(result, GivenUp) or result.scores is None:
-            reason = result.reason if isinstance(result, GivenUp) else result.error
-            raise EngineError(f"the whole model cannot be scored: {reason}")
         tokens = int(some.num_tokens_N.sum())
-        before, now = stored_MN[0, rows].sum() / tokens, result.scores.nll_MN.sum() / tokens
+        before, now = stored_MN[0, rows].sum() / tokens, nll_N.sum() / tokens
         if not abs(now - before) <= SAME_LOSS * before + 4 * self.info.noise_nll:
             raise InputError(
                 f"{self.info.path} gives the whole model a loss of {now:.6g} nats per token, where "
@@ -320,3 +298,41 @@ class ScoringSession:
         state.quarantined = len(tracker.quarantined)
         if self.progress.update():
             self.pool.publish(state)
+
+
+def _told(given_up: GivenUp, num_players: int) -> str:
+    """What is told of masks that were given up."""
+    if given_up.unit.overlap:
+        return f"the overlap of single layers is not known: {given_up.reason}"
+    mask = key_text(keys(given_up.unit.masks_MP)[0], num_players)
+    return f"mask {mask} cannot be scored: {given_up.reason}"
+
+
+def single_overlap(session: ScoringSession, windows: TokenWindows) -> FloatArray | None:
+    """How the effects of single players overlap on windows, nats per token, `float64[P, P]`
+    (`types.Scores.overlap_MM`); None where the engines do not measure it, or cannot."""
+    if not session.info.has_overlap:
+        return None
+    full_P = np.ones(session.info.num_players, dtype=bool)
+    masks_MP = np.concatenate([full_P[None], drop_one(full_P)])
+    return session.request(masks_MP, windows, (), "single layers", overlap=True).overlap_PP
+
+
+def _scored_apart(session: ScoringSession, full_MP: BoolArray, windows: TokenWindows) -> FloatArray:
+    """NLLs of the whole model on windows, `float64[N]`, which are not stored.
+
+    Raises:
+        EngineError: the engines cannot score it.
+    """
+    results: list[UnitResult | GivenUp] = []
+    block = WindowBlock(id=-1, rows=np.arange(windows.num_windows))
+    session.dispatcher.add(full_MP, block, session.dispatcher.register(windows))
+    while not results:
+        results += filter(None, [session.dispatcher.next(POLL_S)])
+        if session.signals.at_work:
+            session.check_signals(lambda _result: None, lambda: 0)
+    (result,) = results
+    if isinstance(result, GivenUp) or result.scores is None:
+        reason = result.reason if isinstance(result, GivenUp) else result.error
+        raise EngineError(f"the whole model cannot be scored: {reason}")
+    return result.scores.nll_MN[0]

@@ -159,13 +159,8 @@ class ScoreTracker:
                 again where the store holds these alone.
         """
         full_M = np.ones(len(masks_MP), dtype=bool) if full_M is None else full_M
-        request = ScoreRequest(masks_MP=masks_MP, values={}, known={})
-        known_MN = np.ones((len(masks_MP), self._windows.num_windows), dtype=bool)
-        for metric in ("nll", *self._extra_metrics):
-            values_MN, held_MN = self._store.get(self._game, self._windows, masks_MP, metric)
-            values_MN[np.ix_(~full_M, self._beyond)] = np.nan
-            request.values[metric], request.known[metric] = values_MN, held_MN
-            known_MN &= held_MN
+        request = self._read(masks_MP, full_M)
+        known_MN = np.all(list(request.known.values()), axis=0)
         mask_keys = keys(masks_MP)
         left_M = np.zeros(len(masks_MP), dtype=np.int64)
         wanted: list[tuple[int, list[int]]] = []
@@ -173,7 +168,7 @@ class ScoreTracker:
         for index, block in enumerate(self._blocks):
             rows = []
             wanted_M = full_M | (block.id in self._screened_blocks)
-            unknown_M = ~known_MN[:, block.rows].all(axis=1)
+            unknown_M: BoolArray = np.asarray(~known_MN[:, block.rows].all(axis=1))
             unknown_M[: 1 + masks_MP.shape[1]] |= block.id in together
             for row in np.flatnonzero(wanted_M & unknown_M).tolist():
                 reason = self._bad.get((block.id, mask_keys[row]))
@@ -197,6 +192,15 @@ class ScoreTracker:
             if rows:
                 self._submit(self._blocks[index], masks_MP, rows, together)
         self._note_overlap()
+        return request
+
+    def _read(self, masks_MP: BoolArray, full_M: BoolArray) -> ScoreRequest:
+        """What the store holds of some masks."""
+        request = ScoreRequest(masks_MP=masks_MP, values={}, known={})
+        for metric in ("nll", *self._extra_metrics):
+            values_MN, held_MN = self._store.get(self._game, self._windows, masks_MP, metric)
+            values_MN[np.ix_(~full_M, self._beyond)] = np.nan
+            request.values[metric], request.known[metric] = values_MN, held_MN
         return request
 
     def _submit(

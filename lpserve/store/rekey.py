@@ -14,7 +14,7 @@ from pathlib import Path
 from lpserve.errors import InputError
 from lpserve.store.connection import StoreConnection
 from lpserve.store.run_folder import RunFolder
-from lpserve.store.schema import checksum, description_of, game_of
+from lpserve.store.schema import OVERLAP, checksum, description_of, game_of
 from lpserve.types import Game
 
 
@@ -87,7 +87,15 @@ def _move(db: sqlite3.Connection, old: int, game: Game) -> int:
         "FROM quarantine WHERE game = ?",
         (new, old),
     )
-    for table in ("scores", "quarantine"):
+    tables = ["scores", "quarantine"]
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'overlaps'").fetchone():
+        tables.append("overlaps")
+        db.execute(
+            "INSERT OR IGNORE INTO overlaps SELECT ?, block, value, "
+            "row_checksum(?, block, ?, x'', value) FROM overlaps WHERE game = ?",
+            (new, new, OVERLAP, old),
+        )
+    for table in tables:
         db.execute(f"DELETE FROM {table} WHERE game = ?", (old,))
     db.execute("DELETE FROM games WHERE id = ?", (old,))
     return int(count)

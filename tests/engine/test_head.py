@@ -88,7 +88,7 @@ def test_the_overlap_of_effects_is_their_covariance_by_the_first_masks_predictio
         head._chunk_bytes = 97 * 8 * 3 * 7 * len(masks)  # seven targets of all masks
         original = head._vocabulary.logits
         head._vocabulary = LocalVocabulary(
-            lambda rows: targets.append(len(rows) / len(masks)) or original(rows)
+            lambda rows: targets.append(len(rows) // len(masks)) or original(rows)
         )
         chunked = cast("Any", engine).score_overlap(masks)
     assert relative(scores.nll_MN, plain.nll_MN) < TOLERANCE

@@ -61,6 +61,13 @@ class AffineStack:
                 columns.append(2 * columns[0])
         return torch.stack(columns, dim=1)
 
+    def before_head(self, batch, block):
+        return batch.view(len(batch) // block.num_windows, -1, WIDTH)
+
+    def overlap(self, rows, reference):
+        change = (rows - rows[reference]).flatten(1)
+        return change @ change.T
+
     def expected(self, mask_P, tokens_NT):
         state = tokens_NT.astype(float)
         for player in np.flatnonzero(mask_P):

@@ -58,13 +58,13 @@ def test_a_quadratic_game_is_predicted_exactly_from_single_players_alone(rng):
 @pytest.mark.parametrize("num_removed", [2, 3, 5])
 def test_the_shortlist_of_a_quadratic_game_begins_with_its_best_sets(num_removed, rng):
     expansion, single_P, overlap_PP = fitted(rng)
-    masks_QP, loss_Q = expansion.shortlist(num_removed)
+    sets_MP, losses = expansion.shortlist(num_removed)
     all_MP = all_masks(P, P - num_removed)
-    losses = loss_of(all_MP, single_P, overlap_PP) - 2.0
-    assert len(np.unique(masks_QP, axis=0)) == len(masks_QP) == min(64, len(all_MP))
-    assert (np.diff(loss_Q) >= 0).all()
-    np.testing.assert_allclose(loss_Q[:3], np.sort(losses)[:3], atol=1e-12)
-    np.testing.assert_allclose(loss_Q, loss_of(masks_QP, single_P, overlap_PP) - 2.0, atol=1e-12)
+    every = np.sort(loss_of(all_MP, single_P, overlap_PP) - 2.0)
+    assert len(np.unique(sets_MP, axis=0)) == len(sets_MP) == min(64, len(all_MP))
+    assert (np.diff(losses) >= 0).all()
+    np.testing.assert_allclose(losses[:3], every[:3], atol=1e-12)
+    np.testing.assert_allclose(losses, loss_of(sets_MP, single_P, overlap_PP) - 2.0, atol=1e-12)
 
 
 def test_about_scored_sets_the_lowest_prediction_counts_and_real_steps_replace_predicted_ones(rng):
@@ -96,14 +96,14 @@ def test_about_scored_sets_the_lowest_prediction_counts_and_real_steps_replace_p
         return found
 
     removed_M = (~masks_MP).sum(axis=1)
-    masks_QP, loss_Q = expansion.shortlist(4)
-    assert not set(keys(masks_QP)) & set(known)
+    sets_MP, losses = expansion.shortlist(4)
+    assert not set(keys(sets_MP)) & set(known)
     anchors = []
     for removed in (2, 3, 4, 5):
         rows = np.flatnonzero(removed_M == removed)
         rows = rows[np.argsort(loss_M[rows])][:4]
         anchors += [(removed, masks_MP[row]) for row in rows]
-    for mask_P, loss in zip(masks_QP[:8], loss_Q[:8], strict=True):
+    for mask_P, loss in zip(sets_MP[:8], losses[:8], strict=True):
         by_hand = [expansion.predicted(mask_P[None])[0]]
         for removed, anchor_P in anchors:
             away = (anchor_P ^ mask_P).sum()
@@ -132,10 +132,10 @@ def test_sets_keep_to_the_constraint_and_leave_out_players_without_a_score(rng):
     loss_M[1 + 5] = np.nan  # player 5 could not be scored
     expansion = Expansion(overlap_PP, within)
     assert expansion.fit(masks_MP, loss_M)
-    masks_QP, _ = expansion.shortlist(3)
-    assert len(masks_QP) == 10  # two of the five players that are left
-    assert within.holds(masks_QP).all()
-    assert masks_QP[:, 5].all()
+    sets_MP, _ = expansion.shortlist(3)
+    assert len(sets_MP) == 10  # two of the five players that are left
+    assert within.holds(sets_MP).all()
+    assert sets_MP[:, 5].all()
     assert not expansion.fit(masks_MP, np.full(len(masks_MP), np.nan))
 
 

@@ -11,7 +11,7 @@ import lpserve
 from lpserve.config import EngineConfig
 from lpserve.engine.scorer import StackScorer
 from lpserve.masks import drop_one
-from lpserve.scoring.session import ScoringSession
+from lpserve.scoring.session import ScoringSession, single_overlap
 from lpserve.testing.parity import some_windows
 
 
@@ -54,7 +54,8 @@ def test_the_overlap_of_single_layers_is_measured_once_and_kept(model_dir, rng, 
             if first is not None:
                 session.score(first, windows)
             rows = session.store.count()
-            found_PP = session.overlap(windows)
+            found_PP = single_overlap(session, windows)
+            assert found_PP is not None
             assert session.store.count() == 14
             nll_MN = session.score(masks_MP, windows)["nll"]
             made = session.work.distinct_masks
@@ -76,7 +77,7 @@ def test_without_an_overlap_single_layers_are_scored_all_the_same(
     monkeypatch.setattr(StackScorer, "score_overlap", fails)
     config = EngineConfig(model=path)
     with ScoringSession(config, windows, store=tmp_path / "s", holder="a test") as session:
-        assert session.overlap(windows) is None
+        assert single_overlap(session, windows) is None
         assert session.store.count() == 7
     assert "the overlap of single layers is not known: RuntimeError: out of memory" in (
         capsys.readouterr().err
@@ -87,5 +88,5 @@ def test_an_engine_that_shows_no_logits_has_no_overlap(rng, tmp_path):
     windows = lpserve.TokenWindows.from_tokens(rng.integers(0, 97, (2, 9)))
     config = EngineConfig(model="synthetic", engine="synthetic", engine_options={"num_players": 5})
     with ScoringSession(config, windows, store=tmp_path / "s", holder="a test") as session:
-        assert session.overlap(windows) is None
+        assert single_overlap(session, windows) is None
         assert session.store.count() == 0

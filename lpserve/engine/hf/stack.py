@@ -138,8 +138,8 @@ class RecordedStack:
     def before_head(self, batch: torch.Tensor, block: TokenWindows) -> torch.Tensor:
         return self._reducer.before(batch, block)
 
-    def overlap(self, rows_Mn: torch.Tensor, reference: int) -> torch.Tensor:
-        return self._reducer.overlap(rows_Mn, reference)
+    def overlap(self, rows: torch.Tensor, reference: int) -> torch.Tensor:
+        return self._reducer.overlap(rows, reference)
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
         """`[n, V]`: the model's own forward pass on n texts of one token each, whose last layer

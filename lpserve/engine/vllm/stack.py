@@ -153,8 +153,8 @@ class VllmStack:
     def before_head(self, batch: torch.Tensor, block: TokenWindows) -> torch.Tensor:
         return self._head.before(self._final(batch), block)
 
-    def overlap(self, rows_Mn: torch.Tensor, reference: int) -> torch.Tensor:
-        return self._head.overlap(rows_Mn, reference)
+    def overlap(self, rows: torch.Tensor, reference: int) -> torch.Tensor:
+        return self._head.overlap(rows, reference)
 
     def _final(self, batch: torch.Tensor) -> torch.Tensor:
         """What the model gives its head, `[B, T, d]`."""
@@ -252,8 +252,6 @@ class VllmStack:
             self._calls.clear()
         self._calls[length, rows] = record
         return record
-
-    # -- what a state carries --------------------------------------------------------------------
 
     def probe(self) -> list[str]:
         """The kinds of state with which every layer here gives exactly what it gives by itself.
