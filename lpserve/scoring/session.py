@@ -51,8 +51,8 @@ class ScoringSession:
     """Engines and a store, open for one job or for several that follow one another.
 
     The constructor opens the store, starts the engines and traps signals; `close` ends all of it.
-    `at_work` surrounds one job: it shows the job's progress. Used as a context manager the session
-    is at work from beginning to end.
+    `at_work` shows a job's progress. As a context manager the session is at work from its beginning
+    to its end.
 
     Args:
         windows: what the engines are opened with.
