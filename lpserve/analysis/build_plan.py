@@ -27,6 +27,7 @@ from lpserve.masks import full_mask, keys
 from lpserve.plan import search
 from lpserve.plan.candidates import choose_candidates
 from lpserve.plan.constraint import Constraint, constraint_text
+from lpserve.plan.expansion import EXPANSION
 from lpserve.plan.greedy import greedy_path
 from lpserve.plan.plan import Candidate, Plan, PlanEntry, Unseen
 from lpserve.plan.sets import removed_list
@@ -71,7 +72,8 @@ def make_plan(
     entries = []
     for r, rows in _candidates(scored, analysis, greedy, up_to, within).items():
         warnings = []
-        if len(greedy) <= r - scored.within.sizes(r)[0]:
+        no_path = len(greedy) <= r - scored.within.sizes(r)[0]
+        if no_path and EXPANSION not in scored.sources:  # whose short lists stand in for it
             warnings.append("the scored masks hold no greedy path to this size")
         unseen = _unseen(scored, analysis, r, rows[0][0], within)
         stability = _stability(scored, rows[0][0], within)

@@ -31,6 +31,8 @@ from lpserve.masks import keys, pack, sort_distinct
 from lpserve.plan.constraint import Constraint
 from lpserve.types import BoolArray, FloatArray
 
+EXPANSION = "expansion"
+"""How a set was found that a short list held."""
 _ANCHORS = 4
 """Best scored sets of each size that expansions are taken about."""
 _BEAM_WIDTH, _MAX_STEPS = 32, 60

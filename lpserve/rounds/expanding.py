@@ -17,7 +17,7 @@ import numpy as np
 
 from lpserve.masks import keys
 from lpserve.plan.correction import CorrectedExpansion
-from lpserve.plan.expansion import Expansion
+from lpserve.plan.expansion import EXPANSION, Expansion
 from lpserve.plan.search import (
     best_predicted_sets,
     starts,
@@ -26,7 +26,7 @@ from lpserve.rounds.history import AskedMasks, CompletedRound, KnownUtilities
 from lpserve.rounds.settings import RoundSettings
 from lpserve.types import BoolArray, FloatArray
 
-EXPANSION, CORRECTED, SEARCH = "expansion", "corrected expansion", "search"
+CORRECTED, SEARCH = "corrected expansion", "search"
 PROPOSERS = (EXPANSION, CORRECTED, SEARCH)
 """Names of the proposers, as sources of masks."""
 SETS_BEFORE_SEARCH = 8

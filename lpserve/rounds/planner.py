@@ -43,8 +43,9 @@ from dataclasses import replace
 import numpy as np
 
 from lpserve.masks import drop_one, full_mask, keys
+from lpserve.plan.expansion import EXPANSION
 from lpserve.plan.search import MIN_EXPECTED_IMPROVEMENT
-from lpserve.rounds.expanding import CORRECTED, EXPANSION, SEARCH, ExpansionSource, earned_places
+from lpserve.rounds.expanding import CORRECTED, SEARCH, ExpansionSource, earned_places
 from lpserve.rounds.history import (
     AskedMasks,
     CompletedRound,

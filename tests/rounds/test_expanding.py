@@ -10,7 +10,8 @@ import pytest
 
 from lpserve.masks import all_masks, drop_one, full_mask, keys, without
 from lpserve.plan.constraint import constraint_of
-from lpserve.rounds.expanding import CORRECTED, EXPANSION, PROPOSERS, SEARCH, earned_places
+from lpserve.plan.expansion import EXPANSION
+from lpserve.rounds.expanding import CORRECTED, PROPOSERS, SEARCH, earned_places
 from lpserve.rounds.history import CompletedRound, KnownUtilities
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.settings import RoundSettings
