@@ -42,6 +42,9 @@ TASK_PREFIX = "task:"
 STOP_GAIN = 0.001
 """Share of perplexity by which a set is said to beat another, unless the user names one."""
 
+RACE_WINDOWS = 5
+"""Windows of a race, at least: with fewer nothing is known of how losses vary."""
+
 CHANGEABLE = (
     "budget",
     "pool",
@@ -53,6 +56,9 @@ CHANGEABLE = (
     "stop_chance",
     "stop_gain",
     "stop_width",
+    "settle",
+    "tie",
+    "max_windows",
     "mlflow",
     "experiment",
 )
@@ -191,6 +197,13 @@ class RunConfig(WindowConfig):
     stop_width: Positive | None = None
     """Stop before the budget once every value's 90% interval reaches at most this far to either
     side, in the utility's units. With `stop_chance`: once both hold."""
+    settle: Share | None = None
+    """Once the search is done, the best sets of every size race on further windows, until the best
+    of them is known with this probability, or they tie."""
+    max_windows: Count | None = None
+    """With `settle`: windows of each text, those that chose the sets included."""
+    tie: Share = 0.005
+    """With `settle`: sets that differ by less than this share of perplexity tie."""
     seed: CountOr0 = 0
     """Seed of the sampled masks."""
     store: Text | None = None
@@ -215,6 +228,21 @@ class RunConfig(WindowConfig):
         )
         if self.goal == "values" and (self.protect or self.force):
             raise InputError("protect and force are about the plan, and goal values searches none")
+        self._check_race()
+
+    def _check_race(self) -> None:
+        if self.settle is None:
+            if self.max_windows is not None:
+                raise InputError("max_windows is for races: give settle too, 0.9 say")
+            return
+        if self.goal == "values":
+            raise InputError("settle is about the plan, and goal values searches none")
+        least = self.num_windows + RACE_WINDOWS
+        if self.max_windows is None or self.max_windows < least:
+            raise InputError(
+                f"settle needs max_windows of at least {least}, {RACE_WINDOWS} more than "
+                f"num_windows ({self.num_windows}): got {self.max_windows}"
+            )
 
     @property
     def store_path(self) -> Path:

@@ -23,13 +23,13 @@ from lpserve.analysis.record import RunRecord
 from lpserve.analysis.stability import Stability, set_stability
 from lpserve.config import STOP_GAIN
 from lpserve.errors import InputError
-from lpserve.masks import full_mask, keys
+from lpserve.masks import full_mask, keys, without
 from lpserve.plan import search
 from lpserve.plan.candidates import choose_candidates
 from lpserve.plan.constraint import Constraint, constraint_text
 from lpserve.plan.expansion import EXPANSION
 from lpserve.plan.greedy import greedy_path
-from lpserve.plan.plan import Candidate, Plan, PlanEntry, Unseen
+from lpserve.plan.plan import Candidate, Plan, PlanEntry, Settlement, Unseen
 from lpserve.plan.sets import removed_list
 from lpserve.types import Z90, BoolArray, perplexity
 
@@ -77,12 +77,14 @@ def make_plan(
             warnings.append("the scored masks hold no greedy path to this size")
         unseen = _unseen(scored, analysis, r, rows[0][0], within)
         stability = _stability(scored, rows[0][0], within)
-        if stability is not None and not stability.settled and stability.rival is not None:
+        settlement = _settlement(scored, rows[0][0], within)
+        doubtful = settlement is None and stability is not None and not stability.settled
+        if doubtful and stability is not None and stability.rival is not None:
             drawn = f"{len(scored.num_tokens_I)} {scored.objective.items}"
             warnings.append(stability.warning(drawn, scored.objective.loss_unit))
         entry = _entry(scored, analysis, r, rows, warnings)
         details = asdict(stability) if stability is not None else None
-        entries.append(replace(entry, unseen=unseen, stability=details))
+        entries.append(replace(entry, unseen=unseen, stability=details, settlement=settlement))
     full = full_mask(scored.num_players)
     return Plan(
         model=scored.model,
@@ -150,8 +152,33 @@ def _candidates(
                 f"no scored set of {r} removed players would {kept}: lower --max-removed, or run "
                 "with --protect or --force, which search such sets"
             )
-        found[r] = rows
+        found[r] = _settled_first(scored, rows, sources, within)
     return found
+
+
+def _settlement(scored: RunRecord, row: int, within: Constraint) -> Settlement | None:
+    """How the race ended whose set this row holds; None where there was none, or a constraint
+    leaves others to choose from."""
+    removed = removed_list(scored.masks_MP[row])
+    found = [one for one in scored.settlements if one.removed == removed]
+    return found[0] if found and within == scored.within else None
+
+
+def _settled_first(
+    scored: RunRecord, rows: list[tuple[int, str]], sources: dict[bytes, str], within: Constraint
+) -> list[tuple[int, str]]:
+    """Candidates of one size with those first that its race left, the chosen one before all."""
+    num_removed = int((~scored.masks_MP[rows[0][0]]).sum())
+    races = [one for one in scored.settlements if len(one.removed) == num_removed]
+    if not races or within != scored.within:
+        return rows
+    mask_keys = keys(scored.masks_MP)
+    row_of = {key: row for row, key in enumerate(mask_keys)}
+    left_MP = np.array([without(scored.num_players, s) for s in (races[0].removed, *races[0].ties)])
+    left = [(row_of[key], sources[key]) for key in keys(left_MP)]
+    found_as = dict(rows)
+    first = [(row, found_as.get(row, source)) for row, source in left]
+    return first + [one for one in rows if one[0] not in {row for row, _ in left}]
 
 
 def _unseen(

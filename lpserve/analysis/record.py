@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,6 +21,7 @@ from lpserve.inputs.arrays import array_of, read_arrays
 from lpserve.inputs.documents import json_value
 from lpserve.inputs.shapes import converted
 from lpserve.plan.constraint import Constraint
+from lpserve.plan.plan import Settlement
 from lpserve.store.files import write_npz
 from lpserve.types import BoolArray, FloatArray, IntArray, Player
 from lpserve.utility import Utility, UtilityView, utility_named
@@ -68,6 +69,10 @@ def _corpora(rows: list[list[Any]]) -> tuple[tuple[str, int], ...]:
     return tuple(converted(rows, list[tuple[str, int]], "rows"))
 
 
+def _settlements(rows: list[dict[str, Any]]) -> tuple[Settlement, ...]:
+    return tuple(converted(rows, list[Settlement], "rows"))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
     """Everything that a decision reads. A field says itself how `scores.npz` holds it."""
@@ -83,6 +88,10 @@ class RunRecord:
     """Players that every set which was searched keeps."""
     forced: tuple[int, ...] = field(default=(), metadata=_about(list, tuple))
     """Players that every set which was searched removes."""
+    settlements: tuple[Settlement, ...] = field(
+        default=(), metadata=_about(lambda some: [asdict(one) for one in some], _settlements)
+    )
+    """How the races of the plan's sizes ended."""
     noise_nll: float = field(default=0.0, metadata=_about())
     """Noise of a mask's mean loss, root mean square (`ItemSet.noise`)."""
     stopped: str = field(metadata=_about())

@@ -19,6 +19,7 @@ import numpy as np
 
 from lpserve.analysis.resample import mean_nll, window_weights
 from lpserve.masks import removed_players
+from lpserve.plan.plan import UNSETTLED
 from lpserve.plan.sets import best_row
 from lpserve.types import Z90, BoolArray, FloatArray, IntArray
 
@@ -79,7 +80,7 @@ class Stability:
             else f"no number of {kind} would tell them apart"
         )
         return (
-            f"the draw of {kind} decides this set: in {1 - self.stays_best:.0%} of draws of the "
+            f"{UNSETTLED}{kind} decides this set: in {1 - self.stays_best:.0%} of draws of the "
             f"{drawn} another scored set is better, mostly {self.rival} "
             f"({self.rival_gap:.4f} +- {Z90 * self.rival_gap_stderr:.4f} {unit} behind); "
             f"{enough}"

@@ -74,6 +74,7 @@ def add_run(commands: Any) -> None:
     )
     _add_search_flags(run)
     add_engine_flags(run)
+    _add_race_flags(run)
     add("--seed", type=int, help="seed of the sampled masks (0)")
     add("--store", metavar="FILE", help="score store to share between runs (OUT/scores.sqlite)")
     add("--out", metavar="DIR", help="run folder (run)")
@@ -115,6 +116,25 @@ def _add_search_flags(run: argparse.ArgumentParser) -> None:
         type=float,
         metavar="Z",
         help="stop once every value's 90%% interval is within +-Z of the utility",
+    )
+
+
+def _add_race_flags(run: argparse.ArgumentParser) -> None:
+    """Whether and how the best sets race at the end."""
+    add = run.add_argument
+    add(
+        "--settle",
+        type=float,
+        metavar="P",
+        help="after the search, race the best sets of every size on further windows until the best "
+        "of them is known with probability P (0.9, say), or they tie",
+    )
+    add("--max-windows", type=int, metavar="N", help="with --settle: most windows of each text")
+    add(
+        "--tie",
+        type=float,
+        metavar="X",
+        help="with --settle: sets that differ by less than this share of perplexity tie (0.005)",
     )
 
 

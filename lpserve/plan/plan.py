@@ -19,6 +19,8 @@ from lpserve.plan.constraint import constraint_text
 from lpserve.utility import utility_named
 
 PLAN_FORMAT = 1
+UNSETTLED = "the draw of "
+"""How a warning begins that another draw of the windows (questions) may choose another set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,28 @@ class Unseen:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Settlement:
+    """How the race of one size ended (`lpserve.plan.race`)."""
+
+    removed: list[int]
+    """The set that won; of those that tie, the one that holds the smaller plan's set if one does,
+    else the one of the lowest loss."""
+    outcome: str
+    """`wins`, or `tie`: the others differ by less than the tie, or all windows cannot tell."""
+    ties: list[list[int]]
+    """What the other sets remove that tie."""
+    contenders: int
+    windows: int
+    """Windows that the race read."""
+    confidence: float
+    """The best of the contenders is among those that are left at least so often."""
+    behind: float
+    """Mean loss of `removed` beyond the lowest of those that tie, nats per token."""
+    half_width: float | None
+    """How far the bounds of the ties' differences reach to either side, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlanEntry:
     """What to remove for one number of removed players."""
 
@@ -76,6 +100,8 @@ class PlanEntry:
     calibration_utility: float | None = None
     predicted_utility: float | None = None
     heldout_utility: float | None = None
+    settlement: Settlement | None = None
+    """None: no race was run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from lpserve.masks import from_keys, key_text, keys
 from lpserve.report.files import write_outputs
 from lpserve.rounds.history import latest_scores
 from lpserve.runner.coordinator import RunLoop
+from lpserve.runner.settling import settle
 from lpserve.scoring.session import POLL_S
 
 
@@ -25,6 +26,9 @@ def conclude(loop: RunLoop) -> Outcome:
     """
     record = record_of(loop)
     analysis = analyse(record)
+    if loop.race is not None:
+        found = settle(loop, record, analysis.utilities_M, loop.race)
+        record = replace(record, settlements=found)
     wanted_MP = candidate_masks(record, analysis)
     calibration, loop.tracker = loop.tracker, loop.make_tracker(loop.heldout, None)
     loop.progress.begin("held-out", len(wanted_MP))

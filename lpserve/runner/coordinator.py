@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from lpserve.analysis.record import RunRecord
 from lpserve.config import RunConfig, as_json
 from lpserve.data.items import ItemSet
+from lpserve.data.windows import TokenWindows
 from lpserve.errors import LpserveError
 from lpserve.masks import key_text, keys
 from lpserve.rounds.history import CompletedRound, Round
@@ -103,6 +104,8 @@ class RunLoop:
         )
         self.rounds: list[CompletedRound] = []
         """Complete rounds, in order."""
+        self.race: TokenWindows | None = None
+        """Windows on which the plan's sets race once the rounds are done; None: they do not."""
         self.adopted = ""
         """Why no round was asked for, if the masks are those of another run."""
         self.noise_loss = 0.0

@@ -11,12 +11,14 @@ from lpserve.analysis.build_plan import Outcome
 from lpserve.analysis.record import RunRecord
 from lpserve.config import RunConfig, as_json
 from lpserve.data.items import ItemSet
+from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import check_extra_metrics
 from lpserve.report.tracking import Tracking, log_finished_run
 from lpserve.rounds.screening import screen_rows
 from lpserve.runner.conclusion import conclude
 from lpserve.runner.coordinator import RunLoop
 from lpserve.runner.manifest import check_same_game, check_same_windows, made_by
+from lpserve.runner.settling import race_windows
 from lpserve.runner.setup import check_model, item_sets_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
@@ -52,6 +54,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     calibration, heldout = item_sets_of(config)
     if config.screen_windows:
         screen_rows(calibration.corpora, config.screen_windows)  # refused before an engine starts
+    race = race_windows(config, calibration)
     progress = progress or Progress(interval_s=config.progress_s)
     tracking = Tracking(config.mlflow, config.experiment) if config.mlflow else None
     with ExitStack() as stack:
@@ -69,7 +72,8 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         stack.callback(session.close)
         if config.store or (stored and not made_by(stored, session.info)):
             session.check_same_scores(calibration.windows)
-        result = _at_work(config, folder, stored, (calibration, heldout), session, None, ())
+        sides = calibration, heldout
+        result = _at_work(config, folder, stored, sides, session, None, (), race)
         if tracking is not None:
             log_finished_run(
                 tracking, result.folder, result.outcome, config=as_json(config), log=progress.note
@@ -125,6 +129,7 @@ def _at_work(
     session: ScoringSession,
     masks_of: RunRecord | None,
     extra_metrics: tuple[str, ...],
+    race: TokenWindows | None = None,
 ) -> RunResult:
     if stored is not None:
         check_same_game(folder, stored, session.info)
@@ -133,6 +138,7 @@ def _at_work(
     check_extra_metrics(session.info, metrics)  # before the folder is this run's
     folder.begun = True
     loop = RunLoop(config, folder, session, *item_sets, metrics)
+    loop.race = race
     session.signals.at_work = True
     loop.write_config(stored)
     with session.at_work():

@@ -1,7 +1,6 @@
 """Deep residual networks: short lists against greedy removal, at equal work.
 
-    PYTHONPATH=. python scripts/bench/deep_games.py --models FOLDER --text novel.txt --text more.txt \\
-        --seeds 3 --out scripts/bench/results/deep_games.md
+    PYTHONPATH=. python scripts/bench/deep_games.py --models FOLDER --text a.txt --text b.txt
 
 Formulas fitted to a model of 12 layers say little about depth (`large_games.py`), so these games
 are networks: trained for minutes by `scripts/train_demo_model.py` on the texts given, once, into

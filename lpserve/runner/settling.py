@@ -1,0 +1,179 @@
+"""Settling a plan: for every size the best scored sets race on windows that chose none of them.
+
+The windows are those that a larger `num_windows` would have added, so that a run with more windows
+later reads the scores again. Scores of a race are stored like all others.
+
+Notation: C contenders, N windows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from lpserve.analysis.record import RunRecord
+from lpserve.config import RunConfig
+from lpserve.data.items import ItemSet
+from lpserve.data.prepare import cut_run_items
+from lpserve.data.windows import TokenWindows
+from lpserve.errors import InputError
+from lpserve.masks import keys
+from lpserve.plan.plan import Settlement
+from lpserve.plan.race import MAX_CONTENDERS, RaceRule, Standing, look_sizes, standing
+from lpserve.plan.sets import removed_list
+from lpserve.runner.coordinator import RunLoop
+from lpserve.scoring.session import POLL_S
+from lpserve.types import BoolArray, FloatArray
+from lpserve.utility import utility_named
+
+
+def race_windows(config: RunConfig, calibration: ItemSet) -> TokenWindows | None:
+    """The windows of a run's races, those of each corpus in turn; None where none is asked for.
+
+    Raises:
+        InputError: the run's utility, corpora or numbers of windows allow no race.
+    """
+    if config.settle is None:
+        return None
+    if not utility_named(config.utility).in_nats:
+        raise InputError(
+            f"settle compares losses in nats per token, and utility {config.utility} has none: "
+            "leave it out, or use neg_nll, ppl_ratio or neg_kl"
+        )
+    for name, path in config.calibration.items():
+        if path.endswith(".npz"):
+            raise InputError(
+                f"settle draws more windows of each text, and {name!r} is an .npz, whose windows "
+                "are all used: name a text"
+            )
+    assert config.max_windows is not None
+    alone = replace(config, num_windows=config.max_windows, settle=None, max_windows=None)
+    larger, _ = cut_run_items(alone)
+    fresh, start = [], 0
+    for _, count in larger.corpora:
+        fresh.append(np.arange(start + config.num_windows, start + count))
+        start += count
+    seen = set(calibration.windows.window_hashes)
+    rows = np.stack(fresh, axis=1).ravel()  # a window of each corpus in turn
+    rows = rows[[larger.windows.window_hashes[row] not in seen for row in rows]]
+    return larger.windows.select(rows)
+
+
+@dataclass(slots=True, eq=False)
+class _Race:
+    """The contenders of one size, and where they stand."""
+
+    masks_CP: BoolArray
+    alive_C: BoolArray
+    loss_CN: FloatArray = field(default_factory=lambda: np.empty((0, 0)))
+    last: Standing | None = None
+    windows: int = 0
+
+    @property
+    def over(self) -> bool:
+        return self.alive_C.sum() < 2 or (self.last is not None and self.last.decided)
+
+
+def settle(
+    loop: RunLoop, record: RunRecord, utilities_M: FloatArray, windows: TokenWindows
+) -> tuple[Settlement, ...]:
+    """Race the best sets of every size.
+
+    Raises:
+        RunInterrupted: a signal came; what was scored is kept.
+    """
+    config = loop.config
+    assert config.settle is not None
+    races = _contenders(record, utilities_M)
+    corpora = len(record.corpora)
+    looks = look_sizes(min(config.num_windows * corpora, windows.num_windows), windows.num_windows)
+    rule = RaceRule(error=1 - config.settle, tie=math.log1p(config.tie), looks=len(looks))
+    before = 0
+    for number, size in enumerate(looks, start=1):
+        at_work = {r: race for r, race in races.items() if not race.over}
+        if not at_work:
+            break
+        masks_MP = np.unique(
+            np.concatenate([race.masks_CP[race.alive_C] for race in at_work.values()]), axis=0
+        )
+        part = windows.select(np.arange(before, size))
+        loss_MN = _scored(loop, masks_MP, part, f"race, look {number} of {len(looks)}")
+        row_of = {key: row for row, key in enumerate(keys(masks_MP))}
+        for race in at_work.values():
+            rows = [row_of.get(key, -1) for key in keys(race.masks_CP)]
+            new_CN = np.where(race.alive_C[:, None], loss_MN[rows], np.nan)
+            race.loss_CN = np.concatenate([race.loss_CN, new_CN], axis=1)
+            race.alive_C &= np.isfinite(race.loss_CN).all(axis=1)
+            race.windows = size
+            if race.alive_C.any():
+                weight_N = windows.num_tokens_N[:size]
+                race.last = standing(race.loss_CN, weight_N, race.alive_C, rule)
+                race.alive_C = race.last.alive_C
+        before = size
+    return _settlements(races, config.settle)
+
+
+def _contenders(record: RunRecord, utilities_M: FloatArray) -> dict[int, _Race]:
+    """For every size the best scored sets, best first."""
+    removed_M = (~record.masks_MP).sum(axis=1)
+    usable_M = np.isfinite(utilities_M) & record.within.holds(record.masks_MP)
+    races = {}
+    for r in record.within.sizes(record.max_removed):
+        rows = np.flatnonzero(usable_M & (removed_M == r))
+        rows = rows[np.argsort(-utilities_M[rows], kind="stable")[:MAX_CONTENDERS]]
+        if len(rows):
+            masks_CP = record.masks_MP[rows]
+            races[r] = _Race(masks_CP, np.ones(len(rows), dtype=bool), np.empty((len(rows), 0)))
+    return races
+
+
+def _scored(loop: RunLoop, masks_MP: BoolArray, windows: TokenWindows, stage: str) -> FloatArray:
+    """Losses of masks on windows, `float64[M, N]`; NaN where one could not be scored."""
+    calibration, loop.tracker = loop.tracker, loop.make_tracker(ItemSet(windows), None)
+    loop.progress.begin(stage, len(masks_MP))
+    request = loop.tracker.request(masks_MP)
+    while not request.complete:
+        loop.drain(POLL_S)
+        loop.show()
+        loop.check_signals()
+    loop.show()
+    loop.tracker = calibration
+    return request.values[loop.utility.metric].astype(np.float64)
+
+
+def _settlements(races: dict[int, _Race], confidence: float) -> tuple[Settlement, ...]:
+    """How every race ended. Among sets that tie the first choice is the one that holds the smaller
+    plan's, if one does."""
+    found: list[Settlement] = []
+    smaller: set[int] = set()
+    for _, race in sorted(races.items()):
+        left = np.flatnonzero(race.alive_C)
+        if not len(left):
+            continue
+        if race.last is not None:
+            left = left[np.argsort(race.last.behind_C[left], kind="stable")]
+        sets = [removed_list(race.masks_CP[row]) for row in left]
+        nested = [place for place, removed in enumerate(sets) if smaller <= set(removed)]
+        first = nested[0] if smaller and nested else 0
+        chosen = sets.pop(first)
+        behind, half = 0.0, None
+        if race.last is not None and race.windows:
+            behind = float(race.last.behind_C[left[first]])
+            widest = np.delete(race.last.half_width_C[left], first)
+            half = float(widest.max()) if len(widest) and np.isfinite(widest).all() else None
+        found.append(
+            Settlement(
+                removed=chosen,
+                outcome="tie" if sets else "wins",
+                ties=sets,
+                contenders=len(race.masks_CP),
+                windows=race.windows,
+                confidence=confidence,
+                behind=behind,
+                half_width=half,
+            )
+        )
+        smaller = set(chosen)
+    return tuple(found)
