@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpserve.cli.arguments import numbers
-from lpserve.plan.plan import UNSETTLED
 
 if TYPE_CHECKING:
     from lpserve.analysis.record import RunRecord
     from lpserve.plan.constraint import Constraint
-    from lpserve.plan.plan import Plan, PlanEntry
+    from lpserve.plan.plan import Plan
 
 
 def add_plan(commands: Any) -> None:
@@ -107,47 +106,8 @@ def print_plan(plan: Any) -> None:
     for entry in plan.plans:
         values = [value for kind in kinds for value in figures(entry, kind)]
         cells = "  ".join(f"{v:>11.4g}" if v is not None else f"{'-':>11}" for v in values)
-        mark = "~" if _is_open(entry) else " "
+        mark = "~" if entry.is_open else " "
         print(f"{entry.num_removed:>6}{mark} {cells}  {', '.join(map(str, entry.removed))}")
-    for line in _notes(plan):
+    for line in plan.notes:
         print(line)
     print()
-
-
-def _is_open(entry: PlanEntry) -> bool:
-    """Whether other sets of the size may be as good: they tie, or were not told apart."""
-    if entry.settlement is not None:
-        return entry.settlement.outcome == "tie"
-    return any(warning.startswith(UNSETTLED) for warning in entry.warnings)
-
-
-def _notes(plan: Plan) -> Iterator[str]:
-    """What to know of a plan, each thing once."""
-    ties = [e for e in plan.plans if e.settlement is not None and e.settlement.ties]
-    raced = [e.settlement for e in plan.plans if e.settlement is not None]
-    if raced:
-        won = sum(one.outcome == "wins" for one in raced)
-        yield (
-            f"raced on up to {max(one.windows for one in raced)} further windows: for {won} of "
-            f"{len(raced)} sizes the set shown is the best of its contenders "
-            f"({raced[0].confidence:.0%} each)"
-        )
-    if ties:
-        costs = [e.settlement.behind for e in ties if e.settlement is not None]
-        yield (
-            "~ ties with other sets (`ties` in plan.json): they differ by less than the tie, or "
-            "all windows cannot tell; the set shown is at most "
-            f"{max(costs):.4f} nats per token behind"
-        )
-    doubtful = [e for e in plan.plans if e.settlement is None and _is_open(e)]
-    if doubtful:
-        regrets = [float((e.stability or {}).get("regret", 0.0)) for e in doubtful]
-        yield (
-            "~ another draw of the windows may choose another set; choosing this one costs "
-            f"{min(regrets):.1%} to {max(regrets):.1%} of perplexity on average (`stability` in "
-            "plan.json); --settle 0.9 --max-windows N races them on more windows"
-        )
-    for entry in plan.plans:
-        for warning in entry.warnings:
-            if not warning.startswith(UNSETTLED):
-                yield f"note: {entry.num_removed} removed: {warning}"

@@ -103,6 +103,13 @@ class PlanEntry:
     settlement: Settlement | None = None
     """None: no race was run."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether other sets of the size may be as good: they tie, or were not told apart."""
+        if self.settlement is not None:
+            return self.settlement.outcome == "tie"
+        return any(warning.startswith(UNSETTLED) for warning in self.warnings)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -149,6 +156,42 @@ class Plan:
             return ""
         text = self.heldout_drawn == "windows"
         return "of right answers" + (" (held out: of the text)" if text else "")
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know of the sets, each thing once; `~` marks sizes that are open."""
+        found = []
+        raced = [e.settlement for e in self.plans if e.settlement is not None]
+        if raced:
+            won = sum(one.outcome == "wins" for one in raced)
+            found.append(
+                f"raced on up to {max(one.windows for one in raced)} further windows: for {won} of "
+                f"{len(raced)} sizes the set shown is the best of its contenders "
+                f"({raced[0].confidence:.0%} each)"
+            )
+        if costs := [one.behind for one in raced if one.ties]:
+            found.append(
+                "~ ties with other sets (`ties` in plan.json): they differ by less than the tie, "
+                "or all windows cannot tell; the set shown is at most "
+                f"{max(costs):.4f} nats per token behind"
+            )
+        doubtful = [e for e in self.plans if e.settlement is None and e.is_open]
+        if doubtful:
+            costs = [float((e.stability or {}).get("regret", 0.0)) for e in doubtful]
+            drawn = "questions" if utility_named(self.utility).item == "question" else "windows"
+            more = "; --settle 0.9 --max-windows N races them on more" * (drawn == "windows")
+            found.append(
+                f"~ another draw of the {drawn} may choose another set; choosing this one costs "
+                f"{min(costs):.1%} to {max(costs):.1%} of perplexity on average (`stability` in "
+                f"plan.json){more}"
+            )
+        for entry in self.plans:
+            found += [
+                f"note: {entry.num_removed} removed: {warning}"
+                for warning in entry.warnings
+                if not warning.startswith(UNSETTLED)
+            ]
+        return found
 
     def entry(self, num_removed: int) -> PlanEntry:
         """The entry for one number removed; raises InputError when the plan has none."""

@@ -13,8 +13,8 @@ one-sided Student t-test at level error / (K (C - 1)). A difference is a sum ove
 window, means over windows are near normal; no bound on a loss is assumed. `tests/plan/test_race.py`
 simulates it, with heavy tails too.
 
-Two sets tie where both bounds of their difference lie within `tie`, at the same level, or where the
-windows end before they are told apart.
+A set ties with the leader where both bounds of their difference lie within `tie`, at the same
+level, though it be known to be worse; or where the windows end before they are told apart.
 
 Notation: C contenders, N windows.
 """
@@ -54,7 +54,7 @@ class Standing:
     """A race at a look."""
 
     alive_C: BoolArray
-    """Contenders that are not known to be worse than the leader."""
+    """Contenders that are not known to be worse than the leader, or tie."""
     leader: int
     """Of the lowest mean loss among them."""
     behind_C: FloatArray
@@ -90,9 +90,9 @@ def standing(
             residual_N = difference_N - behind_C[row] * weight_N
             spread = num_windows / (num_windows - 1) * (residual_N**2).sum()
             half_C[row] = quantile * math.sqrt(spread) / total
-    left_C = alive_C & ~(behind_C > half_C)
-    ties_C = np.abs(behind_C) + half_C <= rule.tie
+    ties_C = behind_C + half_C <= rule.tie
     ties_C[leader] = True
+    left_C = alive_C & (ties_C | ~(behind_C > half_C))
     return Standing(
         alive_C=left_C,
         leader=leader,

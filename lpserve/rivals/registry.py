@@ -14,7 +14,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lpserve.engine.base import HasHiddenStates, HasTaylorImportance
-from lpserve.rounds.acquisition import HEAD_COST
 
 if TYPE_CHECKING:
     from lpserve.data.windows import TokenWindows
@@ -78,6 +77,12 @@ def _overlap(session: ScoringSession, windows: TokenWindows) -> Any:
     return single_overlap(session, windows)
 
 
+def _overlap_forwards(players: int) -> float:
+    from lpserve.rounds.acquisition import HEAD_COST  # loads scipy
+
+    return HEAD_COST * (players + 1)
+
+
 HIDDEN_STATES = Measurement(
     measure=_of_engine(HasHiddenStates, "hidden_states"),
     cost="one forward pass over the calibration windows",
@@ -93,7 +98,7 @@ GRADIENTS = Measurement(
 OVERLAP = Measurement(
     measure=_overlap,
     cost="the heads of the whole model and of every single layer's drop, once more",
-    forwards=lambda players: HEAD_COST * (players + 1),
+    forwards=_overlap_forwards,
 )
 
 RIVALS: dict[str, Rival] = {

@@ -50,7 +50,10 @@ def race_windows(config: RunConfig, calibration: ItemSet) -> TokenWindows | None
             )
     assert config.max_windows is not None
     alone = replace(config, num_windows=config.max_windows, settle=None, max_windows=None)
-    larger, _ = cut_run_items(alone)
+    try:
+        larger, _ = cut_run_items(alone)
+    except InputError as error:  # a text is too short for them
+        raise InputError(str(error).replace("num_windows", "max_windows")) from None
     fresh, start = [], 0
     for _, count in larger.corpora:
         fresh.append(np.arange(start + config.num_windows, start + count))

@@ -1,8 +1,9 @@
 """What a change of the code's structure must leave as it is: runs, and the files that they write.
 
 Every case is a command line on recorded scores: `scores.parquet` beside its expected files is
-imported into the run's store first, so that no arithmetic of an engine is in it and a store's keys
-(hashes of the model, the players and the windows) are. What is left is NumPy, SciPy and
+imported into the run's store first, with the overlaps of single layers' effects beside it
+(`overlaps.npz`), so that no arithmetic of an engine is in it and a store's keys (hashes of the
+model, the players and the windows) are. What is left is NumPy, SciPy and
 scikit-learn, held to one set of processor instructions by the environment below, so that the
 results are the same to the last digit on every x86-64 processor with AVX2.
 
@@ -27,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from lpserve.store.store import Store
+
 FOLDER = Path(__file__).parent
 EXPECTED = FOLDER / "expected"
 ROOT = FOLDER.parent.parent
@@ -40,6 +43,7 @@ TEXTS = [
     "128",
 ]
 RUN_FILES = ("plan.json", "shapley.csv", "interactions.csv", "proposed.json")
+MOST_BLOCKS = 100
 STUDY_FILES = ("sweep.json", "sets.csv", "values.csv")
 STUDY_COSTS = ("scores", "scores_new", "layer_forwards", "seconds")
 """Columns of sets.csv that say what scoring took: recorded scores take nothing."""
@@ -54,6 +58,8 @@ class GateCase:
     files: tuple[str, ...] = RUN_FILES
     recorded_scores: bool = True
     """False: the engine is synthetic and needs none."""
+    adopted: bool = False
+    """Whether they were recorded when a model was known by samples of its weights."""
     slow: bool = False
 
 
@@ -119,6 +125,7 @@ CASES = (
         "--max-removed",
         2,
         slow=True,
+        adopted=True,
     ),
     _run(
         "ppl_ratio",
@@ -196,11 +203,31 @@ def run_case(case: GateCase, out: Path) -> dict[str, str]:
     store.parent.mkdir(parents=True, exist_ok=True)
     if case.recorded_scores and scores.exists():
         command("scores", str(store), "--import", str(scores))
-        # they were recorded when a model was known by samples of its weights
-        command("scores", str(store), "--adopt", str(DEMO / "model"))
+        if case.adopted:
+            command("scores", str(store), "--adopt", str(DEMO / "model"))
+        put_overlaps(store, scores.with_name("overlaps.npz"))
     given = () if case.arguments[0] == "sweep" else ("--store", str(store))
     command(*case.arguments, "--out", str(out), *given)
     return comparable({name: written(out, name) for name in case.files})
+
+
+def put_overlaps(store: Path, recorded: Path) -> None:
+    """Put recorded overlaps into a store that holds the scores they were recorded with."""
+    if recorded.exists():
+        with np.load(recorded) as held, Store(store) as opened:
+            (game,) = [opened.game_id(game) for game in opened.games().values()]
+            for block in held:
+                opened.put_overlap(game, int(block), held[block])
+
+
+def record_overlaps(store: Path, path: Path) -> None:
+    """Write a store's overlaps, block by block; nothing where it holds none."""
+    with Store(store) as opened:
+        (game,) = [opened.game_id(game) for game in opened.games().values()]
+        found = {str(block): opened.get_overlap(game, block) for block in range(1, MOST_BLOCKS)}
+    held = {block: overlap for block, overlap in found.items() if overlap is not None}
+    if held:
+        np.savez_compressed(path, allow_pickle=False, **held)
 
 
 def comparable(texts: dict[str, str]) -> dict[str, str]:
@@ -276,6 +303,7 @@ def record(names: list[str]) -> None:
                 of_study = out / "scores.sqlite"
                 store = of_study if of_study.exists() else out.with_suffix(".sqlite")
                 command("scores", str(store), "--out", str(scores))
+                record_overlaps(store, folder / "overlaps.npz")
         sys.stdout.write(f"recorded {case.name}\n")
 
 
