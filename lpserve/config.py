@@ -42,9 +42,6 @@ TASK_PREFIX = "task:"
 STOP_GAIN = 0.001
 """Share of perplexity by which a set is said to beat another, unless the user names one."""
 
-RACE_WINDOWS = 5
-"""Windows of a race, at least: with fewer nothing is known of how losses vary."""
-
 CHANGEABLE = (
     "budget",
     "pool",
@@ -169,8 +166,7 @@ class RunConfig(WindowConfig):
     num_fewshot: CountOr0 | None = None
     """Examples before each question of a task; None: as the task says."""
     screen_windows: CountOr0 = 0
-    """Sets that the search wants are scored on the first so many windows of each corpus, and on the
-    others only while they may still be the best; 0: every mask on all windows."""
+    """Sets are scored on so many windows of each corpus, on others while they may be best; 0: all."""
     budget: Count = 400
     """Most masks scored on calibration windows."""
     max_removed: Count | None = None
@@ -182,8 +178,7 @@ class RunConfig(WindowConfig):
     sizes: Sizes | None = None
     """Shapley sizes (before the player joins); default (P - max_removed, P - 1)."""
     utility: Text = "neg_nll"
-    """What a coalition is worth (`lpserve.utility.UTILITIES`); those of tasks need tasks to
-    calibrate on."""
+    """What a coalition is worth (`lpserve.utility.UTILITIES`); those of tasks are for tasks."""
     surrogate: Text = "auto"
     goal: Goal = "both"
     """What masks are chosen for: the `plan`, the `values` (then no set is searched), or `both`."""
@@ -198,12 +193,11 @@ class RunConfig(WindowConfig):
     """Stop before the budget once every value's 90% interval reaches at most this far to either
     side, in the utility's units. With `stop_chance`: once both hold."""
     settle: Share | None = None
-    """Once the search is done, the best sets of every size race on further windows, until the best
-    of them is known with this probability, or they tie."""
+    """The best sets race on further windows until this is the probability of the best, or a tie."""
     max_windows: Count | None = None
     """With `settle`: windows of each text, those that chose the sets included."""
     tie: Share = 0.005
-    """With `settle`: sets that differ by less than this share of perplexity tie."""
+    """Sets that differ by less than this share of perplexity tie."""
     seed: CountOr0 = 0
     """Seed of the sampled masks."""
     store: Text | None = None
@@ -228,21 +222,6 @@ class RunConfig(WindowConfig):
         )
         if self.goal == "values" and (self.protect or self.force):
             raise InputError("protect and force are about the plan, and goal values searches none")
-        self._check_race()
-
-    def _check_race(self) -> None:
-        if self.settle is None:
-            if self.max_windows is not None:
-                raise InputError("max_windows is for races: give settle too, 0.9 say")
-            return
-        if self.goal == "values":
-            raise InputError("settle is about the plan, and goal values searches none")
-        least = self.num_windows + RACE_WINDOWS
-        if self.max_windows is None or self.max_windows < least:
-            raise InputError(
-                f"settle needs max_windows of at least {least}, {RACE_WINDOWS} more than "
-                f"num_windows ({self.num_windows}): got {self.max_windows}"
-            )
 
     @property
     def store_path(self) -> Path:

@@ -7,16 +7,16 @@ et al. 2002, F-Race). Sets are compared by the differences of their losses on th
 which vary far less than the losses.
 
 The error probability holds over all comparisons and all looks of a race, by Bonferroni's
-inequality: with C contenders and K looks, the best set is dropped with probability at most `error`,
-since it must then have been found worse than one of C - 1 others at one of K looks, each a
-one-sided Student t-test at level error / (K (C - 1)). A difference is a sum over the tokens of a
+inequality: with M contenders and K looks, the best set is dropped with probability at most `error`,
+since it must then have been found worse than one of M - 1 others at one of K looks, each a
+one-sided Student t-test at level error / (K (M - 1)). A difference is a sum over the tokens of a
 window, means over windows are near normal; no bound on a loss is assumed. `tests/plan/test_race.py`
 simulates it, with heavy tails too.
 
 A set ties with the leader where both bounds of their difference lie within `tie`, at the same
 level, though it be known to be worse; or where the windows end before they are told apart.
 
-Notation: C contenders, N windows.
+Notation: M contenders, N windows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from lpserve.types import BoolArray, FloatArray, IntArray
 
 MAX_CONTENDERS = 8
 """Sets of one size that race at most."""
-_MIN_WINDOWS = 5  # of a look: with fewer, variances say nothing
+MIN_WINDOWS = 5
+"""Of a look: with fewer, variances say nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,52 +54,52 @@ class RaceRule:
 class Standing:
     """A race at a look."""
 
-    alive_C: BoolArray
+    alive_M: BoolArray
     """Contenders that are not known to be worse than the leader, or tie."""
     leader: int
     """Of the lowest mean loss among them."""
-    behind_C: FloatArray
+    behind_M: FloatArray
     """Mean loss of each contender beyond the leader's, nats per token."""
-    half_width_C: FloatArray
+    half_width_M: FloatArray
     """How far the bounds of that difference reach to either side."""
     decided: bool
     """Whether one is left, or all that are left tie."""
 
 
 def standing(
-    loss_CN: FloatArray, weight_N: IntArray, alive_C: BoolArray, rule: RaceRule
+    loss_MN: FloatArray, weight_N: IntArray, alive_M: BoolArray, rule: RaceRule
 ) -> Standing:
     """Look at a race.
 
     Args:
-        loss_CN: summed losses of every contender on the windows so far; those of contenders that
+        loss_MN: summed losses of every contender on the windows so far; those of contenders that
             have left may be NaN.
         weight_N: what their sum is divided by: tokens.
-        alive_C: contenders that earlier looks have left in.
+        alive_M: contenders that earlier looks have left in.
     """
-    num_contenders, num_windows = loss_CN.shape
+    num_contenders, num_windows = loss_MN.shape
     total = float(weight_N.sum())
-    mean_C = np.where(alive_C, loss_CN.sum(axis=1) / total, np.inf)
-    leader = int(np.argmin(mean_C))
-    behind_C = mean_C - mean_C[leader]
-    half_C = np.full(num_contenders, np.inf)
-    if num_windows >= _MIN_WINDOWS:
+    mean_M = np.where(alive_M, loss_MN.sum(axis=1) / total, np.inf)
+    leader = int(np.argmin(mean_M))
+    behind_M = mean_M - mean_M[leader]
+    half_M = np.full(num_contenders, np.inf)
+    if num_windows >= MIN_WINDOWS:
         level = rule.level(num_contenders)
         quantile = float(student.isf(level, num_windows - 1))
-        for row in np.flatnonzero(alive_C):
-            difference_N = loss_CN[row] - loss_CN[leader]
-            residual_N = difference_N - behind_C[row] * weight_N
+        for row in np.flatnonzero(alive_M):
+            difference_N = loss_MN[row] - loss_MN[leader]
+            residual_N = difference_N - behind_M[row] * weight_N
             spread = num_windows / (num_windows - 1) * (residual_N**2).sum()
-            half_C[row] = quantile * math.sqrt(spread) / total
-    ties_C = behind_C + half_C <= rule.tie
-    ties_C[leader] = True
-    left_C = alive_C & (ties_C | ~(behind_C > half_C))
+            half_M[row] = quantile * math.sqrt(spread) / total
+    ties_M = behind_M + half_M <= rule.tie
+    ties_M[leader] = True
+    left_M = alive_M & (ties_M | ~(behind_M > half_M))
     return Standing(
-        alive_C=left_C,
+        alive_M=left_M,
         leader=leader,
-        behind_C=behind_C,
-        half_width_C=half_C,
-        decided=bool((ties_C | ~left_C).all()),
+        behind_M=behind_M,
+        half_width_M=half_M,
+        decided=bool((ties_M | ~left_M).all()),
     )
 
 

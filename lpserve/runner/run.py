@@ -54,7 +54,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     calibration, heldout = item_sets_of(config)
     if config.screen_windows:
         screen_rows(calibration.corpora, config.screen_windows)  # refused before an engine starts
-    race = race_windows(config, calibration)
+    race = race_windows(config, calibration, heldout)
     progress = progress or Progress(interval_s=config.progress_s)
     tracking = Tracking(config.mlflow, config.experiment) if config.mlflow else None
     with ExitStack() as stack:

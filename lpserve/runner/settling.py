@@ -3,7 +3,7 @@
 The windows are those that a larger `num_windows` would have added, so that a run with more windows
 later reads the scores again. Scores of a race are stored like all others.
 
-Notation: C contenders, N windows.
+Notation: M contenders, N windows.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import numpy as np
 
 from lpserve.analysis.record import RunRecord
 from lpserve.config import RunConfig
+from lpserve.data.corpora import check_no_overlap
 from lpserve.data.items import ItemSet
 from lpserve.data.prepare import cut_run_items
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.masks import keys
 from lpserve.plan.plan import Settlement
-from lpserve.plan.race import MAX_CONTENDERS, RaceRule, Standing, look_sizes, standing
+from lpserve.plan.race import MAX_CONTENDERS, MIN_WINDOWS, RaceRule, Standing, look_sizes, standing
 from lpserve.plan.sets import removed_list
 from lpserve.runner.coordinator import RunLoop
 from lpserve.scoring.session import POLL_S
@@ -29,14 +30,25 @@ from lpserve.types import BoolArray, FloatArray
 from lpserve.utility import utility_named
 
 
-def race_windows(config: RunConfig, calibration: ItemSet) -> TokenWindows | None:
+def race_windows(config: RunConfig, calibration: ItemSet, heldout: ItemSet) -> TokenWindows | None:
     """The windows of a run's races, those of each corpus in turn; None where none is asked for.
 
     Raises:
-        InputError: the run's utility, corpora or numbers of windows allow no race.
+        InputError: the run's utility, corpora or numbers of windows allow no race, or its windows
+            share text with those held out.
     """
     if config.settle is None:
+        if config.max_windows is not None:
+            raise InputError("max_windows is for races: give settle too, 0.9 say")
         return None
+    if config.goal == "values":
+        raise InputError("settle is about the plan, and goal values searches none")
+    least = config.num_windows + MIN_WINDOWS
+    if config.max_windows is None or config.max_windows < least:
+        raise InputError(
+            f"settle needs max_windows of at least {least}, {MIN_WINDOWS} more than num_windows "
+            f"({config.num_windows}): got {config.max_windows}"
+        )
     if not utility_named(config.utility).in_nats:
         raise InputError(
             f"settle compares losses in nats per token, and utility {config.utility} has none: "
@@ -48,7 +60,6 @@ def race_windows(config: RunConfig, calibration: ItemSet) -> TokenWindows | None
                 f"settle draws more windows of each text, and {name!r} is an .npz, whose windows "
                 "are all used: name a text"
             )
-    assert config.max_windows is not None
     alone = replace(config, num_windows=config.max_windows, settle=None, max_windows=None)
     try:
         larger, _ = cut_run_items(alone)
@@ -61,22 +72,24 @@ def race_windows(config: RunConfig, calibration: ItemSet) -> TokenWindows | None
     seen = set(calibration.windows.window_hashes)
     rows = np.stack(fresh, axis=1).ravel()  # a window of each corpus in turn
     rows = rows[[larger.windows.window_hashes[row] not in seen for row in rows]]
-    return larger.windows.select(rows)
+    windows = larger.windows.select(rows)
+    check_no_overlap(windows, heldout.windows)
+    return windows
 
 
 @dataclass(slots=True, eq=False)
 class _Race:
     """The contenders of one size, and where they stand."""
 
-    masks_CP: BoolArray
-    alive_C: BoolArray
-    loss_CN: FloatArray = field(default_factory=lambda: np.empty((0, 0)))
+    masks_MP: BoolArray
+    alive_M: BoolArray
+    loss_MN: FloatArray = field(default_factory=lambda: np.empty((0, 0)))
     last: Standing | None = None
     windows: int = 0
 
     @property
     def over(self) -> bool:
-        return self.alive_C.sum() < 2 or (self.last is not None and self.last.decided)
+        return self.alive_M.sum() < 2 or (self.last is not None and self.last.decided)
 
 
 def settle(
@@ -99,21 +112,21 @@ def settle(
         if not at_work:
             break
         masks_MP = np.unique(
-            np.concatenate([race.masks_CP[race.alive_C] for race in at_work.values()]), axis=0
+            np.concatenate([race.masks_MP[race.alive_M] for race in at_work.values()]), axis=0
         )
         part = windows.select(np.arange(before, size))
         loss_MN = _scored(loop, masks_MP, part, f"race, look {number} of {len(looks)}")
         row_of = {key: row for row, key in enumerate(keys(masks_MP))}
         for race in at_work.values():
-            rows = [row_of.get(key, -1) for key in keys(race.masks_CP)]
-            new_CN = np.where(race.alive_C[:, None], loss_MN[rows], np.nan)
-            race.loss_CN = np.concatenate([race.loss_CN, new_CN], axis=1)
-            race.alive_C &= np.isfinite(race.loss_CN).all(axis=1)
+            rows = [row_of.get(key, -1) for key in keys(race.masks_MP)]
+            new_MN = np.where(race.alive_M[:, None], loss_MN[rows], np.nan)
+            race.loss_MN = np.concatenate([race.loss_MN, new_MN], axis=1)
+            race.alive_M &= np.isfinite(race.loss_MN).all(axis=1)
             race.windows = size
-            if race.alive_C.any():
+            if race.alive_M.any():
                 weight_N = windows.num_tokens_N[:size]
-                race.last = standing(race.loss_CN, weight_N, race.alive_C, rule)
-                race.alive_C = race.last.alive_C
+                race.last = standing(race.loss_MN, weight_N, race.alive_M, rule)
+                race.alive_M = race.last.alive_M
         before = size
     return _settlements(races, config.settle)
 
@@ -127,8 +140,8 @@ def _contenders(record: RunRecord, utilities_M: FloatArray) -> dict[int, _Race]:
         rows = np.flatnonzero(usable_M & (removed_M == r))
         rows = rows[np.argsort(-utilities_M[rows], kind="stable")[:MAX_CONTENDERS]]
         if len(rows):
-            masks_CP = record.masks_MP[rows]
-            races[r] = _Race(masks_CP, np.ones(len(rows), dtype=bool), np.empty((len(rows), 0)))
+            masks_MP = record.masks_MP[rows]
+            races[r] = _Race(masks_MP, np.ones(len(rows), dtype=bool), np.empty((len(rows), 0)))
     return races
 
 
@@ -152,26 +165,26 @@ def _settlements(races: dict[int, _Race], confidence: float) -> tuple[Settlement
     found: list[Settlement] = []
     smaller: set[int] = set()
     for _, race in sorted(races.items()):
-        left = np.flatnonzero(race.alive_C)
+        left = np.flatnonzero(race.alive_M)
         if not len(left):
             continue
         if race.last is not None:
-            left = left[np.argsort(race.last.behind_C[left], kind="stable")]
-        sets = [removed_list(race.masks_CP[row]) for row in left]
+            left = left[np.argsort(race.last.behind_M[left], kind="stable")]
+        sets = [removed_list(race.masks_MP[row]) for row in left]
         nested = [place for place, removed in enumerate(sets) if smaller <= set(removed)]
         first = nested[0] if smaller and nested else 0
         chosen = sets.pop(first)
         behind, half = 0.0, None
         if race.last is not None and race.windows:
-            behind = float(race.last.behind_C[left[first]])
-            widest = np.delete(race.last.half_width_C[left], first)
+            behind = float(race.last.behind_M[left[first]])
+            widest = np.delete(race.last.half_width_M[left], first)
             half = float(widest.max()) if len(widest) and np.isfinite(widest).all() else None
         found.append(
             Settlement(
                 removed=chosen,
                 outcome="tie" if sets else "wins",
                 ties=sets,
-                contenders=len(race.masks_CP),
+                contenders=len(race.masks_MP),
                 windows=race.windows,
                 confidence=confidence,
                 behind=behind,

@@ -88,10 +88,9 @@ class ScoringSession:
         with ExitStack() as stack:
             self.signals = signals or stack.enter_context(trap_signals())
             self.signals.at_work = False  # loading a model may be broken off
-            opened = store
-            if not isinstance(opened, Store):
-                opened = stack.enter_context(Store(opened, holder=holder))
-            self.store = opened
+            if not isinstance(store, Store):
+                store = stack.enter_context(Store(store, holder=holder))
+            self.store = store
             spec = engine_spec(config, stored, max(windows.length, longest or 0))
             self.pool = open_pool(config, spec, windows, log or self.progress.note)
             stack.callback(self.pool.close)

@@ -49,22 +49,22 @@ class Raced:
     """Windows times masks that it scored."""
 
 
-def race(loss_CN: FloatArray, error: float, tie: float) -> Raced:
+def race(loss_MN: FloatArray, error: float, tie: float) -> Raced:
     """A race on windows that come in the order of the columns."""
-    looks = look_sizes(FIRST, loss_CN.shape[1])
+    looks = look_sizes(FIRST, loss_MN.shape[1])
     rule = RaceRule(error=error, tie=math.log1p(tie), looks=len(looks))
-    alive_C = np.ones(len(loss_CN), dtype=bool)
+    alive_M = np.ones(len(loss_MN), dtype=bool)
     used = before = 0
     last = None
     for size in looks:
-        used += int(alive_C.sum()) * (size - before)
+        used += int(alive_M.sum()) * (size - before)
         before = size
-        last = standing(loss_CN[:, :size], np.full(size, NUM_TOKENS), alive_C, rule)
-        alive_C = last.alive_C
+        last = standing(loss_MN[:, :size], np.full(size, NUM_TOKENS), alive_M, rule)
+        alive_M = last.alive_M
         if last.decided:
             break
     assert last is not None
-    return Raced(last.leader, frozenset(np.flatnonzero(alive_C).tolist()), used)
+    return Raced(last.leader, frozenset(np.flatnonzero(alive_M).tolist()), used)
 
 
 def asked_masks(game: ProductGame, max_removed: int, budget: int, seed: int) -> BoolArray:

@@ -43,9 +43,9 @@ def config_of(tmp_path, **changes):
 
 
 def test_a_race_reads_the_windows_that_a_larger_run_would_add(tmp_path):
-    config = config_of(tmp_path, calibration=DEMO_TEXTS)
-    calibration, _ = cut_run_items(config)
-    windows = race_windows(config, calibration)
+    config = config_of(tmp_path, calibration=DEMO_TEXTS, heldout=None)
+    calibration, heldout = cut_run_items(config)
+    windows = race_windows(config, calibration, heldout)
     assert windows is not None
     larger, _ = cut_run_items(replace(config, num_windows=40, settle=None, max_windows=None))
     hashes = larger.windows.window_hashes
@@ -53,7 +53,8 @@ def test_a_race_reads_the_windows_that_a_larger_run_would_add(tmp_path):
     expected = [hashes[start + row] for row in range(6, 40) for start in (0, 40)]
     assert list(windows.window_hashes) == expected
     assert not set(expected) & set(calibration.windows.window_hashes)
-    assert race_windows(replace(config, settle=None, max_windows=None), calibration) is None
+    unsettled = replace(config, settle=None, max_windows=None)
+    assert race_windows(unsettled, calibration, heldout) is None
 
 
 def test_a_run_settles_its_plan_and_goes_on_from_its_scores(tmp_path, capsys):
@@ -108,16 +109,16 @@ def test_scores_of_a_race_are_kept_and_read_by_a_larger_run(tmp_path):
 
 def test_of_sets_that_tie_the_one_that_holds_the_smaller_plans_set_is_the_first_choice():
     def race(sets, behind, alive):
-        alive_C = np.array(alive)
+        alive_M = np.array(alive)
         last = Standing(
-            alive_C=alive_C,
+            alive_M=alive_M,
             leader=int(np.argmin(behind)),
-            behind_C=np.array(behind),
-            half_width_C=np.array([0.0, 0.004, 0.003])[: len(sets)],
+            behind_M=np.array(behind),
+            half_width_M=np.array([0.0, 0.004, 0.003])[: len(sets)],
             decided=True,
         )
-        masks_CP = np.array([without(6, one) for one in sets])
-        return _Race(masks_CP, alive_C, last=last, windows=20)
+        masks_MP = np.array([without(6, one) for one in sets])
+        return _Race(masks_MP, alive_M, last=last, windows=20)
 
     one, two, three = _settlements(
         {

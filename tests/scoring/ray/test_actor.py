@@ -266,8 +266,8 @@ def test_units_are_sized_by_each_engines_own_pace(tmp_path, rng):
         sizes.setdefault(engine, []).append(len(unit.masks_MP))
     slow, fast = sorted(sizes.values(), key=sum)
     assert sum(slow) < sum(fast) / 2
-    assert max(slow) <= 10  # 2 s at its pace
-    assert max(fast) > 10
+    assert max(slow) <= 16  # 2 s at its pace are 10, and 16 share most of their prefixes
+    assert max(fast) > 16
 
 
 @pytest.mark.vllm
