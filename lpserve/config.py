@@ -166,7 +166,7 @@ class RunConfig(WindowConfig):
     num_fewshot: CountOr0 | None = None
     """Examples before each question of a task; None: as the task says."""
     screen_windows: CountOr0 = 0
-    """Sets are scored on so many windows of each corpus, on others while they may be best; 0: all."""
+    """Sets are first scored on so many windows of each corpus; 0: every mask on all windows."""
     budget: Count = 400
     """Most masks scored on calibration windows."""
     max_removed: Count | None = None

@@ -25,7 +25,8 @@ path is walked: short lists by expansion reach its sets with a part of its masks
     then      for every r, sets by expansions about the best scored sets, until eight of each size
               are asked for
     later     sets by expansion and by expected improvement, as each has earned
-              (`lpserve.rounds.expanding`); rankings and masks for the values with goal `both`
+              (`lpserve.rounds.expanding`); with goal `both` rankings and masks for the values, with
+              goal `plan` once half a round of random masks, for the surrogate
 
 With a screen (`lpserve.rounds.screening`) greedy's sets, rankings and the search's sets are scored
 on a few items first (with goal `plan` everything after round 1), and every round also asks for the
@@ -103,6 +104,8 @@ class RoundPlanner:
         self._expansion = ExpansionSource(settings)
         self._stop = StopCheck(settings.stop)
         self._num_proposed = 0
+        self._surveyed = False
+        """Whether random masks were asked for that come with the surrogate's first share."""
 
     @property
     def sources(self) -> dict[bytes, str]:
@@ -135,6 +138,10 @@ class RoundPlanner:
         if expands:
             walking = self._expansion.begins(self.asked)
             batch: list[BoolArray] = []
+            if not walking and not self._surveyed and goal == "plan":
+                # the surrogate has a share from here on, and has seen sets near the best alone
+                batch = self._design.take(self.asked, self._settings.round_size // 2)
+                self._surveyed = True
         else:
             walking = goal != "values" and index < 2 * len(self._settings.plan_sizes)
             batch = self._begin(index, known, walking=walking)
