@@ -47,7 +47,6 @@ from lpserve.utility import utility_named
 
 HELDOUT_CANDIDATES = 4
 """Sets of each size that held-out windows check: greedy, ranking, search and the best."""
-_STAND_IN_OVERLAP = 0.1  # of two players' effects, as a part of the root of their losses' product
 _PROPOSALS = 16  # stand-in sets of each size for a round of proposals
 
 
@@ -247,10 +246,7 @@ def sample_rounds(settings: RoundSettings, budget: int) -> list[BoolArray]:
     rng = np.random.default_rng([settings.seed, settings.num_players, 1])
     loss_P = rng.gamma(1.0, 1.0, settings.num_players)
     model = StandInModel(settings, loss_P)
-    planner = RoundPlanner(
-        settings, utility_named("neg_nll"), np.ones(1, np.int64), model=model, overlap=True
-    )
-    overlap_PP = _STAND_IN_OVERLAP * np.sqrt(np.outer(loss_P, loss_P))
+    planner = RoundPlanner(settings, utility_named("neg_nll"), np.ones(1, np.int64), model=model)
     rounds: list[CompletedRound] = []
     asked = 0
     while asked < budget:
@@ -259,8 +255,7 @@ def sample_rounds(settings: RoundSettings, budget: int) -> list[BoolArray]:
             break
         asked += len(masks_MP)
         loss_column = (1.0 + (~masks_MP) @ loss_P)[:, None].astype(np.float32)
-        overlap = None if rounds else overlap_PP
-        rounds.append(CompletedRound(masks_MP, loss_column, loss_column, overlap))
+        rounds.append(CompletedRound(masks_MP, loss_column, loss_column))
     return [done.masks_MP for done in rounds]
 
 

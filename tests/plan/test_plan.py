@@ -173,7 +173,7 @@ def test_sets_without_a_finite_score_are_never_chosen(bad, rng):
     utilities = rng.normal(size=20)
     hidden = rng.choice(20, 15, replace=False)
     utilities[hidden] = bad
-    greedy = [masks[0], masks[0], masks[hidden[0]]]
+    greedy = [masks[hidden[2]], masks[hidden[2]], masks[hidden[0]]]
     rows = choose_candidates(
         masks, utilities, 3, greedy=greedy, ranking=masks[hidden[1]], sources={}
     )

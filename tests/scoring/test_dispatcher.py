@@ -147,11 +147,12 @@ def test_units_take_about_two_seconds_at_every_engine(rng):
 
 
 def test_slow_masks_are_scored_together_so_that_they_share_prefixes(rng):
-    """By the time of a unit alone, masks of 2 s and more would go one by one."""
+    """By the time of a unit alone, masks of 2 s and more would go one by one; an engine of half the
+    speed is handed 7, in 30 s."""
     results, _, pool = dispatch(setting(rng, engines=2, masks=400, mask_s=2.0))
     sizes = [len(r.unit.masks_MP) for r in results if isinstance(r, UnitResult)]
-    assert np.median(sizes[:-20]) > 10
-    assert pool.now < 1.15 * 400 * 2.0 / pool.speed
+    assert np.median(sizes[4:-12]) >= 6  # paces are known, and there is more to do than a share
+    assert pool.now < 1.25 * 400 * 2.0 / pool.speed
 
 
 @pytest.mark.parametrize("dies", [False, True])
