@@ -198,11 +198,28 @@ class Expansion:
             value = step[row, player]
             changed = changed[row]
             changed[np.arange(len(row)), player] = True
-            changed, first = np.unique(changed, axis=0, return_index=True)
-            value = value[first]
-            order = np.argsort(value, kind="stable")[: 2 * _SHORTLIST]
-            changed, value = changed[order], value[order]
+            if abs(more) > 1:  # the same players in another order
+                changed, first = np.unique(changed, axis=0, return_index=True)
+                value = value[first]
+                order = np.argsort(value, kind="stable")
+                changed, value = changed[order], value[order]
+            changed, value = changed[: 2 * _SHORTLIST], value[: 2 * _SHORTLIST]
         return ~(changed ^ steps.dropped_P), value
+
+    def _swaps(self, mask_P: BoolArray, loss: float) -> tuple[BoolArray, FloatArray]:
+        """The swaps of a set that are predicted to cost least, and predicted losses."""
+        kept = np.flatnonzero(mask_P & self._allowed_P)
+        dropped = np.flatnonzero(~mask_P & self._free_P)
+        added_P = self._single_P + self.scale * self._overlap_PP @ ~mask_P
+        losses = loss + added_P[kept][:, None] - added_P[dropped]
+        losses = losses - self.scale * self._overlap_PP[np.ix_(kept, dropped)]
+        best = np.argsort(losses, axis=None, kind="stable")[:_SHORTLIST]
+        out, back = np.unravel_index(best, losses.shape)
+        near = np.repeat(mask_P[None], len(best), axis=0)
+        rows = np.arange(len(best))
+        near[rows, kept[out]] = False
+        near[rows, dropped[back]] = True
+        return near, losses[out, back]
 
     def _about_whole(self, num_removed: int) -> tuple[BoolArray, FloatArray]:
         """Sets of the lowest losses by the expansion about the whole model, by beam search over
@@ -221,12 +238,7 @@ class Expansion:
             if not fresh:
                 break
             expanded.update(keys(pool[fresh]))
-            near = []
-            for row in fresh:
-                gone_P = ~pool[row]
-                added_P = self._single_P + self.scale * self._overlap_PP @ gone_P
-                change_P = np.where(gone_P, -added_P, added_P)
-                near.append(self._about(_Steps(float(value[row]), gone_P, change_P), 0))
+            near = [self._swaps(pool[row], value[row]) for row in fresh]
             pool, place = sort_distinct(np.concatenate([pool, *(masks for masks, _ in near)]))
             predicted = np.concatenate([value, *(values for _, values in near)])
             value = np.full(len(pool), np.inf)
