@@ -38,6 +38,7 @@ _ANCHORS = 4
 _BEAM_WIDTH, _MAX_STEPS = 32, 60
 _SHORTLIST = 64
 _REACH = 2
+"""Players that an expansion about a scored set adds at most."""
 _MIN_FITTED = 8  # sets that drop two players or more: with fewer the scale stays 1
 _SCALES = (0.2, 3.0)
 _NEAR_NATS = 0.1
@@ -72,7 +73,8 @@ class Expansion:
         """The factor c."""
 
     def fit(self, masks_MP: BoolArray, loss_M: FloatArray) -> bool:
-        """Take in scored sets; False while a single player's loss is missing.
+        """Take in scored sets; False where the loss of the whole model, or of every single player,
+        is missing.
 
         Args:
             masks_MP: distinct; the first keeps every player.
@@ -102,7 +104,7 @@ class Expansion:
         if len(rows) < _MIN_FITTED:
             return
         dropped = self._dropped_MP[rows].astype(np.float64)
-        pairs = np.einsum("mi,ij,mj->m", dropped, self._overlap_PP, dropped) / 2
+        pairs = self._pairs(dropped)
         beyond = self._loss_M[rows] - dropped @ self._single_P
         weight = 1 / (np.abs(self._loss_M[rows]) + _ROUNDED_NATS) ** 2
         scale = float((weight * pairs) @ beyond / max((weight * pairs) @ pairs, 1e-12))
@@ -142,8 +144,11 @@ class Expansion:
     def predicted(self, masks_MP: BoolArray) -> FloatArray:
         """Losses by the expansion about the whole model, `float64[M]`."""
         dropped = (~masks_MP).astype(np.float64)
-        pairs = np.einsum("mi,ij,mj->m", dropped, self._overlap_PP, dropped) / 2
-        return dropped @ self._single_P + self.scale * pairs
+        return dropped @ self._single_P + self.scale * self._pairs(dropped)
+
+    def _pairs(self, dropped_MP: FloatArray) -> FloatArray:
+        """Overlaps of each two dropped players, summed, `float64[M]`."""
+        return np.einsum("mi,ij,mj->m", dropped_MP, self._overlap_PP, dropped_MP) / 2
 
     def shortlist(self, num_removed: int) -> tuple[BoolArray, FloatArray]:
         """Unscored sets of one size with the lowest predicted losses, best first, `bool[Q, P]`, and
@@ -178,8 +183,8 @@ class Expansion:
         return _Steps(loss, dropped_P, change_P)
 
     def _about(self, steps: _Steps, more: int) -> tuple[BoolArray, FloatArray]:
-        """Sets that drop `more` players more than a scored one (less, if below 0; with one swap, or
-        two, if 0), and predicted losses: by beam search, a player at a time."""
+        """Sets that drop `more` players more than a scored one (less, if below 0; with one swap, if
+        0), and predicted losses: by beam search, a player at a time."""
         moves = [1] * more if more >= 0 else [-1] * -more
         if more == 0:
             moves = [-1, 1]

@@ -75,8 +75,7 @@ class ExpansionSource:
     def corrected(
         self, known: KnownUtilities, asked: AskedMasks, count: int, *, screened: bool = False
     ) -> list[BoolArray]:
-        """The next `count` sets of the highest expected improvement by the corrected expansion;
-        fewer where it is small."""
+        """The next `count` sets that the corrected expansion predicts to cost least."""
         if self._expansion is None or count < 1:
             return []
         within = self._settings.within

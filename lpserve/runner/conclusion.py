@@ -15,7 +15,6 @@ from lpserve.report.files import write_outputs
 from lpserve.rounds.history import latest_scores
 from lpserve.runner.coordinator import RunLoop
 from lpserve.runner.settling import settle
-from lpserve.scoring.session import POLL_S
 
 
 def conclude(loop: RunLoop) -> Outcome:
@@ -30,14 +29,8 @@ def conclude(loop: RunLoop) -> Outcome:
         found = settle(loop, record, analysis.utilities_M, loop.race)
         record = replace(record, settlements=found)
     wanted_MP = candidate_masks(record, analysis)
-    calibration, loop.tracker = loop.tracker, loop.make_tracker(loop.heldout, None)
-    loop.progress.begin("held-out", len(wanted_MP))
-    request = loop.tracker.request(wanted_MP)
-    while not request.complete:
-        loop.drain(POLL_S)
-        loop.show()
-        loop.check_signals()
-    loop.show()
+    calibration = loop.tracker
+    request = loop.score_apart(wanted_MP, loop.heldout, "held-out")
     nll_MI = loop.heldout.ppl_nll(request.values)
     record = replace(
         record,

@@ -218,6 +218,23 @@ class RunLoop:
         self.adopted = f"the {len(asked)} masks are those of another run"
         self.folder.event("masks read again", masks=len(asked))
 
+    def score_apart(self, masks_MP: BoolArray, items: ItemSet, stage: str) -> ScoreRequest:
+        """A complete request of masks on other items than the rounds'; their tracker stays in
+        `tracker`.
+
+        Raises:
+            RunInterrupted: a signal came; what was scored is kept.
+        """
+        self.tracker = self.make_tracker(items, None)
+        self.progress.begin(stage, len(masks_MP))
+        request = self.tracker.request(masks_MP)
+        while not request.complete:
+            self.drain(POLL_S)
+            self.show()
+            self.check_signals()
+        self.show()
+        return request
+
     def drain(self, timeout_s: float) -> None:
         self.session.drain(timeout_s, self.accept)
 

@@ -25,7 +25,6 @@ from lpserve.plan.plan import Settlement
 from lpserve.plan.race import MAX_CONTENDERS, MIN_WINDOWS, RaceRule, Standing, look_sizes, standing
 from lpserve.plan.sets import removed_list
 from lpserve.runner.coordinator import RunLoop
-from lpserve.scoring.session import POLL_S
 from lpserve.types import BoolArray, FloatArray
 from lpserve.utility import utility_named
 
@@ -147,14 +146,8 @@ def _contenders(record: RunRecord, utilities_M: FloatArray) -> dict[int, _Race]:
 
 def _scored(loop: RunLoop, masks_MP: BoolArray, windows: TokenWindows, stage: str) -> FloatArray:
     """Losses of masks on windows, `float64[M, N]`; NaN where one could not be scored."""
-    calibration, loop.tracker = loop.tracker, loop.make_tracker(ItemSet(windows), None)
-    loop.progress.begin(stage, len(masks_MP))
-    request = loop.tracker.request(masks_MP)
-    while not request.complete:
-        loop.drain(POLL_S)
-        loop.show()
-        loop.check_signals()
-    loop.show()
+    calibration = loop.tracker
+    request = loop.score_apart(masks_MP, ItemSet(windows), stage)
     loop.tracker = calibration
     return request.values[loop.utility.metric].astype(np.float64)
 
