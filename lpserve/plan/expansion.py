@@ -61,12 +61,16 @@ class Expansion:
     """Second-order expansions of a game's loss about scored sets.
 
     Args:
-        overlap_PP: nats per token.
+        overlap_PP: nats per token; a player whose effect is not finite (its own entry) is in no
+            set.
         within: which sets are asked about.
     """
 
     def __init__(self, overlap_PP: FloatArray, within: Constraint) -> None:
-        self._overlap_PP = overlap_PP - np.diag(overlap_PP.diagonal())
+        finite_P = np.isfinite(overlap_PP.diagonal())
+        between_PP = np.where(finite_P & finite_P[:, None], overlap_PP, 0.0)
+        self._overlap_PP = between_PP - np.diag(between_PP.diagonal())
+        self._finite_P = finite_P
         self._within = within
         self._free_P = np.isin(np.arange(len(overlap_PP)), within.free)
         self.scale = 1.0
@@ -89,7 +93,7 @@ class Expansion:
         self._single_P = np.full(masks_MP.shape[1], np.nan)
         self._single_P[self._dropped_MP[singles].argmax(axis=1)] = self._loss_M[singles]
         # a player whose own loss is not finite is in no good set
-        self._allowed_P = np.isfinite(self._single_P) & self._free_P
+        self._allowed_P = np.isfinite(self._single_P) & self._finite_P & self._free_P
         self._single_P = np.where(np.isfinite(self._single_P), self._single_P, 1e6)
         self._fit_scale()
         return bool(np.isfinite(loss_M[0]) and self._allowed_P.any())

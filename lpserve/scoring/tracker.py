@@ -106,8 +106,6 @@ class ScoreTracker:
         self._open: dict[bytes, _OpenMask] = {}
         self._singles: ScoreRequest | None = None
         """The request that waits for an overlap."""
-        self.overlap_failed = ""
-        """Why there is no overlap, if it was asked for and could not be had."""
         blocks = {block.id for block in self._blocks}
         self._bad = {
             held: reason for held, reason in store.quarantined(game).items() if held[0] in blocks
@@ -238,7 +236,6 @@ class ScoreTracker:
         """Commit a result of the dispatcher to the store, then count it."""
         unit = result.unit
         if isinstance(result, GivenUp) and unit.overlap:
-            self.overlap_failed = result.reason
             where = unit.block, unit.windows, unit.extra_metrics
             self._dispatcher.add(unit.masks_MP, *where)
             return
@@ -263,10 +260,7 @@ class ScoreTracker:
                 request.values[metric][row, rows[new]] = value_N[positions[new]]
         if result.scores.overlap_MM is not None:
             overlap_PP = result.scores.overlap_MM[1:, 1:]
-            if np.isfinite(overlap_PP).all():
-                self._store.put_overlap(self._game, unit.block.id, overlap_PP)
-            else:
-                self.overlap_failed = "it is not finite"
+            self._store.put_overlap(self._game, unit.block.id, overlap_PP)
             self._note_overlap()
         for key in mask_keys:
             self._one_block_less(key)

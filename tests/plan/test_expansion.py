@@ -139,6 +139,20 @@ def test_sets_keep_to_the_constraint_and_leave_out_players_without_a_score(rng):
     assert not expansion.fit(masks_MP, np.full(len(masks_MP), np.nan))
 
 
+def test_a_player_whose_effect_is_not_finite_is_in_no_set_and_harms_no_other(rng):
+    single_P, overlap_PP = drawn(rng)
+    masks_MP = first_masks()
+    loss_M = loss_of(masks_MP, single_P, overlap_PP)
+    broken_PP = overlap_PP.copy()
+    broken_PP[3] = broken_PP[:, 3] = np.nan
+    expansion = Expansion(broken_PP, constraint_of(P))
+    assert expansion.fit(masks_MP, loss_M)
+    sets_MP, losses = expansion.shortlist(3)
+    assert len(sets_MP) == 56  # three of eight
+    assert sets_MP[:, 3].all()
+    np.testing.assert_allclose(losses, loss_of(sets_MP, single_P, overlap_PP) - 2.0, atol=1e-12)
+
+
 def test_a_corrected_expansion_knows_the_scored_sets_and_learns_what_the_expansion_lacks(rng):
     """The game has third-order terms; the correction predicts unseen sets better than the
     expansion alone does."""
