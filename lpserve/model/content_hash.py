@@ -37,6 +37,7 @@ SETTLED_S = 2.0
 """A file changed less than this ago is not cached: its next change might get the same time."""
 SAMPLE_BYTES = 4096
 _FORMAT = "2-"
+_READ_BYTES = 1 << 20
 _MAX_THREADS = 16
 _known: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
 """What this process has hashed: path -> the file's state, and its digests."""
@@ -58,7 +59,8 @@ def checkpoint_hash(checkpoint: Checkpoint, *, tell: Callable[[str], None] | Non
     for entry in checkpoint.tensors:
         by_shard.setdefault(entry.shard, []).append(entry)
     digests: dict[str, str] = {}
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
+    # two for every core: one waits for the disk while the other hashes
+    with ThreadPoolExecutor(min(_MAX_THREADS, 2 * (os.cpu_count() or 1))) as threads:
         for shard, entries in by_shard.items():
             digests |= _shard_digests(shard, entries, threads, tell)
     whole = hashlib.sha256(_config_text(checkpoint))
@@ -148,12 +150,15 @@ def _read_digests(
         def piece_digest(piece: tuple[int, int]) -> bytes:
             start, size = piece
             digest = hashlib.sha256()
+            # one small buffer, read into again and again: it stays in the core's cache, and fresh
+            # memory for every read would cost the kernel as long as the hash itself
+            buffer = memoryview(bytearray(min(size, _READ_BYTES)))
             while size:
-                data = os.pread(descriptor, size, start)
-                if not data:
+                count = os.preadv(descriptor, [buffer[:size]], start)
+                if not count:
                     raise InputError(f"shard {shard} is shorter than its header says")
-                digest.update(data)
-                start, size = start + len(data), size - len(data)
+                digest.update(buffer[:count])
+                start, size = start + count, size - count
             return digest.digest()
 
         pieces = [_pieces(entry) for entry in entries]

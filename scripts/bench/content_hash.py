@@ -31,6 +31,7 @@ from probes import machine_lines, publish
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import PIECE_BYTES, SETTLED_S, checkpoint_hash
 
+READ_BYTES = 1 << 20
 SHARD_BYTES = 2 << 30
 TENSOR_BYTES = 256 << 20
 
@@ -73,15 +74,18 @@ def read_all(folder: Path) -> None:
 
     def read(piece: tuple[Path, int]) -> int:
         path, start = piece
+        buffer, count = bytearray(READ_BYTES), 0
         with path.open("rb") as file:
-            return len(os.pread(file.fileno(), PIECE_BYTES, start))
+            for at in range(start, start + PIECE_BYTES, READ_BYTES):
+                count += os.preadv(file.fileno(), [buffer], at)
+        return count
 
     pieces = [
         (path, start)
         for path in sorted(folder.glob("*.safetensors"))
         for start in range(0, path.stat().st_size, PIECE_BYTES)
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as threads:
         assert sum(threads.map(read, pieces)) > 0
 
 

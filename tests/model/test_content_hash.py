@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,11 +153,11 @@ def test_a_cached_digest_is_used_and_told_while_the_file_is_the_same(
     assert len(list(cached_at_once.iterdir())) == 2
     assert cached_at_once.stat().st_mode & 0o077 == 0
 
-    def pread(*_: object) -> bytes:
+    def preadv(*_: object) -> int:
         raise AssertionError("the file is read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pread", pread)
+        patch.setattr(os, "preadv", preadv)
         again, told = hash_afresh(folder, monkeypatch)
     assert again == first
     assert all("come from the cache" in line for line in told)
@@ -266,13 +267,13 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, rng, monkeypatch):
     folder = write_one_file(tmp_path / "m", random_tensors(rng))
-    read, shard = os.pread, folder / "model.safetensors"
+    read, shard = os.preadv, folder / "model.safetensors"
 
-    def pread(*arguments: int) -> bytes:
+    def preadv(*arguments: Any) -> int:
         os.utime(shard, ns=(0, 0))
         return read(*arguments)
 
     checkpoint = read_checkpoint(folder)
-    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "preadv", preadv)
     with pytest.raises(InputError, match=re.escape(f"{shard} changes while it is read")):
         checkpoint_hash(checkpoint)
