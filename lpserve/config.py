@@ -17,8 +17,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from msgspec import Meta
 
 from lpserve.errors import InputError
-from lpserve.inputs.documents import toml_value, yaml_value
-from lpserve.inputs.files import is_there, read_document
+from lpserve.inputs.files import is_there
 from lpserve.inputs.plain import plain_value
 from lpserve.inputs.shapes import check_value
 from lpserve.redact import redact
@@ -39,6 +38,8 @@ SURROGATES = {
 GOALS = ("both", "plan", "values")
 TASK_PREFIX = "task:"
 """Begins a corpus that is a task of lm-eval, not a path."""
+MIN_DISTANCE = 2
+"""Layers that alternatives differ in, unless the user names a number."""
 STOP_GAIN = 0.001
 """Share of perplexity by which a set is said to beat another, unless the user names one."""
 
@@ -56,6 +57,8 @@ CHANGEABLE = (
     "settle",
     "tie",
     "max_windows",
+    "alternatives",
+    "min_distance",
     "mlflow",
     "experiment",
 )
@@ -68,7 +71,6 @@ GROWING = ("num_windows", "heldout_windows")
 _MOST = 2**63 - 1
 _RAY_JOB_FOLDER = "/runtime_resources/working_dir_files/"
 _CORPORA = {"calibration", "heldout"}
-MAX_CONFIG_BYTES = 1 << 20
 
 
 def _one_of(names: Iterable[str]) -> Meta:
@@ -198,6 +200,11 @@ class RunConfig(WindowConfig):
     """With `settle`: windows of each text, those that chose the sets included."""
     tie: Share = 0.005
     """Sets that differ by less than this share of perplexity tie."""
+    alternatives: CountOr0 = 0
+    """How many further sets the plan lists for every size: the best scored ones that are unlike."""
+    min_distance: Count | None = None
+    """With `alternatives`: every two sets of a size differ in at least so many layers, each of
+    which removes so many that the other keeps; default: 2."""
     seed: CountOr0 = 0
     """Seed of the sampled masks."""
     store: Text | None = None
@@ -220,8 +227,11 @@ class RunConfig(WindowConfig):
             "paper",
             "used with utility ppl_ratio, which its sigmoid needs",
         )
-        if self.goal == "values" and (self.protect or self.force):
-            raise InputError("protect and force are about the plan, and goal values searches none")
+        for key in ("protect", "force", "alternatives"):
+            if self.goal == "values" and getattr(self, key):
+                raise InputError(f"{key} is about the plan, and goal values searches none")
+        if self.min_distance is not None and not self.alternatives:
+            raise InputError("min_distance is about alternatives: say how many, 3 say")
 
     @property
     def store_path(self) -> Path:
@@ -239,8 +249,19 @@ class RunConfig(WindowConfig):
             list(sizes),
             f"0 <= k_min <= k_max <= {most}",
         )
+        apart = self.min_distance or MIN_DISTANCE
+        _require(
+            not self.alternatives or apart <= removed,
+            "min_distance",
+            apart,
+            f"at most max_removed, {removed}, for any sets to be so unlike",
+        )
         return replace(
-            self, max_removed=removed, sizes=sizes, round_size=self.round_size or num_players
+            self,
+            max_removed=removed,
+            sizes=sizes,
+            round_size=self.round_size or num_players,
+            min_distance=apart if self.alternatives else None,
         )
 
     def _check_units(self) -> None:
@@ -344,30 +365,6 @@ def corpora(value: Any, key: str) -> dict[str, str]:
             raise InputError(f"{key}: two corpora are named {name!r}; use name=path")
         named[name] = path
     return named
-
-
-def load_config_file(path: str | Path) -> dict[str, Any]:
-    """Keys and values of a TOML or YAML file, unchecked; `-` in a key stands for `_`.
-
-    Raises:
-        InputError: the file is missing, of another kind, too large, or cannot be parsed.
-    """
-    path = Path(path)
-    if path.suffix not in (".toml", ".yaml", ".yml"):
-        raise InputError(f"config {path}: the name must end in .toml, .yaml or .yml")
-    # a relative path is looked for where the process runs, in a Ray job the job's own folder
-    text = read_document(path.absolute(), most=MAX_CONFIG_BYTES)
-    parse = toml_value if path.suffix == ".toml" else yaml_value
-    values = parse(text, f"config {path}")
-    if not isinstance(values, dict):
-        raise InputError(f"config {path} must hold keys and values")
-    plain: dict[str, Any] = {}
-    for name, value in values.items():
-        key = str(name).replace("-", "_")
-        if key in plain:
-            raise InputError(f"config {path}: {key!r} is given twice, with - and with _")
-        plain[key] = value
-    return plain
 
 
 def as_json(config: RunConfig) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from lpserve.analysis.record import read_record
-from lpserve.config import config_from, load_config_file
+from lpserve.config import config_from
 from lpserve.data.text_files import read_text
 from lpserve.data.tokenizer import load_tokenizer
 from lpserve.data.windows import TokenStream, TokenWindows
@@ -43,6 +43,7 @@ from lpserve.demo import FOLDER
 from lpserve.engine.hf.engine import TransformersEngine
 from lpserve.errors import LpserveError
 from lpserve.export.outlook import export_outlook
+from lpserve.inputs.config_file import load_config_file
 from lpserve.model.architecture import check_decoder, find_layer_prefix, read_architecture
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.plan.plan import load_plan

@@ -6,7 +6,7 @@ Decisions read losses as stored (float32). Notation: M masks, P players, r = num
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from lpserve.config import STOP_GAIN
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, keys, without
 from lpserve.plan import search
-from lpserve.plan.candidates import choose_candidates
+from lpserve.plan.candidates import choose_alternatives, choose_candidates
 from lpserve.plan.constraint import Constraint, constraint_text
 from lpserve.plan.expansion import EXPANSION
 from lpserve.plan.greedy import greedy_path
@@ -69,22 +69,10 @@ def make_plan(
         )
     within.check(up_to)
     greedy = _greedy(scored, analysis, up_to)
-    entries = []
-    for r, rows in _candidates(scored, analysis, greedy, up_to, within).items():
-        warnings = []
-        no_path = len(greedy) <= r - scored.within.sizes(r)[0]
-        if no_path and EXPANSION not in scored.sources:  # whose short lists stand in for it
-            warnings.append("the scored masks hold no greedy path to this size")
-        unseen = _unseen(scored, analysis, r, rows[0][0], within)
-        stability = _stability(scored, rows[0][0], within)
-        settlement = _settlement(scored, rows[0][0], within)
-        doubtful = settlement is None and stability is not None and not stability.settled
-        if doubtful and stability is not None and stability.rival is not None:
-            drawn = f"{len(scored.num_tokens_I)} {scored.objective.items}"
-            warnings.append(stability.warning(drawn, scored.objective.loss_unit))
-        entry = _entry(scored, analysis, r, rows, warnings)
-        details = asdict(stability) if stability is not None else None
-        entries.append(replace(entry, unseen=unseen, stability=details, settlement=settlement))
+    entries = [
+        _entry(scored, analysis, rows, within, on_path=len(greedy) > r - scored.within.sizes(r)[0])
+        for r, rows in _candidates(scored, analysis, greedy, up_to, within).items()
+    ]
     full = full_mask(scored.num_players)
     return Plan(
         model=scored.model,
@@ -104,15 +92,20 @@ def make_plan(
         stopped=scored.stopped,
         protected=list(within.protected),
         forced=list(within.forced),
+        alternatives=scored.alternatives,
+        min_distance=scored.min_distance if scored.alternatives else None,
     )
 
 
 def candidate_masks(scored: RunRecord, analysis: Analysis) -> BoolArray:
-    """All kept, and every candidate of the plan, each once: what held-out windows check."""
+    """All kept, and every candidate and alternative of the plan, each once: what held-out windows
+    check."""
     up_to = scored.max_removed
     found = _candidates(scored, analysis, _greedy(scored, analysis, up_to), up_to, scored.within)
     masks = [full_mask(scored.num_players)]
-    masks += [scored.masks_MP[row] for rows in found.values() for row, _ in rows]
+    for rows in found.values():
+        others = _alternatives(scored, analysis, rows[0][0], scored.within)
+        masks += [scored.masks_MP[row] for row in [*(row for row, _ in rows), *others]]
     _, first = np.unique(np.array(masks), axis=0, return_index=True)
     return np.array(masks)[np.sort(first)]
 
@@ -154,6 +147,19 @@ def _candidates(
             )
         found[r] = _settled_first(scored, rows, sources, within)
     return found
+
+
+def _alternatives(
+    scored: RunRecord, analysis: Analysis, chosen: int, within: Constraint
+) -> list[int]:
+    return choose_alternatives(
+        scored.masks_MP,
+        analysis.utilities_M,
+        chosen,
+        count=scored.alternatives,
+        min_distance=scored.min_distance,
+        within=within,
+    )
 
 
 def _settlement(scored: RunRecord, row: int, within: Constraint) -> Settlement | None:
@@ -229,54 +235,82 @@ def _stability(scored: RunRecord, chosen: int, within: Constraint) -> Stability 
 def _entry(
     scored: RunRecord,
     analysis: Analysis,
-    num_removed: int,
     rows: list[tuple[int, str]],
-    warnings: list[str],
+    within: Constraint,
+    *,
+    on_path: bool,
 ) -> PlanEntry:
-    candidates = []
-    for row, source in rows:
-        mask_P = scored.masks_MP[row]
-        delta, error = (None, None)
-        if row != rows[0][0]:
-            delta, error = heldout_gap(scored, mask_P, scored.masks_MP[rows[0][0]])
-        candidates.append(
-            Candidate(
-                removed=removed_list(mask_P),
-                source=source,
-                calibration_ppl=ppl_of(scored.nll_MI[row], scored.num_tokens_I),
-                predicted_ppl=_predicted_ppl(scored, analysis.predicted_M[row]),
-                heldout_ppl=heldout_ppl(scored, mask_P),
-                heldout_delta=delta,
-                heldout_delta_stderr=error,
-                calibration_utility=finite_or_none(analysis.utilities_M[row]),
-                predicted_utility=finite_or_none(analysis.predicted_M[row]),
-                heldout_utility=heldout_utility(scored, mask_P),
-            )
-        )
-    drawn, unit = heldout_objective(scored).items, heldout_objective(scored).loss_unit
-    for other in candidates[1:]:
-        if (
-            other.heldout_delta is not None
-            and other.heldout_delta_stderr is not None
-            and other.heldout_delta < -Z90 * other.heldout_delta_stderr
-        ):
-            warnings.append(
-                f"held-out {drawn} prefer {other.removed} by {-other.heldout_delta:.4f} "
-                f"+- {Z90 * other.heldout_delta_stderr:.4f} {unit}"
-            )
+    """The plan's entry for one size, from its candidates' rows.
+
+    Args:
+        on_path: whether the greedy path reached this size.
+    """
+    chosen = rows[0][0]
+    candidates = [_candidate(scored, analysis, row, source, chosen) for row, source in rows]
     best = candidates[0]
+    stability = _stability(scored, chosen, within)
+    settlement = _settlement(scored, chosen, within)
+    warnings = []
+    if not on_path and EXPANSION not in scored.sources:  # whose short lists stand in for it
+        warnings.append("the scored masks hold no greedy path to this size")
+    doubtful = settlement is None and stability is not None and not stability.settled
+    if doubtful and stability is not None and stability.rival is not None:
+        drawn = f"{len(scored.num_tokens_I)} {scored.objective.items}"
+        warnings.append(stability.warning(drawn, scored.objective.loss_unit))
     return PlanEntry(
-        num_removed=num_removed,
+        num_removed=len(best.removed),
         removed=best.removed,
         source=best.source,
         calibration_ppl=best.calibration_ppl,
         predicted_ppl=best.predicted_ppl,
         heldout_ppl=best.heldout_ppl,
         candidates=candidates,
-        warnings=warnings,
+        warnings=warnings + _heldout_warnings(scored, candidates),
+        unseen=_unseen(scored, analysis, len(best.removed), chosen, within),
+        stability=asdict(stability) if stability is not None else None,
         calibration_utility=best.calibration_utility,
         predicted_utility=best.predicted_utility,
         heldout_utility=best.heldout_utility,
+        settlement=settlement,
+        alternatives=[
+            _candidate(scored, analysis, row, scored.sources[row], chosen)
+            for row in _alternatives(scored, analysis, chosen, within)
+        ],
+    )
+
+
+def _heldout_warnings(scored: RunRecord, candidates: list[Candidate]) -> list[str]:
+    """Which of the candidates held-out items prefer to the first."""
+    drawn, unit = heldout_objective(scored).items, heldout_objective(scored).loss_unit
+    return [
+        f"held-out {drawn} prefer {other.removed} by {-other.heldout_delta:.4f} "
+        f"+- {Z90 * other.heldout_delta_stderr:.4f} {unit}"
+        for other in candidates[1:]
+        if other.heldout_delta is not None
+        and other.heldout_delta_stderr is not None
+        and other.heldout_delta < -Z90 * other.heldout_delta_stderr
+    ]
+
+
+def _candidate(
+    scored: RunRecord, analysis: Analysis, row: int, source: str, chosen: int
+) -> Candidate:
+    """What is known of a scored set, held against the row of the plan's set."""
+    mask_P = scored.masks_MP[row]
+    delta, error = (None, None)
+    if row != chosen:
+        delta, error = heldout_gap(scored, mask_P, scored.masks_MP[chosen])
+    return Candidate(
+        removed=removed_list(mask_P),
+        source=source,
+        calibration_ppl=ppl_of(scored.nll_MI[row], scored.num_tokens_I),
+        predicted_ppl=_predicted_ppl(scored, analysis.predicted_M[row]),
+        heldout_ppl=heldout_ppl(scored, mask_P),
+        heldout_delta=delta,
+        heldout_delta_stderr=error,
+        calibration_utility=finite_or_none(analysis.utilities_M[row]),
+        predicted_utility=finite_or_none(analysis.predicted_M[row]),
+        heldout_utility=heldout_utility(scored, mask_P),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.analysis.resample import mean_nll, window_weights
-from lpserve.config import SURROGATES
+from lpserve.config import MIN_DISTANCE, SURROGATES
 from lpserve.errors import InputError, first_line
 from lpserve.inputs.arrays import array_of, read_arrays
 from lpserve.inputs.documents import json_value
@@ -92,6 +92,10 @@ class RunRecord:
         default=(), metadata=_about(lambda some: [asdict(one) for one in some], _settlements)
     )
     """How the races of the plan's sizes ended."""
+    alternatives: int = field(default=0, metadata=_about())
+    """How many sets the plan lists for every size beside the best."""
+    min_distance: int = field(default=MIN_DISTANCE, metadata=_about())
+    """How many layers every two of them differ in, at least."""
     noise_nll: float = field(default=0.0, metadata=_about())
     """Noise of a mask's mean loss, root mean square (`ItemSet.noise`)."""
     stopped: str = field(metadata=_about())
@@ -275,6 +279,7 @@ def _check_record(record: RunRecord, source: str) -> None:
         "sizes": not 0 <= record.sizes[0] <= record.sizes[1] < record.num_players,
         "noise_nll": not 0 <= record.noise_nll < float("inf"),
         "max_removed": not 0 < record.max_removed < record.num_players,
+        "alternatives": record.alternatives < 0 or record.min_distance < 1,
     }
     bound = [*record.protected, *record.forced]
     contradictions["protected"] = len(set(bound)) < len(bound) or not set(bound) <= set(

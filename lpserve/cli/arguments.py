@@ -65,6 +65,25 @@ def add_task_flags(command: argparse.ArgumentParser) -> None:
     add("--num-fewshot", type=int, metavar="K", help="examples before each question (the task's)")
 
 
+def add_alternatives_flags(command: argparse.ArgumentParser) -> None:
+    """Flags for sets beside the plan's: `config.RunConfig`'s keys, whose values they are."""
+    add = command.add_argument
+    add(
+        "--alternatives",
+        type=int,
+        metavar="K",
+        help="for every size, list also the K best scored sets that are unlike the plan's and one "
+        "another (0)",
+    )
+    add(
+        "--min-distance",
+        type=int,
+        metavar="D",
+        help="with --alternatives: every two sets of a size differ in at least D layers, each "
+        "removing D that the other keeps (2)",
+    )
+
+
 def add_tracking_flags(command: argparse.ArgumentParser) -> None:
     """Flags for logging results to MLflow."""
     command.add_argument("--mlflow", metavar="URI", help="log to this MLflow server (nowhere)")

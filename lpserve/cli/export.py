@@ -19,6 +19,13 @@ def add_export(commands: Any) -> None:
     export.set_defaults(run=_export)
     export.add_argument("folder", metavar="RUN", help="folder of a finished run")
     export.add_argument("--remove", type=int, required=True, metavar="R", help="how many layers")
+    export.add_argument(
+        "--alternative",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the plan's alternative of this number for R, from 1; 0: its best set (0)",
+    )
     export.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
     export.add_argument("--plan", metavar="FILE", help="a plan of `lpserve plan` (RUN/plan.json)")
     export.add_argument("--model", metavar="DIR", help="the model, if it moved since the run")
@@ -33,6 +40,7 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.folder,
         arguments.remove,
         arguments.out,
+        alternative=arguments.alternative,
         plan_path=arguments.plan,
         model=arguments.model,
         device=arguments.device,
@@ -45,6 +53,7 @@ def export_and_report(
     num_removed: int,
     out: str | Path,
     *,
+    alternative: int = 0,
     plan_path: str | None = None,
     model: str | None = None,
     device: str = "auto",
@@ -57,7 +66,14 @@ def export_and_report(
     from lpserve.export.export import export_run
 
     report = export_run(
-        folder, num_removed, out, plan_path=plan_path, model=model, device=device, verify=verify
+        folder,
+        num_removed,
+        out,
+        alternative=alternative,
+        plan_path=plan_path,
+        model=model,
+        device=device,
+        verify=verify,
     )
     removed = ", ".join(map(str, report.removed))
     if not report.verified:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpserve.cli.arguments import numbers
+from lpserve.cli.arguments import add_alternatives_flags, numbers
+from lpserve.errors import InputError
 
 if TYPE_CHECKING:
     from lpserve.analysis.record import RunRecord
@@ -32,6 +34,7 @@ def add_plan(commands: Any) -> None:
         "--force", metavar="I,J,...", type=numbers, default=[], help="layers that must go"
     )
     plan.add_argument("--max-removed", type=int, help="stop at this many removed layers")
+    add_alternatives_flags(plan)
     plan.add_argument("--out", metavar="FILE", help="write the plan here, as plan.json is written")
 
 
@@ -42,7 +45,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from lpserve.plan.constraint import constraint_of
     from lpserve.store.files import write_text
 
-    scored = read_record(arguments.folder)
+    scored = _with_alternatives(read_record(arguments.folder), arguments)
     within = constraint_of(
         scored.num_players,
         [*scored.protected, *arguments.protect],
@@ -56,6 +59,26 @@ def _plan(arguments: argparse.Namespace) -> int:
         write_text(Path(arguments.out), plan.to_json())
         print(f"written: {arguments.out}")
     return 0
+
+
+def _with_alternatives(scored: RunRecord, arguments: argparse.Namespace) -> RunRecord:
+    """The record, with other alternatives where flags ask for them."""
+    flags = {
+        key: value
+        for key in ("alternatives", "min_distance")
+        if (value := getattr(arguments, key)) is not None
+    }
+    changed = replace(scored, **flags)
+    if changed.alternatives < 0:
+        raise InputError(f"--alternatives must be at least 0: got {changed.alternatives}")
+    if flags and not 1 <= changed.min_distance <= scored.max_removed:
+        raise InputError(
+            f"--min-distance must be 1..{scored.max_removed}, the most that sets of this run can "
+            f"differ in: got {changed.min_distance}"
+        )
+    if "min_distance" in flags and not changed.alternatives:
+        raise InputError("--min-distance is about alternatives: give --alternatives 3, say")
+    return changed
 
 
 def _scored_within(scored: RunRecord, plan: Plan, within: Constraint) -> Iterator[str]:
@@ -82,12 +105,18 @@ def _scored_within(scored: RunRecord, plan: Plan, within: Constraint) -> Iterato
 
 
 def print_plan(plan: Any) -> None:
-    """Print a plan as a table: a row for each number of removed layers, then what to know of it."""
+    """Print a plan as a table: a row for each number of removed layers, then its alternatives and
+    what to know of it."""
     kinds = ["utility", "ppl"] if plan.reports_utility else ["ppl"]
     names = {"utility": plan.utility, "ppl": f"perplexity {plan.perplexity_of}".strip()}
 
     def figures(of: Any, kind: str, prefix: str = "") -> list[float | None]:
         return [getattr(of, f"{prefix}{side}_{kind}") for side in ("calibration", "heldout")]
+
+    def row(label: str, of: Any) -> str:
+        values = [value for kind in kinds for value in figures(of, kind)]
+        cells = "  ".join(f"{v:>11.4g}" if v is not None else f"{'-':>11}" for v in values)
+        return f"{label} {cells}  {', '.join(map(str, of.removed))}"
 
     full = []
     for kind in kinds:
@@ -104,10 +133,12 @@ def print_plan(plan: Any) -> None:
     header = "  ".join(f"{name:>11}" for name in columns)
     print(f"{'remove':>6}  {header}  layers")
     for entry in plan.plans:
-        values = [value for kind in kinds for value in figures(entry, kind)]
-        cells = "  ".join(f"{v:>11.4g}" if v is not None else f"{'-':>11}" for v in values)
-        mark = "~" if entry.is_open else " "
-        print(f"{entry.num_removed:>6}{mark} {cells}  {', '.join(map(str, entry.removed))}")
+        print(row(f"{entry.num_removed:>6}{'~' if entry.is_open else ' '}", entry))
+    if plan.alternatives:
+        print(f"alternatives, every two of a size unlike in at least {plan.min_distance} layers:")
+    for entry in plan.plans:
+        for number, other in enumerate(entry.alternatives, start=1):
+            print(row(f"{entry.num_removed:>3} #{number:<2}", other))
     for line in plan.notes:
         print(line)
     print()

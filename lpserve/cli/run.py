@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lpserve.cli.arguments import (
     ENGINE_OPTION_FLAGS,
+    add_alternatives_flags,
     add_engine_flags,
     add_task_flags,
     add_tracking_flags,
@@ -88,6 +89,7 @@ def _add_search_flags(run: argparse.ArgumentParser) -> None:
     add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
     add("--protect", metavar="I,J,...", type=numbers, help="layers that stay in every set")
     add("--force", metavar="I,J,...", type=numbers, help="layers that go in every set")
+    add_alternatives_flags(run)
     add(
         "--sizes",
         metavar="K_MIN,K_MAX",
@@ -139,7 +141,8 @@ def _add_race_flags(run: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from lpserve.config import config_from, load_config_file
+    from lpserve.config import config_from
+    from lpserve.inputs.config_file import load_config_file
 
     values: dict[str, Any] = {}
     if arguments.demo:

@@ -61,7 +61,7 @@ def add_sweep(commands: Any) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from lpserve.config import load_config_file
+    from lpserve.inputs.config_file import load_config_file
     from lpserve.report.tracking import Tracking
     from lpserve.study.cost import ASK_ABOVE_PFLOP, study_cost
     from lpserve.study.output import log_sweep, summary, write_sweep, write_sweep_record

@@ -169,6 +169,7 @@ def export_run(
     num_removed: int,
     out: str | Path,
     *,
+    alternative: int = 0,
     plan_path: str | Path | None = None,
     model: str | Path | None = None,
     device: str = "auto",
@@ -179,6 +180,7 @@ def export_run(
     Args:
         run: folder of a finished run.
         num_removed: r, the number of players to remove.
+        alternative: the number of the plan's alternative for r, from 1; 0: its best set.
         plan_path: another plan of this run; None: the folder's plan.json.
         model: checkpoint folder; None: the path that the plan names.
 
@@ -188,7 +190,7 @@ def export_run(
     """
     folder = Path(run)
     plan = load_plan(plan_path or folder / "plan.json")
-    removed = plan.entry(num_removed).removed
+    removed = plan.removed_by(num_removed, alternative)
     players = players_from(plan.players)
     removed_layers(players, removed)  # refused before the model is read
     source = Path(model or plan.model)

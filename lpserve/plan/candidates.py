@@ -1,4 +1,4 @@
-"""Which scored sets of one size a plan lists as its candidates.
+"""Which scored sets of one size a plan lists: its candidates, and sets that are unlike them.
 
 Notation: M masks, P players.
 """
@@ -60,3 +60,38 @@ def choose_candidates(
         if place < 2 or key in wanted:
             chosen.append((int(rows[i]), wanted.get(key) or sources.get(key, "design")))
     return chosen
+
+
+def choose_alternatives(
+    masks_MP: BoolArray,
+    utilities_M: FloatArray,
+    chosen: int,
+    *,
+    count: int,
+    min_distance: int,
+    within: Constraint | None = None,
+) -> list[int]:
+    """Rows of the best scored sets that are unlike a chosen one, and unlike one another.
+
+    Sets are taken by their utility, the best first (ties: the smaller mask key), each if it differs
+    from the chosen set and from all taken before in at least `min_distance` players: it removes so
+    many that the other keeps. May be fewer than `count`.
+
+    Args:
+        masks_MP: scored masks, distinct.
+        utilities_M: NaN or infinite where a mask has no usable score.
+        chosen: the row of the plan's set, whose size all have.
+        within: what sets may be listed; None: any.
+    """
+    within = within or Constraint(masks_MP.shape[1])
+    same = masks_MP.sum(axis=1) == masks_MP[chosen].sum()
+    rows = np.flatnonzero(same & np.isfinite(utilities_M) & within.holds(masks_MP))
+    mask_keys = keys(masks_MP[rows])
+    taken: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: (-utilities_M[rows[i]], mask_keys[i])):
+        if len(taken) == count:
+            break
+        apart = (masks_MP[[chosen, *taken]] & ~masks_MP[rows[i]]).sum(axis=1)
+        if (apart >= min_distance).all():
+            taken.append(int(rows[i]))
+    return taken

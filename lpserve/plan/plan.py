@@ -102,6 +102,9 @@ class PlanEntry:
     heldout_utility: float | None = None
     settlement: Settlement | None = None
     """None: no race was run."""
+    alternatives: list[Candidate] = field(default_factory=list)
+    """The best scored sets that are unlike `removed` and one another, the best first
+    (`Plan.min_distance`)."""
 
     @property
     def is_open(self) -> bool:
@@ -136,6 +139,11 @@ class Plan:
     """What was held out: `windows` of texts, or `questions` of tasks."""
     protected: list[int] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
+    alternatives: int = 0
+    """How many sets were wanted beside each entry's."""
+    min_distance: int | None = None
+    """Players that every two sets of an entry and its alternatives differ in, at least: each
+    removes so many that the other keeps. None: there are no alternatives."""
     format: int = PLAN_FORMAT
 
     @property
@@ -185,6 +193,12 @@ class Plan:
                 f"{min(costs):.1%} to {max(costs):.1%} of perplexity on average (`stability` in "
                 f"plan.json){more}"
             )
+        few = [e.num_removed for e in self.plans if len(e.alternatives) < self.alternatives]
+        if few:
+            found.append(
+                f"the scored sets of {', '.join(map(str, few))} removed hold fewer than "
+                f"{self.alternatives} alternatives that differ in {self.min_distance} layers"
+            )
         for entry in self.plans:
             found += [
                 f"note: {entry.num_removed} removed: {warning}"
@@ -201,6 +215,19 @@ class Plan:
         sizes = [entry.num_removed for entry in self.plans]
         least, most = min(sizes, default=1), max(sizes, default=0)
         raise InputError(f"the plan removes {least} to {most} players: got {num_removed}")
+
+    def removed_by(self, num_removed: int, alternative: int = 0) -> list[int]:
+        """What the plan's set of a size removes, or what its alternative of that number (from 1)
+        does; raises InputError where there is none."""
+        entry = self.entry(num_removed)
+        if alternative == 0:
+            return entry.removed
+        if not 0 < alternative <= len(entry.alternatives):
+            raise InputError(
+                f"the plan has {len(entry.alternatives)} alternatives for {num_removed} removed: "
+                f"got {alternative} (`lpserve plan RUN --alternatives K --out FILE` lists more)"
+            )
+        return entry.alternatives[alternative - 1].removed
 
     def to_json(self) -> str:
         """The content of `plan.json`."""
@@ -235,10 +262,9 @@ def _check_content(plan: Plan, source: str) -> None:
     if len(indices) != plan.num_players or indices != list(range(len(indices))):
         raise InputError(f"{source}: its {plan.num_players} players must be numbered from 0")
     for entry in plan.plans:
-        wrong = (
-            len(set(entry.removed)) != entry.num_removed or len(entry.removed) != entry.num_removed
-        )
-        if wrong or not set(entry.removed) <= set(indices):
-            raise InputError(
-                f"{source}: the entry for {entry.num_removed} removed lists {entry.removed}"
-            )
+        for removed in (entry.removed, *(other.removed for other in entry.alternatives)):
+            wrong = len(set(removed)) != entry.num_removed or len(removed) != entry.num_removed
+            if wrong or not set(removed) <= set(indices):
+                raise InputError(
+                    f"{source}: the entry for {entry.num_removed} removed lists {removed}"
+                )

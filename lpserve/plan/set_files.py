@@ -78,7 +78,12 @@ def _from_json(path: Path, text: str, num_players: int, model_hash: str | None) 
         plan = load_plan(path)
         players = players_from(plan.players)
         removed_layers(players, [player.index for player in players])  # no parts of layers at all
-        removed_by = {e.num_removed: removed_layers(players, e.removed) for e in plan.plans}
+        removed_by: dict[str, list[int]] = {}
+        for entry in plan.plans:
+            sets = [entry.removed, *(other.removed for other in entry.alternatives)]
+            for number, removed in enumerate(sets):
+                name = f"plan -{entry.num_removed}" + f" #{number}" * (number > 0)
+                removed_by[name] = removed_layers(players, removed)
         if plan.num_players != num_players:
             raise InputError(
                 f"{path} is a plan for a model of {plan.num_players} layers; this one has "
@@ -89,8 +94,7 @@ def _from_json(path: Path, text: str, num_players: int, model_hash: str | None) 
                 f"{path} is a plan for another model ({plan.model}), or for other weights of it"
             )
         return [
-            layer_set(f"plan -{num_removed}", removed, num_players, str(path))
-            for num_removed, removed in removed_by.items()
+            layer_set(name, removed, num_players, str(path)) for name, removed in removed_by.items()
         ]
     if isinstance(data, dict):
         named = {str(name): _numbers_of(value, path) for name, value in data.items()}

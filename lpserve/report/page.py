@@ -12,6 +12,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lpserve.analysis.build_plan import Outcome
+from lpserve.analysis.heldout import heldout_objective
 from lpserve.analysis.stability import SETTLED, Stability
 from lpserve.plan.plan import Plan, PlanEntry
 from lpserve.report.tables import player_label, strongest_pairs
@@ -41,6 +42,7 @@ def report_page(outcome: Outcome, config_json: dict[str, Any]) -> str:
         settled_share=SETTLED,
         drawn=outcome.scored.objective.items,
         unit=outcome.scored.objective.loss_unit,
+        heldout_unit=heldout_objective(outcome.scored).loss_unit,
         z90=Z90,
         width=SVG_WIDTH,
         height=SVG_HEIGHT,

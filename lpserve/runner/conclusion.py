@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from lpserve.analysis.analyse import analyse
 from lpserve.analysis.build_plan import Outcome, candidate_masks, make_plan
 from lpserve.analysis.record import RunRecord
+from lpserve.config import MIN_DISTANCE
 from lpserve.masks import from_keys, key_text, keys
 from lpserve.report.files import write_outputs
 from lpserve.rounds.history import latest_scores
@@ -77,6 +78,8 @@ def record_of(loop: RunLoop) -> RunRecord:
         max_removed=loop.settings.max_removed,
         protected=loop.settings.within.protected,
         forced=loop.settings.within.forced,
+        alternatives=config.alternatives,
+        min_distance=config.min_distance or MIN_DISTANCE,
         seed=config.seed,
         noise_nll=loop.noise_loss,
         masks_MP=latest.masks_MP,

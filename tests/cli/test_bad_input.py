@@ -293,6 +293,12 @@ def test_plans_out_of_range_are_refused(tmp_path, capsys, texts):
     assert "protect leaves 1 players to remove" in refused(
         capsys, tmp_path, "plan", str(out), "--protect", "0,1,2,3,4,5,6"
     )
+    for flags, words in (
+        (("--alternatives", "-1"), "--alternatives must be at least 0"),
+        (("--alternatives", "2", "--min-distance", "5"), "--min-distance must be 1..4"),
+        (("--min-distance", "2"), "--min-distance is about alternatives"),
+    ):
+        assert words in refused(capsys, tmp_path, "plan", str(out), *flags)
     sets = all_masks(8, kept=4)
     scored = set(keys(read_record(out).masks_MP))
     unscored = next(mask for mask, key in zip(sets, keys(sets), strict=True) if key not in scored)
@@ -309,6 +315,9 @@ def test_exports_of_the_wrong_thing_are_refused(tmp_path, capsys, texts):
     export = ["export", str(out), "--out", str(target), "--model", MODEL, "--remove"]
     assert "the plan removes 1 to 4 players: got 9" in refused(capsys, tmp_path, *export, "9")
     assert "the plan is for another model" in refused(capsys, tmp_path, *export, "2")
+    assert "the plan has 0 alternatives for 2 removed: got 1" in refused(
+        capsys, tmp_path, *export, "2", "--alternative", "1"
+    )
     broken = tmp_path / "plan.json"
     broken.write_text('{"format": 1}')
     assert "is not an lpserve plan" in refused(

@@ -59,6 +59,14 @@ def test_plan_and_export_work_from_the_finished_run(demo, tmp_path):
     done = run_lpserve("export", out, "--remove", 1, "--plan", plan, "--out", tmp_path / "pruned")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pruned" / "config.json").exists()
+    done = run_lpserve("plan", out, "--alternatives", 2, "--min-distance", 1, "--out", plan)
+    assert "alternatives, every two of a size unlike in at least 1 layers:" in done.stdout
+    other = json.loads(plan.read_text())["plans"][2]["alternatives"][1]
+    target = tmp_path / "second"
+    argv = ("export", out, "--remove", 3, "--alternative", 2, "--plan", plan, "--out", target)
+    done = run_lpserve(*argv)
+    assert done.returncode == 0, done.stderr
+    assert f"perplexity {other['calibration_ppl']:.4f}" in done.stdout
 
 
 def test_scores_travel_through_a_table(demo, tmp_path):

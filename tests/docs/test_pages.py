@@ -22,8 +22,9 @@ import yaml
 
 import lpserve
 from lpserve.cli.entry import make_parser
-from lpserve.config import RunConfig, config_from, load_config_file
+from lpserve.config import RunConfig, config_from
 from lpserve.demo import FOLDER
+from lpserve.inputs.config_file import load_config_file
 from lpserve.rivals.registry import RIVALS
 from lpserve.study.parse import study_of
 from scripts.docs_pages import PACKAGE, commands, filled, first_sentence, pages

@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 
 from lpserve.errors import InputError
-from lpserve.masks import all_masks, drop_one, keys, removed_players, without
-from lpserve.plan.candidates import choose_candidates
-from lpserve.plan.constraint import constraint_of
+from lpserve.masks import all_masks, drop_one, removed_players, without
 from lpserve.plan.greedy import greedy_path, unpruned_options
 from lpserve.plan.plan import Candidate, Plan, PlanEntry, load_plan
 from lpserve.plan.sets import best_row, ranking_mask, removed_list
@@ -122,99 +120,6 @@ def test_greedy_path_ends_where_a_step_was_not_asked_for(rng):
     np.testing.assert_array_equal(greedy_path(masks, utilities, 2), whole[:2])
     nothing = np.where(masks.sum(axis=1) == 5, np.nan, utilities)
     assert greedy_path(masks, nothing, 6) == []
-
-
-# -- choose_candidates -------------------------------------------------------------------------
-
-
-def test_candidates_are_the_two_best_and_those_asked_for(rng):
-    masks = all_masks(6, kept=4)
-    utilities = rng.normal(size=len(masks))
-    order = np.argsort(-utilities)
-    greedy = [without(6, [0]), masks[order[4]]]
-    ranking = masks[order[7]]
-    sources = {keys(masks[order[0]][None])[0]: "search"}
-    got = choose_candidates(masks, utilities, 2, greedy=greedy, ranking=ranking, sources=sources)
-    assert got == [
-        (order[0], "search"),
-        (order[1], "design"),
-        (order[4], "greedy"),
-        (order[7], "ranking"),
-    ]
-    # a set that is several things at once is listed once, as greedy before ranking before source
-    both = choose_candidates(
-        masks,
-        utilities,
-        2,
-        greedy=[greedy[0], masks[order[0]]],
-        ranking=masks[order[0]],
-        sources=sources,
-    )
-    assert both == [(order[0], "greedy"), (order[1], "design")]
-    short = choose_candidates(masks, utilities, 2, greedy=greedy[:1], ranking=None, sources={})
-    assert short == [(order[0], "design"), (order[1], "design")]
-
-
-def test_candidates_have_the_size_asked_for(rng):
-    masks = rng.permutation(all_masks(5))
-    utilities = rng.normal(size=32)
-    for r in range(1, 5):
-        rows = choose_candidates(masks, utilities, r, greedy=[], ranking=None, sources={})
-        assert [(~masks[row]).sum() for row, _ in rows] == [r, r]
-        assert rows[0][0] == max(
-            np.flatnonzero((~masks).sum(axis=1) == r), key=lambda row: utilities[row]
-        )
-    assert choose_candidates(masks[:0], utilities[:0], 2, greedy=[], ranking=None, sources={}) == []
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_sets_without_a_finite_score_are_never_chosen(bad, rng):
-    masks = all_masks(6, kept=3)
-    utilities = rng.normal(size=20)
-    hidden = rng.choice(20, 15, replace=False)
-    utilities[hidden] = bad
-    greedy = [masks[hidden[2]], masks[hidden[2]], masks[hidden[0]]]
-    rows = choose_candidates(
-        masks, utilities, 3, greedy=greedy, ranking=masks[hidden[1]], sources={}
-    )
-    assert len(rows) == 2
-    assert not {row for row, _ in rows} & set(hidden.tolist())
-    utilities[:] = bad
-    assert choose_candidates(masks, utilities, 3, greedy=greedy, ranking=None, sources={}) == []
-
-
-def test_protected_players_are_kept(rng):
-    masks = all_masks(6, kept=4)
-    utilities = rng.normal(size=15)
-    protected = [1, 4]
-    within = constraint_of(6, protected)
-    greedy = [without(6, [1]), without(6, [1, 2])]
-    rows = choose_candidates(
-        masks,
-        utilities,
-        2,
-        greedy=greedy,
-        ranking=without(6, [0, 5]),
-        sources={},
-        within=within,
-    )
-    allowed = [row for row in range(15) if masks[row, protected].all()]
-    best = sorted(allowed, key=lambda row: -utilities[row])
-    assert [row for row, _ in rows][:2] == best[:2]
-    assert {row for row, _ in rows} <= set(allowed)
-    assert "greedy" not in {source for _, source in rows}
-    assert "ranking" in {source for _, source in rows}
-    everyone = constraint_of(6, range(6))
-    none = choose_candidates(
-        masks, utilities, 2, greedy=[], ranking=None, sources={}, within=everyone
-    )
-    assert none == []
-
-
-def test_tied_candidates_go_by_key(rng):
-    masks = rng.permutation(all_masks(7, kept=4))
-    rows = choose_candidates(masks, np.ones(35), 3, greedy=[], ranking=None, sources={})
-    assert [mask_text(masks[row]) for row, _ in rows] == sorted(mask_text(m) for m in masks)[:2]
 
 
 # -- the plan's file ---------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from lpserve.errors import EngineError, InputError, RunInterrupted
 from lpserve.masks import all_masks, keys, without
 from lpserve.plan.constraint import constraint_of
 from lpserve.plan.plan import load_plan
+from lpserve.plan.set_files import read_sets
 from lpserve.runner.run import run
 from lpserve.store.schema import checksum
 from lpserve.testing.runs import NUM_PLAYERS as P
@@ -113,6 +114,38 @@ def test_a_run_within_a_constraint_plans_the_best_sets_within(
         run(replace(config, protect=[6] if protect != [6] else [5], force=None))
 
 
+@pytest.mark.thorough
+def test_alternatives_are_scored_held_out_and_read_again(tmp_path, texts):
+    config = make_config(tmp_path, texts, alternatives=2)
+    result = run(config)
+    plan = load_plan(result.folder / "plan.json")
+    assert (plan.alternatives, plan.min_distance) == (2, 2)
+    assert not plan.plans[0].alternatives
+    assert "the scored sets of 1 removed hold fewer than 2 alternatives" in " ".join(plan.notes)
+    record = read_record(result.folder)
+    ppl = dict(zip(keys(record.masks_MP), record.nll_MI.sum(axis=1), strict=True))
+    for entry in plan.plans[1:]:
+        sets = [entry.removed, *(other.removed for other in entry.alternatives)]
+        assert len(sets) == 3
+        assert all(len(set(a) - set(b)) >= 2 for a in sets for b in sets if a != b)
+        scored = [ppl[keys(without(P, removed)[None])[0]] for removed in sets]
+        assert scored == sorted(scored)
+        for other in entry.alternatives:
+            assert other.heldout_ppl is not None
+            assert other.heldout_delta is not None
+    named = [one.name for one in read_sets(result.folder, P)]
+    assert named[:5] == ["plan -1", "plan -2", "plan -2 #1", "plan -2 #2", "plan -3"]
+    assert plan.removed_by(3, 2) == plan.entry(3).alternatives[1].removed
+    with pytest.raises(InputError, match="2 alternatives for 3 removed: got 3"):
+        plan.removed_by(3, 3)
+    page = (result.folder / "report.html").read_text()
+    assert page.count("<tr>", page.index('<table id="alternatives">')) >= 1 + 3 * 2
+    # other alternatives, without a score anew
+    again = run(replace(config, alternatives=1, min_distance=3))
+    assert again.outcome.plan.plans[3].removed == plan.plans[3].removed
+    assert [len(entry.alternatives) for entry in again.outcome.plan.plans[:2]] == [0, 0]
+
+
 def test_constraints_that_cannot_be_are_refused_before_anything_is_scored(tmp_path, texts):
     for changes, words in (
         ({"protect": [P]}, f"protect: player {P} is not one of 0"),
@@ -121,6 +154,10 @@ def test_constraints_that_cannot_be_are_refused_before_anything_is_scored(tmp_pa
         ({"protect": [0], "goal": "values"}, "goal values searches none"),
         ({"protect": "0"}, "protect must be a list of layers"),
         ({"force": [-1]}, "force must be a list of layers"),
+        ({"alternatives": 2, "goal": "values"}, "alternatives is about the plan"),
+        ({"alternatives": -1}, "alternatives must be"),
+        ({"min_distance": 2}, "min_distance is about alternatives"),
+        ({"alternatives": 2, "min_distance": 5}, "min_distance must be at most max_removed, 4"),
     ):
         with pytest.raises(InputError, match=words):
             run(make_config(tmp_path, texts, **changes))
