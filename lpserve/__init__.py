@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from lpserve.config import RunConfig as RunConfig
     from lpserve.data.windows import TokenWindows as TokenWindows
     from lpserve.engine import open_engine as open_engine
+    from lpserve.exhaustive.game import ExhaustiveGame as ExhaustiveGame
+    from lpserve.exhaustive.game import read_exhaustive as read_exhaustive
     from lpserve.export.export import export_checkpoint as export_checkpoint
     from lpserve.export.export import export_run as export_run
     from lpserve.plan.plan import Plan as Plan
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "EngineSpec": "lpserve.types",
+    "ExhaustiveGame": "lpserve.exhaustive.game",
     "Plan": "lpserve.plan.plan",
     "RunConfig": "lpserve.config",
     "Scores": "lpserve.types",
@@ -43,6 +46,7 @@ _HOMES = {
     "plot_interactions": "lpserve.report.plots",
     "plot_plan": "lpserve.report.plots",
     "plot_values": "lpserve.report.plots",
+    "read_exhaustive": "lpserve.exhaustive.game",
     "run": "lpserve.runner.run",
     "shapley_values": "lpserve.values.shapley",
 }

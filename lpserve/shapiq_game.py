@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from lpserve.analysis.record import RunRecord, read_record
 from lpserve.engine.base import Engine
 from lpserve.errors import InputError
+from lpserve.exhaustive.game import ExhaustiveGame, read_exhaustive
 from lpserve.masks import keys
 from lpserve.surrogate import KINDS, make_surrogate
 from lpserve.types import BoolArray, FloatArray
@@ -184,6 +185,44 @@ class LayerGame(Game):
         value_M = _finite(scored.view.of(loss_MN), scored.objective, np.inf)
         table = _Table(dict(zip(keys(masks_MP), value_M.tolist(), strict=True)))
         return cls(scored.num_players, table, predict=predict, normalize=normalize)
+
+    @classmethod
+    def from_exhaustive(
+        cls,
+        game: str | Path | ExhaustiveGame,
+        utility: str | None = None,
+        *,
+        surrogate: str | None = None,
+        normalize: bool = True,
+    ) -> LayerGame:
+        """Every set of a few removed layers, and the empty coalition, as `lpserve exhaustive`
+        scored them.
+
+        Coalitions that remove more were never scored: they are refused, or a surrogate answers.
+        A game that was scored up to all layers is exact everywhere. Non-finite scores are treated
+        as in `from_run`.
+
+        Args:
+            game: the folder, or what `lpserve.read_exhaustive` gives.
+            utility: another than the one it was scored for.
+            surrogate: as in `from_table`.
+
+        Raises:
+            InputError: the folder holds no complete game, or the utility's metric was not scored.
+        """
+        found = game if isinstance(game, ExhaustiveGame) else read_exhaustive(game)
+        chosen = utility_named(utility or found.manifest.utility)
+        given_up_M = np.zeros(len(found.masks_MP), dtype=bool)
+        given_up_M[list(found.reasons)] = True
+        value_M = found.utilities_M(chosen.name)
+        predict = None
+        if surrogate:
+            fits_M = np.isfinite(value_M) & found.masks_MP.any(axis=1)
+            predict = _fitted(surrogate, 0, found.masks_MP[fits_M], value_M[fits_M], None)
+        masks_MP = found.masks_MP[~given_up_M]
+        value_M = _finite(value_M[~given_up_M], chosen, np.inf)
+        table = _Table(dict(zip(keys(masks_MP), value_M.tolist(), strict=True)))
+        return cls(found.masks_MP.shape[1], table, predict=predict, normalize=normalize)
 
     @property
     def masks_predicted(self) -> int:

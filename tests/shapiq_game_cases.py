@@ -24,10 +24,12 @@ from lpserve.analysis.record import read_record
 from lpserve.config import config_from
 from lpserve.engine.synthetic import SyntheticEngine
 from lpserve.errors import InputError
+from lpserve.exhaustive.score import exhaustive
 from lpserve.masks import all_masks, drop_one, full_mask, keys
 from lpserve.runner.run import run
 from lpserve.shapiq_game import LayerGame
 from lpserve.surrogate import make_surrogate
+from lpserve.testing.runs import NUM_PLAYERS, exhaustive_config, write_texts
 from lpserve.types import EngineSpec
 from lpserve.values.exact import exact_values
 
@@ -445,6 +447,34 @@ def test_a_mask_of_a_run_that_was_scored_on_a_screen_alone_has_no_score(make_run
     with pytest.raises(InputError, match="1 of 1 new coalitions"):
         game(scored.masks_MP[screened])
     assert game(scored.masks_MP[0])[0] == 1.0
+
+
+# -- every set of a few removed layers -------------------------------------------------------------
+
+
+def test_a_game_of_all_sets_is_exact_and_one_of_a_few_refuses_the_rest(tmp_path, rng):
+    texts = write_texts(tmp_path, rng)
+    everything = exhaustive(exhaustive_config(tmp_path / "all", texts, max_removed=NUM_PLAYERS))
+    found = lpserve.read_exhaustive(everything.folder)
+    for utility in UTILITIES:
+        game = LayerGame.from_exhaustive(found, utility)
+        shapley = shapley_of(found.masks_MP, found.utilities_M(utility))
+        tolerance = ROUNDING * np.ptp(found.utilities_M(utility))
+        np.testing.assert_allclose(of_shapiq(game), shapley, atol=tolerance)
+        assert game.masks_predicted == 0
+    few = exhaustive(exhaustive_config(tmp_path / "few", texts, max_removed=2)).folder
+    game = LayerGame.from_exhaustive(few, normalize=False)
+    masks = all_masks(NUM_PLAYERS)
+    near = (~masks).sum(axis=1) <= 2
+    held = found.utilities_M()[found.rows(masks[near])]
+    np.testing.assert_array_equal(game(masks[near]), held)
+    with pytest.raises(InputError, match=r"coalitions were never scored"):
+        game(masks)
+    game = LayerGame.from_exhaustive(few, surrogate="gp", normalize=False)
+    np.testing.assert_array_equal(game(masks)[near], held)
+    assert game.masks_predicted == len(masks) - near.sum() - 1  # the empty one was scored
+    with pytest.raises(InputError, match=r"game\.json"):
+        LayerGame.from_exhaustive(tmp_path)
 
 
 # -- the package and its page ----------------------------------------------------------------------

@@ -53,6 +53,7 @@ WHOLE = {
     "eval": ["results.csv"],
     "sweep": ["plan.json", "shapley.csv"],  # of its points; its tables tell failed ones too
     "baselines": ["results.csv"],
+    "exhaustive": ["000000.parquet", "game.json"],
     "scores": ["s.csv"],
 }
 """Command -> files that have the same content every time, or do not exist."""
@@ -113,6 +114,7 @@ def arguments(command: str, base: Path, work: Path) -> list[str]:
         "eval": ["eval", *model, *held, "--removed", "1", *out("eval")],
         "sweep": ["sweep", f"{work}/study.toml"],
         "baselines": ["baselines", *model, *windows, *small, *rivals, *out("baselines")],
+        "exhaustive": ["exhaustive", *model, *windows, "--max-removed", "2", *out("game")],
         "scores": ["scores", f"{work}/run", *out("s.csv")],
     }[command]
 

@@ -42,6 +42,8 @@ from lpserve.data.windows import TokenStream, TokenWindows
 from lpserve.demo import FOLDER
 from lpserve.engine.hf.engine import TransformersEngine
 from lpserve.errors import LpserveError
+from lpserve.exhaustive.game import optima, read_exhaustive
+from lpserve.exhaustive.score import exhaustive
 from lpserve.export.outlook import export_outlook
 from lpserve.inputs.config_file import load_config_file
 from lpserve.model.architecture import check_decoder, find_layer_prefix, read_architecture
@@ -55,7 +57,7 @@ from lpserve.store.store import Store
 from lpserve.store.tables import export_scores, import_scores
 from lpserve.study.parse import study_of
 from lpserve.testing.checkpoints import TEXT, write_gguf
-from lpserve.testing.runs import make_config, write_texts
+from lpserve.testing.runs import exhaustive_config, make_config, write_texts
 from lpserve.types import EngineSpec
 
 FRESH = os.environ.get("LPSERVE_FRESH_STATISTICS") == "1"
@@ -536,6 +538,25 @@ def test_score_tables(kind, finished, tmp_path):
             import_scores(store, path)
 
     fuzzed(tmp_path / "in" / f"scores.{kind}", base, changed_bytes(base), read)
+
+
+@pytest.mark.parametrize("file", ["game.json", "segments/000000.parquet", "windows.npz"])
+def test_exhaustive_games(file, tmp_path, rng):
+    folder = exhaustive(
+        exhaustive_config(tmp_path, write_texts(tmp_path, rng), max_removed=2)
+    ).folder
+    base = (folder / file).read_bytes()
+    inputs = changed_bytes(base)
+    if file == "game.json":
+        inputs = changed_json(json.loads(base))
+    elif file == "windows.npz":
+        inputs = changed_npz(arrays_of(folder / file))
+
+    def read(_: Path) -> None:
+        optima(folder)
+        read_exhaustive(folder).utilities_M()
+
+    fuzzed(folder / file, base, inputs, read, name=f"a game's {file}")
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

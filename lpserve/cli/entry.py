@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lpserve.cli.compare import add_baselines
-from lpserve.cli.cost import add_cost
 from lpserve.cli.evaluate import add_eval
+from lpserve.cli.exhaustive import add_exhaustive
 from lpserve.cli.export import add_export
 from lpserve.cli.plan import add_plan
-from lpserve.cli.run import add_run
+from lpserve.cli.run import add_cost, add_run
 from lpserve.cli.scores import add_scores
 from lpserve.cli.speed import add_speed
 from lpserve.cli.sweep import add_sweep
@@ -45,6 +45,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_export,
     add_eval,
     add_baselines,
+    add_exhaustive,
     add_sweep,
     add_speed,
     add_scores,
@@ -165,7 +166,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         required=True,
         parser_class=_Parser,
-        metavar="run | plan | export | eval | baselines | sweep | speed | lm-eval | scores | cost",
+        metavar="run | plan | export | eval | baselines | exhaustive | sweep | speed | lm-eval | "
+        "scores | cost",
     )
     for add_command in COMMANDS:
         add_command(commands)

@@ -97,6 +97,17 @@ def make_folder(path: Path, what: str) -> None:
         raise InputError(f"{what} {path} cannot be made: it is a file")
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlive a crash of the machine, as `write_whole` does a file's
+    content; raises as `write_whole`."""
+    with space_checked(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _reason(error: OSError) -> str:
     if error.errno == errno.ELOOP:
         return "it is a link, which is not followed"

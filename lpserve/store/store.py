@@ -200,6 +200,14 @@ class Store:
             for (game, block, metric), rows in groupby(page, key=lambda row: row[:3]):
                 yield self._stored(game, block, metric, {row[3]: row[4] for row in rows})
 
+    def forget(self, game: int, first: bytes, last: bytes) -> None:
+        """Remove a game's scores of all masks whose keys lie from `first` to `last`, of every
+        block and metric: for whoever keeps them elsewhere."""
+        with self._file.transaction():
+            self._file.db.execute(
+                "DELETE FROM scores WHERE game = ? AND mask >= ? AND mask <= ?", (game, first, last)
+            )
+
     def count(self) -> int:
         """Scores held, over all games, blocks and metrics."""
         with self._file.translated():

@@ -16,6 +16,7 @@ from lpserve.config import RunConfig, config_from
 from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER
 from lpserve.engine.synthetic import SyntheticEngine
+from lpserve.exhaustive.score import ExhaustiveConfig
 from lpserve.types import EngineSpec
 
 NUM_PLAYERS = 8
@@ -52,6 +53,26 @@ def make_config(tmp_path: Path, texts: Mapping[str, str], **changes: Any) -> Run
         "progress_s": 100.0,
     }
     return config_from(values | changes, "test")
+
+
+def exhaustive_config(
+    tmp_path: Path, texts: Mapping[str, str], *, max_removed: int, **options: Any
+) -> ExhaustiveConfig:
+    """An exhaustive game of `make_config`'s model and texts, its folder `tmp_path/game`.
+
+    Args:
+        options: of the synthetic engine.
+    """
+    return ExhaustiveConfig(
+        model="synthetic",
+        engine="synthetic",
+        engine_options={"num_players": NUM_PLAYERS, "game_seed": 3, **options},
+        calibration={"calibration": texts["calibration"]},
+        heldout={"heldout": texts["heldout"]},
+        max_removed=max_removed,
+        out=str(tmp_path / "game"),
+        progress_s=100.0,
+    )
 
 
 def known_game(texts: Mapping[str, str]) -> SyntheticEngine:

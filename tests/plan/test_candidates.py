@@ -135,8 +135,9 @@ def test_alternatives_are_the_best_sets_that_are_unlike_all_before(min_distance,
 def test_alternatives_run_out():
     """Of two players out of four, only the other two differ in both."""
     masks = all_masks(4, kept=2)
+    values = np.arange(6, dtype=np.float64)
     chosen = int(np.flatnonzero((masks == without(4, [0, 1])).all(axis=1))[0])
-    (row,) = choose_alternatives(masks, np.arange(6.0), chosen, count=3, min_distance=2)
+    (row,) = choose_alternatives(masks, values, chosen, count=3, min_distance=2)
     assert removed_players(masks[row]) == (2, 3)
-    assert choose_alternatives(masks, np.arange(6.0), chosen, count=3, min_distance=3) == []
-    assert choose_alternatives(masks, np.arange(6.0), chosen, count=0, min_distance=2) == []
+    assert choose_alternatives(masks, values, chosen, count=3, min_distance=3) == []
+    assert choose_alternatives(masks, values, chosen, count=0, min_distance=2) == []
