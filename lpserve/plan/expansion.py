@@ -172,7 +172,9 @@ class Expansion:
         rows = np.flatnonzero(self._removed_M == num_removed)
         if num_removed == 0 or not len(rows):  # the whole model has its own list
             return []
-        rows = rows[self._within.holds(~self._dropped_MP[rows])]
+        usable = self._within.holds(~self._dropped_MP[rows])
+        usable &= ~(self._dropped_MP[rows] & self._free_P & ~self._allowed_P).any(axis=1)
+        rows = rows[usable]
         return rows[np.argsort(self._loss_M[rows], kind="stable")[:_ANCHORS]].tolist()
 
     def _steps(self, row: int) -> _Steps:

@@ -81,9 +81,7 @@ def synthetic(folder: Path) -> list[str]:
         f"Synthetic game: {PLAYERS} players, sets of up to {REMOVED}, {count:,} masks, {WINDOWS} "
         f"windows; one trie takes {shared:.1f} times fewer layer-forwards than one mask at a time."
     )
-    table = (
-        "| kept in | s | masks/s | us of CPU a mask | bytes a mask | read, s |"
-    )
+    table = "| kept in | s | masks/s | us of CPU a mask | bytes a mask | read, s |"
     return [head, "", table, "|---|---:|---:|---:|---:|---:|", *rows, ""]
 
 

@@ -141,6 +141,7 @@ def test_sets_keep_to_the_constraint_and_leave_out_players_without_a_score(rng):
 
 def test_a_player_whose_effect_is_not_finite_is_in_no_set_and_harms_no_other(rng):
     single_P, overlap_PP = drawn(rng)
+    single_P[3] = 0.1  # the cheapest by its loss: sets would grow from it
     masks_MP = first_masks()
     loss_M = loss_of(masks_MP, single_P, overlap_PP)
     broken_PP = overlap_PP.copy()
