@@ -113,4 +113,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
             print(f"{error}; give the same command again to log the study", file=sys.stderr)
     print("\n".join(summary(result)))
     print(f"which choices matter: {study.out}/sweep.html; tables: sets.csv, values.csv, .parquet")
-    return 1 if result.failed else 0
+    if not result.failed:
+        return 0
+    print(
+        f"lpserve: {len(result.failed)} of {len(result.points)} points failed, with the reasons "
+        "above; the same command tries them again",
+        file=sys.stderr,
+    )
+    return 1

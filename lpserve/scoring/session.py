@@ -94,9 +94,9 @@ class ScoringSession:
             spec = engine_spec(config, stored, max(windows.length, longest or 0))
             self.pool = open_pool(config, spec, windows, log or self.progress.note)
             stack.callback(self.pool.close)
+            for line in engine_notes(self.store, self.info):
+                (log or self.progress.note)(line)
             self._stack = stack.pop_all()
-        for line in engine_notes(self.store, self.info):
-            (log or self.progress.note)(line)
         self.dispatcher = Dispatcher(self.pool)
         self.masks_scored = 0
         """Masks that engines scored for `score`."""

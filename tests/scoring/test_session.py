@@ -10,8 +10,10 @@ import pytest
 import lpserve
 from lpserve.config import EngineConfig
 from lpserve.engine.scorer import StackScorer
+from lpserve.errors import StoreCorruptError
 from lpserve.masks import drop_one
 from lpserve.scoring.session import ScoringSession, single_overlap
+from lpserve.store.store import Store
 from lpserve.testing.parity import some_windows
 
 
@@ -32,6 +34,21 @@ def test_windows_that_repeat_all_get_their_score(num_distinct, model_dir, rng, t
             assert session.masks_scored == scored
         # float32, as stored
         np.testing.assert_allclose(got_MN, expected_MN, rtol=1e-6)
+
+
+def test_a_session_that_cannot_begin_gives_its_store_back(tmp_path, rng, monkeypatch):
+    windows = some_windows(rng, num=2)
+    config = EngineConfig(model="synthetic", engine="synthetic")
+
+    def damaged(_store):
+        raise StoreCorruptError("a page that cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "games", damaged)
+        with pytest.raises(StoreCorruptError):
+            ScoringSession(config, windows, store=tmp_path / "s.sqlite")
+    with ScoringSession(config, windows, store=tmp_path / "s.sqlite") as session:
+        assert session.store.count() == 0
 
 
 def singles_of(num_players):

@@ -264,7 +264,9 @@ def test_a_failed_point_is_in_tables_and_page_and_the_command_says_so(tmp_path, 
     Path(follower.config.out).parent.mkdir(parents=True)
     Path(follower.config.out).write_text("in the way")
     assert main(["sweep", str(path)]) == 1
-    assert f"failed: {follower.id}: " in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"failed: {follower.id}: " in told.out
+    assert told.err.splitlines()[-1].startswith("lpserve: 1 of 2 points failed")
     rows = pq.read_table(study.out / "sets.parquet").to_pylist()
     failed = [row for row in rows if row["status"] == "failed"]
     assert [row["point"] for row in failed] == [follower.id]
