@@ -36,6 +36,7 @@ from lpserve.exhaustive.segments import (
 from lpserve.inputs.files import is_there
 from lpserve.masks import full_mask, key_text, keys
 from lpserve.runner.setup import num_players_of, windows_of
+from lpserve.scoring.pace import LONG_QUEUE
 from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import POLL_S, ScoringSession
@@ -183,6 +184,7 @@ class _Scoring:
         extra: tuple[str, ...],
     ) -> None:
         self._folder, self._family, self._session, self._windows = folder, family, session, windows
+        session.dispatcher.together = LONG_QUEUE
         self.tracker = ScoreTracker(
             session.store, session.game, windows, session.dispatcher, extra_metrics=extra
         )

@@ -81,6 +81,8 @@ class Dispatcher:
         self._slots = EngineSlots()
         self._windows: dict[str, TokenWindows] = {}
         self.paces = pace.EnginePaces(self._windows.__getitem__)
+        self.together = pace.ROUND
+        """How many slow masks go to an engine at a time."""
         self._lost_in_a_row = self._max_engines = 0
         self._next_backup = 0.0
         self.closed = False
@@ -263,6 +265,7 @@ class Dispatcher:
             masks_waiting=self._masks_waiting + len(unit.masks_MP),
             num_engines=len(self._slots.engines),
             target_s=self._slots.target_s,
+            together=self.together,
         )
         if len(unit.masks_MP) > size.masks:
             self._enqueue(replace(unit, masks_MP=unit.masks_MP[size.masks :]), first=True)

@@ -19,13 +19,30 @@ ANSWER_S = 0.004
 (`scripts/bench/results/coordinator.md`), so it keeps pace with any number of engines."""
 MIN_UNIT_S = 0.2
 """Masks are not spread over more engines, nor split over windows, below this time a unit."""
-_SHARED_MASKS, _SHARED_S = 16, 30.0
-"""Masks are scored this many at a time, though that may take this long: alone they share no
-prefixes. Sixteen neighbours share nearly all that a whole round does (a greedy step on 30 layers
-runs 0.56 of the layers in units of 16, 0.54 as one unit, all of them one by one)."""
 _FIRST_UNIT_MASKS = 2
 _PACE_MEMORY = 0.5
 """Weight of an engine's earlier pace against its latest unit's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Together:
+    """Masks that are scored at a time though it takes longer than `TARGET_UNIT_S`: alone they share
+    no prefixes.
+
+    Sixteen neighbours share nearly all that a whole round does (a greedy step on 30 layers runs
+    0.56 of the layers in units of 16, 0.54 as one unit, all of them one by one).
+    """
+
+    masks: int = 16
+    seconds: float = 30.0
+    """Fewer, where they would take longer than this."""
+
+
+ROUND = Together()
+"""Of the rounds of a run, after which others wait."""
+LONG_QUEUE = Together(masks=256, seconds=120.0)
+"""Where thousands of neighbours wait and nothing waits for them: a unit of 16 masks runs the 26
+layers of its first one to share the 4 to 8 of each further one, say."""
 
 
 class EnginePaces:
@@ -70,10 +87,11 @@ def target_unit_s(num_engines: int) -> float:
     return max(TARGET_UNIT_S, ANSWER_S * num_engines)
 
 
-def unit_masks(mask_s: float) -> int:
+def unit_masks(mask_s: float, together: Together = ROUND) -> int:
     """Masks of a unit where there are many more: `TARGET_UNIT_S` of work, or as many as share most
     of their prefixes."""
-    return max(1, int(TARGET_UNIT_S / mask_s), min(_SHARED_MASKS, int(_SHARED_S / mask_s)))
+    shared = min(together.masks, int(together.seconds / mask_s))
+    return max(1, int(TARGET_UNIT_S / mask_s), shared)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +105,12 @@ class UnitSize:
 
 
 def unit_size(
-    *, mask_s: float | None, masks_waiting: int, num_engines: int, target_s: float
+    *,
+    mask_s: float | None,
+    masks_waiting: int,
+    num_engines: int,
+    target_s: float,
+    together: Together = ROUND,
 ) -> UnitSize:
     """The size of the next unit.
 
@@ -104,7 +127,7 @@ def unit_size(
         return UnitSize(masks=min(_FIRST_UNIT_MASKS, share), window_parts=1)
     share = max(share, int(MIN_UNIT_S / mask_s))
     alone = int(target_s / mask_s)
-    most = max(alone, min(unit_masks(mask_s), share if num_engines == 1 else share // 2))
+    most = max(alone, min(unit_masks(mask_s, together), share if num_engines == 1 else share // 2))
     masks = max(1, min(most, share))
     parts = min(num_engines // masks_waiting, int(mask_s / MIN_UNIT_S))
     return UnitSize(masks=masks, window_parts=max(1, parts))

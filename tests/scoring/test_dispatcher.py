@@ -15,6 +15,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.errors import EngineError
 from lpserve.masks import keys
 from lpserve.scoring.dispatcher import Dispatcher
+from lpserve.scoring.pace import LONG_QUEUE, ROUND
 from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.units import GivenUp
 from lpserve.store.blocks import WindowBlock
@@ -36,10 +37,11 @@ def setting(rng, **changes):
     return SimulationSetting(**(values | changes))
 
 
-def dispatch(chosen, pool=None):
+def dispatch(chosen, pool=None, together=ROUND):
     """Every result, and the pool that gave them."""
     pool = pool or SimulatedPool(chosen)
     dispatcher = Dispatcher(pool, clock=lambda: pool.now)
+    dispatcher.together = together
     windows = dispatcher.register(TokenWindows.from_tokens(np.zeros((1, 128), dtype=np.int64)))
     masks_MP = np.concatenate(list(distinct_masks(chosen.masks)))
     dispatcher.add(masks_MP, WindowBlock(id=0, rows=np.arange(1)), windows)
@@ -153,6 +155,19 @@ def test_slow_masks_are_scored_together_so_that_they_share_prefixes(rng):
     sizes = [len(r.unit.masks_MP) for r in results if isinstance(r, UnitResult)]
     assert np.median(sizes[4:-12]) >= 6  # paces are known, and there is more to do than a share
     assert pool.now < 1.25 * 400 * 2.0 / pool.speed
+
+
+def test_where_thousands_wait_more_of_them_go_together(rng):
+    """Two minutes of a slow engine's work; the last ones are shared out so that all end together,
+    and quick masks go as before."""
+    chosen = setting(rng, engines=2, masks=3000, mask_s=1.0)
+    results, _, pool = dispatch(chosen, together=LONG_QUEUE)
+    sizes = [len(r.unit.masks_MP) for r in results if isinstance(r, UnitResult)]
+    assert 60 <= np.median(sizes[4:-20]) <= 170  # engines are of uneven speed
+    assert pool.now < 1.1 * 3000 * 1.0 / pool.speed
+    results, _, _ = dispatch(setting(rng, masks=20_000, mask_s=0.005), together=LONG_QUEUE)
+    sizes = [len(r.unit.masks_MP) for r in results[100:-100]]
+    assert 200 <= np.median(sizes) <= 500  # two seconds of work, as without
 
 
 @pytest.mark.parametrize("dies", [False, True])
