@@ -165,8 +165,9 @@ def test_where_thousands_wait_more_of_them_go_together(rng):
     sizes = [len(r.unit.masks_MP) for r in results if isinstance(r, UnitResult)]
     assert 60 <= np.median(sizes[4:-20]) <= 170  # engines are of uneven speed
     assert pool.now < 1.1 * 3000 * 1.0 / pool.speed
-    results, _, _ = dispatch(setting(rng, masks=20_000, mask_s=0.005), together=LONG_QUEUE)
-    sizes = [len(r.unit.masks_MP) for r in results[100:-100]]
+    chosen = setting(rng, engines=5, masks=50_000, mask_s=0.005)
+    results, _, _ = dispatch(chosen, together=LONG_QUEUE)
+    sizes = [len(r.unit.masks_MP) for r in results[20:-20]]
     assert 200 <= np.median(sizes) <= 500  # two seconds of work, as without
 
 
