@@ -1,7 +1,5 @@
 """`python -m lpserve`."""
 
-import sys
+from lpserve.cli.entry import script
 
-from lpserve.cli.entry import main
-
-sys.exit(main())
+script()

@@ -90,6 +90,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def script() -> NoReturn:
+    """The command line as a process of its own: leaves with `main`'s exit code."""
+    code = main()
+    local = sys.modules.get("lpserve.scoring.local")
+    if local is not None and local.is_at_work():
+        # Python's own end would stop the engine's thread inside a library, which aborts the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
     """What was left out of the user's data is told as errors are; other warnings as Python does."""
     if issubclass(category, DataWarning):
@@ -175,4 +187,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

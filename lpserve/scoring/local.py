@@ -18,6 +18,15 @@ from lpserve.scoring.progress import RunState
 from lpserve.types import EngineSpec, Scores
 
 
+_THREAD = "lpserve-engine"
+
+
+def is_at_work() -> bool:
+    """Whether an engine of this process still scores, as after an interruption whose grace time was
+    shorter than a unit."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
+
+
 class LocalPool:
     """One engine in this process; the contract is `lpserve.scoring.pool.EnginePool`.
 
@@ -35,7 +44,7 @@ class LocalPool:
         self._todo: queue.SimpleQueue[WorkUnit | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[UnitResult | EngineError] = queue.SimpleQueue()
         self._busy = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="lpserve-engine", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=_THREAD, daemon=True)
         self._thread.start()
 
     def register(self, windows: TokenWindows) -> str:

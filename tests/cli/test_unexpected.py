@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +93,26 @@ def test_a_reader_that_has_gone_ends_the_command_quietly(unbuffered, tmp_path, t
 
 def test_public_names_are_offered_by_completion():
     assert {"run", "TokenWindows", "shapley_values", "__version__"} <= set(dir(lpserve))
+
+
+@pytest.mark.process
+def test_a_signal_while_the_engine_cannot_be_stopped_ends_with_its_code(tmp_path):
+    """The grace time is over before the unit at work: its thread is inside torch when Python would
+    take it down."""
+    heavy = ["--num-windows", "200", "--length", "256", "--heldout-windows", "1"]
+    quick = ["--grace-s", "0.1", "--progress-s", "0.1", "--out", str(tmp_path / "run")]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lpserve", "run", "--demo", *heavy, *quick],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr is not None
+    for line in child.stderr:
+        if line.startswith("scoring"):
+            break
+    time.sleep(0.5)  # into the unit, which takes many seconds
+    child.send_signal(signal.SIGINT)
+    _, told_last = child.communicate()
+    assert child.returncode == 130, told_last
+    assert told_last.splitlines()[-1].startswith("lpserve: interrupted; ")
