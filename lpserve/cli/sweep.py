@@ -115,9 +115,6 @@ def _sweep(arguments: argparse.Namespace) -> int:
     print(f"which choices matter: {study.out}/sweep.html; tables: sets.csv, values.csv, .parquet")
     if not result.failed:
         return 0
-    print(
-        f"lpserve: {len(result.failed)} of {len(result.points)} points failed, with the reasons "
-        "above; the same command tries them again",
-        file=sys.stderr,
-    )
+    failed = f"{len(result.failed)} of {len(result.points)} points failed, as told above"
+    print(f"lpserve: {failed}; the same command tries them again", file=sys.stderr)
     return 1

@@ -184,7 +184,7 @@ class _Scoring:
         extra: tuple[str, ...],
     ) -> None:
         self._folder, self._family, self._session, self._windows = folder, family, session, windows
-        session.dispatcher.together = LONG_QUEUE
+        session.dispatcher.paces.together = LONG_QUEUE
         self.tracker = ScoreTracker(
             session.store, session.game, windows, session.dispatcher, extra_metrics=extra
         )

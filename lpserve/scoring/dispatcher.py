@@ -81,8 +81,6 @@ class Dispatcher:
         self._slots = EngineSlots()
         self._windows: dict[str, TokenWindows] = {}
         self.paces = pace.EnginePaces(self._windows.__getitem__)
-        self.together = pace.ROUND
-        """How many slow masks go to an engine at a time."""
         self._lost_in_a_row = self._max_engines = 0
         self._next_backup = 0.0
         self.closed = False
@@ -166,8 +164,7 @@ class Dispatcher:
             result = self._pool.next(max(0.0, deadline - self._clock()))
             if result is None:
                 return None
-            done = self._take(result)
-            if done is not None:
+            if (done := self._take(result)) is not None:
                 return done
 
     # -- results ---------------------------------------------------------------------------------
@@ -265,7 +262,7 @@ class Dispatcher:
             masks_waiting=self._masks_waiting + len(unit.masks_MP),
             num_engines=len(self._slots.engines),
             target_s=self._slots.target_s,
-            together=self.together,
+            together=self.paces.together,
         )
         if len(unit.masks_MP) > size.masks:
             self._enqueue(replace(unit, masks_MP=unit.masks_MP[size.masks :]), first=True)

@@ -17,7 +17,6 @@ from lpserve.scoring.pool import UnitResult, WorkUnit, score_on, still_works
 from lpserve.scoring.progress import RunState
 from lpserve.types import EngineSpec, Scores
 
-
 _THREAD = "lpserve-engine"
 
 

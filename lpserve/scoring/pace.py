@@ -56,6 +56,8 @@ class EnginePaces:
         self._windows_of = windows_of
         self.seconds_per_token: dict[str, float] = {}
         """Engine -> seconds for a token of a mask."""
+        self.together = ROUND
+        """How many slow masks go to an engine at a time."""
 
     def learn(self, result: UnitResult) -> None:
         """Take a scored unit's time into its engine's pace."""

@@ -41,7 +41,7 @@ def dispatch(chosen, pool=None, together=ROUND):
     """Every result, and the pool that gave them."""
     pool = pool or SimulatedPool(chosen)
     dispatcher = Dispatcher(pool, clock=lambda: pool.now)
-    dispatcher.together = together
+    dispatcher.paces.together = together
     windows = dispatcher.register(TokenWindows.from_tokens(np.zeros((1, 128), dtype=np.int64)))
     masks_MP = np.concatenate(list(distinct_masks(chosen.masks)))
     dispatcher.add(masks_MP, WindowBlock(id=0, rows=np.arange(1)), windows)
