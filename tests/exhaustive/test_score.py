@@ -179,8 +179,15 @@ def test_a_model_whose_own_score_is_not_finite_is_refused(tmp_path, texts):
 @pytest.mark.ray
 @pytest.mark.thorough
 def test_many_engines_give_the_same_game(tmp_path, texts, small_segments):
+    import ray
+
     config = exhaustive_config(tmp_path, texts, max_removed=4, delay_s=0.001)
-    result = exhaustive(replace(config, pool="ray", engines=3))
+    # a Ray of its own: another test's, which would be found, may lose its nodes
+    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        result = exhaustive(replace(config, pool="ray", engines=3))
+    finally:
+        ray.shutdown()
     assert_is_known(result.folder, texts)
 
 
