@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from lpserve.engine.registry import shown_kinds
+from lpserve.errors import InputError
 
 ENGINE_OPTION_FLAGS = ("state_budget_mb", "micro_batch_tokens", "engine_option")
 """Flags that become `engine_options`."""
@@ -104,6 +106,37 @@ def engine_values(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = ("model", "engine", "pool", "engines", "dtype", "device", "grace_s", "progress_s")
     values = {k: getattr(arguments, k) for k in keys if getattr(arguments, k) is not None}
     return values | {"engine_options": engine_options(arguments)}
+
+
+def window_values(arguments: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
+    """The keys of `config.WindowConfig` that flags name, the model's among them; with `--demo`
+    those of the bundled one.
+
+    Args:
+        keys: further keys of the command's own config.
+
+    Raises:
+        InputError: no model or no calibration text is named.
+    """
+    from lpserve.config import corpora
+
+    values: dict[str, Any] = {}
+    if arguments.demo:
+        from lpserve.demo import demo_values
+
+        demo = demo_values()
+        names = ("model", "calibration", "heldout", "num_windows", "heldout_windows", "length")
+        values = {name: demo[name] for name in names}
+    values |= engine_values(arguments)
+    named = ("num_windows", "heldout_windows", "length", "bos", "text_field", "window_seed", *keys)
+    values |= {k: getattr(arguments, k) for k in named if getattr(arguments, k) is not None}
+    for key in ("calibration", "heldout"):
+        if getattr(arguments, key):
+            values[key] = corpora(getattr(arguments, key), f"--{key}")
+    for key in ("model", "calibration"):
+        if not values.get(key):
+            raise InputError(f"flags: {key} is missing (--{key})")
+    return values
 
 
 def numbers(text: str) -> list[int]:

@@ -6,8 +6,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from lpserve.cli.arguments import add_engine_flags, add_window_flags, engine_values
-from lpserve.errors import InputError
+from lpserve.cli.arguments import (
+    add_engine_flags,
+    add_window_flags,
+    engine_values,
+    window_values,
+)
 from lpserve.rivals.registry import RIVALS
 
 _HELP = f"""\
@@ -56,45 +60,15 @@ def add_baselines(commands: Any) -> None:
 
 
 def _baselines(arguments: argparse.Namespace) -> int:
-    from lpserve.config import EngineConfig, corpora
+    from lpserve.config import EngineConfig
     from lpserve.evaluation.evaluate import sets_from
     from lpserve.rivals.compare import CompareConfig, compare
 
-    keys = (
-        "num_windows",
-        "heldout_windows",
-        "length",
-        "bos",
-        "text_field",
-        "max_removed",
-        "budget",
-        "seed",
-        "window_seed",
-        "out",
-    )
-    values: dict[str, Any] = {}
+    values = window_values(arguments, ("max_removed", "budget", "seed", "out"))
     if arguments.demo:
         from lpserve.demo import demo_values
 
-        demo = demo_values()
-        names = (
-            "model",
-            "calibration",
-            "heldout",
-            "num_windows",
-            "heldout_windows",
-            "length",
-            "max_removed",
-        )
-        values = {name: demo[name] for name in names}
-    values |= engine_values(arguments)
-    values |= {k: getattr(arguments, k) for k in keys if getattr(arguments, k) is not None}
-    for key in ("calibration", "heldout"):
-        if getattr(arguments, key):
-            values[key] = corpora(getattr(arguments, key), f"--{key}")
-    for key in ("model", "calibration"):
-        if not values.get(key):
-            raise InputError(f"flags: {key} is missing (--{key})")
+        values.setdefault("max_removed", demo_values()["max_removed"])
     if arguments.rivals:
         values["rivals"] = tuple(r.strip() for r in arguments.rivals.split(",") if r.strip())
     engine = EngineConfig(**{"model": values["model"], **engine_values(arguments)})

@@ -6,8 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from lpserve.cli.arguments import add_engine_flags, add_window_flags, engine_values
-from lpserve.errors import InputError
+from lpserve.cli.arguments import add_engine_flags, add_window_flags, window_values
 
 _HELP = """\
 Score every set of up to --max-removed layers: ground truth, against which searches and estimates of
@@ -44,33 +43,12 @@ def add_exhaustive(commands: Any) -> None:
 
 
 def _exhaustive(arguments: argparse.Namespace) -> int:
-    from lpserve.config import corpora
-
-    values: dict[str, Any] = {}
-    if arguments.demo:
-        from lpserve.demo import demo_values
-
-        demo = demo_values()
-        names = ("model", "calibration", "heldout", "num_windows", "heldout_windows", "length")
-        values = {name: demo[name] for name in names}
-    keys = (
-        *("num_windows", "heldout_windows", "length", "bos", "text_field", "window_seed"),
-        *("max_removed", "utility", "out"),
-    )
-    values |= engine_values(arguments)
-    values |= {k: getattr(arguments, k) for k in keys if getattr(arguments, k) is not None}
-    for key in ("calibration", "heldout"):
-        if getattr(arguments, key):
-            values[key] = corpora(getattr(arguments, key), f"--{key}")
-    for key in ("model", "calibration"):
-        if not values.get(key):
-            raise InputError(f"flags: {key} is missing (--{key})")
     from lpserve.exhaustive.family import SmallRemovals
     from lpserve.exhaustive.game import NEAR, optima
     from lpserve.exhaustive.score import ExhaustiveConfig, exhaustive
     from lpserve.runner.setup import num_players_of
 
-    config = ExhaustiveConfig(**values)
+    config = ExhaustiveConfig(**window_values(arguments, ("max_removed", "utility", "out")))
     family = SmallRemovals(num_players_of(config), config.max_removed)
     shared = family.skip_layer_forwards / family.layer_forwards
     print(

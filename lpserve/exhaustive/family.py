@@ -42,19 +42,20 @@ class SmallRemovals:
                 f"{self.count:,} sets remove at most {max_removed} of {num_players} players, more "
                 f"than {MOST_MASKS:,}: lower max_removed"
             )
-        left = [[_at_most(num_players - i - 1, z) for z in range(max_removed + 1)] for i in self._p]
-        self._completions = np.array(left, dtype=np.int64)
+        self._completions = np.array(
+            [
+                [_at_most(num_players - i - 1, z) for z in range(max_removed + 1)]
+                for i in range(num_players)
+            ],
+            dtype=np.int64,
+        )
         """[i, z]: masks of the players after i that remove at most z of them."""
-
-    @property
-    def _p(self) -> range:
-        return range(self.num_players)
 
     @property
     def layer_forwards(self) -> int:
         """Layer-forwards of the trie over all of them: a prefix is computed once, and every prefix
         that removes at most `max_removed` is that of some mask."""
-        return sum(_at_most(i, self.max_removed) for i in self._p)
+        return sum(_at_most(i, self.max_removed) for i in range(self.num_players))
 
     @property
     def skip_layer_forwards(self) -> int:
@@ -73,7 +74,7 @@ class SmallRemovals:
         rank_M[is_empty_M] = 0
         removable_M = np.full(len(rank_M), self.max_removed)
         masks_MP = np.empty((len(rank_M), self.num_players), dtype=bool)
-        for i in self._p:
+        for i in range(self.num_players):
             below_M = self._dropping(i, removable_M)
             masks_MP[:, i] = rank_M >= below_M
             rank_M -= np.where(masks_MP[:, i], below_M, 0)
@@ -85,9 +86,9 @@ class SmallRemovals:
         """The number of each mask, `int64[M]`; -1 where it is not one of these."""
         rank_M = np.full(len(masks_MP), int(self._has_empty_apart), dtype=np.int64)
         removable_M = np.full(len(masks_MP), self.max_removed)
-        for i in self._p:
+        for i in range(self.num_players):
             kept_M = masks_MP[:, i]
-            rank_M += np.where(kept_M, self._dropping(i, np.maximum(removable_M, 0)), 0)
+            rank_M += np.where(kept_M, self._dropping(i, removable_M), 0)
             removable_M -= ~kept_M
         rank_M[removable_M < 0] = -1
         rank_M[~masks_MP.any(axis=1)] = 0

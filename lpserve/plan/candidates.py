@@ -40,14 +40,6 @@ def choose_candidates(
         sources: mask key -> how the mask was found, for those that are neither.
         within: what sets may be candidates; None: any.
     """
-    within = within or Constraint(masks_MP.shape[1])
-    kept = masks_MP.shape[1] - num_removed
-    allowed = (masks_MP.sum(axis=1) == kept) & within.holds(masks_MP)
-    rows = np.flatnonzero(allowed & np.isfinite(utilities_M))
-    if not len(rows):
-        return []
-    mask_keys = keys(masks_MP[rows])
-    order = sorted(range(len(rows)), key=lambda i: (-utilities_M[rows[i]], mask_keys[i]))
     wanted: dict[bytes, str] = {}
     for mask_P in greedy:
         if (~mask_P).sum() == num_removed:
@@ -55,10 +47,9 @@ def choose_candidates(
     if ranking is not None:
         wanted.setdefault(keys(ranking[None])[0], "ranking")
     chosen: list[tuple[int, str]] = []
-    for place, i in enumerate(order):
-        key = mask_keys[i]
+    for place, (row, key) in enumerate(_best_first(masks_MP, utilities_M, num_removed, within)):
         if place < 2 or key in wanted:
-            chosen.append((int(rows[i]), wanted.get(key) or sources.get(key, "design")))
+            chosen.append((row, wanted.get(key) or sources.get(key, "design")))
     return chosen
 
 
@@ -83,15 +74,24 @@ def choose_alternatives(
         chosen: the row of the plan's set, whose size all have.
         within: what sets may be listed; None: any.
     """
-    within = within or Constraint(masks_MP.shape[1])
-    same = masks_MP.sum(axis=1) == masks_MP[chosen].sum()
-    rows = np.flatnonzero(same & np.isfinite(utilities_M) & within.holds(masks_MP))
-    mask_keys = keys(masks_MP[rows])
+    num_removed = int((~masks_MP[chosen]).sum())
     taken: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: (-utilities_M[rows[i]], mask_keys[i])):
+    for row, _ in _best_first(masks_MP, utilities_M, num_removed, within):
         if len(taken) == count:
             break
-        apart = (masks_MP[[chosen, *taken]] & ~masks_MP[rows[i]]).sum(axis=1)
+        apart = (masks_MP[[chosen, *taken]] & ~masks_MP[row]).sum(axis=1)
         if (apart >= min_distance).all():
-            taken.append(int(rows[i]))
+            taken.append(row)
     return taken
+
+
+def _best_first(
+    masks_MP: BoolArray, utilities_M: FloatArray, num_removed: int, within: Constraint | None
+) -> list[tuple[int, bytes]]:
+    """(row, mask key) of the sets of one size that have a finite utility and are within a
+    constraint, best utility first; ties go to the smaller key."""
+    within = within or Constraint(masks_MP.shape[1])
+    same = (~masks_MP).sum(axis=1) == num_removed
+    rows = np.flatnonzero(same & np.isfinite(utilities_M) & within.holds(masks_MP))
+    found = zip(rows.tolist(), keys(masks_MP[rows]), strict=True)
+    return sorted(found, key=lambda one: (-utilities_M[one[0]], one[1]))

@@ -38,7 +38,8 @@ from lpserve.data.protocols import PROTOCOLS, protocol_windows
 from lpserve.data.tokenizer import load_tokenizer
 from lpserve.data.windows import TokenWindows
 from lpserve.demo import FOLDER as DEMO
-from lpserve.evaluation.evaluate import EvalConfig, evaluate
+from lpserve.evaluation.evaluate import evaluate
+from lpserve.evaluation.settings import EvalConfig
 from lpserve.masks import from_keys, full_mask, without
 from lpserve.plan.layer_sets import LayerSet
 from lpserve.rivals.accounting import Spent
