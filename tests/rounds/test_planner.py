@@ -317,9 +317,12 @@ def test_a_rule_that_cannot_hold_ends_nothing(rng):
     assert len(played.masks) == 150
 
 
-def test_passed_by_sets_of_a_greedy_step_are_never_its_best(rng):
-    """Players whose loss ruins the model are no longer tried at every step."""
-    game = pair_game(12, rng, pairs=0.02)
+def test_passed_by_sets_of_a_greedy_step_are_not_its_best(statistical_rng):
+    """Players whose loss ruins the model are no longer tried at every step.
+
+    Which sets cannot be the best is an estimate: it erred in 1 of 430 such games.
+    """
+    game = pair_game(12, statistical_rng, pairs=0.02)
 
     def ruinous(masks: BoolArray) -> FloatArray:
         return game(masks) + 3.0 * (~masks[:, 0]) + 2.0 * (~masks[:, 11])
