@@ -7,8 +7,7 @@ touched.
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,20 @@ from msgspec import Meta
 from lpserve.errors import InputError
 from lpserve.inputs.files import is_there
 from lpserve.inputs.plain import plain_value
+from lpserve.inputs.rules import (
+    MOST,
+    Count,
+    CountOr0,
+    Length,
+    Options,
+    Positive,
+    Seconds,
+    Share,
+    Sizes,
+    Switch,
+    Text,
+    one_of,
+)
 from lpserve.inputs.shapes import check_value
 from lpserve.redact import redact
 from lpserve.utility import TASK_UTILITIES, utility_named
@@ -36,6 +49,8 @@ SURROGATES = {
 }
 """Name -> the module whose `build` makes it (`lpserve.surrogate.base.Surrogate`)."""
 GOALS = ("both", "plan", "values")
+PLAYER_KINDS = ("layer", "half")
+PART_NAME = r"^\d{1,18}\.(?:attention|mlp)\Z"
 TASK_PREFIX = "task:"
 """Begins a corpus that is a task of lm-eval, not a path."""
 MIN_DISTANCE = 2
@@ -68,32 +83,20 @@ game."""
 GROWING = ("num_windows", "heldout_windows")
 """Keys that may be larger when a run is resumed: the larger number of windows holds the smaller."""
 
-_MOST = 2**63 - 1
 _RAY_JOB_FOLDER = "/runtime_resources/working_dir_files/"
 _CORPORA = {"calibration", "heldout"}
 
 
-def _one_of(names: Iterable[str]) -> Meta:
-    pattern = "|".join(map(re.escape, names))
-    return Meta(pattern=rf"^(?:{pattern})\Z", description=f"one of {', '.join(names)}")
-
-
-Pool = Annotated[str, _one_of(POOLS)]
-Dtype = Annotated[str, _one_of(DTYPES)]
-Goal = Annotated[str, _one_of(GOALS)]
-Text = Annotated[str, Meta(min_length=1, description="a text")]
-Seconds = Annotated[float, Meta(gt=0, description="seconds above 0")]
-Count = Annotated[int, Meta(ge=1, le=_MOST, description="a whole number, at least 1")]
-CountOr0 = Annotated[int, Meta(ge=0, le=_MOST, description="a whole number, at least 0")]
-Length = Annotated[int, Meta(ge=2, le=_MOST, description="a whole number, at least 2")]
-Share = Annotated[float, Meta(gt=0, lt=1, description="a number above 0 and below 1")]
-Positive = Annotated[float, Meta(gt=0, le=1e300, description="a number above 0")]
-Sizes = Annotated[tuple[int, int], Meta(description="two whole numbers, k_min and k_max")]
-Players = Annotated[list[CountOr0], Meta(description="a list of layers, numbered from 0")]
-Options = Annotated[dict[str, Any], Meta(description="a table")]
-Switch = Annotated[bool, Meta(description="true or false")]
+Pool = Annotated[str, one_of(POOLS)]
+Dtype = Annotated[str, one_of(DTYPES)]
+Goal = Annotated[str, one_of(GOALS)]
+PlayerKind = Annotated[str, one_of(PLAYER_KINDS)]
+LayerNames = Annotated[
+    list[Annotated[int, Meta(ge=0, le=MOST)] | Annotated[str, Meta(pattern=PART_NAME)]],
+    Meta(description="a list of layers, numbered from 0, or of parts such as 7.attention"),
+]
 Engines = Annotated[
-    Annotated[int, Meta(ge=1, le=_MOST)] | Literal["auto"],
+    Annotated[int, Meta(ge=1, le=MOST)] | Literal["auto"],
     Meta(description="a whole number, at least 1, or auto"),
 ]
 
@@ -110,6 +113,8 @@ class EngineConfig:
     """How many, or `auto`: as many as the cluster can hold."""
     dtype: Dtype = "float32"
     device: Text = "auto"
+    players: PlayerKind = "layer"
+    """What is dropped: whole layers, or (`half`) their attention and feed-forward parts apart."""
     engine_options: Options = field(default_factory=dict)
     """Options of the engine kind, such as state_budget_mb; for vllm any argument of vllm.LLM."""
     grace_s: Seconds = 30.0
@@ -173,10 +178,10 @@ class RunConfig(WindowConfig):
     """Most masks scored on calibration windows."""
     max_removed: Count | None = None
     """Plans for 1..max_removed players; default: 3/8 of the layers."""
-    protect: Players | None = None
-    """Players that stay: no set that removes one of them is searched or planned."""
-    force: Players | None = None
-    """Players that go: every set that is searched or planned removes them."""
+    protect: LayerNames | None = None
+    """Layers (or parts) that stay: no set that removes one of them is searched or planned."""
+    force: LayerNames | None = None
+    """Layers (or parts) that go: every set that is searched or planned removes them."""
     sizes: Sizes | None = None
     """Shapley sizes (before the player joins); default (P - max_removed, P - 1)."""
     utility: Text = "neg_nll"

@@ -61,6 +61,8 @@ class EngineSpec:
     """`auto` is `cuda` where torch sees one, else `cpu`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the engine kind, such as `state_budget_mb`."""
+    players: tuple[Player, ...] = ()
+    """What masks keep or drop; empty: the decoder layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

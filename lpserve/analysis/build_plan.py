@@ -5,7 +5,7 @@ Decisions read losses as stored (float32). Notation: M masks, P players, r = num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -24,6 +24,7 @@ from lpserve.analysis.stability import Stability, set_stability
 from lpserve.config import STOP_GAIN
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, keys, without
+from lpserve.model.players import player_label
 from lpserve.plan import search
 from lpserve.plan.candidates import choose_alternatives, choose_candidates
 from lpserve.plan.constraint import Constraint, constraint_text
@@ -140,7 +141,8 @@ def _candidates(
             within=within,
         )
         if not rows:
-            kept = constraint_text(within.protected, within.forced)
+            protected, forced = (_labels(scored, s) for s in (within.protected, within.forced))
+            kept = constraint_text(protected, forced)
             raise InputError(
                 f"no scored set of {r} removed players would {kept}: lower --max-removed, or run "
                 "with --protect or --force, which search such sets"
@@ -283,13 +285,17 @@ def _heldout_warnings(scored: RunRecord, candidates: list[Candidate]) -> list[st
     """Which of the candidates held-out items prefer to the first."""
     drawn, unit = heldout_objective(scored).items, heldout_objective(scored).loss_unit
     return [
-        f"held-out {drawn} prefer {other.removed} by {-other.heldout_delta:.4f} "
-        f"+- {Z90 * other.heldout_delta_stderr:.4f} {unit}"
+        f"held-out {drawn} prefer [{', '.join(_labels(scored, other.removed))}] by "
+        f"{-other.heldout_delta:.4f} +- {Z90 * other.heldout_delta_stderr:.4f} {unit}"
         for other in candidates[1:]
         if other.heldout_delta is not None
         and other.heldout_delta_stderr is not None
         and other.heldout_delta < -Z90 * other.heldout_delta_stderr
     ]
+
+
+def _labels(scored: RunRecord, some: Iterable[int]) -> list[str]:
+    return [player_label(scored.players[player]) for player in some]
 
 
 def _candidate(

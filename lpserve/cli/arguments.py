@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from lpserve.config import PART_NAME
 from lpserve.engine.registry import shown_kinds
 from lpserve.errors import InputError
 
@@ -32,6 +34,7 @@ def add_engine_flags(command: argparse.ArgumentParser) -> None:
     add("--engines", type=engines, help="number of engines, or auto: what the cluster holds (1)")
     add("--dtype", help="float32 (default), bfloat16, float16")
     add("--device", help="auto (default), cpu, cuda, cuda:1")
+    add("--players", help="layer (default), or half: attention and feed-forward parts apart")
     add("--state-budget-mb", type=float, help="memory for hidden states (1/4 of what is free)")
     add("--micro-batch-tokens", type=int, help="most tokens a layer is given at once")
     add("--grace-s", type=float, help="wait for scores in flight when stopped (30)")
@@ -103,7 +106,8 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def engine_values(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keys of `config.EngineConfig` that flags name."""
-    keys = ("model", "engine", "pool", "engines", "dtype", "device", "grace_s", "progress_s")
+    keys = ("model", "engine", "pool", "engines", "dtype", "device", "players")
+    keys = (*keys, "grace_s", "progress_s")
     values = {k: getattr(arguments, k) for k in keys if getattr(arguments, k) is not None}
     return values | {"engine_options": engine_options(arguments)}
 
@@ -147,6 +151,17 @@ def numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"whole numbers separated by commas: got {text!r}"
         ) from None
+
+
+def layer_names(text: str) -> list[int | str]:
+    """Layers' numbers, or parts of layers such as `7.attention`, separated by commas."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [name for name in names if not name.isdecimal() and not re.match(PART_NAME, name)]
+    if wrong:
+        raise argparse.ArgumentTypeError(
+            f"numbers of layers separated by commas, or parts such as 7.attention: got {wrong[0]!r}"
+        )
+    return [int(name) if name.isdecimal() else name for name in names]
 
 
 def engines(text: str) -> int | str:

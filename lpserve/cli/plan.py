@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpserve.cli.arguments import add_alternatives_flags, numbers
+from lpserve.cli.arguments import add_alternatives_flags, layer_names
 from lpserve.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ def add_plan(commands: Any) -> None:
     plan.set_defaults(run=_plan)
     plan.add_argument("folder", metavar="RUN", help="folder of a finished run")
     plan.add_argument(
-        "--protect", metavar="I,J,...", type=numbers, default=[], help="layers that must stay"
+        "--protect", metavar="I,J,...", type=layer_names, default=[], help="layers that must stay"
     )
     plan.add_argument(
-        "--force", metavar="I,J,...", type=numbers, default=[], help="layers that must go"
+        "--force", metavar="I,J,...", type=layer_names, default=[], help="layers that must go"
     )
     plan.add_argument("--max-removed", type=int, help="stop at this many removed layers")
     add_alternatives_flags(plan)
@@ -42,14 +42,15 @@ def _plan(arguments: argparse.Namespace) -> int:
     from lpserve.analysis.analyse import analyse
     from lpserve.analysis.build_plan import make_plan
     from lpserve.analysis.record import read_record
+    from lpserve.model.players import named_players
     from lpserve.plan.constraint import constraint_of
     from lpserve.store.files import write_text
 
     scored = _with_alternatives(read_record(arguments.folder), arguments)
     within = constraint_of(
         scored.num_players,
-        [*scored.protected, *arguments.protect],
-        [*scored.forced, *arguments.force],
+        [*scored.protected, *named_players(scored.players, arguments.protect, "--protect")],
+        [*scored.forced, *named_players(scored.players, arguments.force, "--force")],
     )
     plan = make_plan(scored, analyse(scored), max_removed=arguments.max_removed, within=within)
     print_plan(plan)
@@ -84,15 +85,10 @@ def _with_alternatives(scored: RunRecord, arguments: argparse.Namespace) -> RunR
 def _scored_within(scored: RunRecord, plan: Plan, within: Constraint) -> Iterator[str]:
     """What a plan under constraints was chosen from: sets within, of those that a search without
     them happened to score."""
-    from lpserve.plan.constraint import constraint_text
-
     masks_MP = scored.masks_MP[scored.scored_M()]
     within_M = within.holds(masks_MP)
     removed_M = (~masks_MP).sum(axis=1)
-    yield (
-        "chosen among the sets that the run scored and that "
-        f"{constraint_text(within.protected, within.forced)}:"
-    )
+    yield (f"chosen among the sets that the run scored and that {plan.constraint}:")
     all_scored = True
     for entry in plan.plans:
         scored_here = int((within_M & (removed_M == entry.num_removed)).sum())
@@ -116,14 +112,15 @@ def print_plan(plan: Any) -> None:
     def row(label: str, of: Any) -> str:
         values = [value for kind in kinds for value in figures(of, kind)]
         cells = "  ".join(f"{v:>11.4g}" if v is not None else f"{'-':>11}" for v in values)
-        return f"{label} {cells}  {', '.join(map(str, of.removed))}"
+        return f"{label} {cells}  {plan.names(of.removed)}"
 
     full = []
     for kind in kinds:
         mine, heldout = figures(plan, kind, "full_")
         held = f", held out {heldout:.4g}" if heldout is not None else ""
         full.append(f"{names[kind]} {mine:.4g}{held}")
-    print(f"\n{plan.masks_scored} masks scored; all {plan.num_players} layers: {'; '.join(full)}")
+    everything = f"all {plan.num_players} {plan.unit}"
+    print(f"\n{plan.masks_scored} masks scored; {everything}: {'; '.join(full)}")
     if plan.constraint:
         print(f"sets that {plan.constraint}")
     columns = ["calibration", "held out"]
@@ -131,11 +128,12 @@ def print_plan(plan: Any) -> None:
         print(f"{'':>6}  {plan.utility:^24}  {names['ppl']:^24}".rstrip())
         columns *= 2
     header = "  ".join(f"{name:>11}" for name in columns)
-    print(f"{'remove':>6}  {header}  layers")
+    print(f"{'remove':>6}  {header}  {plan.unit}")
     for entry in plan.plans:
         print(row(f"{entry.num_removed:>6}{'~' if entry.is_open else ' '}", entry))
     if plan.alternatives:
-        print(f"alternatives, every two of a size unlike in at least {plan.min_distance} layers:")
+        least = f"at least {plan.min_distance} {plan.unit}"
+        print(f"alternatives, every two of a size unlike in {least}:")
     for entry in plan.plans:
         for number, other in enumerate(entry.alternatives, start=1):
             print(row(f"{entry.num_removed:>3} #{number:<2}", other))

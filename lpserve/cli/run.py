@@ -15,7 +15,7 @@ from lpserve.cli.arguments import (
     add_tracking_flags,
     add_window_flags,
     engine_options,
-    numbers,
+    layer_names,
     size_range,
 )
 from lpserve.cli.export import export_and_report
@@ -87,8 +87,8 @@ def _add_search_flags(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
     add("--budget", type=int, help="most masks scored on calibration windows (400)")
     add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
-    add("--protect", metavar="I,J,...", type=numbers, help="layers that stay in every set")
-    add("--force", metavar="I,J,...", type=numbers, help="layers that go in every set")
+    add("--protect", metavar="I,J,...", type=layer_names, help="layers that stay in every set")
+    add("--force", metavar="I,J,...", type=layer_names, help="layers that go in every set")
     add_alternatives_flags(run)
     add(
         "--sizes",

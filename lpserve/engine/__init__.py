@@ -7,6 +7,7 @@ from typing import Any
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine
 from lpserve.engine.registry import engine_kind
+from lpserve.model.players import FULL_LAYER
 from lpserve.types import EngineSpec
 
 
@@ -16,6 +17,7 @@ def open_engine(
     kind: str = "transformers",
     dtype: str = "float32",
     device: str = "auto",
+    players: str = "layer",
     **options: Any,
 ) -> Engine:
     """Open an engine on a checkpoint folder.
@@ -26,6 +28,8 @@ def open_engine(
         kind: a key of `registry.ENGINE_KINDS`: `transformers`, `vllm` or `synthetic`.
         dtype: `float32`, `bfloat16` or `float16`.
         device: `auto`, `cpu` or a torch device such as `cuda:0`.
+        players: what masks keep or drop: `layer`, or `half` for attention and feed-forward parts
+            apart.
         options: of the kind; see `engine.hf.engine.TransformersEngine`,
             `engine.vllm.engine.VllmEngine` and `engine.synthetic.SyntheticEngine`.
 
@@ -33,7 +37,16 @@ def open_engine(
         InputError: the model, windows or options cannot be used.
         EngineError: the model's structure cannot be driven layer by layer.
     """
-    spec = EngineSpec(kind=kind, model=str(model), dtype=dtype, device=device, options=options)
+    found = engine_kind(kind)
+    found.check_options(options)
+    spec = EngineSpec(
+        kind=kind,
+        model=str(model),
+        dtype=dtype,
+        device=device,
+        options=options,
+        players=() if players == FULL_LAYER else found.players(str(model), options, players),
+    )
     return build_engine(spec, windows)
 
 

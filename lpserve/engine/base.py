@@ -142,27 +142,37 @@ class PaddingMattersError(EngineError):
 
 
 class LayerStack(Protocol):
-    """A model cut into embedding, players and head; what `trie.TrieExecutor` drives.
+    """A model cut into embedding, steps and head; what `trie.TrieExecutor` drives.
 
-    A state is one tensor whose first axes count windows and tokens, `[B, T, ...]`; the others are
-    up to the stack. Inputs are never modified. Players run on the block that was embedded last.
+    A step is what runs at once: a layer, or a part of one. A player is one step or several. A state
+    is one tensor whose first axes count windows and tokens, `[B, T, ...]`; the others are up to the
+    stack. Inputs are never modified. Steps run on the block that was embedded last.
     """
 
-    num_players: int
     state_dtype: torch.dtype
-    """Of what every player returns, measured on the model's layers before any window is scored. The
+    """Of what every step returns, measured on the model's layers before any window is scored. The
     embedding may have another dtype: some models add their residuals in float32."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of this stack; fixed once it has been prepared."""
+        ...
+
+    @property
+    def step_players(self) -> Sequence[int]:
+        """The player that each of them belongs to; -1: none, and every mask runs it."""
+        ...
 
     def state_bytes(self, length: int) -> int:
         """Bytes of the state of one window of this padded length."""
         ...
 
     def embed(self, block: TokenWindows) -> torch.Tensor:
-        """The state entering player 0, `[N, T, d]`, in the embedding's own dtype."""
+        """The state entering step 0, `[N, T, d]`, in the embedding's own dtype."""
         ...
 
-    def run_player(self, player: int, batch: torch.Tensor) -> torch.Tensor:
-        """The state after one player, same shape, of `state_dtype`; takes that or the embedding's
+    def run_step(self, step: int, batch: torch.Tensor) -> torch.Tensor:
+        """The state after one step, same shape, of `state_dtype`; takes that or the embedding's
         dtype."""
         ...
 
@@ -177,7 +187,7 @@ class LayerStack(Protocol):
 
         Args:
             extra_metrics: metrics beside the NLL, which comes first (`types.check_metric`).
-            full_NTd: the state after all players, for metrics that compare with the full model.
+            full_NTd: the state after all steps, for metrics that compare with the full model.
         """
         ...
 

@@ -18,10 +18,11 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine
 from lpserve.errors import InputError
 from lpserve.inputs.shapes import check_value
-from lpserve.model.architecture import check_decoder, read_architecture, required
+from lpserve.model.architecture import check_decoder
 from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.players import checkpoint_players
 from lpserve.model.size import ITEM_BYTES
-from lpserve.types import EngineSpec
+from lpserve.types import EngineSpec, Player
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +75,9 @@ class EngineKind:
     """Open an engine; raises InputError or EngineError."""
     check_options: Callable[[Mapping[str, Any]], None]
     """Raise InputError for options that no engine of this kind takes; loads nothing heavy."""
-    num_players: Callable[[str, Mapping[str, Any]], int]
-    """Players of a model (checkpoint folder, options), from the checkpoint's headers; raises
-    InputError where the model cannot be used."""
+    players: Callable[[str, Mapping[str, Any], str], tuple[Player, ...]]
+    """Players of a model (checkpoint folder, options, configuration key `players`), from the
+    checkpoint's headers; raises InputError where the model cannot be used, or not so."""
     resources: Callable[[EngineSpec], EngineResources]
     """What an engine of this spec takes of a cluster."""
     reads_checkpoint: bool = True
@@ -126,11 +127,11 @@ def check_option_types(options: Mapping[str, Any], known: Mapping[str, Any]) -> 
             check_value(value, known[name], f"engine option {name}")
 
 
-def checkpoint_players(model: str, _: Mapping[str, Any]) -> int:
-    """Decoder layers of a checkpoint folder; raises InputError unless it is a decoder."""
+def folder_players(model: str, _: Mapping[str, Any], kind: str) -> tuple[Player, ...]:
+    """The players of a checkpoint folder; raises InputError unless it is a decoder."""
     checkpoint = read_checkpoint(model)
     check_decoder(checkpoint)
-    return required(read_architecture(checkpoint).num_layers, "num_hidden_layers")
+    return checkpoint_players(checkpoint, kind)
 
 
 def checkpoint_resources(spec: EngineSpec) -> EngineResources:

@@ -2,9 +2,10 @@
 
 Windows of a set are grouped by padded length; each group is one block for the executor.
 
-A stack may hold only a run of consecutive players (a pipeline stage). Its trie is then walked once
-for each distinct prefix over the players before it, in sorted order, which is the order in which
-the previous stage sends its states.
+Masks over players are written out over the stack's steps, so that a player may be several steps. A
+stack may hold only a run of consecutive steps (a pipeline stage). Its trie is then walked once for
+each distinct prefix over the steps before it, in sorted order, which is the order in which the
+previous stage sends its states.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ class StackScorer:
         settings: TrieSettings,
         *,
         padded_step: int = PADDED_LENGTH_STEP,
-        part: tuple[int, int] | None = None,
+        stage: tuple[int, Sequence[int]] | None = None,
     ) -> None:
         """
         Args:
-            part: (first player of the stack, players of the full model) where the stack is one
-                stage of a pipeline; None: it holds all players.
+            stage: (first step of the stack, `step_players` of the full model) where the stack is
+                one stage of a pipeline; None: it holds all steps.
         """
-        self._first, self._num_players = part or (0, stack.num_players)
+        self._stage = stage
         self.stack = stack
         self.executor = TrieExecutor(stack, settings)
         self.padded_step = padded_step
@@ -109,27 +110,48 @@ class StackScorer:
         self.num_tokens(key)
         return [part for group in self._groups[key] for _, part in self._parts(group.block)]
 
+    @property
+    def _first(self) -> int:
+        """The first step of the stack in the full model."""
+        return self._stage[0] if self._stage else 0
+
+    @property
+    def _step_players(self) -> IntArray:
+        """The player of each step of the full model, `int64[S]`; -1: none."""
+        return np.array(self._stage[1] if self._stage else self.stack.step_players, dtype=np.int64)
+
+    def _over_steps(self, masks_MP: BoolArray) -> BoolArray:
+        """Masks over steps, `bool[M, S]`: a step runs where its player is kept, or has none."""
+        players_S = self._step_players
+        return np.asarray(masks_MP[:, players_S] | (players_S < 0))
+
+    def _own_steps(self, masks_MP: BoolArray) -> IntArray:
+        """How many steps of players each mask runs, `int64[M]`."""
+        players_S = self._step_players
+        steps_P = np.bincount(players_S[players_S >= 0], minlength=masks_MP.shape[1])
+        return masks_MP @ steps_P
+
     def score(
         self, masks_MP: BoolArray, key: str, extra_metrics: Sequence[str] = ()
     ) -> tuple[FloatArray, Work]:
         """Metrics `float64[M, N, C]` of registered windows, the NLL and those of `extra_metrics`,
         and the work it took."""
         started = time.perf_counter()
-        sorted_MP, inverse_M = sort_distinct(masks_MP)
+        sorted_MS, inverse_M = sort_distinct(self._over_steps(masks_MP))
         metric_values = np.empty(
-            (len(sorted_MP), len(self.num_tokens(key)), 1 + len(extra_metrics))
+            (len(sorted_MS), len(self.num_tokens(key)), 1 + len(extra_metrics))
         )
         layer_forwards = tokens = 0
         with full_precision():
             for group in self._groups[key]:
-                values, layer_forwards = self._walk(sorted_MP, group.block, extra_metrics)
+                values, layer_forwards = self._walk(sorted_MS, group.block, extra_metrics)
                 metric_values[:, group.row_numbers] = values
-                tokens += len(sorted_MP) * group.block.tokens_NT.size
+                tokens += len(sorted_MS) * group.block.tokens_NT.size
         return metric_values[inverse_M], Work(
             masks=len(masks_MP),
-            distinct_masks=len(sorted_MP),
+            distinct_masks=len(sorted_MS),
             layer_forwards=layer_forwards,
-            skip_layer_forwards=int(np.asarray(masks_MP).sum()),
+            skip_layer_forwards=int(self._own_steps(masks_MP).sum()),
             tokens=tokens,
             seconds=time.perf_counter() - started,
         )
@@ -140,58 +162,58 @@ class StackScorer:
         """`score` of distinct masks, with the overlap of their effects (`types.Scores.overlap_MM`);
         zeros on a stage that is not the last of its pipeline."""
         started = time.perf_counter()
-        sorted_MP, inverse_M = sort_distinct(masks_MP)
+        sorted_MS, inverse_M = sort_distinct(self._over_steps(masks_MP))
         metric_values = np.empty(
-            (len(sorted_MP), len(self.num_tokens(key)), 1 + len(extra_metrics))
+            (len(sorted_MS), len(self.num_tokens(key)), 1 + len(extra_metrics))
         )
-        overlap = np.zeros((len(sorted_MP), len(sorted_MP)))
+        overlap = np.zeros((len(sorted_MS), len(sorted_MS)))
         layer_forwards = tokens = 0
-        is_last = self._first + self.stack.num_players == self._num_players
+        is_last = self._first + self.stack.num_steps == len(self._step_players)
         with full_precision():
             for group in self._groups[key]:
                 for columns, part in self._parts(group.block, held=2):
-                    leaves = LeafStates(part, len(sorted_MP)) if is_last else None
-                    values, layer_forwards = self._walk_part(sorted_MP, part, extra_metrics, leaves)
+                    leaves = LeafStates(part, len(sorted_MS)) if is_last else None
+                    values, layer_forwards = self._walk_part(sorted_MS, part, extra_metrics, leaves)
                     metric_values[:, group.row_numbers[columns]] = values
                     if leaves is not None and leaves.rows is not None:
                         found = self.stack.overlap(leaves.rows, int(inverse_M[0]))
                         overlap += found.cpu().numpy()
-                tokens += len(sorted_MP) * group.block.tokens_NT.size
+                tokens += len(sorted_MS) * group.block.tokens_NT.size
         work = Work(
             masks=len(masks_MP),
-            distinct_masks=2 * len(sorted_MP),  # heads: for the metrics, and to be compared
+            distinct_masks=2 * len(sorted_MS),  # heads: for the metrics, and to be compared
             layer_forwards=layer_forwards,
-            skip_layer_forwards=int(np.asarray(masks_MP).sum()),
+            skip_layer_forwards=int(self._own_steps(masks_MP).sum()),
             tokens=tokens,
             seconds=time.perf_counter() - started,
         )
         return metric_values[inverse_M], work, overlap[np.ix_(inverse_M, inverse_M)]
 
     def _walk(
-        self, sorted_MP: BoolArray, block: TokenWindows, extra_metrics: Sequence[str]
+        self, sorted_MS: BoolArray, block: TokenWindows, extra_metrics: Sequence[str]
     ) -> tuple[FloatArray, int]:
         """Metrics [D, N, C] of one block, and its layer-forwards."""
-        metric_values = np.empty((len(sorted_MP), block.num_windows, 1 + len(extra_metrics)))
+        metric_values = np.empty((len(sorted_MS), block.num_windows, 1 + len(extra_metrics)))
         layer_forwards = 0
         for columns, part in self._parts(block):
-            values, layer_forwards = self._walk_part(sorted_MP, part, extra_metrics)
+            values, layer_forwards = self._walk_part(sorted_MS, part, extra_metrics)
             metric_values[:, columns] = values
         return metric_values, layer_forwards
 
     def _walk_part(
         self,
-        sorted_MP: BoolArray,
+        sorted_MS: BoolArray,
         part: TokenWindows,
         extra_metrics: Sequence[str],
         leaves: LeafStates | None = None,
     ) -> tuple[FloatArray, int]:
         """Metrics [D, N, C] of windows that fit one state, and the layer-forwards."""
-        metric_values = np.empty((len(sorted_MP), part.num_windows, 1 + len(extra_metrics)))
-        mine = slice(self._first, self._first + self.stack.num_players)
+        metric_values = np.empty((len(sorted_MS), part.num_windows, 1 + len(extra_metrics)))
+        mine = slice(self._first, self._first + self.stack.num_steps)
         layer_forwards = 0
-        for low, high in pairwise(prefix_bounds(sorted_MP, self._first)):
+        for low, high in pairwise(prefix_bounds(sorted_MS, self._first)):
             metric_values[low:high], work = self.executor.score(
-                sorted_MP[low:high, mine], part, extra_metrics, leaves and (leaves, low)
+                sorted_MS[low:high, mine], part, extra_metrics, leaves and (leaves, low)
             )
             layer_forwards += work.layer_forwards
         return metric_values, layer_forwards
@@ -207,9 +229,9 @@ class StackScorer:
             yield slice(start, stop), block.select(np.arange(start, stop))
 
     def _rows(self, block: TokenWindows, held: int = 1) -> int:
-        """Windows in one state: the same for every stage, whatever its own number of players."""
+        """Windows in one state: the same for every stage, whatever its own number of steps."""
         return self.executor.group_rows(
-            block.num_windows, block.length, self._num_players, held=held
+            block.num_windows, block.length, len(self._step_players), held=held
         )
 
     def batch_noise(self, key: str, seed: int = 0) -> float:
@@ -220,7 +242,7 @@ class StackScorer:
         depends on the shape of its batch.
         """
         rng = np.random.default_rng(seed)
-        masks_MP = rng.random((NOISE_MASKS, self._num_players)) < 0.8
+        masks_MP = rng.random((NOISE_MASKS, 1 + int(self._step_players.max()))) < 0.8
         together, _ = self.score(masks_MP, key)
         alone = np.concatenate([self.score(mask_P[None], key)[0] for mask_P in masks_MP])
         difference_M = (together - alone)[..., 0].sum(axis=1) / self.num_tokens(key).sum()
@@ -236,10 +258,10 @@ class StackScorer:
         return groups
 
 
-def prefix_bounds(sorted_MP: BoolArray, num_before: int) -> list[int]:
+def prefix_bounds(sorted_MS: BoolArray, num_before: int) -> list[int]:
     """Where the first `num_before` bits of sorted masks change: 0, ..., D."""
-    changes = (sorted_MP[1:, :num_before] != sorted_MP[:-1, :num_before]).any(axis=1)
-    return [0, *(np.flatnonzero(changes) + 1).tolist(), len(sorted_MP)]
+    changes = (sorted_MS[1:, :num_before] != sorted_MS[:-1, :num_before]).any(axis=1)
+    return [0, *(np.flatnonzero(changes) + 1).tolist(), len(sorted_MS)]
 
 
 def trie_settings(options: Any, device_type: str, free_bytes: int) -> TrieSettings:

@@ -21,8 +21,8 @@ from lpserve.engine.base import Engine, check_extra_metrics, check_masks
 from lpserve.engine.kind import EngineKind, EngineResources, check_known_options
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct, trie_layer_forwards
-from lpserve.model.players import layer_players
-from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores, Work
+from lpserve.model.players import FULL_LAYER, half_players, layer_players
+from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
 
 _NUMBER = Annotated[int, Meta(ge=0, le=2**31, description="a whole number, at least 0")]
 _SECONDS = Annotated[float, Meta(ge=0, le=1e6, description="seconds")]
@@ -78,7 +78,7 @@ class SyntheticEngine:
             path="synthetic",
             model=f"synthetic-{num_players}-{options.get('game_seed', 0)}",
             model_hash=f"synthetic-{num_players}-{options.get('game_seed', 0)}",
-            players=layer_players(num_players),
+            players=spec.players or layer_players(num_players),
             dtype="float32",
             device="cpu",
             vocab_size=int(np.iinfo(np.int32).max),
@@ -172,8 +172,14 @@ def _build(spec: EngineSpec, windows: TokenWindows) -> Engine:
     return SyntheticEngine(spec, windows)
 
 
-def _num_players(_: str, options: Mapping[str, Any]) -> int:
-    return int(options.get("num_players", DEFAULT_PLAYERS))
+def _players(_: str, options: Mapping[str, Any], kind: str) -> tuple[Player, ...]:
+    """As many layers as there are players, or halves of half as many."""
+    num_players = int(options.get("num_players", DEFAULT_PLAYERS))
+    if kind == FULL_LAYER:
+        return layer_players(num_players)
+    if num_players % 2:
+        raise InputError(f"num_players must be even for halves of layers: got {num_players}")
+    return half_players([False] * (num_players // 2))
 
 
 def _resources(spec: EngineSpec) -> EngineResources:
@@ -189,7 +195,7 @@ SYNTHETIC = EngineKind(
     name="synthetic",
     build=_build,
     check_options=check_options,
-    num_players=_num_players,
+    players=_players,
     resources=_resources,
     reads_checkpoint=False,
     is_game=True,

@@ -1,12 +1,13 @@
-"""Runs a batch of masks over any LayerStack, computing each distinct (prefix, player) once.
+"""Runs a batch of masks over any LayerStack, computing each distinct (prefix, step) once.
 
-Two masks that agree on players 0..i-1 have the same state entering player i. The distinct masks
-are sorted, so a trie node is a contiguous range of them. At player i every live range is split on
-bit i: the ones-children are computed together in micro-batches, the zeros-child keeps its parent's
-state, uncopied. The walk goes breadth first while the live states fit the memory budget and depth
-first beyond it: a frontier that would outgrow the budget is halved and the halves are walked in
-turn. A state is freed when its last child is done; the head runs once for each distinct mask.
-States have the dtype that the players return; an embedding of another dtype is kept as it is.
+Masks are over the steps of a stack. Two that agree on steps 0..i-1 have the same state entering
+step i. The distinct masks are sorted, so a trie node is a contiguous range of them. At step i every
+live range is split on bit i: the ones-children are computed together in micro-batches, the
+zeros-child keeps its parent's state, uncopied. The walk goes breadth first while the live states
+fit the memory budget and depth first beyond it: a frontier that would outgrow the budget is halved
+and the halves are walked in turn. A state is freed when its last child is done; the head runs once
+for each distinct mask. States have the dtype that the steps return; an embedding of another dtype
+is kept as it is.
 
 Knows no model library. Shapes: D distinct masks, N windows of a row group, T tokens, d width, C
 metrics (NLL first).
@@ -87,23 +88,23 @@ class TrieExecutor:
         self._full_states: dict[str, torch.Tensor] = {}
 
     def group_rows(
-        self, num_windows: int, length: int, num_players: int | None = None, *, held: int = 1
+        self, num_windows: int, length: int, num_steps: int | None = None, *, held: int = 1
     ) -> int:
-        """Windows in one state: all of them, or as many as let the P + 1 states of a path fit.
+        """Windows in one state: all of them, or as many as let the S + 1 states of a path fit.
 
         Args:
-            num_players: of the full model, where the stack is one stage of a pipeline.
-            held: how many times P + 1 states are held, as far as the budget allows it.
+            num_steps: of the full model, where the stack is one stage of a pipeline.
+            held: how many times S + 1 states are held, as far as the budget allows it.
 
         Raises:
-            InputError: the budget does not hold P + 1 states of one window.
+            InputError: the budget does not hold S + 1 states of one window.
         """
-        num_players = num_players or self._stack.num_players
-        path_bytes = self._stack.state_bytes(length) * (num_players + 1)
+        num_steps = num_steps or self._stack.num_steps
+        path_bytes = self._stack.state_bytes(length) * (num_steps + 1)
         fitting_rows = self._settings.state_budget_bytes // path_bytes
         if fitting_rows < 1:
             raise InputError(
-                f"state_budget_mb is too small: {num_players + 1} states of one "
+                f"state_budget_mb is too small: {num_steps + 1} states of one "
                 f"{length}-token window take {path_bytes / 2**20:.2f} MiB"
             )
         fitting_rows = max(1, fitting_rows // held)
@@ -112,7 +113,7 @@ class TrieExecutor:
 
     def score(
         self,
-        masks_MP: BoolArray,
+        masks_MS: BoolArray,
         block: TokenWindows,
         extra_metrics: Sequence[str] = (),
         leaves: tuple[LeafStates, int] | None = None,
@@ -125,13 +126,13 @@ class TrieExecutor:
                 one row group.
         """
         started = time.perf_counter()
-        sorted_MP, inverse_M = sort_distinct(masks_MP)
+        sorted_MS, inverse_M = sort_distinct(masks_MS)
         rows = self.group_rows(block.num_windows, block.length)
-        metric_values = np.empty((len(sorted_MP), block.num_windows, 1 + len(extra_metrics)))
+        metric_values = np.empty((len(sorted_MS), block.num_windows, 1 + len(extra_metrics)))
         layer_forwards = 0
         for start in range(0, block.num_windows, rows):
             group = block.select(np.arange(start, min(start + rows, block.num_windows)))
-            walk = _Walk(self, sorted_MP, group, extra_metrics, leaves)
+            walk = _Walk(self, sorted_MS, group, extra_metrics, leaves)
             try:
                 metric_values[:, start : start + group.num_windows] = walk.run()
             except BaseException:
@@ -139,11 +140,11 @@ class TrieExecutor:
                 raise
             layer_forwards = walk.layer_forwards
         work = Work(
-            masks=len(masks_MP),
-            distinct_masks=len(sorted_MP),
+            masks=len(masks_MS),
+            distinct_masks=len(sorted_MS),
             layer_forwards=layer_forwards,
-            skip_layer_forwards=int(np.asarray(masks_MP).sum()),
-            tokens=len(sorted_MP) * block.tokens_NT.size,
+            skip_layer_forwards=int(np.asarray(masks_MS).sum()),
+            tokens=len(sorted_MS) * block.tokens_NT.size,
             seconds=time.perf_counter() - started,
         )
         return metric_values[inverse_M], work
@@ -162,19 +163,19 @@ class TrieExecutor:
         self._num_buffers = 0
 
     def full_state(self, block: TokenWindows, embedded: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The state of these windows after all players, and the layer-forwards that computing it
+        """The state of these windows after all steps, and the layer-forwards that computing it
         took. States are kept for later calls while they fit the memory budget together."""
         key = block.content_hash
         if key in self._full_states:
             return self._full_states[key], 0
         state = embedded
-        for player in range(self._stack.num_players):
-            state = self._stack.run_player(player, state)
+        for step in range(self._stack.num_steps):
+            state = self._stack.run_step(step, state)
         size = state.numel() * state.element_size()
         if size * (len(self._full_states) + 1) > self._settings.state_budget_bytes:
             self._full_states.clear()
         self._full_states[key] = state.clone()
-        return self._full_states[key], self._stack.num_players
+        return self._full_states[key], sum(player >= 0 for player in self._stack.step_players)
 
     def states_per_batch(self, shape: torch.Size) -> int:
         if not self._settings.pack_states:
@@ -210,7 +211,7 @@ class _Walk:
     def __init__(
         self,
         executor: TrieExecutor,
-        sorted_MP: BoolArray,
+        sorted_MS: BoolArray,
         block: TokenWindows,
         extra_metrics: Sequence[str],
         leaves: tuple[LeafStates, int] | None,
@@ -218,7 +219,7 @@ class _Walk:
         self._leaves = leaves
         self._executor = executor
         self._stack = executor._stack
-        self._masks_MP = sorted_MP
+        self._masks_MS = sorted_MS
         self._block = block
         self._extra_metrics = tuple(extra_metrics)
         self._full_NTd: torch.Tensor | None = None
@@ -236,43 +237,43 @@ class _Walk:
         if embedded.dtype == dtype:
             root = self._executor.take()
             root.copy_(embedded)
-        else:  # kept as it is, beside the buffers, until the last mask has run a player
+        else:  # kept as it is, beside the buffers, until the last mask has run a step
             root = embedded
             self._limit -= 1
         del embedded
         self._metric_values = torch.empty(
-            (len(self._masks_MP), self._block.num_windows, 1 + len(self._extra_metrics)),
+            (len(self._masks_MS), self._block.num_windows, 1 + len(self._extra_metrics)),
             dtype=torch.float64,
             device=root.device,
         )
-        self._walk([_Node(0, len(self._masks_MP), root)], 0)
+        self._walk([_Node(0, len(self._masks_MS), root)], 0)
         return self._metric_values.cpu().numpy()
 
-    def _walk(self, nodes: list[_Node], player: int) -> None:
-        num_players = self._stack.num_players
-        while player < num_players:
-            splits = [self._split(node, player) for node in nodes]
+    def _walk(self, nodes: list[_Node], step: int) -> None:
+        num_steps = self._stack.num_steps
+        while step < num_steps:
+            splits = [self._split(node, step) for node in nodes]
             if len(nodes) > 1:
                 branching = sum(n.low < s < n.high for n, s in zip(nodes, splits, strict=True))
-                # walking one path to its end may still take one state for each player
-                if self._executor.num_live + branching > self._limit - num_players:
+                # walking one path to its end may still take one state for each step
+                if self._executor.num_live + branching > self._limit - num_steps:
                     half = len(nodes) // 2
-                    self._walk(nodes[:half], player)
-                    self._walk(nodes[half:], player)
+                    self._walk(nodes[:half], step)
+                    self._walk(nodes[half:], step)
                     return
-            nodes = self._step(nodes, splits, player)
-            player += 1
+            nodes = self._step(nodes, splits, step)
+            step += 1
         self._finish(nodes)
 
-    def _split(self, node: _Node, player: int) -> int:
-        """First mask of the range that keeps the player (dropped sort first)."""
+    def _split(self, node: _Node, step: int) -> int:
+        """First mask of the range that keeps the step (dropped sort first)."""
         if node.high - node.low == 1:
-            return node.low if self._masks_MP[node.low, player] else node.high
-        column = self._masks_MP[node.low : node.high, player]
+            return node.low if self._masks_MS[node.low, step] else node.high
+        column = self._masks_MS[node.low : node.high, step]
         return node.low + int(column.searchsorted(True))
 
-    def _step(self, nodes: list[_Node], splits: list[int], player: int) -> list[_Node]:
-        """Split every range on the player's bit and compute the ones-children."""
+    def _step(self, nodes: list[_Node], splits: list[int], step: int) -> list[_Node]:
+        """Split every range on the step's bit and compute the ones-children."""
         children: list[_Node] = []
         inputs: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
@@ -286,11 +287,12 @@ class _Walk:
                 outputs.append(node.state_NTd if reused else self._executor.take())
                 children.append(_Node(split, node.high, outputs[-1]))
         for part in self._batches(inputs):
-            result = self._stack.run_player(player, self._executor.stacked(inputs[part]))
+            result = self._stack.run_step(step, self._executor.stacked(inputs[part]))
             rows = result.split(self._block.num_windows)
             for out, rows_NTd in zip(outputs[part], rows, strict=True):
                 out.copy_(rows_NTd)
-        self.layer_forwards += len(inputs)
+        if self._stack.step_players[step] >= 0:
+            self.layer_forwards += len(inputs)
         return children
 
     def _finish(self, nodes: list[_Node]) -> None:
@@ -311,7 +313,7 @@ class _Walk:
 
     def _batches(self, states: list[torch.Tensor]) -> Iterator[slice]:
         """Micro-batches of consecutive states. An embedding of another dtype is the first one by
-        itself, because masks that have kept no player so far are first in the order."""
+        itself, because masks that have kept no step so far are first in the order."""
         start = 0
         if states and not self._is_buffer(states[0]):
             yield slice(0, 1)

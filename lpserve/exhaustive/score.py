@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import lpserve
-from lpserve.config import Count, Text, WindowConfig
+from lpserve.config import WindowConfig
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import check_extra_metrics
 from lpserve.errors import InputError, LpserveError
@@ -34,6 +34,7 @@ from lpserve.exhaustive.segments import (
     write_segment,
 )
 from lpserve.inputs.files import is_there
+from lpserve.inputs.rules import Count, Text
 from lpserve.masks import full_mask, key_text, keys
 from lpserve.runner.setup import num_players_of, windows_of
 from lpserve.scoring.pace import LONG_QUEUE

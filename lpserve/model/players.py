@@ -1,26 +1,130 @@
 """The players of a model: the units that a mask keeps or removes, in execution order.
 
-Every engine plays full decoder layers today. A player may also be a part of a layer
-(`lpserve.types.Player.part`); what a set of players means for a checkpoint, which consists of full
-layers, is decided here: `removed_layers` refuses what cannot be exported.
+A player is a decoder layer (`layer`), its attention or feed-forward part (`half`), or a list of
+these that go together (`groups:FILE`). Attention stands for whatever lets a token see others: a
+state-space model or a convolution, too. Which players a model has is read from its config and the
+headers of its tensors; engines prove on real windows that its layers can be taken apart so.
+
+What a set of players means for a checkpoint that consists of full layers is decided here, too:
+`removed_layers` refuses what cannot be exported as one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lpserve.errors import InputError
 from lpserve.inputs.shapes import converted
+from lpserve.model.architecture import find_layer_prefix, read_architecture, required
+from lpserve.model.checkpoint import Checkpoint
 from lpserve.types import Player
 
 FULL_LAYER = "layer"
 """`Player.part` of a full decoder layer."""
+ATTENTION, MLP = "attention", "mlp"
+"""`Player.part` of a layer's mixer, and of its feed-forward part."""
+NO_PLAYER = -1
+"""What belongs to no player: every mask keeps it."""
 
 
 def layer_players(num_layers: int) -> tuple[Player, ...]:
     """One player for each decoder layer."""
     return tuple(Player(index=i, layer=i, part=FULL_LAYER) for i in range(num_layers))
+
+
+def half_players(whole: Sequence[bool]) -> tuple[Player, ...]:
+    """Two players for each decoder layer, its attention first; one for a layer without halves.
+
+    Args:
+        whole: for each layer, whether it is one player.
+    """
+    parts = [
+        (layer, part)
+        for layer, one in enumerate(whole)
+        for part in ((FULL_LAYER,) if one else (ATTENTION, MLP))
+    ]
+    return tuple(Player(index=i, layer=n, part=part) for i, (n, part) in enumerate(parts))
+
+
+def checkpoint_players(checkpoint: Checkpoint, kind: str) -> tuple[Player, ...]:
+    """The players of a checkpoint.
+
+    A layer has halves where two or more of its modules hold matrices.
+
+    Args:
+        kind: `layer` or `half`.
+
+    Raises:
+        InputError: the headers do not show the layers; or no layer has halves.
+    """
+    num_layers = required(read_architecture(checkpoint).num_layers, "num_hidden_layers")
+    if kind == FULL_LAYER:
+        return layer_players(num_layers)
+    prefix = find_layer_prefix(checkpoint, num_layers)
+    modules: list[set[str]] = [set() for _ in range(num_layers)]
+    for entry in checkpoint.tensors:
+        number, _, rest = entry.name.removeprefix(prefix).partition(".")
+        if not entry.name.startswith(prefix) or int(number) >= num_layers:
+            continue
+        module, inside, _ = rest.partition(".")
+        if inside and len(entry.shape) > 1:
+            modules[int(number)].add(module)
+    whole = [len(found) < 2 for found in modules]
+    if all(whole):
+        named = ", ".join(sorted(set().union(*modules))) or "no module"
+        raise InputError(
+            f"model {checkpoint.path}: no layer has attention and a feed-forward part to be "
+            f"dropped apart (its layers hold {named}): leave players at layer"
+        )
+    return half_players(whole)
+
+
+def layer_parts(players: Sequence[Player], num_layers: int) -> list[dict[str, int]]:
+    """For each layer, its parts that are run apart and the index of each one's player.
+
+    A layer that no player takes apart is `FULL_LAYER` alone; any other has `ATTENTION` and `MLP`.
+    What belongs to no player has `NO_PLAYER`.
+    """
+    parts: list[dict[str, int]] = [{} for _ in range(num_layers)]
+    for player in players:
+        parts[player.layer][player.part] = player.index
+    for found in parts:
+        for part in (ATTENTION, MLP) if found and FULL_LAYER not in found else (FULL_LAYER,):
+            found.setdefault(part, NO_PLAYER)
+    return parts
+
+
+def named_players(
+    players: Sequence[Player], names: Iterable[int | str], key: str
+) -> tuple[int, ...]:
+    """Indices of the players that are named, each once and in order.
+
+    Args:
+        names: a layer's number names every player in it, `7.attention` one part.
+        key: what they are given as, for messages.
+
+    Raises:
+        InputError: a name fits no player.
+    """
+    found: set[int] = set()
+    for name in names:
+        fitting = {p.index for p in players if name in (p.layer, f"{p.layer}.{p.part}")}
+        if not fitting:
+            raise InputError(f"{key}: {name} is none of the {len(players)} {kinds_of(players)}")
+        found |= fitting
+    return tuple(sorted(found))
+
+
+def player_label(player: Player) -> str:
+    """How a player is called in tables and figures: `7`, `7.attention`."""
+    return str(player.layer) + ("" if player.part == FULL_LAYER else f".{player.part}")
+
+
+def kinds_of(players: Sequence[Player]) -> str:
+    """What players are called together: `layers`, `parts of layers`."""
+    whole = all(player.part == FULL_LAYER for player in players)
+    return "layers" if whole else "parts of layers"
 
 
 def players_from(rows: Sequence[Mapping[str, Any]]) -> tuple[Player, ...]:

@@ -108,7 +108,7 @@ def constraint_of(
     return Constraint(num_players, *(tuple(sorted(set(some or ()))) for some in (protect, force)))
 
 
-def constraint_text(protected: Sequence[int], forced: Sequence[int]) -> str:
+def constraint_text(protected: Sequence[int | str], forced: Sequence[int | str]) -> str:
     """In words: `keep 0, 1 and remove 7`."""
     said = [("keep", protected), ("remove", forced)]
     return " and ".join(f"{verb} {', '.join(map(str, some))}" for verb, some in said if some)

@@ -7,6 +7,7 @@ windows that the run scored. Field names are the keys of the file.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from lpserve.errors import InputError
 from lpserve.inputs.documents import read_json_object, shown
 from lpserve.inputs.shapes import check_names, converted
-from lpserve.model.players import players_from
+from lpserve.model.players import kinds_of, player_label, players_from
 from lpserve.plan.constraint import constraint_text
 from lpserve.utility import utility_named
 
@@ -149,7 +150,21 @@ class Plan:
     @property
     def constraint(self) -> str:
         """Which sets it chose from, in words; empty: from all."""
-        return constraint_text(self.protected, self.forced)
+        names = (self._labels(some) for some in (self.protected, self.forced))
+        return constraint_text(*names)
+
+    @property
+    def unit(self) -> str:
+        """What its players are: `layers`, `parts of layers`."""
+        return kinds_of(players_from(self.players))
+
+    def names(self, removed: Iterable[int]) -> str:
+        """Players by their labels: `3, 7.attention`."""
+        return ", ".join(self._labels(removed))
+
+    def _labels(self, some: Iterable[int]) -> list[str]:
+        labels = [player_label(player) for player in players_from(self.players)]
+        return [labels[player] for player in some]
 
     @property
     def reports_utility(self) -> bool:

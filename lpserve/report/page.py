@@ -14,8 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lpserve.analysis.build_plan import Outcome
 from lpserve.analysis.heldout import heldout_objective
 from lpserve.analysis.stability import SETTLED, Stability
+from lpserve.model.players import player_label
 from lpserve.plan.plan import Plan, PlanEntry
-from lpserve.report.tables import player_label, strongest_pairs
+from lpserve.report.tables import strongest_pairs
 from lpserve.types import Z90
 
 SHOWN_PAIRS = 8

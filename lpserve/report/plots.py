@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpserve.errors import InputError
+from lpserve.model.players import player_label
 from lpserve.plan.plan import Plan
-from lpserve.report.tables import player_label
 from lpserve.types import Z90, FloatArray, Player
 from lpserve.values.result import ShapleyValues
 

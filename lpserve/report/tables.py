@@ -1,4 +1,4 @@
-"""Values and interactions as CSV tables, and how players are named in tables and figures.
+"""Values and interactions as CSV tables.
 
 Notation: P players.
 """
@@ -9,12 +9,7 @@ import numpy as np
 
 from lpserve.analysis.build_plan import Outcome
 from lpserve.report.csv_rows import csv_text
-from lpserve.types import Z90, Player
-
-
-def player_label(player: Player) -> str:
-    """The player's layer, followed by the part of it that the player is, unless that is all."""
-    return str(player.layer) if player.part == "layer" else f"{player.layer} {player.part}"
+from lpserve.types import Z90
 
 
 def shapley_csv(outcome: Outcome) -> str:

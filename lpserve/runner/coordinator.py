@@ -93,7 +93,7 @@ class RunLoop:
         screened = config.screen_windows
         self.screen = screen_rows(calibration.corpora, screened) if screened else None
         self.tracker = self.make_tracker(calibration, self.screen)
-        self.settings = round_settings(config, pool.info.num_players)
+        self.settings = round_settings(config, pool.info.players)
         self.utility = utility_named(config.utility)
         self.planner = RoundPlanner(
             self.settings,

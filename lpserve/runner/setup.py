@@ -5,6 +5,8 @@ Bad input is refused here, before a model loads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lpserve.config import EngineConfig, RunConfig, WindowConfig, is_task
 from lpserve.data.items import ItemSet
 from lpserve.data.prepare import (
@@ -18,22 +20,24 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.players import named_players
 from lpserve.plan.constraint import constraint_of
 from lpserve.rounds.settings import RoundSettings, StopRules
+from lpserve.scoring.open import players_of
+from lpserve.types import Player
 
 
 def num_players_of(config: EngineConfig) -> int:
     """The model's number of players, after its headers and the engine's options are checked."""
-    kind = engine_kind(config.engine)
-    kind.check_options(config.engine_options)
-    return kind.num_players(config.model, config.engine_options)
+    return len(players_of(config))
 
 
 def check_model(config: RunConfig) -> RunConfig:
     """The config with its depth-dependent defaults, after the checkpoint's headers are read."""
-    num_players = num_players_of(config)
+    players = players_of(config)
+    num_players = len(players)
     config = config.resolved(num_players)
-    settings = round_settings(config, num_players)
+    settings = round_settings(config, players)
     settings.within.check(settings.max_removed)
     minimum = settings.minimum_budget()
     if config.budget < minimum:
@@ -92,19 +96,23 @@ def check_windows_of(config: EngineConfig, *sides: TokenWindows) -> None:
             check_windows(checkpoint, windows)
 
 
-def round_settings(config: RunConfig, num_players: int) -> RoundSettings:
+def round_settings(config: RunConfig, players: Sequence[Player]) -> RoundSettings:
     """What the rounds depend on, of a config with its depth-dependent defaults."""
     assert config.max_removed
     assert config.sizes
     assert config.round_size
     return RoundSettings(
-        num_players=num_players,
+        num_players=len(players),
         max_removed=config.max_removed,
         sizes=config.sizes,
         seed=config.seed,
         surrogate=config.surrogate,
         round_size=config.round_size,
         goal=config.goal,
-        constraint=constraint_of(num_players, config.protect, config.force),
+        constraint=constraint_of(
+            len(players),
+            named_players(players, config.protect or (), "protect"),
+            named_players(players, config.force or (), "force"),
+        ),
         stop=StopRules(chance=config.stop_chance, gain=config.stop_gain, width=config.stop_width),
     )

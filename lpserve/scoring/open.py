@@ -11,10 +11,11 @@ from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash, is_sampled
+from lpserve.model.players import FULL_LAYER
 from lpserve.scoring.local import LocalPool
 from lpserve.scoring.pool import EnginePool
 from lpserve.store.store import Store
-from lpserve.types import EngineInfo, EngineSpec
+from lpserve.types import EngineInfo, EngineSpec, Player
 
 
 def open_pool(
@@ -64,6 +65,14 @@ def engine_notes(store: Store, info: EngineInfo) -> Iterator[str]:
         )
 
 
+def players_of(config: EngineConfig) -> tuple[Player, ...]:
+    """What a config's masks keep or drop, after the checkpoint's headers and the engine's options
+    are checked."""
+    kind = engine_kind(config.engine)
+    kind.check_options(config.engine_options)
+    return kind.players(config.model, config.engine_options, config.players)
+
+
 def engine_spec(config: EngineConfig, stored: dict[str, Any] | None, longest: int) -> EngineSpec:
     """The spec of a config's engine.
 
@@ -78,6 +87,7 @@ def engine_spec(config: EngineConfig, stored: dict[str, Any] | None, longest: in
         dtype=config.dtype,
         device=config.device,
         options=dict(config.engine_options),
+        players=() if config.players == FULL_LAYER else players_of(config),
     )
     kind = engine_kind(config.engine)
     spec = kind.for_length(spec, longest)

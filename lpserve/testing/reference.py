@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from lpserve.model.players import ATTENTION, MLP
+from lpserve.types import Player
 
 SPREAD = 100 * 1e-5
 """Scores of different masks must differ by at least 100 x the parity tolerance."""
@@ -297,6 +301,45 @@ def with_layers_deleted(model: Any, mask_P: np.ndarray) -> Any:
         types = [t for t, keep in zip(pruned.config.layer_types, mask_P, strict=True) if keep]
         pruned.config.layer_types = types
     return pruned
+
+
+_PARTS = {
+    "gpt2": ("attn", "mlp"),
+    "opt": ("self_attn", "fc2"),
+    "gpt-neox": ("attention", "mlp"),
+    "bloom": ("self_attention", "mlp"),
+    "falcon": ("self_attention", "mlp"),
+}
+"""Family -> the modules of a layer whose output is its attention, its feed-forward part."""
+
+
+@contextmanager
+def with_parts_zeroed(
+    model: Any, family: str, players: Sequence[Player], mask_P: np.ndarray
+) -> Iterator[Any]:
+    """The model itself, whose dropped halves return zero (Bloom's add the residual: they return
+    that)."""
+
+    def absent(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        whole = output if isinstance(output, tuple) else (output,)
+        nothing = args[1] if family == "bloom" else torch.zeros_like(whole[0])
+        return (nothing, *whole[1:]) if isinstance(output, tuple) else nothing
+
+    owner, name = decoder_list(model)
+    attention, mlp = _PARTS.get(family, ("self_attn", "mlp"))
+    modules = {ATTENTION: attention, MLP: mlp}
+    handles = [
+        getattr(getattr(owner, name)[player.layer], modules[player.part]).register_forward_hook(
+            absent, with_kwargs=True
+        )
+        for player, kept in zip(players, mask_P, strict=True)
+        if not kept
+    ]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.inference_mode()

@@ -154,7 +154,7 @@ def timed_stack(engine: TransformersEngine, device: torch.device) -> Iterator[In
         yield None
         return
     inside, stack = Inside(), engine._scorer.stack
-    plain = {"layers": stack.run_player, "heads": stack.reduce}
+    plain = {"layers": stack.run_step, "heads": stack.reduce}
 
     def wrapped(name: str) -> Callable[..., torch.Tensor]:
         def call(*args: Any) -> torch.Tensor:
@@ -165,11 +165,11 @@ def timed_stack(engine: TransformersEngine, device: torch.device) -> Iterator[In
 
         return call
 
-    stack.run_player, stack.reduce = wrapped("layers"), wrapped("heads")
+    stack.run_step, stack.reduce = wrapped("layers"), wrapped("heads")
     try:
         yield inside
     finally:
-        del stack.run_player, stack.reduce
+        del stack.run_step, stack.reduce
 
 
 def time_state_copy(

@@ -54,7 +54,7 @@ def test_a_kind_says_what_its_engines_can_do(name, model_dir, rng):
     model = str(model_dir("llama"))
     spec = EngineSpec(kind=name, model=model)
     with build_engine(spec, some_windows(rng)) as engine:
-        assert engine.info.num_players == kind.num_players(model, {})
+        assert engine.info.num_players == len(kind.players(model, {}, "layer"))
         for protocol in (base.Generates, base.HasHiddenStates, base.HasTaylorImportance):
             assert isinstance(engine, protocol) == (protocol in kind.capabilities)
 
@@ -93,4 +93,4 @@ def test_resources_follow_ranks_and_weights(model_dir):
     assert [kind.name for kind in ENGINE_KINDS.values() if kind not in shown_kinds()] == [
         "synthetic"
     ]
-    assert engine_kind("vllm").num_players(str(model_dir("llama")), {}) == NUM_LAYERS
+    assert len(engine_kind("vllm").players(str(model_dir("llama")), {}, "layer")) == NUM_LAYERS

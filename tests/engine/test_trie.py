@@ -30,7 +30,8 @@ class AffineStack:
 
     def __init__(self, num_players: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        self.num_players = num_players
+        self.num_steps = num_players
+        self.step_players = range(num_players)
         self.state_dtype = torch.float64
         self.scale_P = rng.uniform(0.5, 1.5, num_players)
         self.shift_P = rng.normal(size=num_players)
@@ -44,11 +45,11 @@ class AffineStack:
         tokens = torch.from_numpy(block.tokens_NT).double()
         return tokens[..., None].expand(*tokens.shape, WIDTH).contiguous()
 
-    def run_player(self, player, batch):
-        if player == self.fail_at:
+    def run_step(self, step, batch):
+        if step == self.fail_at:
             raise RuntimeError("this player fails")
         self.rows_run.append(len(batch))
-        return batch * self.scale_P[player] + self.shift_P[player]
+        return batch * self.scale_P[step] + self.shift_P[step]
 
     def reduce(self, batch, block, extra_metrics=(), full_NTd=None):
         columns = [batch.sum(dim=(1, 2))]

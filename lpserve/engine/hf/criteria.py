@@ -19,7 +19,7 @@ from lpserve.types import FloatArray
 def hidden_states(stack: LayerStack, blocks: list[TokenWindows]) -> HiddenStates:
     """Block influence and angular distances on windows, given in blocks of one padded length each
     that the stack is prepared for."""
-    players = stack.num_players
+    players = stack.num_steps
     cosines_P, angles = np.zeros(players), np.zeros((players + 1, players + 1))
     tokens = windows = 0
     for block in blocks:
@@ -30,7 +30,7 @@ def hidden_states(stack: LayerStack, blocks: list[TokenWindows]) -> HiddenStates
         real = real_NT.to(state.device)
         last_states = [_unit_vectors(state[device_rows, last_N])]
         for player in range(players):
-            after = stack.run_player(player, state)
+            after = stack.run_step(player, state)
             cosine_NT = torch.nn.functional.cosine_similarity(
                 state.flatten(2).float(), after.flatten(2).float(), dim=-1
             )

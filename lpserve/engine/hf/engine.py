@@ -42,7 +42,6 @@ from lpserve.model.checkpoint import Checkpoint, read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
 from lpserve.model.gguf import gguf_record
 from lpserve.model.loading import load_pretrained
-from lpserve.model.players import layer_players
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores
 from lpserve.utility import METRICS
 
@@ -85,6 +84,7 @@ class TransformersEngine:
                 self._model,
                 dtype=DTYPES[spec.dtype],
                 num_layers=read_architecture(checkpoint).num_layers,
+                players=spec.players,
                 head_chunk_bytes=head_chunk,
                 compile_layers=compiled,
             )
@@ -96,7 +96,7 @@ class TransformersEngine:
             + ("/compiled" if compiled else ""),
             model=str(Path(spec.model).resolve()),
             model_hash=checkpoint_hash(checkpoint),
-            players=layer_players(stack.num_players),
+            players=stack.players,
             dtype=spec.dtype,
             device=str(device),
             noise_nll=self._scorer.batch_noise(self._default) if settings.pack_states else 0.0,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lpserve.config import Switch, Text
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import Engine, HasHiddenStates, HasTaylorImportance
 from lpserve.engine.kind import (
@@ -14,9 +13,10 @@ from lpserve.engine.kind import (
     EngineKind,
     InUse,
     check_known_options,
-    checkpoint_players,
     checkpoint_resources,
+    folder_players,
 )
+from lpserve.inputs.rules import Switch, Text
 from lpserve.types import EngineSpec
 
 OPTIONS = {
@@ -47,7 +47,7 @@ TRANSFORMERS = EngineKind(
     name="transformers",
     build=_build,
     check_options=check_options,
-    num_players=checkpoint_players,
+    players=folder_players,
     resources=checkpoint_resources,
     capabilities=(HasHiddenStates, HasTaylorImportance),
     in_use=InUse(script=Path(__file__).with_name("in_use.py"), check=_runs_everywhere),

@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import PaddingMattersError
 from lpserve.engine.head import Head, LocalVocabulary, on_device, plain_nll
 from lpserve.engine.hf.arguments import LayerArguments, RowRepeater, learn_arguments
+from lpserve.engine.hf.parts import Halves, find_halves
 from lpserve.engine.hf.recording import (
     Call,
     Recording,
@@ -36,9 +38,12 @@ from lpserve.engine.hf.recording import (
     record_around_layers,
     record_layers,
 )
+from lpserve.engine.hf.steps import Step, layer_steps, paired_state
 from lpserve.engine.hf.structure import find_form, find_layers
 from lpserve.engine.replay import same_tensor
 from lpserve.errors import EngineError, first_line
+from lpserve.model.players import layer_players
+from lpserve.types import Player
 
 PARITY_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
 """Relative, summed NLL of a window, replayed against the model's own forward at start. Half
@@ -46,7 +51,12 @@ precision only has to show that the structure is right: rounding differs with th
 
 
 class RecordedStack:
-    """The model as embedding, layers and head. Use under `torch.inference_mode`."""
+    """The model as embedding, steps and head. Use under `torch.inference_mode`.
+
+    Args:
+        num_layers: as the checkpoint's config counts them; None: as the model's does.
+        players: what masks keep or drop; None: the layers.
+    """
 
     def __init__(
         self,
@@ -54,6 +64,7 @@ class RecordedStack:
         *,
         dtype: torch.dtype,
         num_layers: int | None,
+        players: Sequence[Player] | None = None,
         head_chunk_bytes: int,
         compile_layers: bool = False,
     ) -> None:
@@ -67,12 +78,11 @@ class RecordedStack:
         self.vocab_size = int(config.vocab_size)
         num_layers = num_layers or int(config.num_hidden_layers)
         self.layers, _ = find_layers(model, num_layers, self._probe_ids(8))
-        self.num_players = len(self.layers)
+        self.players = tuple(players or layer_players(len(self.layers)))
         self._form = find_form(model, self.layers, self.vocab_size)
-        self._run: list[Any] = list(self.layers)
         self._compiled = compile_layers
-        if compile_layers:
-            self._run = [torch.compile(layer) for layer in self.layers]
+        self._steps: list[Step] = []
+        self._paired = False
         self._arguments: dict[int, list[LayerArguments]] = {}
         self._repeater = RowRepeater()
         self._block_calls: list[Call] = []
@@ -85,10 +95,19 @@ class RecordedStack:
         )
         self._inputs_survive = True
         self.first_not_finite: int | None = None
-        """The first player that makes NaN or infinity of finite states, as seen at start."""
+        """The first layer that makes NaN or infinity of finite states, as seen at start."""
+
+    @property
+    def num_steps(self) -> int:
+        return len(self._steps)
+
+    @property
+    def step_players(self) -> list[int]:
+        return [step.player for step in self._steps]
 
     def state_bytes(self, length: int) -> int:
-        return length * self._form.state_elements * self.state_dtype.itemsize
+        tensors = 2 if self._paired else 1
+        return length * self._form.state_elements * tensors * self.state_dtype.itemsize
 
     def prepare(self, windows: TokenWindows) -> None:
         """Record and check this padded length on real windows; a no-op when it is known.
@@ -112,19 +131,26 @@ class RecordedStack:
         seen = self._around(on_device(block.tokens_NT, self.device))
         self._block_calls = seen.calls
         self._repeater.forget()
-        return self._form.layout.ours(self._form.slot.of(seen.calls[0].args, seen.calls[0].kwargs))
-
-    def run_player(self, player: int, batch: torch.Tensor) -> torch.Tensor:
-        hidden = batch if self._inputs_survive else batch.clone()
-        output = self._arguments[batch.shape[1]][player].call(
-            self._run[player],
-            self._form,
-            self._form.layout.theirs(hidden),
-            len(batch),
-            self._block_calls[player],
-            self._repeater,
+        hidden = self._form.layout.ours(
+            self._form.slot.of(seen.calls[0].args, seen.calls[0].kwargs)
         )
-        return self._form.layout.ours(hidden_of(output))
+        return paired_state(hidden) if self._paired else hidden
+
+    def run_step(self, step: int, batch: torch.Tensor) -> torch.Tensor:
+        state = batch if self._inputs_survive else batch.clone()
+        one = self._steps[step]
+
+        def call(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+            arguments = self._arguments[batch.shape[1]][one.layer]
+            text = self._block_calls[one.layer]
+            output = arguments.call(module, self._form, hidden, len(batch), text, self._repeater)
+            return hidden_of(output)
+
+        return one.run(call, state, self._form.layout)
+
+    def hidden(self, batch: torch.Tensor) -> torch.Tensor:
+        """The hidden states in a state, `[B, T, ...]`."""
+        return batch.sum(dim=2) if self._paired else batch
 
     def reduce(
         self,
@@ -133,10 +159,11 @@ class RecordedStack:
         extra_metrics: Sequence[str] = (),
         full_NTd: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._reducer.reduce(batch, block, extra_metrics, full_NTd)
+        full = None if full_NTd is None else self.hidden(full_NTd)
+        return self._reducer.reduce(self.hidden(batch), block, extra_metrics, full)
 
     def before_head(self, batch: torch.Tensor, block: TokenWindows) -> torch.Tensor:
-        return self._reducer.before(batch, block)
+        return self._reducer.before(self.hidden(batch), block)
 
     def overlap(self, rows: torch.Tensor, reference: int) -> torch.Tensor:
         return self._reducer.overlap(rows, reference)
@@ -148,7 +175,7 @@ class RecordedStack:
         state = self._form.layout.theirs(rows[:, None])
 
         def body(index: int, args: Any, kwargs: Any) -> Any:
-            last = index == self.num_players - 1
+            last = index == len(self.layers) - 1
             return like_output(outputs[index], state if last else slot.of(args, kwargs))
 
         dummy = torch.zeros((len(rows), 1), dtype=torch.long, device=self.device)
@@ -172,9 +199,39 @@ class RecordedStack:
         self.state_dtype = dtypes[0]
         other = (tokens_1T + 1) % self.vocab_size
         both = torch.cat([tokens_1T, other])
-        self._arguments[tokens_1T.shape[1]] = learn_arguments(
+        length = tokens_1T.shape[1]
+        self._arguments[length] = learn_arguments(
             self.name, self._form, self.layers, real, self._around(other), self._around(both)
         )
+        if not self._steps:
+            self._make_steps(real, length)
+
+    def _make_steps(self, real: Recording, length: int) -> None:
+        """Find what the players are run by, on the states of a real text."""
+        slot, self._block_calls = self._form.slot, real.calls
+        states = [slot.of(real.calls[0].args, real.calls[0].kwargs)]
+        states += [hidden_of(output) for output in real.outputs]
+
+        def halves_of(layer: int) -> Halves:
+            who = f"layer {layer} of {self.name}"
+
+            def call(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+                arguments = self._arguments[length][layer]
+                text = real.calls[layer]
+                return hidden_of(
+                    arguments.call(module, self._form, hidden, 1, text, self._repeater)
+                )
+
+            with model_code(f"{who} cannot be run in parts"):
+                state = states[layer].clone()
+                return find_halves(
+                    who, self.layers[layer], call, state, self._form.layout.time_axis
+                )
+
+        def ready(module: nn.Module) -> Any:
+            return torch.compile(module) if self._compiled else module
+
+        self._steps, self._paired = layer_steps(self.layers, self.players, ready, halves_of)
 
     # -- checks at start -----------------------------------------------------------------------
 
@@ -218,48 +275,48 @@ class RecordedStack:
         return self.model(input_ids=on_device(tokens_NT, self.device), use_cache=False).logits
 
     def _replayed(self, pair: TokenWindows) -> torch.Tensor:
-        """The state after all players, each of which is checked on the way."""
+        """The state after all steps, each of which is checked on the way."""
         state = self.embed(pair)
         if state.shape[:2] != pair.tokens_NT.shape:
             raise EngineError(
                 f"the layers of {self.name} take {state.shape[1]} states for {pair.length} tokens"
             )
         self._check_first_states(state)
-        for player in range(self.num_players):
+        for step in range(self.num_steps):
             before = state.clone()
-            after = self._tried(player, state)
+            after = self._tried(step, state)
             if not same_tensor(before, state):  # a layer that writes into its input
                 self._inputs_survive = False
-                after = self._tried(player, before)
+                after = self._tried(step, before)
             if after.shape != state.shape:
                 raise EngineError(
-                    f"layer {player} of {self.name} changes the state's shape "
+                    f"{self._steps[step]} of {self.name} changes the state's shape "
                     f"from {list(state.shape)} to {list(after.shape)}"
                 )
-            self._check_dtype(player, after)
+            self._check_dtype(step, after)
             if self.first_not_finite is None and not after.isfinite().all():
-                self.first_not_finite = player
+                self.first_not_finite = self._steps[step].layer
             state = after
         return state
 
-    def _tried(self, player: int, state: torch.Tensor) -> torch.Tensor:
-        """One player; raises EngineError, with its number, for whatever the layer raises."""
+    def _tried(self, step: int, state: torch.Tensor) -> torch.Tensor:
+        """One step; raises EngineError, with its name, for whatever the layer raises."""
         if self._compiled:  # `_compiling` tells what the compiler raises
-            return self.run_player(player, state)
-        with model_code(f"layer {player} of {self.name} cannot be run by itself"):
-            return self.run_player(player, state)
+            return self.run_step(step, state)
+        with model_code(f"{self._steps[step]} of {self.name} cannot be run by itself"):
+            return self.run_step(step, state)
 
     def _check_first_states(self, embedded: torch.Tensor) -> None:
         """Every layer may be the first that runs: given the embedding, whose dtype may be another,
         it must return a state as all others do."""
         if embedded.dtype != self.state_dtype:
-            for player in range(self.num_players):
-                self._check_dtype(player, self.run_player(player, embedded.clone()))
+            for step in range(self.num_steps):
+                self._check_dtype(step, self.run_step(step, embedded.clone()))
 
-    def _check_dtype(self, player: int, state: torch.Tensor) -> None:
+    def _check_dtype(self, step: int, state: torch.Tensor) -> None:
         if state.dtype != self.state_dtype:
             raise EngineError(
-                f"layer {player} of {self.name} returns {state.dtype} or "
+                f"{self._steps[step]} of {self.name} returns {state.dtype} or "
                 f"{self.state_dtype}, depending on the layers before it: its layers cannot be "
                 "skipped one by one"
             )

@@ -13,8 +13,8 @@ from lpserve.engine.base import Engine, Generates
 from lpserve.engine.kind import (
     EngineKind,
     InUse,
-    checkpoint_players,
     checkpoint_resources,
+    folder_players,
     with_memory_settings,
 )
 from lpserve.engine.vllm.options import check_options
@@ -60,7 +60,7 @@ VLLM = EngineKind(
     name="vllm",
     build=_build,
     check_options=check_options,
-    num_players=checkpoint_players,
+    players=folder_players,
     resources=checkpoint_resources,
     capabilities=(Generates,),
     pinned=pinned,

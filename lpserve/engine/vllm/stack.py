@@ -83,7 +83,8 @@ class VllmStack:
         self._calls: dict[tuple[int, int], _Recorded] = {}
         self._prepared: set[int] = set()
         self._probe_length = 0
-        self.num_players = len(model.tap.layers)
+        self.num_steps = len(model.tap.layers)
+        self.step_players: Sequence[int] = range(self.num_steps)
         self.width = 0
         self.state_dtype: torch.dtype = model.dtype
         self.state_kind = ""
@@ -124,11 +125,11 @@ class VllmStack:
             return torch.stack([state, torch.zeros_like(state)], dim=2)
         return state
 
-    def run_player(self, player: int, batch: torch.Tensor) -> torch.Tensor:
+    def run_step(self, step: int, batch: torch.Tensor) -> torch.Tensor:
         rows, length = batch.shape[:2]
         record = self._recorded(length, rows)
         hidden, residual = self._unpack(batch, record)
-        out, left = self._layer(record, player, hidden, residual)
+        out, left = self._layer(record, step, hidden, residual)
         if self.state_kind == "pair":
             return torch.stack([_flat(out), _flat(left)], dim=1).view(batch.shape)
         if self.state_kind == "sum":
@@ -194,7 +195,7 @@ class VllmStack:
         """What the model does after its last layer, up to the head: usually a norm."""
 
         def pass_on(index: int, arguments: dict[str, Any]) -> Any:
-            ends = index == self.num_players - 1
+            ends = index == self.num_steps - 1
             taken = hidden if ends else arguments["hidden_states"]
             if ends and residual is not None:
                 arguments = arguments | {"residual": residual}
@@ -244,9 +245,9 @@ class VllmStack:
             final = self._model.run(ids, positions)
         if self._tap.returns_beside:
             _check_unread(self._model.name, record, final)
-        if len(record.arguments) != self.num_players:
+        if len(record.arguments) != self.num_steps:
             raise EngineError(
-                f"{self._model.name} ran {len(record.arguments)} of its {self.num_players} layers"
+                f"{self._model.name} ran {len(record.arguments)} of its {self.num_steps} layers"
             )
         if len(self._calls) >= _MAX_CALLS:
             self._calls.clear()
@@ -274,14 +275,14 @@ class VllmStack:
                 raise EngineError(f"{self._model.name} gives its first layer a residual")
             start = record.hidden
             hidden, residual = self._layer(record, 0, start.clone(), None)
-            chain = range(1, self.num_players + link.is_last)
+            chain = range(1, self.num_steps + link.is_last)
         else:
             start = hidden = link.receive(record.hidden.shape)
             residual = link.receive(record.hidden.shape)
-            chain = range(self.num_players + link.is_last)
+            chain = range(self.num_steps + link.is_last)
         fits = dict.fromkeys(kinds, True)
         for player in chain:
-            zeros = torch.zeros_like(hidden) if player == self.num_players else None
+            zeros = torch.zeros_like(hidden) if player == self.num_steps else None
             real = self._next(record, player, hidden, residual)
             self._check_dtypes(player, real)
             alone = self._next(record, player, hidden, zeros)
@@ -293,14 +294,14 @@ class VllmStack:
         if not link.is_last:
             link.send(hidden)
             link.send(residual)
-        for player in range(self.num_players if "pair" in fits else 0):
+        for player in range(self.num_steps if "pair" in fits else 0):
             none = self._next(record, player, start, None)
             zeros = self._next(record, player, start, torch.zeros_like(start))
             fits["pair"] &= torch.equal(none[0], zeros[0]) and torch.equal(none[1], zeros[1])
         return [kind for kind in kinds if fits[kind]]
 
     def _check_dtypes(self, player: int, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        for tensor in output if player < self.num_players else ():
+        for tensor in output if player < self.num_steps else ():
             if tensor.dtype != self.state_dtype:
                 raise EngineError(
                     f"layer {player} of {self._model.name} is given {self.state_dtype} and "
@@ -312,7 +313,7 @@ class VllmStack:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next layer, or what follows the last one, on copies."""
         copy = None if residual is None else residual.clone()
-        if player < self.num_players:
+        if player < self.num_steps:
             return self._layer(record, player, hidden.clone(), copy)
         final = self._tail(record, hidden.clone(), copy)
         return final, torch.zeros_like(final)

@@ -252,7 +252,9 @@ def test_two_stages_joined_score_as_one(kind, cut, budget, rng):
     for part, ends in ((slice(0, cut), (True, False)), (slice(cut, PLAYERS), (False, True))):
         link = Link(sent, is_first=ends[0], is_last=ends[1])
         stack = VllmStack(Model(kind, link, part), head_chunk_bytes=1 << 12)
-        scorer = StackScorer(stack, settings(state_budget_bytes=budget), part=(part.start, PLAYERS))
+        scorer = StackScorer(
+            stack, settings(state_budget_bytes=budget), stage=(part.start, range(PLAYERS))
+        )
         scorer.register(windows)
         with torch.inference_mode():
             assert kind in stack.probe()

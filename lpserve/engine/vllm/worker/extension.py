@@ -89,7 +89,7 @@ class WorkerExtension:
             )
             total = self.model_config.get_total_num_hidden_layers()
             self._lpserve_scorer = StackScorer(
-                self._lpserve_stack, settings, part=(self._lpserve_tap.first, total)
+                self._lpserve_stack, settings, stage=(self._lpserve_tap.first, range(total))
             )
             return {}
 

@@ -1,0 +1,30 @@
+"""Types of configuration values, each with the rule that errors state (`lpserve.inputs.shapes`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+MOST = 2**63 - 1
+"""No number is larger: arrays and databases hold 64 bits."""
+
+
+def one_of(names: Iterable[str]) -> Meta:
+    """The rule that a text is one of these."""
+    pattern = "|".join(map(re.escape, names))
+    return Meta(pattern=rf"^(?:{pattern})\Z", description=f"one of {', '.join(names)}")
+
+
+Text = Annotated[str, Meta(min_length=1, description="a text")]
+Seconds = Annotated[float, Meta(gt=0, description="seconds above 0")]
+Count = Annotated[int, Meta(ge=1, le=MOST, description="a whole number, at least 1")]
+CountOr0 = Annotated[int, Meta(ge=0, le=MOST, description="a whole number, at least 0")]
+Length = Annotated[int, Meta(ge=2, le=MOST, description="a whole number, at least 2")]
+Share = Annotated[float, Meta(gt=0, lt=1, description="a number above 0 and below 1")]
+Positive = Annotated[float, Meta(gt=0, le=1e300, description="a number above 0")]
+Sizes = Annotated[tuple[int, int], Meta(description="two whole numbers, k_min and k_max")]
+Options = Annotated[dict[str, Any], Meta(description="a table")]
+Switch = Annotated[bool, Meta(description="true or false")]
