@@ -64,6 +64,7 @@ def export_and_report(
     The arguments are those of `lpserve.export.export.export_run`.
     """
     from lpserve.export.export import export_run
+    from lpserve.export.report import ZEROED_NOTE
 
     report = export_run(
         folder,
@@ -75,13 +76,14 @@ def export_and_report(
         device=device,
         verify=verify,
     )
-    removed = ", ".join(map(str, report.removed))
     if not report.verified:
-        print(f"exported without layers {removed} to {out}, NOT VERIFIED")
+        print(f"exported without {report.what} to {out}, NOT VERIFIED")
         return 0
     print(
-        f"exported without layers {removed} to {out}; reloaded in a fresh process: "
+        f"exported without {report.what} to {out}; reloaded in a fresh process: "
         f"perplexity {report.ppl:.4f} on {report.num_windows} calibration windows, within "
         f"{report.worst_relative_difference:.1e} of the run's scores"
     )
+    if report.zeroed:
+        print(ZEROED_NOTE)
     return 0

@@ -27,14 +27,15 @@ from lpserve.export.report import ExportReport, model_card
 from lpserve.export.verify import (
     VERIFY_TOLERANCE,
     random_windows,
-    skip_engine_nll,
+    skip_engine,
     verify_checkpoint,
 )
 from lpserve.export.writer import ADVICE, CARD_NAME, REPORT_NAME, write_checkpoint
+from lpserve.export.zeroed import part_tensors
 from lpserve.masks import without
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
-from lpserve.model.players import players_from, removed_layers
+from lpserve.model.players import player_label, players_from, removed_parts
 from lpserve.plan.plan import load_plan
 from lpserve.store.files import make_folder, space_checked, write_text
 from lpserve.store.run_folder import read_run_config
@@ -73,17 +74,24 @@ def export_checkpoint(
         ExportError: the reloaded checkpoint does not score what the skip engine scores, or does
             not generate; nothing is left at `out`.
     """
-    layers = _layers(removed, players)
+    indices = _whole_numbers(removed)
+    layers, parts = (indices, []) if players is None else removed_parts(players, indices)
+    if not indices:
+        raise InputError("nothing is removed: name a layer at least")
     _check_target(target := Path(out), dtype)
     checkpoint = read_checkpoint(model)
     pruned = prune_config(checkpoint, layers)
     compared = windows or random_windows(pruned.vocab_size)
+    zeroed: set[str] = set()
+    if parts or (verify and expected_nll_N is None):
+        skipped = skip_engine(checkpoint, players or (), indices, compared, dtype, device)
+        expected_nll_N = skipped.nll_N if expected_nll_N is None else expected_nll_N
+        zeroed = part_tensors(checkpoint, pruned.prefix, parts, skipped.modules)
     with _written_aside(target) as partial:
-        left_behind = write_checkpoint(checkpoint, pruned, partial)
+        left_behind = write_checkpoint(checkpoint, pruned, partial, zeroed)
         found = None
         if verify:
-            if expected_nll_N is None:
-                expected_nll_N = skip_engine_nll(checkpoint, pruned, compared, dtype, device)
+            assert expected_nll_N is not None
             found = verify_checkpoint(
                 partial, compared, expected_nll_N, dtype, device, original=checkpoint
             )
@@ -91,6 +99,7 @@ def export_checkpoint(
             source=str(checkpoint.path.resolve()),
             source_hash=checkpoint_hash(checkpoint),
             removed=sorted(layers),
+            zeroed=[player_label(part) for part in sorted(parts, key=lambda p: p.index)],
             kept=pruned.kept,
             verified=verify,
             generates=found and found.generates,
@@ -105,13 +114,12 @@ def export_checkpoint(
     return report
 
 
-def _layers(removed: Sequence[int], players: Sequence[Player] | None) -> list[int]:
-    """The layers that go, given as whole numbers of any kind, numpy's among them."""
+def _whole_numbers(removed: Sequence[int]) -> list[int]:
+    """Whole numbers of any kind, numpy's among them."""
     for value in removed:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise InputError(f"removed layers must be whole numbers: got {value!r}")
-    plain = [int(value) for value in removed]
-    return plain if players is None else removed_layers(players, plain)
+    return [int(value) for value in removed]
 
 
 def _check_target(target: Path, dtype: str) -> None:
@@ -192,7 +200,6 @@ def export_run(
     plan = load_plan(plan_path or folder / "plan.json")
     removed = plan.removed_by(num_removed, alternative)
     players = players_from(plan.players)
-    removed_layers(players, removed)  # refused before the model is read
     source = Path(model or plan.model)
     found = checkpoint_hash(read_checkpoint(source))
     scored = read_record(folder)

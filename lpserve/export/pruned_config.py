@@ -82,6 +82,8 @@ class PrunedConfig:
     """Layers of the original model."""
     vocab_size: int
     """Tokens of the vocabulary."""
+    prefix: str
+    """What names of layers' tensors begin with in the original, such as `model.layers.`."""
     numbers: Renumbering
     """How names of the original become names of the pruned model."""
     moved: dict[str, str] = field(default_factory=dict)
@@ -130,7 +132,7 @@ def prune_config(checkpoint: Checkpoint, removed: Sequence[int]) -> PrunedConfig
     """The config without the removed layers, its structure checked without loading a weight.
 
     Args:
-        removed: 0-based layers of the original model.
+        removed: 0-based layers of the original model; none, where parts of layers alone go.
 
     Raises:
         InputError: layers out of range or repeated, kept layers that the config can no longer
@@ -169,6 +171,7 @@ def prune(original: Original, removed: Sequence[int]) -> PrunedConfig:
             kept=kept,
             num_layers=num_layers,
             vocab_size=int(original.defaults["vocab_size"]),
+            prefix=prefix,
             numbers=numbers,
             moved=shared_sources(old, new, path, kept, set(names), prefix),
         )
@@ -177,7 +180,7 @@ def prune(original: Original, removed: Sequence[int]) -> PrunedConfig:
 
 def _kept(removed: Sequence[int], num_layers: int) -> list[int]:
     unique = sorted(set(removed))
-    if len(unique) != len(removed) or not unique or not 0 <= unique[0] <= unique[-1] < num_layers:
+    if len(unique) != len(removed) or not set(unique) <= set(range(num_layers)):
         raise InputError(
             f"removed layers must be different numbers in 0..{num_layers - 1}: got {list(removed)}"
         )

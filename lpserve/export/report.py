@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+ZEROED_NOTE = (
+    "Parts of layers that are gone have weights of zero: they add nothing, and take as much time "
+    "and memory as before. Any program that loads the original loads this."
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportReport:
@@ -15,7 +20,9 @@ class ExportReport:
     source_hash: str
     """Its content hash."""
     removed: list[int]
-    """0-based layers of the original model, sorted."""
+    """0-based layers of the original model that are gone, sorted."""
+    zeroed: list[str]
+    """Parts of kept layers whose weights are zero, such as `7.attention`."""
     kept: list[int]
     """The other layers, sorted."""
     verified: bool
@@ -35,31 +42,40 @@ class ExportReport:
     left_behind: list[str]
     """Files of the original's folder that were not copied, weights aside."""
 
+    @property
+    def what(self) -> str:
+        """What is gone, in words: `layers 3, 5; 7.attention`."""
+        layers = f"layers {', '.join(map(str, self.removed))}" if self.removed else ""
+        return "; ".join(filter(None, [layers, ", ".join(self.zeroed)]))
+
 
 def model_card(report: ExportReport) -> str:
     """What the checkpoint is and how it was checked, in Markdown."""
     name = Path(report.source).name
-    removed = ", ".join(map(str, report.removed))
     total = len(report.removed) + len(report.kept)
+    zeroed = f" and {len(report.zeroed)} parts of others" if report.zeroed else ""
     lines = [
-        f"# {name} without {len(report.removed)} of {total} layers",
+        f"# {name} without {len(report.removed)} of {total} layers{zeroed}",
         "",
-        f"Made by lpserve from `{name}` (content {report.source_hash[:18]}). Removed: layers "
-        f"{removed}, counted from 0. No weight was changed or trained; the card, licence and "
-        f"evaluations of `{name}` describe the original model.",
+        f"Made by lpserve from `{name}` (content {report.source_hash[:18]}). Removed: "
+        f"{report.what}, counted from 0. No other weight was changed, and none trained; the card, "
+        f"licence and evaluations of `{name}` describe the original model.",
         "",
     ]
+    if report.zeroed:
+        lines += [ZEROED_NOTE, ""]
     if not report.verified:
         lines.append("**Not verified**: it was not reloaded and compared with the original.")
     else:
         lines.append(
             f"Verified: reloaded with transformers in {report.dtype}, it scores what the original "
-            "scores with these layers skipped, within "
+            "scores with these skipped, within "
             f"{report.worst_relative_difference:.1e} of each of {report.num_windows} windows' loss."
         )
     if report.ppl is not None:
         lines.append(f"Perplexity on these windows: {report.ppl:.4f}.")
     if report.generates is False:
         lines.append("`generate` with a cache fails or differs, as it does in the original.")
-    lines += ["", "The same pruning as a recipe for mergekit: `mergekit.yaml`.", ""]
-    return "\n".join(lines)
+    if not report.zeroed:
+        lines += ["", "The same pruning as a recipe for mergekit: `mergekit.yaml`."]
+    return "\n".join([*lines, ""])

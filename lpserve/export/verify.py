@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,10 @@ import numpy as np
 
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import ExportError
-from lpserve.export.pruned_config import PrunedConfig
+from lpserve.masks import without
 from lpserve.model.architecture import read_architecture
 from lpserve.model.checkpoint import Checkpoint
-from lpserve.types import FloatArray
+from lpserve.types import EngineSpec, FloatArray, Player
 
 VERIFY_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 """Relative, summed NLL of a window. Half precision rounds with the batch shape, which differs."""
@@ -144,16 +145,38 @@ def reload_checkpoint(
     return Reloaded(nll_N=np.array(found["nll"]), generates=not generation, generation=generation)
 
 
-def skip_engine_nll(
-    checkpoint: Checkpoint, pruned: PrunedConfig, windows: TokenWindows, dtype: str, device: str
-) -> FloatArray:
-    """Summed NLL of every window with the removed layers skipped, `float64[N]`; opens an engine."""
-    from lpserve.engine import open_engine
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Skipped:
+    """What the skip engine knows of a set."""
 
-    mask_P = np.zeros(pruned.num_layers, dtype=bool)
-    mask_P[pruned.kept] = True
-    with open_engine(str(checkpoint.path), windows, dtype=dtype, device=device) as engine:
-        return engine.score(mask_P[None]).nll_MN[0]
+    nll_N: FloatArray
+    """Summed NLL of every window with the set skipped."""
+    modules: dict[int, dict[str, list[str]]]
+    """Of each layer that it runs in halves, the child modules of its parts."""
+
+
+def skip_engine(
+    checkpoint: Checkpoint,
+    players: Sequence[Player],
+    removed: Sequence[int],
+    windows: TokenWindows,
+    dtype: str,
+    device: str,
+) -> Skipped:
+    """Score a set of removed players with an engine that is opened for it."""
+    from lpserve.engine import build_engine
+
+    spec = EngineSpec(
+        kind="transformers",
+        model=str(checkpoint.path),
+        dtype=dtype,
+        device=device,
+        players=tuple(players),
+    )
+    with build_engine(spec, windows) as engine:
+        mask_P = without(engine.info.num_players, removed)
+        modules = engine.info.settings["modules"]
+        return Skipped(nll_N=engine.score(mask_P[None]).nll_MN[0], modules=modules)
 
 
 def random_windows(vocab_size: int) -> TokenWindows:

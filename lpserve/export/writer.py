@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import struct
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,12 +41,20 @@ _COPIED = re.compile(
 settings of generation and of pictures, code, licence."""
 
 
-def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path) -> list[str]:
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    pruned: PrunedConfig,
+    folder: Path,
+    zeroed: Set[str] = frozenset(),
+) -> list[str]:
     """Write the pruned checkpoint into an existing folder; returns what was left behind beside the
     removed layers: names of files, and what layers that predict several tokens ahead hold.
 
     Written are the config, the tokenizer's files, the shards (as many as keep a tensor), their
-    index if there are several, and the mergekit recipe.
+    index if there are several, and the mergekit recipe, which knows whole layers alone.
+
+    Args:
+        zeroed: names of tensors that are written as zeros.
 
     Raises:
         ExportError: a source shard ended early, or cannot be read.
@@ -54,7 +63,8 @@ def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path)
     with space_checked(folder, ADVICE):
         left_behind = _copy_small_files(checkpoint.path, folder, pruned)
     write_text(folder / "config.json", json.dumps(pruned.config, indent=2) + "\n")
-    write_text(folder / RECIPE_NAME, mergekit_yaml(checkpoint, pruned))
+    if not zeroed:
+        write_text(folder / RECIPE_NAME, mergekit_yaml(checkpoint, pruned))
     shards: list[tuple[list[TensorEntry], list[str]]] = []
     for shard in checkpoint.shards:
         pairs = [
@@ -77,7 +87,7 @@ def write_checkpoint(checkpoint: Checkpoint, pruned: PrunedConfig, folder: Path)
             if len(shards) == 1
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
-        _copy_shard(entries, names, folder / name)
+        _copy_shard(entries, names, folder / name, zeroed)
         weight_map.update(dict.fromkeys(names, name))
     if len(shards) > 1:
         total = sum(entry.num_bytes for entries, _ in shards for entry in entries)
@@ -92,7 +102,7 @@ def _new_names(name: str, pruned: PrunedConfig) -> list[str]:
     return [*([] if own is None else [own]), *(n for n, old in pruned.moved.items() if old == name)]
 
 
-def _copy_shard(entries: list[TensorEntry], names: list[str], path: Path) -> None:
+def _copy_shard(entries: list[TensorEntry], names: list[str], path: Path, zeroed: Set[str]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry, name in zip(entries, names, strict=True):
@@ -105,10 +115,12 @@ def _copy_shard(entries: list[TensorEntry], names: list[str], path: Path) -> Non
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start = struct.pack("<Q", len(text)) + text
-    write_whole(path, lambda target: _copy_tensors(entries, start, target), advice=ADVICE)
+    write_whole(path, lambda target: _copy_tensors(entries, start, target, zeroed), advice=ADVICE)
 
 
-def _copy_tensors(entries: list[TensorEntry], start: bytes, target: BinaryIO) -> None:
+def _copy_tensors(
+    entries: list[TensorEntry], start: bytes, target: BinaryIO, zeroed: Set[str]
+) -> None:
     """Write `start`, then the bytes of tensors of one shard."""
     target.write(start)
     shard = entries[0].shard
@@ -116,7 +128,8 @@ def _copy_tensors(entries: list[TensorEntry], start: bytes, target: BinaryIO) ->
         for entry in entries:
             left, offset = entry.num_bytes, entry.offset
             while left:
-                data = _read(source, offset, min(left, COPY_BYTES), shard)
+                size = min(left, COPY_BYTES)
+                data = bytes(size) if entry.name in zeroed else _read(source, offset, size, shard)
                 target.write(data)
                 left, offset = left - len(data), offset + len(data)
 

@@ -111,7 +111,10 @@ def named_players(
     for name in names:
         fitting = {p.index for p in players if name in (p.layer, f"{p.layer}.{p.part}")}
         if not fitting:
-            raise InputError(f"{key}: {name} is none of the {len(players)} {kinds_of(players)}")
+            kinds = kinds_of(players)
+            raise InputError(
+                f"{key}: {name} is none of the {len(players)} {kinds}, numbered from 0"
+            )
         found |= fitting
     return tuple(sorted(found))
 
@@ -136,6 +139,30 @@ def players_from(rows: Sequence[Mapping[str, Any]]) -> tuple[Player, ...]:
     return converted(rows, tuple[Player, ...], "the plan's players cannot be read")
 
 
+def removed_parts(
+    players: Sequence[Player], removed: Sequence[int]
+) -> tuple[list[int], list[Player]]:
+    """What a set of removed players stands for: whole layers, and parts of the layers that stay.
+
+    A layer all of whose parts are removed is removed as a whole.
+
+    Raises:
+        InputError: no such player, or one that is an unknown part.
+    """
+    gone: dict[int, dict[str, Player]] = {}
+    for player in _players_at(players, removed):
+        if player.part not in (FULL_LAYER, ATTENTION, MLP):
+            raise InputError(
+                f"player {player.index} is part {player.part!r} of layer {player.layer}: parts are "
+                f"{ATTENTION} and {MLP}"
+            )
+        gone.setdefault(player.layer, {})[player.part] = player
+    whole = [
+        n for n, parts in gone.items() if FULL_LAYER in parts or {ATTENTION, MLP} <= set(parts)
+    ]
+    return whole, [p for n, parts in gone.items() if n not in whole for p in parts.values()]
+
+
 def removed_layers(players: Sequence[Player], removed: Sequence[int]) -> list[int]:
     """The decoder layers that a set of removed players stands for, in the order of `removed`.
 
@@ -147,16 +174,20 @@ def removed_layers(players: Sequence[Player], removed: Sequence[int]) -> list[in
         InputError: no such player, or one that is only a part of its layer: checkpoints are
             written, and sets of layers evaluated, with full layers removed only.
     """
-    by_index = {player.index: player for player in players}
     layers = []
-    for index in removed:
-        player = by_index.get(index)
-        if player is None:
-            raise InputError(f"player {index} is not one of the plan's {len(players)} players")
+    for player in _players_at(players, removed):
         if player.part != FULL_LAYER:
             raise InputError(
-                f"player {index} is part {player.part!r} of layer {player.layer}: only full layers "
-                "can be removed"
+                f"player {player.index} is part {player.part!r} of layer {player.layer}: only full "
+                "layers can be removed"
             )
         layers.append(player.layer)
     return layers
+
+
+def _players_at(players: Sequence[Player], removed: Sequence[int]) -> list[Player]:
+    by_index = {player.index: player for player in players}
+    for index in removed:
+        if index not in by_index:
+            raise InputError(f"player {index} is not one of the plan's {len(players)} players")
+    return [by_index[index] for index in removed]

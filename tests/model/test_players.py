@@ -1,4 +1,4 @@
-"""Players and layers: a set of half-layers is refused wherever full layers would be removed."""
+"""Players: layers and their parts, how they are named, and what sets of them stand for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,22 @@ from pathlib import Path
 import pytest
 
 from lpserve.errors import InputError
-from lpserve.export.export import export_checkpoint, export_run
-from lpserve.model.players import layer_players, players_from, removed_layers
+from lpserve.export.export import export_checkpoint
+from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.players import (
+    ATTENTION,
+    MLP,
+    NO_PLAYER,
+    checkpoint_players,
+    half_players,
+    layer_parts,
+    layer_players,
+    named_players,
+    player_label,
+    players_from,
+    removed_layers,
+    removed_parts,
+)
 from lpserve.plan.plan import Plan, PlanEntry
 from lpserve.plan.set_files import read_sets
 from lpserve.types import Player
@@ -19,7 +33,7 @@ NUM_LAYERS = 6
 HALVES = tuple(
     Player(index=2 * layer + half, layer=layer, part=part)
     for layer in range(NUM_LAYERS)
-    for half, part in enumerate(("attn", "mlp"))
+    for half, part in enumerate((ATTENTION, MLP))
 )
 MLPS = tuple(Player(index=i, layer=i, part="mlp") for i in range(NUM_LAYERS))
 
@@ -68,21 +82,50 @@ def test_removed_players_are_mapped_to_their_layers(rng):
         removed_layers(players, [6])
 
 
+def test_sets_of_parts_become_whole_layers_and_parts():
+    assert removed_parts(HALVES, [0, 1, 3, 8]) == ([0], [HALVES[3], HALVES[8]])
+    assert removed_parts(MLPS, [2]) == ([], [MLPS[2]])
+    assert removed_parts(layer_players(4), [3, 1]) == ([3, 1], [])
+    with pytest.raises(InputError, match="player 12 is not one of the plan's 12"):
+        removed_parts(HALVES, [12])
+    with pytest.raises(InputError, match="player 0 is part 'head 3' of layer 1: parts are"):
+        removed_parts([Player(index=0, layer=1, part="head 3")], [0])
+
+
+def test_layers_are_run_whole_or_in_parts():
+    assert layer_parts(layer_players(2), 3) == [{"layer": 0}, {"layer": 1}, {"layer": NO_PLAYER}]
+    some = [Player(index=0, layer=1, part=MLP)]
+    assert layer_parts(some, 2) == [{"layer": NO_PLAYER}, {MLP: 0, ATTENTION: NO_PLAYER}]
+    players = half_players([False, True])
+    assert [player_label(p) for p in players] == ["0.attention", "0.mlp", "1"]
+    assert layer_parts(players, 2) == [{ATTENTION: 0, MLP: 1}, {"layer": 2}]
+
+
+def test_players_are_named_by_layer_and_part():
+    assert named_players(HALVES, [1, "3.mlp", "1.mlp"], "protect") == (2, 3, 7)
+    assert named_players(layer_players(3), [2, 0], "force") == (0, 2)
+    for names, players, words in (
+        ([6], HALVES, "force: 6 is none of the 12 parts of layers, numbered from 0"),
+        (["0.mlp"], layer_players(2), "force: 0.mlp is none of the 2 layers"),
+    ):
+        with pytest.raises(InputError, match=words):
+            named_players(players, names, "force")
+
+
 @pytest.mark.parametrize("players", [HALVES, MLPS], ids=["halves", "mlps"])
-def test_a_plan_of_half_layers_is_refused_before_anything_is_written(players, model_dir, tmp_path):
-    model, out = model_dir("llama"), tmp_path / "out"
-    run = tmp_path / "run"
-    run.mkdir()
-    path = write_plan(run, players, [1, 3])
-    words = "only full layers can be removed"
-    with pytest.raises(InputError, match=words) as error:
-        export_run(run, 2, out, model=model)
-    assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=words):
-        export_checkpoint(model, [1, 3], out, players=players)
-    with pytest.raises(InputError, match=words):
+def test_a_plan_of_half_layers_is_no_list_of_layers(players, tmp_path):
+    path = write_plan(tmp_path, players, [1, 3])
+    with pytest.raises(InputError, match="only full layers can be removed") as error:
         read_sets(path, NUM_LAYERS)
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert "\n" not in str(error.value)
+
+
+def test_players_of_a_checkpoint_are_read_from_its_headers(model_dir):
+    checkpoint = read_checkpoint(model_dir("llama"))
+    assert checkpoint_players(checkpoint, "layer") == layer_players(NUM_LAYERS)
+    assert checkpoint_players(checkpoint, "half") == HALVES
+    # two modules of OPT's layers are its feed-forward part
+    assert checkpoint_players(read_checkpoint(model_dir("opt")), "half") == HALVES
 
 
 def test_players_that_are_full_layers_are_exported_as_those_layers(model_dir, tmp_path):

@@ -31,7 +31,7 @@ def test_players_that_are_all_layers_in_order_need_no_labels_of_their_own():
 
 
 def test_parts_of_layers_are_named_on_every_axis():
-    wanted = ["0 attention", "0 mlp", "1 attention", "1 mlp"]
+    wanted = ["0.attention", "0.mlp", "1.attention", "1.mlp"]
     axes = plot_values(VALUES, PARTS).axes[0]
     assert labels(axes.xaxis) == wanted
     assert axes.get_xlabel() == "layer and part"

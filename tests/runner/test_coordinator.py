@@ -148,7 +148,7 @@ def test_alternatives_are_scored_held_out_and_read_again(tmp_path, texts):
 
 def test_constraints_that_cannot_be_are_refused_before_anything_is_scored(tmp_path, texts):
     for changes, words in (
-        ({"protect": [P]}, f"protect: player {P} is not one of 0"),
+        ({"protect": [P]}, f"protect: {P} is none of the {P} layers"),
         ({"protect": [1], "force": [1]}, "player 1 cannot be both"),
         ({"force": list(range(5))}, "force removes 5 players, max_removed is 4"),
         ({"protect": [0], "goal": "values"}, "goal values searches none"),

@@ -114,6 +114,7 @@ class TransformersEngine:
                 "threads": torch.get_num_threads(),
                 "first_not_finite": stack.first_not_finite,
                 "allocator": allocator,
+                "modules": {n: dict(parts) for n, parts in stack.modules.items()},
                 "dequantized_from": gguf_record(checkpoint.path),
             },
         )

@@ -19,7 +19,7 @@ Shapes: B rows, T tokens, d width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch import nn
 from lpserve.engine.hf.recording import Slot, hidden_of, like_output
 from lpserve.engine.replay import same_tensor
 from lpserve.errors import EngineError
+from lpserve.model.players import ATTENTION, MLP
 
 HALVES_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Of a state made by a layer's halves, relative to the largest number in it: sums in another order
@@ -95,6 +96,8 @@ class Kept(nn.Module):
         return output
 
 
+Modules = Mapping[str, Sequence[str]]
+"""Part of a layer -> the layer's child modules that are it."""
 Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 """Calls a module as the layer is called, on a state in the model's own layout; returns the state
 after it."""
@@ -107,14 +110,22 @@ class SequentialHalves:
     mixer: nn.Module
     feed_forward: nn.Module
     mixer_first: bool
+    modules: Modules
 
 
 class ParallelHalves:
     """Halves that read the same input. The state carries the mixer's result, zero at first."""
 
     def __init__(
-        self, keeping: nn.Module, kept: Kept, adding: nn.Module, ending: nn.Module, given: Given
+        self,
+        keeping: nn.Module,
+        kept: Kept,
+        adding: nn.Module,
+        ending: nn.Module,
+        given: Given,
+        modules: Modules,
     ) -> None:
+        self.modules = modules
         self._keeping, self._kept = keeping, kept
         self._adding, self._ending, self._given = adding, ending, given
 
@@ -159,6 +170,7 @@ def find_halves(
     seen = _children(who, layer, run, hidden)
     absent = _absent(who, layer, run, hidden, seen)
     mixer, feed_forward = _parts(who, layer, run, hidden, absent, time_axis)
+    modules = {ATTENTION: mixer, MLP: feed_forward}
 
     def without(*names: str) -> nn.Module:
         return with_children(layer, {name: absent[name] for name in names})
@@ -167,8 +179,8 @@ def find_halves(
     for first, second, mixer_first in ((*halves, True), (*reversed(halves), False)):
         if _close(run(second, run(first, hidden.clone())), expected):
             lean = [_without_idle(half, run, hidden) for half in halves]
-            return SequentialHalves(lean[0], lean[1], mixer_first)
-    parallel = _parallel(layer, mixer, feed_forward, seen, absent)
+            return SequentialHalves(lean[0], lean[1], mixer_first, modules)
+    parallel = _parallel(layer, modules, seen, absent)
     if parallel is not None:
         mixed = parallel.mixed(run, hidden.clone())
         if mixed.shape == hidden.shape and _close(
@@ -291,12 +303,12 @@ def _without_idle(half: nn.Module, run: Run, hidden: torch.Tensor) -> nn.Module:
 
 def _parallel(
     layer: nn.Module,
-    mixer: Sequence[str],
-    feed_forward: Sequence[str],
+    modules: Modules,
     seen: dict[str, _Seen],
     absent: dict[str, Absent],
 ) -> ParallelHalves | None:
     """The halves of a parallel layer, if its mixer is one module."""
+    mixer, feed_forward = modules[ATTENTION], modules[MLP]
     if len(mixer) != 1:
         return None
     kept, given = Kept(layer.get_submodule(mixer[0])), Given(seen[mixer[0]].output)
@@ -307,6 +319,7 @@ def _parallel(
         with_children(layer, {mixer[0]: given}),
         with_children(layer, {mixer[0]: given, **idle}),
         given,
+        modules,
     )
 
 

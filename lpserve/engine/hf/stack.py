@@ -27,7 +27,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import PaddingMattersError
 from lpserve.engine.head import Head, LocalVocabulary, on_device, plain_nll
 from lpserve.engine.hf.arguments import LayerArguments, RowRepeater, learn_arguments
-from lpserve.engine.hf.parts import Halves, find_halves
+from lpserve.engine.hf.parts import Halves, Modules, find_halves
 from lpserve.engine.hf.recording import (
     Call,
     Recording,
@@ -83,6 +83,8 @@ class RecordedStack:
         self._compiled = compile_layers
         self._steps: list[Step] = []
         self._paired = False
+        self.modules: dict[int, Modules] = {}
+        """Of each layer that is run in halves, the modules of its parts."""
         self._arguments: dict[int, list[LayerArguments]] = {}
         self._repeater = RowRepeater()
         self._block_calls: list[Call] = []
@@ -231,7 +233,8 @@ class RecordedStack:
         def ready(module: nn.Module) -> Any:
             return torch.compile(module) if self._compiled else module
 
-        self._steps, self._paired = layer_steps(self.layers, self.players, ready, halves_of)
+        found = layer_steps(self.layers, self.players, ready, halves_of)
+        self._steps, self._paired, self.modules = found.steps, found.paired, found.modules
 
     # -- checks at start -----------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lpserve.engine.hf.parts import ParallelHalves, Run, SequentialHalves
+from lpserve.engine.hf.parts import Halves, Modules, ParallelHalves, Run
 from lpserve.engine.hf.structure import StateLayout
 from lpserve.model.players import ATTENTION, FULL_LAYER, MLP, NO_PLAYER, layer_parts
 from lpserve.types import Player
@@ -35,13 +35,24 @@ class Step:
         return f"layer {self.layer}" + ("" if self.part == FULL_LAYER else f" {self.part}")
 
 
+@dataclass(frozen=True, slots=True)
+class LayerSteps:
+    """How a model's layers are run."""
+
+    steps: list[Step]
+    paired: bool
+    """Whether states are pairs."""
+    modules: dict[int, Modules]
+    """Of each layer that is run in halves, the modules of its parts."""
+
+
 def layer_steps(
     layers: Sequence[nn.Module],
     players: Sequence[Player],
     prepared: Callable[[nn.Module], nn.Module],
-    halves_of: Callable[[int], SequentialHalves | ParallelHalves],
-) -> tuple[list[Step], bool]:
-    """The steps of all layers in order, and whether states are pairs.
+    halves_of: Callable[[int], Halves],
+) -> LayerSteps:
+    """The steps of all layers in order.
 
     Args:
         players: what a mask keeps or drops.
@@ -72,7 +83,8 @@ def layer_steps(
             for part, half in ((ATTENTION, both.mixer), (MLP, both.feed_forward))
         )
         steps += [first, second] if both.mixer_first else [second, first]
-    return steps, paired
+    modules = {layer: found.modules for layer, found in halves.items()}
+    return LayerSteps(steps, paired, modules)
 
 
 def paired_state(hidden: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,80 @@
+"""Checkpoints whose absent halves are zeros, reloaded, against the engine that skips the halves."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+import lpserve
+from lpserve.errors import InputError
+from lpserve.export.export import export_checkpoint
+from lpserve.export.zeroed import part_tensors
+from lpserve.masks import without
+from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.players import ATTENTION, MLP, half_players
+from lpserve.testing.parity import NUM_LAYERS
+from lpserve.testing.reference import reference_model, relative, slow_but, window_nll
+
+HALVES = half_players([False] * NUM_LAYERS)
+FAMILIES = ("llama", "gemma2", "gpt2", "opt", "gpt-neox", "bloom", "mixtral", "deepseek-v2")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "opt", "mixtral"))
+def test_the_export_scores_what_the_engine_scores_without_the_halves(
+    family, model_dir, rng, tmp_path
+):
+    """Layer 1 goes whole, and of layers 2 and 4 one half each."""
+    path, removed = model_dir(family), [2, 3, 4, 9]
+    windows = lpserve.TokenWindows.from_tokens(rng.integers(0, 97, (3, 40)))
+    report = export_checkpoint(path, removed, tmp_path / "out", players=HALVES, windows=windows)
+    assert (report.verified, report.generates) == (True, True)
+    assert (report.removed, report.zeroed) == ([1], ["2.attention", "4.mlp"])
+    with lpserve.open_engine(path, windows, players="half") as engine:
+        expected = engine.score(without(len(HALVES), removed)[None]).nll_MN[0]
+    model = reference_model(tmp_path / "out")
+    assert model.config.num_hidden_layers == NUM_LAYERS - 1
+    assert relative(window_nll(model, windows.tokens_NT, windows.scored_NT), expected) < 1e-5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "without 1 of 6 layers and 2 parts of others" in card
+    assert "take as much time and memory as before" in card
+    assert not (tmp_path / "out" / "mergekit.yaml").exists()
+    told = json.loads((tmp_path / "out" / "lpserve_export.json").read_text())
+    assert told["zeroed"] == ["2.attention", "4.mlp"]
+
+
+@pytest.mark.process
+def test_no_layer_need_go_whole(model_dir, tmp_path):
+    report = export_checkpoint(model_dir("llama"), [0], tmp_path / "out", players=HALVES)
+    assert (report.removed, report.zeroed) == ([], ["0.attention"])
+    before = load_file(model_dir("llama") / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        if name.startswith("model.layers.0.self_attn."):
+            assert not tensor.any()
+        else:
+            assert tensor.equal(before[name])
+    with pytest.raises(InputError, match="nothing is removed"):
+        export_checkpoint(model_dir("llama"), [], tmp_path / "other", players=HALVES)
+
+
+def test_files_that_name_modules_otherwise_than_the_class_are_understood_or_refused(model_dir):
+    checkpoint = read_checkpoint(model_dir("llama"))
+    mlp, attention = HALVES[7], HALVES[6]
+    modules = {3: {ATTENTION: ["self_attn"], MLP: ["feed_forward"]}}
+    names = part_tensors(checkpoint, "model.layers.", [mlp], modules)
+    assert names == {f"model.layers.3.mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
+    modules = {3: {ATTENTION: ["attn"], MLP: ["feed_forward"]}}
+    with pytest.raises(InputError, match=r"3\.attention cannot be left out: its files name"):
+        part_tensors(checkpoint, "model.layers.", [attention], modules)
+
+
+def test_modules_are_told_by_the_engine(model_dir):
+    windows = lpserve.TokenWindows.from_tokens(np.arange(3, 40)[None])
+    with lpserve.open_engine(model_dir("opt"), windows, players="half") as engine:
+        modules = engine.info.settings["modules"]
+    assert modules[5] == {ATTENTION: ["self_attn"], MLP: ["fc1", "fc2"]}
