@@ -65,7 +65,7 @@ class StackScorer:
             stage: (first step of the stack, `step_players` of the full model) where the stack is
                 one stage of a pipeline; None: it holds all steps.
         """
-        self._stage = stage
+        self.stage = stage
         self.stack = stack
         self.executor = TrieExecutor(stack, settings)
         self.padded_step = padded_step
@@ -113,12 +113,12 @@ class StackScorer:
     @property
     def _first(self) -> int:
         """The first step of the stack in the full model."""
-        return self._stage[0] if self._stage else 0
+        return self.stage[0] if self.stage else 0
 
     @property
     def _step_players(self) -> IntArray:
         """The player of each step of the full model, `int64[S]`; -1: none."""
-        return np.array(self._stage[1] if self._stage else self.stack.step_players, dtype=np.int64)
+        return np.array(self.stage[1] if self.stage else self.stack.step_players, dtype=np.int64)
 
     def _over_steps(self, masks_MP: BoolArray) -> BoolArray:
         """Masks over steps, `bool[M, S]`: a step runs where its player is kept, or has none."""

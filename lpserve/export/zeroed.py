@@ -1,7 +1,7 @@
 """Parts of layers as tensors of zeros: a checkpoint without them that loads anywhere.
 
 A part whose weights are all zero returns zero, which is what its absence means
-(`lpserve.engine.hf.parts`). Such a checkpoint needs no code of its own, and saves no time and no
+(`lpserve.engine.parts`). Such a checkpoint needs no code of its own, and saves no time and no
 memory.
 """
 
@@ -26,7 +26,7 @@ def part_tensors(
     Args:
         prefix: what the names of layers' tensors begin with, such as `model.layers.`.
         modules: of each layer, the child modules that are each of its parts, as the model's class
-            names them (`lpserve.engine.hf.steps.LayerSteps`).
+            names them (`lpserve.engine.parts.Modules`).
 
     Raises:
         InputError: the tensors of a part cannot be told from its layer's others: the files name

@@ -95,6 +95,11 @@ def layer_parts(players: Sequence[Player], num_layers: int) -> list[dict[str, in
     return parts
 
 
+def kept_parts(parts: Sequence[Mapping[str, int]], kept_P: Sequence[bool]) -> list[list[str]]:
+    """For each layer, those of its parts (`layer_parts`) that a mask keeps."""
+    return [[p for p, i in found.items() if i == NO_PLAYER or kept_P[i]] for found in parts]
+
+
 def named_players(
     players: Sequence[Player], names: Iterable[int | str], key: str
 ) -> tuple[int, ...]:

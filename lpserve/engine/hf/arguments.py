@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from lpserve.engine.hf.recording import Call, Recording, hidden_of, is_dict
+from lpserve.engine.calls import hidden_of
+from lpserve.engine.hf.recording import Call, Recording, is_dict
 from lpserve.engine.hf.structure import Form
 from lpserve.engine.replay import same_tensor, same_value
 from lpserve.errors import EngineError

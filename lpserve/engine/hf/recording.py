@@ -15,19 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
 
+from lpserve.engine.calls import Slot, like_output
 from lpserve.errors import EngineError, typed_first_line
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Which argument of a layer's call is the hidden state: a position, or a name."""
-
-    key: int | str
-
-    def of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
-        return args[self.key] if isinstance(self.key, int) else kwargs[self.key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,27 +111,6 @@ def layers_replaced(
     finally:
         for layer in layers:
             del layer.forward
-
-
-def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden state of a layer's output: the output, or the first of several."""
-    hidden: Any = output
-    if isinstance(output, tuple | list | ModelOutput) and len(output) > 0:
-        hidden = output[0]  # pyright: ignore[reportGeneralTypeIssues]
-    if not isinstance(hidden, torch.Tensor):
-        raise EngineError(f"a layer returned {type(hidden).__name__}, not a tensor")
-    return hidden
-
-
-def like_output(output: Any, hidden: torch.Tensor) -> Any:
-    """What a layer returns when its state is `hidden`: of the form of `output`, with None for
-    whatever else that holds."""
-    if isinstance(output, torch.Tensor):
-        return hidden
-    if isinstance(output, ModelOutput):
-        first, *others = output.keys()
-        return type(output)(**{first: hidden}, **dict.fromkeys(others))
-    return type(output)([hidden, *[None] * (len(output) - 1)])
 
 
 def _run(model: Any, tokens: torch.Tensor) -> None:

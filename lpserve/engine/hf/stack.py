@@ -25,24 +25,23 @@ from torch import nn
 
 from lpserve.data.windows import TokenWindows
 from lpserve.engine.base import PaddingMattersError
+from lpserve.engine.calls import hidden_of, like_output
 from lpserve.engine.head import Head, LocalVocabulary, on_device, plain_nll
 from lpserve.engine.hf.arguments import LayerArguments, RowRepeater, learn_arguments
-from lpserve.engine.hf.parts import Halves, Modules, find_halves
 from lpserve.engine.hf.recording import (
     Call,
     Recording,
-    hidden_of,
     layers_replaced,
-    like_output,
     model_code,
     record_around_layers,
     record_layers,
 )
-from lpserve.engine.hf.steps import Step, layer_steps, paired_state
 from lpserve.engine.hf.structure import find_form, find_layers
+from lpserve.engine.parts import Halves, Modules, ParallelHalves, find_halves
 from lpserve.engine.replay import same_tensor
+from lpserve.engine.steps import Step, layer_steps, paired_state
 from lpserve.errors import EngineError, first_line
-from lpserve.model.players import layer_players
+from lpserve.model.players import FULL_LAYER, layer_parts, layer_players
 from lpserve.types import Player
 
 PARITY_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
@@ -210,31 +209,30 @@ class RecordedStack:
 
     def _make_steps(self, real: Recording, length: int) -> None:
         """Find what the players are run by, on the states of a real text."""
-        slot, self._block_calls = self._form.slot, real.calls
+        slot = self._form.slot
         states = [slot.of(real.calls[0].args, real.calls[0].kwargs)]
         states += [hidden_of(output) for output in real.outputs]
 
         def halves_of(layer: int) -> Halves:
-            who = f"layer {layer} of {self.name}"
+            who, text = f"layer {layer} of {self.name}", real.calls[layer]
+            arguments = self._arguments[length][layer]
 
             def call(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-                arguments = self._arguments[length][layer]
-                text = real.calls[layer]
-                return hidden_of(
-                    arguments.call(module, self._form, hidden, 1, text, self._repeater)
-                )
+                output = arguments.call(module, self._form, hidden, 1, text, self._repeater)
+                return hidden_of(output)
 
             with model_code(f"{who} cannot be run in parts"):
-                state = states[layer].clone()
-                return find_halves(
-                    who, self.layers[layer], call, state, self._form.layout.time_axis
-                )
+                state, axis = states[layer].clone(), self._form.layout.time_axis
+                return find_halves(who, self.layers[layer], call, state, axis)
 
         def ready(module: nn.Module) -> Any:
             return torch.compile(module) if self._compiled else module
 
-        found = layer_steps(self.layers, self.players, ready, halves_of)
-        self._steps, self._paired, self.modules = found.steps, found.paired, found.modules
+        parts = layer_parts(self.players, len(self.layers))
+        halves = {n: halves_of(n) for n, found in enumerate(parts) if FULL_LAYER not in found}
+        self.modules = {layer: found.modules for layer, found in halves.items()}
+        self._paired = any(isinstance(found, ParallelHalves) for found in halves.values())
+        self._steps = layer_steps(self.layers, parts, halves, paired=self._paired, prepared=ready)
 
     # -- checks at start -----------------------------------------------------------------------
 

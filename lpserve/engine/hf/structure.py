@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lpserve.engine.calls import Slot, hidden_of
 from lpserve.engine.hf.recording import (
     Call,
     Recording,
-    Slot,
-    hidden_of,
     model_code,
     record_around_layers,
     record_layers,

@@ -44,7 +44,6 @@ from lpserve.model.architecture import check_decoder
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
 from lpserve.model.gguf import gguf_record
-from lpserve.model.players import layer_players
 from lpserve.types import (
     BoolArray,
     EngineInfo,
@@ -82,7 +81,7 @@ class VllmEngine:
     def _open(self, spec: EngineSpec, windows: TokenWindows, arguments: Mapping[str, Any]) -> None:
         import vllm
 
-        self._ranks = Ranks(self._llm)
+        self._ranks = Ranks(self._llm, spec.players)
         first = self._ranks.about[0]
         self._num_players = self._ranks.num_players
         free = min(rank["free_bytes"] for rank in self._ranks.about)
@@ -105,7 +104,7 @@ class VllmEngine:
             noise_nll=chosen.noise_nll,
             model=str(Path(spec.model).resolve()),
             model_hash=checkpoint_hash(self._checkpoint),
-            players=layer_players(self._num_players),
+            players=self._ranks.players,
             dtype=spec.dtype,
             quantization=quantization_of(spec, first["quantization"]),
             device=first["device"],

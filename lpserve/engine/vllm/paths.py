@@ -12,6 +12,7 @@ from lpserve.engine.vllm.ranks import Ranks
 from lpserve.engine.vllm.stack import STATE_KINDS
 from lpserve.errors import EngineError
 from lpserve.masks import sort_distinct
+from lpserve.model.players import FULL_LAYER
 from lpserve.types import BoolArray, EngineSpec, FloatArray
 
 PATH_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
@@ -51,6 +52,7 @@ class PathChoice:
         if quantized:
             self._tolerance = max(self._tolerance, QUANTIZED_TOLERANCE)
         self._state_kind = ""
+        self._halves = any(player.part != FULL_LAYER for player in ranks.players)
 
     def choose(self, windows: TokenWindows, settings: TrieSettings, head_chunk: int) -> ChosenPath:
         """The path for an engine opened on these windows; raises EngineError where neither serves.
@@ -59,9 +61,16 @@ class PathChoice:
             settings: of the trie executor in every worker.
             head_chunk: bytes of logits held at once.
         """
-        if self._wanted == "requests":
+        if self._wanted == "requests" and not self._halves:
             return self._requests(windows, "asked for")
         refusal = self._prepare_scoring(windows, settings, head_chunk)
+        if self._halves and refusal is not None:
+            raise EngineError(
+                f"the halves of {self._model}'s layers are found on vLLM's scoring path, which "
+                f"cannot serve it: {refusal}"
+            )
+        if self._wanted == "requests":
+            return self._requests(windows, "asked for")
         noise = difference = 0.0
         if refusal is None:
             self._check_masks_matter(windows, self._ranks.score_by_stack, "scoring")
@@ -106,7 +115,7 @@ class PathChoice:
                     "and residual, nor a pair that may start with a residual of zero"
                 )
             self._state_kind = kinds[0]
-            self._ranks.call("lpserve_set_state", kinds[0])
+            self._ranks.make_steps(kinds[0])
         except EngineError as error:
             return str(error)
         return None

@@ -12,7 +12,8 @@ import numpy as np
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import EngineError, InputError, typed_first_line
 from lpserve.masks import sort_distinct
-from lpserve.types import BoolArray, FloatArray, Work
+from lpserve.model.players import kept_parts, layer_parts, layer_players
+from lpserve.types import BoolArray, FloatArray, Player, Work
 
 RPC_TIMEOUT_S = 1800.0
 """A rank that died leaves the others waiting for it; after this the engine gives up."""
@@ -30,11 +31,23 @@ class Ranks:
         EngineError, InputError: whatever a worker reports, from every method.
     """
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, players: Sequence[Player] = ()) -> None:
+        """
+        Args:
+            players: what masks keep or drop; empty: the layers.
+        """
         self._llm = llm
         self.about: list[dict[str, Any]] = self.call("lpserve_open")
         """For each rank, what it holds; see `worker.extension`."""
-        self.num_players: int = self.about[0]["num_layers"]
+        num_layers: int = self.about[0]["num_layers"]
+        self.players = tuple(players or layer_players(num_layers))
+        self.parts = layer_parts(self.players, num_layers)
+        """Of each layer, what is run apart and its player."""
+
+    @property
+    def num_players(self) -> int:
+        """What a mask has a bit for."""
+        return len(self.players)
 
     @property
     def num_stages(self) -> int:
@@ -53,12 +66,24 @@ class Ranks:
 
     def set_mask(self, mask_P: BoolArray) -> None:
         """Set the mask on every rank and read it back."""
-        bits = [bool(bit) for bit in mask_P]
-        replies = self.call("lpserve_set_mask", bits)
+        kept = kept_parts(self.parts, [bool(bit) for bit in mask_P])
+        replies = self.call("lpserve_set_mask", kept)
         for rank, reply in zip(self.about, replies, strict=True):
             first, local = rank["first_layer"], rank["local_layers"]
-            if reply != bits[first : first + local]:
+            if reply != kept[first : first + local]:
                 raise EngineError("a worker did not take the mask that it was given")
+
+    def make_steps(self, kind: str) -> None:
+        """What the scoring path runs, on every rank, for states of a kind.
+
+        Raises:
+            EngineError: a layer that is not run whole cannot be taken apart.
+        """
+        found = self.call("lpserve_find_halves", kind, self.parts)
+        paired = any(reply["paired"] for reply in found)
+        replies = self.call("lpserve_make_steps", paired)
+        per_stage = len(replies) // self.num_stages
+        self.call("lpserve_set_stage", [reply["steps"] for reply in replies[::per_stage]])
 
     # -- scoring path ----------------------------------------------------------------------------
 

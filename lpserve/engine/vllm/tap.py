@@ -6,7 +6,7 @@ Names nothing of vLLM: what a layer is comes from `worker/`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lpserve.errors import EngineError
+from lpserve.model.players import FULL_LAYER
 
 Handler = Callable[[int, dict[str, Any]], Any]
 """(index of a layer on this rank, its arguments by name) -> what the layer returns."""
@@ -28,7 +29,10 @@ class LayerTap:
         self.layers = layers
         self.first = first
         """Index of the first of them in the model."""
-        self.keep = [True] * len(layers)
+        self.kept: list[list[str]] = [[FULL_LAYER]] * len(layers)
+        """The parts of each layer that run in requests; empty: it is skipped."""
+        self.halves: dict[int, Mapping[str, nn.Module]] = {}
+        """Of layers that are run in halves, the layer with one part alone, by that part."""
         self.calls = [0] * len(layers)
         """Times that each layer's own forward ran."""
         self._before_layer = before_layer
@@ -49,21 +53,31 @@ class LayerTap:
         """Whether a layer is known to return more than its state, other than a residual."""
         return any(self._num_beside)
 
-    def read_mask(self) -> list[bool]:
-        """The mask as the patches see it; refuses when a patch is not in place any more."""
+    def read_mask(self) -> list[list[str]]:
+        """What runs, as the patches see it; refuses when a patch is not in place any more."""
         for index, layer in enumerate(self.layers):
             if getattr(layer.forward, "_lpserve_tap", None) is not self:
                 raise EngineError(f"layer {self.first + index} lost its patch")
-        return list(self.keep)
+        return list(self.kept)
 
     def skips(self, index: int) -> bool:
         """Whether the mask leaves this layer out (requests)."""
-        return not self.keep[index]
+        return not self.kept[index]
 
-    def run(self, index: int, arguments: dict[str, Any]) -> Any:
-        """The layer's own forward."""
+    def run(self, index: int, arguments: dict[str, Any], module: nn.Module | None = None) -> Any:
+        """The layer's own forward, or that of a half of it."""
         self.calls[index] += 1
-        return self._originals[index](**arguments)
+        if module is None or module is self.layers[index]:
+            return self._originals[index](**arguments)
+        return module.forward(**arguments)
+
+    def _own_forward(self, index: int) -> Callable[..., Any]:
+        """What runs of a layer in requests."""
+        kept = self.kept[index]
+        alone = self.halves.get(index)
+        if alone is None or len(kept) == len(alone):
+            return self._originals[index]
+        return alone[kept[0]].forward
 
     @contextmanager
     def handled(self, handler: Handler) -> Iterator[None]:
@@ -75,7 +89,7 @@ class LayerTap:
             self._handler = None
 
     def _make(self, index: int) -> Callable[..., Any]:
-        signature, original = self._signatures[index], self._originals[index]
+        signature = self._signatures[index]
         last = index == len(self.layers) - 1
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -84,7 +98,7 @@ class LayerTap:
                 return self._handler(index, _by_name(signature, args, kwargs))
             if not self.skips(index):
                 self.calls[index] += 1
-                output = original(*args, **kwargs)
+                output = self._own_forward(index)(*args, **kwargs)
                 if not self.takes_residual[index]:
                     self._num_beside[index] = _count_beside(output)
                 return output

@@ -120,7 +120,7 @@ def test_auto_serves_by_requests_what_scoring_cannot_and_says_why(model_dir, rng
 
 
 def test_auto_does_not_trust_scores_that_differ(model_dir, rng, monkeypatch):
-    from lpserve.engine.vllm import attention
+    from lpserve.engine.vllm.worker import attention
 
     def wrong(q, k, v, spec, length):
         return q

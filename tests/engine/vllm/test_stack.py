@@ -7,6 +7,7 @@ stacks joined by a queue must score as one (a pipeline). vLLM's own layers: test
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -104,6 +105,11 @@ class Model:
         return rows @ self.embedding.T
 
 
+def kept(mask_P: Sequence[bool]) -> list[list[str]]:
+    """What runs of each layer."""
+    return [["layer"] if one else [] for one in mask_P]
+
+
 def settings(**changes) -> TrieSettings:
     values = {"state_budget_bytes": 1 << 20, "micro_batch_tokens": 64, "pack_states": True}
     return TrieSettings(**(values | changes))
@@ -112,7 +118,7 @@ def settings(**changes) -> TrieSettings:
 def slow_nll(kind: str, mask_P: np.ndarray, windows: lpserve.TokenWindows) -> np.ndarray:
     """Each window alone through the kept layers, residual None until one ran."""
     model = Model(kind)
-    model.tap.keep[:] = mask_P.tolist()
+    model.tap.kept[:] = kept(mask_P)
     sums = []
     for tokens_T, scored_T in zip(windows.tokens_NT, windows.scored_NT, strict=True):
         ids = torch.from_numpy(tokens_T.astype(np.int64))
@@ -207,7 +213,7 @@ def test_layers_that_take_one_state_and_return_two(rng):
     by_requests = ModelWithMore()
     whole = Model("hidden")
     for mask_P in (np.zeros(PLAYERS, dtype=bool), *masks):
-        whole.tap.keep[:] = by_requests.tap.keep[:] = mask_P.tolist()
+        whole.tap.kept[:] = by_requests.tap.kept[:] = kept(mask_P)
         ids = torch.arange(7)
         assert torch.equal(by_requests.run(ids, ids), whole.run(ids, ids))
 
@@ -315,8 +321,8 @@ def test_layers_that_cannot_be_skipped_one_by_one_are_refused(break_it, words, r
 
 def test_a_mask_is_read_back_from_the_patches():
     model = Model("sum")
-    model.tap.keep[:] = [True, False, True, True, False]
-    assert model.tap.read_mask() == [True, False, True, True, False]
+    model.tap.kept[:] = kept([True, False, True, True, False])
+    assert model.tap.read_mask() == kept([True, False, True, True, False])
     model.layers[3].forward = Layer("sum", 3).forward
     with pytest.raises(EngineError, match="layer 3 lost its patch"):
         model.tap.read_mask()
@@ -331,6 +337,6 @@ def test_a_layer_without_named_hidden_states_is_refused():
 
     layer = Odd()
     tap = LayerTap([layer], 0, lambda: None)
-    tap.keep[0] = False
+    tap.kept[0] = []
     with pytest.raises(EngineError, match="no tensor named hidden_states"):
         layer(torch.zeros(2, 3))

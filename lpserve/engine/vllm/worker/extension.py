@@ -63,11 +63,11 @@ class WorkerExtension:
         """Patch the layers, once; describe what this rank holds."""
         return _reported(lambda: _open(self))
 
-    def lpserve_set_mask(self, keep: list[bool]) -> list[bool]:
-        """Which of all layers run from now on in requests, True = kept; returns the part of this
-        rank, read back from the patches."""
+    def lpserve_set_mask(self, kept: list[list[str]]) -> list[list[str]]:
+        """Which parts of all layers run from now on in requests; returns those of this rank, read
+        back from the patches."""
         tap = self._lpserve_tap
-        tap.keep[:] = keep[tap.first : tap.first + len(tap.layers)]
+        tap.kept[:] = kept[tap.first : tap.first + len(tap.layers)]
         return tap.read_mask()
 
     def lpserve_prepare(
@@ -87,10 +87,7 @@ class WorkerExtension:
                 micro_batch_tokens=micro_batch_tokens,
                 pack_states=pack_states,
             )
-            total = self.model_config.get_total_num_hidden_layers()
-            self._lpserve_scorer = StackScorer(
-                self._lpserve_stack, settings, stage=(self._lpserve_tap.first, range(total))
-            )
+            self._lpserve_scorer = StackScorer(self._lpserve_stack, settings)
             return {}
 
         return _reported(prepare)
@@ -116,9 +113,32 @@ class WorkerExtension:
 
         return _reported(probe)
 
-    def lpserve_set_state(self, kind: str) -> None:
-        """The kind of state that all ranks use."""
-        self._lpserve_stack.state_kind = kind
+    def lpserve_find_halves(self, kind: str, parts: list[dict[str, int]]) -> dict[str, Any]:
+        """Take the kind of state that all ranks use, and find the halves of layers that are not run
+        whole.
+
+        Args:
+            parts: of each layer of the model, what is run apart and its player.
+        """
+        tap = self._lpserve_tap
+
+        def find() -> dict[str, Any]:
+            self._lpserve_stack.state_kind = kind
+            with full_precision(), self._lpserve_stack.session():
+                mine = parts[tap.first : tap.first + len(tap.layers)]
+                return {"paired": self._lpserve_stack.find_halves(mine)}
+
+        return _reported(find)
+
+    def lpserve_make_steps(self, paired: bool) -> dict[str, Any]:
+        """The player of each step of this rank."""
+        return _reported(lambda: {"steps": self._lpserve_stack.make_steps(paired=paired)})
+
+    def lpserve_set_stage(self, stages: list[list[int]]) -> None:
+        """Take the steps of all stages of the pipeline."""
+        stage = stages.index(self._lpserve_stack.step_players)
+        first = sum(map(len, stages[:stage]))
+        self._lpserve_scorer.stage = first, [player for steps in stages for player in steps]
 
     def lpserve_score(
         self, key: str, masks: bytes, num_masks: int, extra_metrics: list[str]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from lpserve.engine.head import LocalVocabulary, Vocabulary
-from lpserve.engine.vllm.attention import AttentionSpec
 from lpserve.engine.vllm.tap import LayerTap
+from lpserve.engine.vllm.worker.attention import AttentionSpec
 from lpserve.engine.vllm.worker.contract import IMPL_ATTRIBUTES
 from lpserve.engine.vllm.worker.parallel import PipelineLink, VocabularyPart
 from lpserve.errors import EngineError

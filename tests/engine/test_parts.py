@@ -14,8 +14,9 @@ import torch
 import transformers as tf
 
 import lpserve
-from lpserve.engine.hf.parts import ParallelHalves, SequentialHalves, find_halves
+from lpserve.engine.base import HasOverlap
 from lpserve.engine.hf.stack import RecordedStack
+from lpserve.engine.parts import ParallelHalves, SequentialHalves, find_halves
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import without
 from lpserve.model.players import ATTENTION, MLP
@@ -75,8 +76,10 @@ def test_both_halves_are_the_layer(family, model_dir, rng):
     masks = np.unique(np.concatenate([np.ones((1, NUM_LAYERS), bool), masks]), axis=0)[::-1]
     metrics = ("misses", "kl", "kl_top5")
     with lpserve.open_engine(path, windows) as engine:
+        assert isinstance(engine, HasOverlap)
         whole = engine.score_overlap(masks, extra_metrics=metrics)
     with lpserve.open_engine(path, windows, players="half") as engine:
+        assert isinstance(engine, HasOverlap)
         halves = engine.score_overlap(layers_as_halves(masks), extra_metrics=metrics)
     assert relative(halves.nll_MN, whole.nll_MN) < TOLERANCE
     for name in metrics:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lpserve.engine.hf.recording import Slot, hidden_of, like_output
+from lpserve.engine.calls import Slot, hidden_of, like_output
 from lpserve.engine.replay import same_tensor
 from lpserve.errors import EngineError
 from lpserve.model.players import ATTENTION, MLP
@@ -111,6 +111,9 @@ class SequentialHalves:
     feed_forward: nn.Module
     mixer_first: bool
     modules: Modules
+    alone: Mapping[str, nn.Module]
+    """The layer with one part alone, by that part; it may be called in any way that the layer is
+    called in."""
 
 
 class ParallelHalves:
@@ -124,8 +127,11 @@ class ParallelHalves:
         ending: nn.Module,
         given: Given,
         modules: Modules,
+        alone: Mapping[str, nn.Module],
     ) -> None:
         self.modules = modules
+        self.alone = alone
+        """As of `SequentialHalves`."""
         self._keeping, self._kept = keeping, kept
         self._adding, self._ending, self._given = adding, ending, given
 
@@ -150,7 +156,13 @@ Halves = SequentialHalves | ParallelHalves
 
 
 def find_halves(
-    who: str, layer: nn.Module, run: Run, hidden: torch.Tensor, time_axis: int
+    who: str,
+    layer: nn.Module,
+    run: Run,
+    hidden: torch.Tensor,
+    time_axis: int,
+    *,
+    lean: bool = True,
 ) -> Halves:
     """The halves of a layer.
 
@@ -159,6 +171,7 @@ def find_halves(
         run: calls the layer, or a copy of it, on a state.
         hidden: a real state that enters the layer, in the model's own layout.
         time_axis: the axis of its tokens; there are two at least.
+        lean: whether halves leave out what works for the absent part alone.
 
     Raises:
         EngineError: the layer does not consist of a mixer and a feed-forward part, or cannot be
@@ -178,8 +191,10 @@ def find_halves(
     halves = [without(*feed_forward), without(*mixer)]
     for first, second, mixer_first in ((*halves, True), (*reversed(halves), False)):
         if _close(run(second, run(first, hidden.clone())), expected):
-            lean = [_without_idle(half, run, hidden) for half in halves]
-            return SequentialHalves(lean[0], lean[1], mixer_first, modules)
+            alone = dict(zip((ATTENTION, MLP), halves, strict=True))
+            if lean:
+                halves = [_without_idle(half, run, hidden) for half in halves]
+            return SequentialHalves(halves[0], halves[1], mixer_first, modules, alone)
     parallel = _parallel(layer, modules, seen, absent)
     if parallel is not None:
         mixed = parallel.mixed(run, hidden.clone())
@@ -194,9 +209,10 @@ def find_halves(
     )
 
 
-def with_children(layer: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
+def with_children(layer: nn.Module, children: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of a module with other children; it shares all else, weights too."""
     changed = copy.copy(layer)
+    changed.__dict__.pop("forward", None)  # one that was patched would run the original
     changed._modules = {**layer._modules, **children}  # a copy shares the dictionary itself
     return changed
 
@@ -207,7 +223,8 @@ def _children(who: str, layer: nn.Module, run: Run, hidden: torch.Tensor) -> dic
     names = [
         name
         for name, child in layer.named_children()
-        if any(parameter.ndim > 1 for parameter in child.parameters())
+        # vLLM packs matrices away on a CPU, and leaves an empty parameter
+        if any(weight.ndim > 1 or not weight.numel() for weight in child.parameters())
     ]
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
@@ -247,7 +264,7 @@ def _absent(
             name: Absent(one.output, one.residual if with_residual else None)
             for name, one in seen.items()
         }
-        if _close(run(with_children(layer, dict(absent)), hidden.clone()), hidden):
+        if _close(run(with_children(layer, absent), hidden.clone()), hidden):
             return absent
     raise EngineError(
         f"{who} changes its state even when {', '.join(seen)} give zero: its attention and "
@@ -320,6 +337,10 @@ def _parallel(
         with_children(layer, {mixer[0]: given, **idle}),
         given,
         modules,
+        {
+            ATTENTION: with_children(layer, idle),
+            MLP: with_children(layer, {name: absent[name] for name in mixer}),
+        },
     )
 
 

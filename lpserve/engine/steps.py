@@ -1,23 +1,30 @@
 """The steps that a model's layers are run in: whole layers, or their halves.
 
 A step runs a layer, its attention or its feed-forward part. Where some layer is parallel
-(`lpserve.engine.hf.parts`), states are pairs of the hidden state and what the mixer of the layer at
+(`lpserve.engine.parts`), states are pairs of the hidden state and what the mixer of the layer at
 work has given; a further step, which belongs to no player, ends such a layer: it makes the pair one
 again, since a mask that drops the feed-forward part would leave it open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from lpserve.engine.hf.parts import Halves, Modules, ParallelHalves, Run
-from lpserve.engine.hf.structure import StateLayout
-from lpserve.model.players import ATTENTION, FULL_LAYER, MLP, NO_PLAYER, layer_parts
-from lpserve.types import Player
+from lpserve.engine.parts import Halves, ParallelHalves, Run
+from lpserve.model.players import ATTENTION, FULL_LAYER, MLP, NO_PLAYER
+
+
+class StateLayout(Protocol):
+    """States as the trie holds them, `[B, T, ...]`, and as a model's layers take them."""
+
+    def ours(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+    def theirs(self, state: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,35 +42,22 @@ class Step:
         return f"layer {self.layer}" + ("" if self.part == FULL_LAYER else f" {self.part}")
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSteps:
-    """How a model's layers are run."""
-
-    steps: list[Step]
-    paired: bool
-    """Whether states are pairs."""
-    modules: dict[int, Modules]
-    """Of each layer that is run in halves, the modules of its parts."""
-
-
 def layer_steps(
     layers: Sequence[nn.Module],
-    players: Sequence[Player],
-    prepared: Callable[[nn.Module], nn.Module],
-    halves_of: Callable[[int], Halves],
-) -> LayerSteps:
-    """The steps of all layers in order.
+    parts: Sequence[Mapping[str, int]],
+    halves: Mapping[int, Halves],
+    *,
+    paired: bool,
+    prepared: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> list[Step]:
+    """The steps of layers in order.
 
     Args:
-        players: what a mask keeps or drops.
+        parts: of each layer, what is run apart and its player (`players.layer_parts`).
+        halves: of each layer that is not run whole.
+        paired: whether states are pairs, since some layer of the model is parallel.
         prepared: makes a module ready to run: compiles it, say.
-        halves_of: the halves of a layer (`find_halves`); raises EngineError where it has none.
     """
-    parts = layer_parts(players, len(layers))
-    halves = {
-        layer: halves_of(layer) for layer, found in enumerate(parts) if FULL_LAYER not in found
-    }
-    paired = any(isinstance(found, ParallelHalves) for found in halves.values())
     steps: list[Step] = []
     for layer, found in enumerate(parts):
         if FULL_LAYER in found:
@@ -83,8 +77,7 @@ def layer_steps(
             for part, half in ((ATTENTION, both.mixer), (MLP, both.feed_forward))
         )
         steps += [first, second] if both.mixer_first else [second, first]
-    modules = {layer: found.modules for layer, found in halves.items()}
-    return LayerSteps(steps, paired, modules)
+    return steps
 
 
 def paired_state(hidden: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpserve.engine.vllm.attention import AttentionSpec
+from lpserve.engine.vllm.worker.attention import AttentionSpec
 
 LENGTH, WINDOWS, HEADS, SIZE = 13, 3, 4, 8
 
