@@ -191,7 +191,7 @@ def find_halves(
     halves = [without(*feed_forward), without(*mixer)]
     for first, second, mixer_first in ((*halves, True), (*reversed(halves), False)):
         if _close(run(second, run(first, hidden.clone())), expected):
-            alone = dict(zip((ATTENTION, MLP), halves, strict=True))
+            alone: dict[str, nn.Module] = {ATTENTION: halves[0], MLP: halves[1]}
             if lean:
                 halves = [_without_idle(half, run, hidden) for half in halves]
             return SequentialHalves(halves[0], halves[1], mixer_first, modules, alone)

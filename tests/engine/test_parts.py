@@ -85,6 +85,8 @@ def test_both_halves_are_the_layer(family, model_dir, rng):
     for name in metrics:
         difference = np.abs(halves.others[name] - whole.others[name]).max()
         assert difference <= (1 if name == "misses" else 1e-3), name
+    assert whole.overlap_MM is not None
+    assert halves.overlap_MM is not None
     scale = np.abs(whole.overlap_MM).max()
     np.testing.assert_allclose(halves.overlap_MM, whole.overlap_MM, atol=1e-3 * scale)
     steps = halves.work.layer_forwards, halves.work.skip_layer_forwards

@@ -17,9 +17,11 @@ import torch
 import transformers
 
 import lpserve
+from lpserve.engine import parts
 from lpserve.engine.vllm.engine import VllmEngine
 from lpserve.engine.vllm.worker import extension
 from lpserve.errors import EngineError, InputError
+from lpserve.model.players import half_players
 from lpserve.testing.parity import NUM_LAYERS, edge_masks, some_windows
 from lpserve.testing.reference import (
     SPREAD,
@@ -31,6 +33,7 @@ from lpserve.testing.reference import (
     slow_but,
     window_nll,
     with_layers_deleted,
+    with_parts_zeroed,
 )
 from lpserve.types import EngineSpec
 
@@ -90,6 +93,46 @@ def test_both_paths_equal_deleting_layers(family, model_dir, rng):
     a, b = distinct[:, None], distinct[None]
     gaps = (np.abs(a - b) / np.maximum(a, b)).max(axis=-1)
     assert gaps[np.triu_indices(len(distinct), k=1)].min() > SPREAD
+
+
+@pytest.mark.parametrize("family", slow_but(VLLM_FAMILIES, "gpt-neox"))
+def test_both_paths_drop_halves_as_with_those_modules_zeroed(family, model_dir, rng):
+    """GPT-NeoX's layers are parallel; norms, two modules, residuals inside: the others."""
+    path, windows = model_dir(family), some_windows(rng)
+    players = half_players([False] * NUM_LAYERS)
+    masks = rng.random((10, len(players))) < 0.6
+    masks[:2] = [[True], [False]]
+    spec = EngineSpec(kind="vllm", model=str(path), players=players, options={"path": "scoring"})
+    with VllmEngine(spec, windows) as engine:
+        assert engine.info.players == players
+        scoring = engine.score(masks).nll_MN
+        requests = engine.score_by_requests(masks, windows).nll_MN
+    model, expected = reference_model(path), []
+    for mask in masks:
+        with with_parts_zeroed(model, family, players, mask) as zeroed:
+            expected.append(window_nll(zeroed, windows.tokens_NT, windows.scored_NT))
+    tolerance = LOOSER.get(family, TOLERANCE)
+    wanted = mean_nll(np.array(expected), windows)
+    for nll_MN in (scoring, requests):
+        assert relative(mean_nll(nll_MN, windows), wanted) < tolerance
+        assert relative(nll_MN, np.array(expected)) < 10 * tolerance
+
+
+@pytest.mark.slow
+def test_halves_can_be_asked_for_by_requests(model_dir, rng):
+    path, windows = model_dir("llama"), some_windows(rng)
+    masks = rng.random((6, 2 * NUM_LAYERS)) < 0.6
+    with lpserve.open_engine(path, windows, players="half") as engine:
+        expected = engine.score(masks).nll_MN
+    with lpserve.open_engine(path, windows, kind="vllm", players="half", path="requests") as engine:
+        assert engine.info.path == "vllm/requests"
+        assert relative(engine.score(masks).nll_MN, expected) < 10 * TOLERANCE
+
+
+def test_halves_of_layers_that_cannot_be_taken_apart_are_refused(model_dir, rng, monkeypatch):
+    monkeypatch.setattr(parts, "_close", lambda got, expected: False)
+    with pytest.raises(EngineError, match=r"halves of .* are found on vLLM's scoring path, which"):
+        lpserve.open_engine(model_dir("llama"), some_windows(rng), kind="vllm", players="half")
 
 
 def test_auto_takes_scoring_after_the_self_check_and_says_why(model_dir, rng):

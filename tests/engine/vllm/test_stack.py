@@ -7,7 +7,7 @@ stacks joined by a queue must score as one (a pipeline). vLLM's own layers: test
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -105,7 +105,7 @@ class Model:
         return rows @ self.embedding.T
 
 
-def kept(mask_P: Sequence[bool]) -> list[list[str]]:
+def kept(mask_P: Iterable[Any]) -> list[list[str]]:
     """What runs of each layer."""
     return [["layer"] if one else [] for one in mask_P]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lpserve.model.players import half_players
 from lpserve.testing.parity import (
     NUM_LAYERS,
     edge_masks,
@@ -22,7 +23,13 @@ from lpserve.testing.parity import (
     overlap_by_hand,
     some_windows,
 )
-from lpserve.testing.reference import reference_model, relative, window_nll, with_layers_deleted
+from lpserve.testing.reference import (
+    reference_model,
+    relative,
+    window_nll,
+    with_layers_deleted,
+    with_parts_zeroed,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.process, pytest.mark.slow]
 
@@ -127,3 +134,30 @@ def test_tensor_and_pipeline_parallel_in_bfloat16_agree_between_paths(model_dir,
         got = run(model_dir("llama"), windows, masks, tmp_path, dtype="bfloat16", **options)
         scoring, requests = (np.array(got[p]).sum(axis=1) for p in ("scoring", "requests"))
         assert relative(scoring, requests) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"tensor_parallel_size": 2}),
+        ("mixtral", {"tensor_parallel_size": 2}),
+        ("llama", {"pipeline_parallel_size": 2}),
+        ("gpt-neox", {"pipeline_parallel_size": 2}),  # parallel layers: pairs go between stages
+    ],
+    ids=str,
+)
+def test_two_ranks_drop_halves_on_both_paths(family, options, model_dir, tmp_path, rng):
+    folder, windows = model_dir(family), some_windows(rng)
+    players = half_players([False] * NUM_LAYERS)
+    masks = rng.random((10, len(players))) < 0.6
+    masks[:2] = [[True], [False]]
+    got = run(folder, windows, masks, tmp_path, players="half", **options)
+    model, expected = reference_model(folder), []
+    for mask in masks:
+        with with_parts_zeroed(model, family, players, mask) as zeroed:
+            expected.append(window_nll(zeroed, windows.tokens_NT, windows.scored_NT))
+    assert got["path"] == "vllm/scoring"
+    for path in ("scoring", "requests", "overlap_nll"):
+        nll_MN = np.array(got[path])
+        assert relative(nll_MN.sum(axis=1), np.sum(expected, axis=1)) < 1e-5, path
+        assert relative(nll_MN, np.array(expected)) < 1e-4, path
