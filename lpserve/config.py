@@ -22,6 +22,7 @@ from lpserve.inputs.rules import (
     MOST,
     Count,
     CountOr0,
+    LayerNames,
     Length,
     Options,
     Positive,
@@ -50,7 +51,6 @@ SURROGATES = {
 """Name -> the module whose `build` makes it (`lpserve.surrogate.base.Surrogate`)."""
 GOALS = ("both", "plan", "values")
 PLAYER_KINDS = ("layer", "half")
-PART_NAME = r"^\d{1,18}\.(?:attention|mlp)\Z"
 TASK_PREFIX = "task:"
 """Begins a corpus that is a task of lm-eval, not a path."""
 MIN_DISTANCE = 2
@@ -91,10 +91,6 @@ Pool = Annotated[str, one_of(POOLS)]
 Dtype = Annotated[str, one_of(DTYPES)]
 Goal = Annotated[str, one_of(GOALS)]
 PlayerKind = Annotated[str, one_of(PLAYER_KINDS)]
-LayerNames = Annotated[
-    list[Annotated[int, Meta(ge=0, le=MOST)] | Annotated[str, Meta(pattern=PART_NAME)]],
-    Meta(description="a list of layers, numbered from 0, or of parts such as 7.attention"),
-]
 Engines = Annotated[
     Annotated[int, Meta(ge=1, le=MOST)] | Literal["auto"],
     Meta(description="a whole number, at least 1, or auto"),
@@ -114,7 +110,7 @@ class EngineConfig:
     dtype: Dtype = "float32"
     device: Text = "auto"
     players: PlayerKind = "layer"
-    """What is dropped: whole layers, or (`half`) their attention and feed-forward parts apart."""
+    """What is dropped: whole layers, or (`half`) attention and feed-forward parts apart."""
     engine_options: Options = field(default_factory=dict)
     """Options of the engine kind, such as state_budget_mb; for vllm any argument of vllm.LLM."""
     grace_s: Seconds = 30.0

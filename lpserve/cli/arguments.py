@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lpserve.config import PART_NAME
 from lpserve.engine.registry import shown_kinds
 from lpserve.errors import InputError
+from lpserve.inputs.rules import PART_NAME
 
 ENGINE_OPTION_FLAGS = ("state_budget_mb", "micro_batch_tokens", "engine_option")
 """Flags that become `engine_options`."""

@@ -8,7 +8,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lpserve.cli.arguments import add_engine_flags, add_task_flags, engine_values, numbers
+from lpserve.cli.arguments import (
+    add_engine_flags,
+    add_task_flags,
+    engine_values,
+    layer_names,
+    numbers,
+)
 from lpserve.errors import InputError, LpserveError, typed_first_line
 
 _EVAL_HELP = """\
@@ -48,10 +54,10 @@ def add_eval(commands: Any) -> None:
     add(
         "--removed",
         action="append",
-        type=numbers,
+        type=layer_names,
         default=[],
         metavar="I,J,...",
-        help="a set of layers to remove; may be repeated",
+        help="a set of layers to remove, or of parts such as 7.attention; may be repeated",
     )
     add(
         "--mask",
@@ -102,8 +108,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     from lpserve.data.protocols import PROTOCOLS, other_texts
     from lpserve.evaluation.evaluate import evaluate, sets_from
     from lpserve.evaluation.settings import EvalConfig
+    from lpserve.model.players import num_layers_of
     from lpserve.plan.layer_sets import layer_set, mask_set, set_name
-    from lpserve.runner.setup import num_players_of
+    from lpserve.scoring.open import players_of
 
     if arguments.demo:
         _fill_demo(arguments)
@@ -117,12 +124,15 @@ def _eval(arguments: argparse.Namespace) -> int:
         changes["stride"] = arguments.length  # disjoint, unless a stride is asked for
     protocol = replace(PROTOCOLS[name], **{k: v for k, v in changes.items() if v is not None})
     engine = EngineConfig(**engine_values(arguments))
-    num_players = num_players_of(engine)
+    num_players = num_layers_of(players_of(engine))
     sets = sets_from(arguments.sets, engine, arguments.remove)
     sets += [layer_set(set_name(r), r, num_players, "--removed") for r in arguments.removed]
     sets += [mask_set(mask, num_players, "--mask") for mask in arguments.mask]
+    values = engine_values(arguments)
+    if any(found.has_parts for found in sets):
+        values.setdefault("players", "half")
     config = EvalConfig(
-        **engine_values(arguments),
+        **values,
         sets=tuple(sets),
         texts=corpora(arguments.text, "--text"),
         protocol=protocol,

@@ -19,7 +19,7 @@ from lpserve.engine.parts import Halves, ParallelHalves, Run
 from lpserve.model.players import ATTENTION, FULL_LAYER, MLP, NO_PLAYER
 
 
-class StateLayout(Protocol):
+class Layout(Protocol):
     """States as the trie holds them, `[B, T, ...]`, and as a model's layers take them."""
 
     def ours(self, hidden: torch.Tensor) -> torch.Tensor: ...
@@ -35,7 +35,7 @@ class Step:
     part: str
     player: int
     """Index of the player that it belongs to, or `NO_PLAYER`."""
-    run: Callable[[Run, torch.Tensor, StateLayout], torch.Tensor]
+    run: Callable[[Run, torch.Tensor, Layout], torch.Tensor]
     """(calls a module as the layer is called, a state, the model's layout) -> the state after."""
 
     def __str__(self) -> str:
@@ -87,10 +87,10 @@ def paired_state(hidden: torch.Tensor) -> torch.Tensor:
 
 def _alone(
     module: nn.Module, *, paired: bool
-) -> Callable[[Run, torch.Tensor, StateLayout], torch.Tensor]:
+) -> Callable[[Run, torch.Tensor, Layout], torch.Tensor]:
     """A module that takes the state and returns it."""
 
-    def run(call: Run, state: torch.Tensor, layout: StateLayout) -> torch.Tensor:
+    def run(call: Run, state: torch.Tensor, layout: Layout) -> torch.Tensor:
         hidden = state[:, :, 0] if paired else state
         after = layout.ours(call(module, layout.theirs(hidden)))
         return paired_state(after) if paired else after
@@ -98,10 +98,10 @@ def _alone(
     return run
 
 
-def _mixed(halves: ParallelHalves) -> Callable[[Run, torch.Tensor, StateLayout], torch.Tensor]:
+def _mixed(halves: ParallelHalves) -> Callable[[Run, torch.Tensor, Layout], torch.Tensor]:
     """The mixer of a parallel layer: its result goes beside the state."""
 
-    def run(call: Run, state: torch.Tensor, layout: StateLayout) -> torch.Tensor:
+    def run(call: Run, state: torch.Tensor, layout: Layout) -> torch.Tensor:
         hidden = state[:, :, 0]
         mixed = halves.mixed(call, layout.theirs(hidden))
         return torch.stack([hidden, layout.ours(mixed)], dim=2)
@@ -111,10 +111,10 @@ def _mixed(halves: ParallelHalves) -> Callable[[Run, torch.Tensor, StateLayout],
 
 def _added(
     halves: ParallelHalves, *, feed_forward: bool
-) -> Callable[[Run, torch.Tensor, StateLayout], torch.Tensor]:
+) -> Callable[[Run, torch.Tensor, Layout], torch.Tensor]:
     """The end of a parallel layer, with its feed-forward part or without."""
 
-    def run(call: Run, state: torch.Tensor, layout: StateLayout) -> torch.Tensor:
+    def run(call: Run, state: torch.Tensor, layout: Layout) -> torch.Tensor:
         hidden, mixed = (layout.theirs(each) for each in state.unbind(2))
         after = halves.added(call, hidden, mixed, feed_forward=feed_forward)
         return paired_state(layout.ours(after))

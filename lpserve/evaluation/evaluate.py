@@ -28,9 +28,10 @@ from lpserve.export.writer import REPORT_NAME
 from lpserve.inputs.files import is_there
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
+from lpserve.model.players import num_layers_of
 from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks, named_apart
 from lpserve.plan.set_files import read_sets
-from lpserve.runner.setup import num_players_of
+from lpserve.scoring.open import players_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
 from lpserve.store.files import make_folder
@@ -45,11 +46,12 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
             engine starts.
         RunInterrupted: what was scored is kept, and the same call goes on from there.
     """
-    num_players = num_players_of(config)
+    players = players_of(config)
     sets = [_whole(config), *dict.fromkeys(s for s in config.sets if s.removed)]
     if not config.texts and not config.tasks:
         raise InputError("nothing to evaluate: name a text (--text) or a task (--tasks)")
     names = [s.name for s in sets]
+    layer_set_masks(sets, players)  # refused before a model loads
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"two sets are named {twice!r}")
@@ -75,7 +77,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
         longest=longest,
         progress=progress,
     ) as session:
-        masks_MP = layer_set_masks(sets, num_players)
+        masks_MP = layer_set_masks(sets, players)
         if not evaluated_by(folder, session.info):
             session.compare_first()
         results = _perplexities(session, sets, masks_MP, cuts)
@@ -138,7 +140,7 @@ def sets_from(
     """
     if not paths:
         return []
-    num_players = num_players_of(config)
+    num_players = num_layers_of(players_of(config))
     model_hash = None
     if engine_kind(config.engine).reads_checkpoint:
         model_hash = checkpoint_hash(read_checkpoint(config.model))

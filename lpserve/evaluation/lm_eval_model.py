@@ -15,7 +15,7 @@ import atexit
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,10 @@ from lpserve.engine.base import Generates
 from lpserve.errors import EngineError, InputError
 from lpserve.inputs.documents import read_json_object
 from lpserve.inputs.files import is_there
+from lpserve.model.players import num_layers_of
 from lpserve.plan.layer_sets import full_model, layer_set
 from lpserve.plan.set_files import read_sets
-from lpserve.runner.setup import num_players_of
+from lpserve.scoring.open import players_of
 from lpserve.scoring.session import ScoringSession
 from lpserve.types import BoolArray
 
@@ -282,7 +283,8 @@ class LpserveLM(SetsLM):
             # lm-eval names its own default, a GPU, where none was asked for
             device="auto" if device in (None, "cuda", "cuda:0") else device,
         )
-        num_players = num_players_of(config)
+        players = players_of(config)
+        num_players = num_layers_of(players)
         if removed is not None and plan is not None:
             raise InputError("--model lpserve: give one of removed and plan")
         chosen = full_model()
@@ -299,6 +301,9 @@ class LpserveLM(SetsLM):
                     f"give remove=, got {remove!r}"
                 )
             chosen = sets[remove]
+        if chosen.has_parts:
+            config = replace(config, players="half")
+            players = players_of(config)
         tokenizer = load_tokenizer(model)
         length = max_length or max_input_length(str(model))
         probe = TokenWindows.from_tokens(np.array([[0, 1]]), name="probe")
@@ -308,4 +313,4 @@ class LpserveLM(SetsLM):
             ScoringSession(config, probe, store=store, holder="lm-eval", longest=length + 1)
         )
         session.compare_first()
-        super().__init__(session, tokenizer, chosen.mask(num_players)[None], max_length=length)
+        super().__init__(session, tokenizer, chosen.mask(players)[None], max_length=length)

@@ -24,8 +24,8 @@ class Result:
 
     layer_set: str
     """Name of the set."""
-    removed: tuple[int, ...]
-    """Its removed layers, 0-based and sorted."""
+    removed: tuple[int | str, ...]
+    """Its removed layers and parts of layers, as of `LayerSet`."""
     measure: str
     """`ppl NAME`, or `TASK METRIC`."""
     value: float
@@ -75,7 +75,7 @@ class _Row(TypedDict):
     """A figure as results.json holds it."""
 
     set: str
-    removed: list[int]
+    removed: list[int | str]
     measure: str
     value: float
     stderr: float | None
@@ -91,7 +91,7 @@ def _engine_of(info: EngineInfo) -> dict[str, str]:
     return {"kind": info.kind, "path": info.path, "dtype": info.dtype}
 
 
-def _key(result: Result) -> tuple[str, tuple[int, ...], str]:
+def _key(result: Result) -> tuple[str, tuple[int | str, ...], str]:
     return result.layer_set, result.removed, result.measure
 
 

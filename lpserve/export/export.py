@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from lpserve.export.pruned_config import prune_config
 from lpserve.export.report import ExportReport, model_card
 from lpserve.export.verify import (
     VERIFY_TOLERANCE,
+    Verification,
     random_windows,
     skip_engine,
     verify_checkpoint,
@@ -76,8 +78,6 @@ def export_checkpoint(
     """
     indices = _whole_numbers(removed)
     layers, parts = (indices, []) if players is None else removed_parts(players, indices)
-    if not indices:
-        raise InputError("nothing is removed: name a layer at least")
     _check_target(target := Path(out), dtype)
     checkpoint = read_checkpoint(model)
     pruned = prune_config(checkpoint, layers)
@@ -90,28 +90,37 @@ def export_checkpoint(
     with _written_aside(target) as partial:
         left_behind = write_checkpoint(checkpoint, pruned, partial, zeroed)
         found = None
-        if verify:
-            assert expected_nll_N is not None
-            found = verify_checkpoint(
-                partial, compared, expected_nll_N, dtype, device, original=checkpoint
-            )
+        if verify and expected_nll_N is not None:
+            given = compared, expected_nll_N, dtype, device
+            found = verify_checkpoint(partial, *given, original=checkpoint)
         report = ExportReport(
             source=str(checkpoint.path.resolve()),
             source_hash=checkpoint_hash(checkpoint),
             removed=sorted(layers),
             zeroed=[player_label(part) for part in sorted(parts, key=lambda p: p.index)],
             kept=pruned.kept,
-            verified=verify,
-            generates=found and found.generates,
             dtype=dtype,
             num_windows=compared.num_windows if verify else 0,
-            worst_relative_difference=found and found.worst_relative_difference,
-            ppl=found.ppl if found and windows else None,
             left_behind=left_behind,
+            **_as_found(found, with_ppl=windows is not None),
         )
-        write_text(partial / CARD_NAME, model_card(report))
-        write_text(partial / REPORT_NAME, json.dumps(asdict(report), indent=1) + "\n")
+        _write_report(partial, report)
     return report
+
+
+def _write_report(folder: Path, report: ExportReport) -> None:
+    write_text(folder / CARD_NAME, model_card(report))
+    write_text(folder / REPORT_NAME, json.dumps(asdict(report), indent=1) + "\n")
+
+
+def _as_found(found: Verification | None, *, with_ppl: bool) -> dict[str, Any]:
+    """A report's fields about the comparison."""
+    return {
+        "verified": found is not None,
+        "generates": found and found.generates,
+        "worst_relative_difference": found and found.worst_relative_difference,
+        "ppl": found.ppl if found and with_ppl else None,
+    }
 
 
 def _whole_numbers(removed: Sequence[int]) -> list[int]:
@@ -119,6 +128,8 @@ def _whole_numbers(removed: Sequence[int]) -> list[int]:
     for value in removed:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise InputError(f"removed layers must be whole numbers: got {value!r}")
+    if not len(removed):
+        raise InputError("nothing is removed: name a layer at least")
     return [int(value) for value in removed]
 
 

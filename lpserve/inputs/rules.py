@@ -10,6 +10,8 @@ from msgspec import Meta
 
 MOST = 2**63 - 1
 """No number is larger: arrays and databases hold 64 bits."""
+PART_NAME = r"^\d{1,18}\.(?:attention|mlp)\Z"
+"""How a part of a layer is named: `7.attention`."""
 
 
 def one_of(names: Iterable[str]) -> Meta:
@@ -28,3 +30,7 @@ Positive = Annotated[float, Meta(gt=0, le=1e300, description="a number above 0")
 Sizes = Annotated[tuple[int, int], Meta(description="two whole numbers, k_min and k_max")]
 Options = Annotated[dict[str, Any], Meta(description="a table")]
 Switch = Annotated[bool, Meta(description="true or false")]
+LayerNames = Annotated[
+    list[Annotated[int, Meta(ge=0, le=MOST)] | Annotated[str, Meta(pattern=PART_NAME)]],
+    Meta(description="a list of layers, numbered from 0, or of parts such as 7.attention"),
+]

@@ -5,8 +5,8 @@ these that go together (`groups:FILE`). Attention stands for whatever lets a tok
 state-space model or a convolution, too. Which players a model has is read from its config and the
 headers of its tensors; engines prove on real windows that its layers can be taken apart so.
 
-What a set of players means for a checkpoint that consists of full layers is decided here, too:
-`removed_layers` refuses what cannot be exported as one.
+What a set of players means for a checkpoint, which consists of layers, is decided here, too
+(`removed_parts`).
 """
 
 from __future__ import annotations
@@ -129,6 +129,11 @@ def player_label(player: Player) -> str:
     return str(player.layer) + ("" if player.part == FULL_LAYER else f".{player.part}")
 
 
+def num_layers_of(players: Sequence[Player]) -> int:
+    """How many layers have players."""
+    return len({player.layer for player in players})
+
+
 def kinds_of(players: Sequence[Player]) -> str:
     """What players are called together: `layers`, `parts of layers`."""
     whole = all(player.part == FULL_LAYER for player in players)
@@ -166,28 +171,6 @@ def removed_parts(
         n for n, parts in gone.items() if FULL_LAYER in parts or {ATTENTION, MLP} <= set(parts)
     ]
     return whole, [p for n, parts in gone.items() if n not in whole for p in parts.values()]
-
-
-def removed_layers(players: Sequence[Player], removed: Sequence[int]) -> list[int]:
-    """The decoder layers that a set of removed players stands for, in the order of `removed`.
-
-    Args:
-        players: all players of the model.
-        removed: indices of players.
-
-    Raises:
-        InputError: no such player, or one that is only a part of its layer: checkpoints are
-            written, and sets of layers evaluated, with full layers removed only.
-    """
-    layers = []
-    for player in _players_at(players, removed):
-        if player.part != FULL_LAYER:
-            raise InputError(
-                f"player {player.index} is part {player.part!r} of layer {player.layer}: only full "
-                "layers can be removed"
-            )
-        layers.append(player.layer)
-    return layers
 
 
 def _players_at(players: Sequence[Player], removed: Sequence[int]) -> list[Player]:

@@ -1,7 +1,7 @@
-"""Named sets of removed layers.
+"""Named sets of removed layers and parts of layers.
 
-Numbers are 0-based layers of the original model, and every layer is one player. Knows no engine.
-Files that hold sets are read by `lpserve.plan.set_files`.
+Numbers are 0-based layers of the original model; `7.attention` and `7.mlp` are parts of one. Knows
+no engine. Files that hold sets are read by `lpserve.plan.set_files`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from lpserve.errors import InputError
+from lpserve.inputs.rules import PART_NAME
 from lpserve.masks import without
-from lpserve.types import BoolArray
+from lpserve.model.players import ATTENTION, named_players
+from lpserve.types import BoolArray, Player
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +27,30 @@ class LayerSet:
     """Named layers to remove."""
 
     name: str
-    removed: tuple[int, ...]
-    """0-based, sorted."""
+    removed: tuple[int | str, ...]
+    """0-based, sorted: numbers of layers, and parts of layers such as `7.attention`."""
 
-    def mask(self, num_players: int) -> BoolArray:
-        """The mask that keeps all other layers, `bool[P]`, True = kept."""
-        return without(num_players, self.removed)
+    @property
+    def has_parts(self) -> bool:
+        """Whether it removes parts of layers."""
+        return any(isinstance(one, str) for one in self.removed)
+
+    def mask(self, players: Sequence[Player]) -> BoolArray:
+        """The mask that keeps all else, `bool[P]`, True = kept.
+
+        Raises:
+            InputError: it removes what no player of these is.
+        """
+        if self.has_parts and not any(player.part == ATTENTION for player in players):
+            raise InputError(
+                f"set {self.name!r} removes parts of layers: give players = half (--players half)"
+            )
+        return without(len(players), named_players(players, self.removed, f"set {self.name!r}"))
 
 
-def layer_set_masks(sets: Sequence[LayerSet], num_players: int) -> BoolArray:
+def layer_set_masks(sets: Sequence[LayerSet], players: Sequence[Player]) -> BoolArray:
     """The mask of every set, `bool[M, P]`, True = kept."""
-    return np.array([layer_set.mask(num_players) for layer_set in sets], dtype=bool)
+    return np.array([layer_set.mask(players) for layer_set in sets], dtype=bool)
 
 
 def named_apart(sets: Sequence[tuple[Path, LayerSet]]) -> list[LayerSet]:
@@ -70,27 +85,35 @@ def layer_set(name: str, removed: Sequence[Any], num_players: int, source: str) 
     Raises:
         InputError: something is no layer number of this model, or repeats; names `source`.
     """
-    numbers = []
+    numbers: list[int] = []
+    parts: dict[str, int] = {}
     for item in removed:
-        if isinstance(item, bool) or not isinstance(item, int):
+        if isinstance(item, str) and re.match(PART_NAME, item):
+            parts[item] = int(item.partition(".")[0])
+        elif isinstance(item, bool) or not isinstance(item, int):
             raise InputError(f"{source}: {item!r} is no layer number")
-        numbers.append(item)
-    outside = [number for number in numbers if not 0 <= number < num_players]
+        else:
+            numbers.append(item)
+    everywhere = [*numbers, *parts.values()]
+    outside = [number for number in everywhere if not 0 <= number < num_players]
     if outside:
-        from_one = max(numbers) == num_players and min(numbers) > 0
+        from_one = max(everywhere) == num_players and min(everywhere) > 0
         hint = "; are they counted from 1? The first layer is 0" if from_one else ""
         raise InputError(
             f"{source}: layer {outside[0]} is not one of 0..{num_players - 1}, the model's "
             f"layers{hint}"
         )
-    if len(set(numbers)) != len(numbers):
+    if len(set(numbers)) + len(parts) != len(removed):
         if set(numbers) <= {0, 1} and len(numbers) == num_players:
             raise InputError(
                 f"{source}: {numbers} is a mask, and layer numbers are needed: write the mask "
                 "without commas to --mask"
             )
-        raise InputError(f"{source}: a layer comes twice in {numbers}")
-    return LayerSet(name, tuple(sorted(numbers)))
+        raise InputError(f"{source}: a layer comes twice in {list(removed)}")
+    both = sorted({*numbers} & {*parts.values()})
+    if both:
+        raise InputError(f"{source}: layer {both[0]} is removed whole, and a part of it besides")
+    return LayerSet(name, tuple(_sorted([*numbers, *parts])))
 
 
 def mask_set(text: str, num_players: int, source: str) -> LayerSet:
@@ -108,6 +131,10 @@ def mask_set(text: str, num_players: int, source: str) -> LayerSet:
     return LayerSet(set_name(removed), tuple(removed))
 
 
-def set_name(removed: Sequence[int]) -> str:
+def set_name(removed: Sequence[int | str]) -> str:
     """The name of a set that was given none: `-3,7`."""
-    return "-" + ",".join(map(str, sorted(removed))) if removed else "all layers"
+    return "-" + ",".join(map(str, _sorted(removed))) if removed else "all layers"
+
+
+def _sorted(removed: Sequence[int | str]) -> list[int | str]:
+    return sorted(removed, key=lambda one: (int(str(one).partition(".")[0]), str(one)))

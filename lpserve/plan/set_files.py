@@ -1,16 +1,17 @@
 """Files that hold sets of layers: plans, and what other tools write.
 
 `read_sets` reads a plan (`plan.json`, or a run folder), EvoPress' `layer_drop_config.txt`
-(Sieberling et al., arXiv 2410.14649: one line for each layer, `none` or `attn+mlp`), a mergekit
-recipe (passthrough slices of one model), and plain lists of layer numbers, one set for each line.
+(Sieberling et al., arXiv 2410.14649: one line for each layer, `none`, `attn`, `mlp` or `attn+mlp`),
+a mergekit recipe (passthrough slices of one model), the `block_configs` of Puzzletron's models, and
+plain lists of layer numbers and of parts such as `7.attention`, one set for each line.
 
 What could be meant in two ways is refused with both readings, never read as the nearest form.
-Every layer is one player: a plan whose players are parts of layers is refused.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,27 @@ from typing import Any
 from lpserve.errors import InputError, first_line
 from lpserve.inputs.documents import json_value, yaml_value
 from lpserve.inputs.files import read_document
+from lpserve.inputs.rules import PART_NAME
+from lpserve.inputs.shapes import converted
 from lpserve.model.architecture import MOST_LAYERS, read_architecture
 from lpserve.model.checkpoint import read_checkpoint
-from lpserve.model.players import players_from, removed_layers
+from lpserve.model.players import (
+    ATTENTION,
+    FULL_LAYER,
+    MLP,
+    num_layers_of,
+    player_label,
+    players_from,
+)
 from lpserve.plan.layer_sets import LayerSet, layer_set, set_name
 from lpserve.plan.plan import load_plan
+from lpserve.types import Player
 
 _DROPPED = {
-    frozenset(["none"]): "none",
-    frozenset(["attn"]): "half",
-    frozenset(["mlp"]): "half",
-    frozenset(["attn", "mlp"]): "layer",
+    frozenset(["none"]): "",
+    frozenset(["attn"]): f".{ATTENTION}",
+    frozenset(["mlp"]): f".{MLP}",
+    frozenset(["attn", "mlp"]): FULL_LAYER,
 }
 """EvoPress' words for what a layer loses, in any order and case."""
 _ASSIGNED = re.compile(
@@ -77,16 +88,15 @@ def _from_json(path: Path, text: str, num_players: int, model_hash: str | None) 
     if isinstance(data, dict) and "plans" in data:
         plan = load_plan(path)
         players = players_from(plan.players)
-        removed_layers(players, [player.index for player in players])  # no parts of layers at all
-        removed_by: dict[str, list[int]] = {}
+        removed_by: dict[str, list[int | str]] = {}
         for entry in plan.plans:
             sets = [entry.removed, *(other.removed for other in entry.alternatives)]
             for number, removed in enumerate(sets):
                 name = f"plan -{entry.num_removed}" + f" #{number}" * (number > 0)
-                removed_by[name] = removed_layers(players, removed)
-        if plan.num_players != num_players:
+                removed_by[name] = _names(players, removed)
+        if num_layers_of(players) != num_players:
             raise InputError(
-                f"{path} is a plan for a model of {plan.num_players} layers; this one has "
+                f"{path} is a plan for a model of {num_layers_of(players)} layers; this one has "
                 f"{num_players}"
             )
         if model_hash is not None and plan.model_hash != model_hash:
@@ -96,6 +106,8 @@ def _from_json(path: Path, text: str, num_players: int, model_hash: str | None) 
         return [
             layer_set(name, removed, num_players, str(path)) for name, removed in removed_by.items()
         ]
+    if isinstance(data, dict) and "block_configs" in data:
+        return [_from_block_configs(data["block_configs"], num_players, path)]
     if isinstance(data, dict):
         named = {str(name): _numbers_of(value, path) for name, value in data.items()}
     else:
@@ -105,19 +117,22 @@ def _from_json(path: Path, text: str, num_players: int, model_hash: str | None) 
     return [_file_set(name, row, num_players, str(path)) for name, row in named.items()]
 
 
-def _numbers_of(value: Any, path: Path) -> list[int]:
+def _numbers_of(value: Any, path: Path) -> list[int | str]:
     """Layer numbers of a JSON list, in which tools write 3 also as 3.0 and "3"."""
     if not isinstance(value, list):
         raise InputError(f"{path}: {value!r} is no list of layer numbers")
-    numbers = []
+    numbers: list[int | str] = []
     for item in value:
+        if isinstance(item, str) and re.match(PART_NAME, item):
+            numbers.append(item)
+            continue
         if isinstance(item, bool) or not re.fullmatch(r"-?\d{1,9}(?:\.0)?", str(item)):
             raise InputError(f"{path}: {item!r} is no layer number")
         numbers.append(int(float(item)))
     return numbers
 
 
-def _file_set(name: str, removed: list[int], num_players: int, source: str) -> LayerSet:
+def _file_set(name: str, removed: Sequence[int | str], num_players: int, source: str) -> LayerSet:
     """A set as a file names it; one of all layers is no set to remove."""
     found = layer_set(name, removed, num_players, source)
     if len(found.removed) == num_players:
@@ -132,14 +147,44 @@ def _from_drop_words(dropped: list[str | None], num_players: int, path: Path) ->
     """The set of EvoPress' `layer_drop_config.txt`."""
     if len(dropped) != num_players:
         raise InputError(f"{path} speaks of {len(dropped)} layers; the model has {num_players}")
-    for layer, what in enumerate(dropped):
-        if what == "half":
-            raise InputError(
-                f"{path} line {layer + 1} removes half of layer {layer}; here layers are removed "
-                "whole (EvoPress: --drop_entire_block)"
-            )
-    removed = [layer for layer, what in enumerate(dropped) if what == "layer"]
+    removed = [
+        layer if what == FULL_LAYER else f"{layer}{what}"
+        for layer, what in enumerate(dropped)
+        if what
+    ]
     return _file_set(path.stem, removed, num_players, str(path))
+
+
+def _from_block_configs(blocks: Any, num_players: int, path: Path) -> LayerSet:
+    """The parts that Puzzletron's search left out: those whose block says `no_op`.
+
+    Raises:
+        InputError: a block is changed in another way: what it makes is no set of removed parts.
+    """
+    source = f"{path}: block_configs"
+    checked = converted(blocks, list[dict[str, Any]], source)
+    if len(checked) != num_players:
+        raise InputError(f"{source} speaks of {len(checked)} layers; the model has {num_players}")
+    removed: list[int | str] = []
+    for layer, block in enumerate(checked):
+        gone = []
+        for word, part in (("attention", ATTENTION), ("ffn", MLP)):
+            settings = block.get(word) or {}
+            if not isinstance(settings, dict) or settings.get("replace_with_linear"):
+                raise InputError(f"{source}: the {word} of layer {layer} is replaced, not removed")
+            gone += [part] * bool(settings.get("no_op"))
+        removed += [layer] if len(gone) == 2 else [f"{layer}.{part}" for part in gone]
+    return _file_set(path.stem, removed, num_players, str(path))
+
+
+def _names(players: Sequence[Player], removed: Sequence[int]) -> list[int | str]:
+    """Removed players as layer sets name them."""
+    by_index = {player.index: player for player in players}
+    for index in removed:
+        if index not in by_index:
+            raise InputError(f"player {index} is not one of the plan's {len(players)} players")
+    gone = [by_index[index] for index in removed]
+    return [p.layer if p.part == FULL_LAYER else player_label(p) for p in gone]
 
 
 def _from_mergekit(text: str, num_players: int, source: str) -> LayerSet:
@@ -236,7 +281,7 @@ def _named(content: str, where: str) -> tuple[str, str]:
     return name.strip(), numbers
 
 
-def _numbers(text: str, where: str) -> list[int]:
+def _numbers(text: str, where: str) -> list[int | str]:
     """The layer numbers in a text; what may be meant otherwise is refused with that meaning."""
     told = text.strip()
     brackets = re.sub(r"[^\[\](){}]", "", told)
@@ -247,10 +292,13 @@ def _numbers(text: str, where: str) -> list[int]:
         )
     if re.search(r"\d\s*(?:-|\.\.+|\u2013)\s*\d", told):  # \u2013: an en dash
         raise InputError(f"{where}: {told!r} may be a range: write every number")
-    numbers = []
+    numbers: list[int | str] = []
     for word in re.split(r"[\s,;\[\](){}]+", told):
+        if re.match(PART_NAME, word):
+            numbers.append(word)
+            continue
         if _HALVES.match(word):
-            raise InputError(f"{where}: {word!r} is half of a layer; here layers are removed whole")
+            raise InputError(f"{where}: {word!r} names no layer: write 7.attention or 7.mlp")
         if re.fullmatch(r"(?:0|[1-9]\d{0,8})(?:\.0)?", word):
             numbers.append(int(float(word)))
         elif re.fullmatch("[01]{2,}", word):

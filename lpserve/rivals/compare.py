@@ -21,12 +21,14 @@ from lpserve.config import WindowConfig, resolved_max_removed
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.masks import full_mask, removed_players
+from lpserve.model.players import player_label
 from lpserve.plan.layer_sets import LayerSet, layer_set_masks
 from lpserve.report.csv_rows import csv_text
 from lpserve.rivals.accounting import Spent
 from lpserve.rivals.proposer import Answer, Ask, SearchSetting, best_sets, drive
 from lpserve.rivals.registry import RIVALS, Measurement
-from lpserve.runner.setup import num_players_of, windows_of
+from lpserve.runner.setup import windows_of
+from lpserve.scoring.open import players_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
 from lpserve.store.files import make_folder, write_text
@@ -102,7 +104,9 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
         InputError: something cannot be used; raised before an engine starts.
         RunInterrupted: a signal came; what was scored is kept.
     """
-    num_players = num_players_of(config)
+    players = players_of(config)
+    num_players = len(players)
+    layer_set_masks(config.sets, players)  # refused before a model loads
     max_removed = resolved_max_removed(config.max_removed, num_players)
     calibration, heldout = windows_of(config)
     _check_start(config, num_players, max_removed, calibration.num_windows)
@@ -173,7 +177,7 @@ class _Comparing:
             sets += [(name, *found[r]) for r in sorted(found) if 1 <= r <= self._max_removed]
         given = [s for s in self._config.sets if s.removed]
         if given:
-            masks_MP = layer_set_masks(given, self._players)
+            masks_MP = layer_set_masks(given, self._session.info.players)
             nll_M = self._score("sets", Ask(masks_MP))
             sets += [(s.name, m, float(v)) for s, m, v in zip(given, masks_MP, nll_M, strict=True)]
         return self._comparison(sets, costs)
@@ -259,7 +263,13 @@ def _write(
 
     info = session.info
     found = [
-        [f.rival, f.num_removed, " ".join(map(str, f.removed)), f.calibration_ppl, f.heldout_ppl]
+        [
+            f.rival,
+            f.num_removed,
+            " ".join(player_label(info.players[player]) for player in f.removed),
+            f.calibration_ppl,
+            f.heldout_ppl,
+        ]
         for f in comparison.found
     ]
     costs = [

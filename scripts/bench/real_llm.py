@@ -240,7 +240,7 @@ def held_out(args: argparse.Namespace, steps: Steps) -> dict[str, dict[tuple[int
     )
     for result in evaluated.results:
         if result.measure.endswith(" acc"):
-            found.setdefault(result.measure, {})[tuple(result.removed)] = result.value
+            found.setdefault(result.measure, {})[tuple(map(int, result.removed))] = result.value
     return found
 
 

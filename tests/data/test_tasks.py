@@ -32,6 +32,7 @@ from lpserve.errors import InputError
 from lpserve.evaluation.evaluate import evaluate
 from lpserve.evaluation.settings import EvalConfig
 from lpserve.masks import all_masks, full_mask, key_text, keys
+from lpserve.model.players import layer_players
 from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks
 from lpserve.runner.run import run
 from lpserve.runner.setup import check_model, item_sets_of
@@ -265,7 +266,9 @@ def test_verdicts_are_lm_evals_own(task, utility, metric, num_fewshot, few_docum
     losses = []
     for sample in item_sets_of(config):
         with lpserve.open_engine(model, sample.windows) as engine:
-            scores = engine.score(layer_set_masks(sets, 12), extra_metrics=("misses",))
+            scores = engine.score(
+                layer_set_masks(sets, layer_players(12)), extra_metrics=("misses",)
+            )
         values = {k: scores.of(k).astype(np.float32) for k in ("nll", "misses")}
         losses.append(sample.losses(utility_named(utility), values))
     mean_M = np.concatenate(losses, axis=1).astype(np.float64).mean(axis=1)
@@ -529,7 +532,9 @@ def test_tasks_of_other_kinds_are_judged_as_lm_eval_does(kind, small_model, tmp_
     losses = []
     for sample in sides:
         with lpserve.open_engine(small_model, sample.windows) as engine:
-            nll_MN = engine.score(layer_set_masks(sets, NUM_LAYERS)).nll_MN.astype(np.float32)
+            nll_MN = engine.score(layer_set_masks(sets, layer_players(NUM_LAYERS))).nll_MN.astype(
+                np.float32
+            )
         assert len(np.unique(nll_MN, axis=0)) == len(sets)  # the sets are told apart
         values = {"nll": nll_MN, "misses": np.zeros_like(nll_MN)}
         losses.append(sample.losses(UTILITIES["task_acc"], values))

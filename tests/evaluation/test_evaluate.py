@@ -34,6 +34,7 @@ from lpserve.errors import InputError
 from lpserve.evaluation.evaluate import evaluate, sets_from
 from lpserve.evaluation.lm_eval_model import SetsLM, max_input_length
 from lpserve.evaluation.settings import EvalConfig
+from lpserve.model.players import layer_players
 from lpserve.plan.layer_sets import LayerSet, full_model, layer_set_masks
 from lpserve.scoring.session import ScoringSession
 from lpserve.testing.reference import window_nll
@@ -68,7 +69,10 @@ def lm(tmp_path):
         config, probe, store=tmp_path / "s.sqlite", holder="a test", longest=MAX_LENGTH + 1
     ) as session:
         lm = SetsLM(
-            session, load_tokenizer(MODEL), layer_set_masks(sets, 12), max_length=MAX_LENGTH
+            session,
+            load_tokenizer(MODEL),
+            layer_set_masks(sets, layer_players(12)),
+            max_length=MAX_LENGTH,
         )
         lm.current = 1
         yield lm
@@ -482,7 +486,10 @@ def test_generated_texts_are_those_of_the_exported_checkpoint(pruned, tmp_path):
         config, probe, store=tmp_path / "s.sqlite", holder="a test", longest=MAX_LENGTH + 1
     ) as session:
         ours = SetsLM(
-            session, load_tokenizer(MODEL), layer_set_masks(sets, 12), max_length=MAX_LENGTH
+            session,
+            load_tokenizer(MODEL),
+            layer_set_masks(sets, layer_players(12)),
+            max_length=MAX_LENGTH,
         )
         for name, lm in (("whole", ours), ("three", ours), ("theirs", theirs)):
             ours.current = int(name == "three")

@@ -22,7 +22,6 @@ from lpserve.model.players import (
     named_players,
     player_label,
     players_from,
-    removed_layers,
     removed_parts,
 )
 from lpserve.plan.plan import Plan, PlanEntry
@@ -74,14 +73,6 @@ def test_players_are_the_layers_in_order_and_survive_json():
         players_from([{"index": 0}])
 
 
-def test_removed_players_are_mapped_to_their_layers(rng):
-    order = rng.permutation(NUM_LAYERS).tolist()
-    players = [Player(index=i, layer=layer) for i, layer in enumerate(order)]
-    assert removed_layers(players, [4, 1]) == [order[4], order[1]]
-    with pytest.raises(InputError, match="player 6 is not one of"):
-        removed_layers(players, [6])
-
-
 def test_sets_of_parts_become_whole_layers_and_parts():
     assert removed_parts(HALVES, [0, 1, 3, 8]) == ([0], [HALVES[3], HALVES[8]])
     assert removed_parts(MLPS, [2]) == ([], [MLPS[2]])
@@ -113,11 +104,10 @@ def test_players_are_named_by_layer_and_part():
 
 
 @pytest.mark.parametrize("players", [HALVES, MLPS], ids=["halves", "mlps"])
-def test_a_plan_of_half_layers_is_no_list_of_layers(players, tmp_path):
+def test_the_sets_of_a_plan_of_half_layers_are_parts(players, tmp_path):
     path = write_plan(tmp_path, players, [1, 3])
-    with pytest.raises(InputError, match="only full layers can be removed") as error:
-        read_sets(path, NUM_LAYERS)
-    assert "\n" not in str(error.value)
+    (found,) = read_sets(path, NUM_LAYERS)
+    assert found.removed == tuple(player_label(players[i]) for i in (1, 3))
 
 
 def test_players_of_a_checkpoint_are_read_from_its_headers(model_dir):

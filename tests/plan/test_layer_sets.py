@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from lpserve.errors import InputError
+from lpserve.model.players import half_players, layer_players
 from lpserve.plan.layer_sets import (
     LayerSet,
     layer_set,
     layer_set_masks,
     mask_set,
     named_apart,
+    set_name,
 )
 
 LAYERS = 6
@@ -21,10 +23,25 @@ def test_a_mask_keeps_what_a_set_does_not_remove(rng):
     removed = sorted(rng.permutation(LAYERS)[: rng.integers(1, LAYERS)].tolist())
     text = "".join("0" if i in removed else "1" for i in range(LAYERS))
     sets = [LayerSet("a", tuple(removed)), mask_set(text, LAYERS, "--mask"), LayerSet("all", ())]
-    masks = layer_set_masks(sets, LAYERS)
+    masks = layer_set_masks(sets, layer_players(LAYERS))
     assert (masks[0] == masks[1]).all()
     assert np.flatnonzero(~masks[0]).tolist() == removed
     assert masks[2].all()
+
+
+def test_sets_of_parts_are_masks_over_halves_alone():
+    found = layer_set("some", ["3.mlp", 1, "0.attention"], LAYERS, "s.txt")
+    assert found.removed == ("0.attention", 1, "3.mlp")
+    assert found.has_parts
+    halves = half_players([False] * LAYERS)
+    assert np.flatnonzero(~found.mask(halves)).tolist() == [0, 2, 3, 7]
+    assert set_name(found.removed) == "-0.attention,1,3.mlp"
+    with pytest.raises(InputError, match="set 'some' removes parts of layers: give players = half"):
+        found.mask(layer_players(LAYERS))
+    with pytest.raises(InputError, match="layer 1 is removed whole, and a part of it besides"):
+        layer_set("some", ["1.mlp", 1], LAYERS, "s.txt")
+    with pytest.raises(InputError, match=r"layer 6 is not one of 0\.\.5"):
+        layer_set("some", ["6.mlp"], LAYERS, "s.txt")
 
 
 @pytest.mark.parametrize("text", ["0110", "0120111", "", "abcdef"])

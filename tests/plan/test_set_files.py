@@ -56,8 +56,35 @@ def test_evopress_drop_config(tmp_path):
     assert read_sets(path, LAYERS) == [LayerSet("layer_drop_config", (1, 4))]
     words[3] = "mlp"
     path = written(tmp_path, "layer_drop_config.txt", "\n".join(words) + "\n")
-    with pytest.raises(InputError, match="line 4 removes half of layer 3"):
-        read_sets(path, LAYERS)
+    assert read_sets(path, LAYERS) == [LayerSet("layer_drop_config", (1, "3.mlp", 4))]
+    words[0] = "attn"
+    path = written(tmp_path, "layer_drop_config.txt", "\n".join(words) + "\n")
+    (found,) = read_sets(path, LAYERS)
+    assert found.removed == ("0.attention", 1, "3.mlp", 4)
+
+
+def test_block_configs_of_puzzletron(tmp_path):
+    blocks: list[dict] = [{"attention": {"no_op": False}, "ffn": {"no_op": False}}] * LAYERS
+    blocks[2] = {"attention": {"no_op": True}, "ffn": {"ffn_mult": 2.5}}
+    blocks[4] = {"attention": {"no_op": True}, "ffn": {"no_op": True}}
+    path = written(tmp_path, "config.json", json.dumps({"block_configs": blocks}))
+    assert read_sets(path, LAYERS) == [LayerSet("config", ("2.attention", 4))]
+    blocks[1] = {"attention": {"replace_with_linear": True}, "ffn": {}}
+    for content, words in (
+        (blocks, "the attention of layer 1 is replaced, not removed"),
+        (blocks[:3], "block_configs speaks of 3 layers; the model has 6"),
+        ({}, "block_configs: expected"),
+    ):
+        path = written(tmp_path, "config.json", json.dumps({"block_configs": content}))
+        with pytest.raises(InputError, match=words):
+            read_sets(path, LAYERS)
+
+
+def test_lists_may_name_parts(tmp_path):
+    path = written(tmp_path, "s.txt", "some: 3, 0.attention 5.mlp\n")
+    assert read_sets(path, LAYERS) == [LayerSet("some", ("0.attention", 3, "5.mlp"))]
+    path = written(tmp_path, "s.json", '["2.mlp", 4]')
+    assert read_sets(path, LAYERS) == [LayerSet("-2.mlp,4", ("2.mlp", 4))]
 
 
 def test_the_mergekit_recipe_that_export_writes_is_read_back(tmp_path, rng):
@@ -90,7 +117,7 @@ slices:
         ("s.txt", "ours: 1-3", "'1-3' may be a range"),
         ("s.txt", "1..3", "may be a range"),
         ("s.txt", "Pruning order: 5, 2, 0, 1, 4, 3", "removes every layer"),
-        ("s.txt", "attn.3, mlp.2", "'attn.3' is half of a layer"),
+        ("s.txt", "attn.3, mlp.2", "'attn.3' names no layer: write 7.attention"),
         ("s.txt", "011011", "may be a mask: give it by --mask"),
         ("s.txt", "[0, 1, 0, 1, 1, 0]", "is a mask, and layer numbers are needed"),
         ("s.txt", "1, 2, 6", "counted from 1"),
@@ -152,8 +179,9 @@ def test_a_plan_says_which_layers_its_players_are(tmp_path):
     assert read_sets(path, LAYERS) == [LayerSet("plan -1", (LAYERS - 2,))]
     plan["players"][3]["part"] = "mlp"
     path = written(tmp_path, "plan.json", json.dumps(plan))
-    with pytest.raises(InputError, match="player 3 is part 'mlp' of layer 2"):
-        read_sets(path, LAYERS)
+    plan["plans"][0]["removed"] = [3]
+    path = written(tmp_path, "plan.json", json.dumps(plan))
+    assert read_sets(path, LAYERS) == [LayerSet("plan -1", ("2.mlp",))]
 
 
 def test_assignments_of_a_shell_are_named_sets(tmp_path):

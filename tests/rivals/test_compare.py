@@ -110,6 +110,22 @@ def test_taylor_importance_is_that_of_transformers_own_loss(model_dir, rng):
     assert got == pytest.approx(wanted, rel=1e-4)  # gradients sum over tokens in another order
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+def test_halves_are_measured_between_the_layers_own_states(family, model_dir, rng):
+    """The states between layers are the same; a layer's gradients are those of its parts."""
+    windows = some_windows(rng, num=4, ragged=False)
+    found = []
+    for players in ("layer", "half"):
+        with lpserve.open_engine(model_dir(family), windows, players=players) as engine:
+            measured = cast("Any", engine)
+            found.append((measured.hidden_states(), measured.taylor_importance()))
+    (layers, of_layers), (halves, of_halves) = found
+    assert np.abs(halves.distance[::2, ::2] - layers.distance).max() < TOLERANCE
+    assert halves.influence_P.shape == (2 * NUM_LAYERS,)
+    assert (halves.influence_P > 0).all()
+    assert of_halves.reshape(-1, 2).sum(1) == pytest.approx(of_layers, rel=1e-6)
+
+
 def sets_of(proposer) -> list[tuple[int, ...]]:
     record = drive(proposer, lambda ask: np.zeros(len(ask.masks_MP)), 100)
     return [removed_players(mask) for scored in record for mask in scored.ask.masks_MP]

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.base import HiddenStates, LayerStack
+from lpserve.engine.base import HiddenStates
 from lpserve.engine.head import on_device, plain_nll
+from lpserve.engine.hf.stack import RecordedStack
 from lpserve.types import FloatArray
 
 
-def hidden_states(stack: LayerStack, blocks: list[TokenWindows]) -> HiddenStates:
+def hidden_states(stack: RecordedStack, blocks: list[TokenWindows]) -> HiddenStates:
     """Block influence and angular distances on windows, given in blocks of one padded length each
     that the stack is prepared for."""
-    players = stack.num_steps
+    players = len(stack.players)
     cosines_P, angles = np.zeros(players), np.zeros((players + 1, players + 1))
     tokens = windows = 0
     for block in blocks:
@@ -28,15 +29,18 @@ def hidden_states(stack: LayerStack, blocks: list[TokenWindows]) -> HiddenStates
         real_NT = torch.arange(block.length)[None] <= last_N[:, None]
         state = stack.embed(block)
         real = real_NT.to(state.device)
-        last_states = [_unit_vectors(state[device_rows, last_N])]
-        for player in range(players):
-            after = stack.run_step(player, state)
+        hidden = stack.hidden(state)
+        last_states = [_unit_vectors(hidden[device_rows, last_N])]
+        for step, player in enumerate(stack.step_players):
+            state, before = stack.run_step(step, state), hidden
+            hidden = stack.hidden(state)
+            if player < 0:  # the end of a parallel layer changes nothing
+                continue
             cosine_NT = torch.nn.functional.cosine_similarity(
-                state.flatten(2).float(), after.flatten(2).float(), dim=-1
+                before.flatten(2).float(), hidden.flatten(2).float(), dim=-1
             )
             cosines_P[player] += float((cosine_NT.double() * real).sum())
-            state = after
-            last_states.append(_unit_vectors(state[device_rows, last_N]))
+            last_states.append(_unit_vectors(hidden[device_rows, last_N]))
         last = torch.stack(last_states)
         cosine = torch.einsum("ind,jnd->ijn", last, last).clamp(-1, 1)
         angles += (cosine.arccos() / torch.pi).sum(-1).cpu().numpy()
@@ -52,13 +56,17 @@ def _unit_vectors(states: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(states.flatten(1).double(), dim=-1)
 
 
-def taylor_importance(model: Any, layers: list[Any], blocks: list[TokenWindows]) -> FloatArray:
+def taylor_importance(stack: RecordedStack, blocks: list[TokenWindows]) -> FloatArray:
     """Shortened-LLaMA's Taylor criterion (arXiv 2402.02834, eq. 3), `float64[P]`: the sum of
-    |weight x gradient| over a layer's matrices, of the mean NLL over all windows.
+    |weight x gradient| over a player's matrices, of the mean NLL over all windows.
 
-    Gradients of all layers are held at once: as much memory again as their weights take.
+    Gradients of all players are held at once: as much memory again as their weights take.
     """
-    weights = [[p for p in layer.parameters() if p.ndim > 1] for layer in layers]
+    model = stack.model
+    weights: list[list[Any]] = [
+        [p for module in modules for p in module.parameters() if p.ndim > 1]
+        for modules in stack.player_modules()
+    ]
     tokens = sum(int(block.num_tokens_N.sum()) for block in blocks)
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:

@@ -88,6 +88,7 @@ class TransformersEngine:
                 head_chunk_bytes=head_chunk,
                 compile_layers=compiled,
             )
+        self._stack = stack
         self._scorer = StackScorer(stack, settings, padded_step=_padded_step(self._model))
         self._default = self.register(windows)
         self.info = EngineInfo(
@@ -145,18 +146,16 @@ class TransformersEngine:
     def hidden_states(self, windows: str | None = None) -> HiddenStates:
         """Block influence and angular distances in the full model, on registered windows."""
         with full_precision():
-            return hidden_states(self._scorer.stack, self._scorer.blocks(windows or self._default))
+            return hidden_states(self._stack, self._scorer.blocks(windows or self._default))
 
     def taylor_importance(self, windows: str | None = None) -> FloatArray:
-        """First-order importance of every layer's weights, `float64[P]`; takes gradients."""
-        stack = self._scorer.stack
-        assert isinstance(stack, RecordedStack)
+        """First-order importance of every player's weights, `float64[P]`; takes gradients."""
         blocks = self._scorer.blocks(windows or self._default)
-        return taylor_importance(self._model, list(stack.layers), blocks)
+        return taylor_importance(self._stack, blocks)
 
     def close(self) -> None:
         if hasattr(self, "_model"):
-            del self._model, self._scorer
+            del self._model, self._scorer, self._stack
             gc.collect()
             self._end_keeping()
             if torch.cuda.is_available():

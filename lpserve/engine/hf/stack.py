@@ -24,9 +24,8 @@ import torch
 from torch import nn
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.base import PaddingMattersError
 from lpserve.engine.calls import hidden_of, like_output
-from lpserve.engine.head import Head, LocalVocabulary, on_device, plain_nll
+from lpserve.engine.head import Head, LocalVocabulary, on_device
 from lpserve.engine.hf.arguments import LayerArguments, RowRepeater, learn_arguments
 from lpserve.engine.hf.recording import (
     Call,
@@ -36,17 +35,13 @@ from lpserve.engine.hf.recording import (
     record_around_layers,
     record_layers,
 )
+from lpserve.engine.hf.replay_check import check_replay
 from lpserve.engine.hf.structure import find_form, find_layers
 from lpserve.engine.parts import Halves, Modules, ParallelHalves, find_halves
-from lpserve.engine.replay import same_tensor
 from lpserve.engine.steps import Step, layer_steps, paired_state
 from lpserve.errors import EngineError, first_line
 from lpserve.model.players import FULL_LAYER, layer_parts, layer_players
 from lpserve.types import Player
-
-PARITY_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
-"""Relative, summed NLL of a window, replayed against the model's own forward at start. Half
-precision only has to show that the structure is right: rounding differs with the batch shape."""
 
 
 class RecordedStack:
@@ -79,8 +74,8 @@ class RecordedStack:
         self.layers, _ = find_layers(model, num_layers, self._probe_ids(8))
         self.players = tuple(players or layer_players(len(self.layers)))
         self._form = find_form(model, self.layers, self.vocab_size)
-        self._compiled = compile_layers
-        self._steps: list[Step] = []
+        self.compiled = compile_layers
+        self.steps: list[Step] = []
         self._paired = False
         self.modules: dict[int, Modules] = {}
         """Of each layer that is run in halves, the modules of its parts."""
@@ -94,17 +89,18 @@ class RecordedStack:
             dtype=dtype,
             device=self.device,
         )
-        self._inputs_survive = True
+        self.inputs_survive = True
+        """Whether no layer writes into its input, as seen at start."""
         self.first_not_finite: int | None = None
         """The first layer that makes NaN or infinity of finite states, as seen at start."""
 
     @property
     def num_steps(self) -> int:
-        return len(self._steps)
+        return len(self.steps)
 
     @property
     def step_players(self) -> list[int]:
-        return [step.player for step in self._steps]
+        return [step.player for step in self.steps]
 
     def state_bytes(self, length: int) -> int:
         tensors = 2 if self._paired else 1
@@ -122,8 +118,8 @@ class RecordedStack:
             return
         self._record(on_device(windows.tokens_NT[:1], self.device))
         try:
-            with _compiling(self.name) if self._compiled else nullcontext():
-                self._check_replay(_shortest_and_longest(windows))
+            with _compiling(self.name) if self.compiled else nullcontext():
+                check_replay(self, _shortest_and_longest(windows))
         except EngineError:
             del self._arguments[windows.length]
             raise
@@ -138,8 +134,8 @@ class RecordedStack:
         return paired_state(hidden) if self._paired else hidden
 
     def run_step(self, step: int, batch: torch.Tensor) -> torch.Tensor:
-        state = batch if self._inputs_survive else batch.clone()
-        one = self._steps[step]
+        state = batch if self.inputs_survive else batch.clone()
+        one = self.steps[step]
 
         def call(module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
             arguments = self._arguments[batch.shape[1]][one.layer]
@@ -148,6 +144,18 @@ class RecordedStack:
             return hidden_of(output)
 
         return one.run(call, state, self._form.layout)
+
+    def player_modules(self) -> list[list[nn.Module]]:
+        """The modules that are each player."""
+        return [
+            [self.layers[player.layer]]
+            if player.part == FULL_LAYER
+            else [
+                self.layers[player.layer].get_submodule(name)
+                for name in self.modules[player.layer][player.part]
+            ]
+            for player in self.players
+        ]
 
     def hidden(self, batch: torch.Tensor) -> torch.Tensor:
         """The hidden states in a state, `[B, T, ...]`."""
@@ -204,7 +212,7 @@ class RecordedStack:
         self._arguments[length] = learn_arguments(
             self.name, self._form, self.layers, real, self._around(other), self._around(both)
         )
-        if not self._steps:
+        if not self.steps:
             self._make_steps(real, length)
 
     def _make_steps(self, real: Recording, length: int) -> None:
@@ -226,101 +234,13 @@ class RecordedStack:
                 return find_halves(who, self.layers[layer], call, state, axis)
 
         def ready(module: nn.Module) -> Any:
-            return torch.compile(module) if self._compiled else module
+            return torch.compile(module) if self.compiled else module
 
         parts = layer_parts(self.players, len(self.layers))
         halves = {n: halves_of(n) for n, found in enumerate(parts) if FULL_LAYER not in found}
         self.modules = {layer: found.modules for layer, found in halves.items()}
         self._paired = any(isinstance(found, ParallelHalves) for found in halves.values())
-        self._steps = layer_steps(self.layers, parts, halves, paired=self._paired, prepared=ready)
-
-    # -- checks at start -----------------------------------------------------------------------
-
-    def _check_replay(self, pair: TokenWindows) -> None:
-        """All layers replayed at batch 2 must give the NLL that the model gives for each window by
-        itself, and never look ahead."""
-        own = [self._own_logits(pair, row) for row in range(pair.num_windows)]
-        expected_N = torch.cat(
-            [
-                plain_nll(logits, pair.select(np.array([row]), logits.shape[1]), self.device)
-                for row, logits in enumerate(own)
-            ]
-        )
-        got_N = self.reduce(self._replayed(pair), pair)[:, 0]
-        tolerance = PARITY_TOLERANCE[str(self.dtype).removeprefix("torch.")]
-        worst = _worst_difference(got_N, expected_N)
-        if torch.isfinite(expected_N).all() and not worst <= tolerance:
-            tokens_NT = on_device(pair.tokens_NT, self.device)
-            padded = self.model(input_ids=tokens_NT, use_cache=False).logits
-            padded_N = plain_nll(padded, pair, self.device)
-            if _worst_difference(got_N, padded_N) <= tolerance:
-                raise PaddingMattersError(
-                    f"{self.name} scores a window otherwise when it is padded, by {worst:.1e}"
-                )
-            raise EngineError(
-                f"{self.name}: layers replayed one by one score {worst:.1e} "
-                f"(relative) off the model's own forward pass; tolerance {tolerance:.0e}"
-            )
-        logits = own[-1]
-        changed = on_device(pair.tokens_NT[-1:, : logits.shape[1]], self.device)
-        changed[:, -1] = (changed[:, -1] + 1) % self.vocab_size
-        ahead = self.model(input_ids=changed, use_cache=False).logits[:, :-1]
-        if torch.isfinite(logits).all() and not torch.allclose(
-            ahead, logits[:, :-1], rtol=1e-2, atol=1e-2 * float(logits.abs().max())
-        ):
-            raise EngineError(f"{self.name} is not a decoder: it looks ahead")
-
-    def _own_logits(self, pair: TokenWindows, row: int) -> torch.Tensor:
-        """`[1, T', V]` of one window without padding."""
-        tokens_NT = pair.tokens_NT[row : row + 1, : pair.lengths_N[row]]
-        return self.model(input_ids=on_device(tokens_NT, self.device), use_cache=False).logits
-
-    def _replayed(self, pair: TokenWindows) -> torch.Tensor:
-        """The state after all steps, each of which is checked on the way."""
-        state = self.embed(pair)
-        if state.shape[:2] != pair.tokens_NT.shape:
-            raise EngineError(
-                f"the layers of {self.name} take {state.shape[1]} states for {pair.length} tokens"
-            )
-        self._check_first_states(state)
-        for step in range(self.num_steps):
-            before = state.clone()
-            after = self._tried(step, state)
-            if not same_tensor(before, state):  # a layer that writes into its input
-                self._inputs_survive = False
-                after = self._tried(step, before)
-            if after.shape != state.shape:
-                raise EngineError(
-                    f"{self._steps[step]} of {self.name} changes the state's shape "
-                    f"from {list(state.shape)} to {list(after.shape)}"
-                )
-            self._check_dtype(step, after)
-            if self.first_not_finite is None and not after.isfinite().all():
-                self.first_not_finite = self._steps[step].layer
-            state = after
-        return state
-
-    def _tried(self, step: int, state: torch.Tensor) -> torch.Tensor:
-        """One step; raises EngineError, with its name, for whatever the layer raises."""
-        if self._compiled:  # `_compiling` tells what the compiler raises
-            return self.run_step(step, state)
-        with model_code(f"{self._steps[step]} of {self.name} cannot be run by itself"):
-            return self.run_step(step, state)
-
-    def _check_first_states(self, embedded: torch.Tensor) -> None:
-        """Every layer may be the first that runs: given the embedding, whose dtype may be another,
-        it must return a state as all others do."""
-        if embedded.dtype != self.state_dtype:
-            for step in range(self.num_steps):
-                self._check_dtype(step, self.run_step(step, embedded.clone()))
-
-    def _check_dtype(self, step: int, state: torch.Tensor) -> None:
-        if state.dtype != self.state_dtype:
-            raise EngineError(
-                f"{self._steps[step]} of {self.name} returns {state.dtype} or "
-                f"{self.state_dtype}, depending on the layers before it: its layers cannot be "
-                "skipped one by one"
-            )
+        self.steps = layer_steps(self.layers, parts, halves, paired=self._paired, prepared=ready)
 
     def _probe_ids(self, length: int) -> torch.Tensor:
         return (torch.arange(length, device=self.device)[None] + 2) % self.vocab_size
@@ -329,10 +249,6 @@ class RecordedStack:
 def _shortest_and_longest(windows: TokenWindows) -> TokenWindows:
     order = windows.lengths_N.argsort(kind="stable")
     return windows.select(np.unique([order[0], order[-1]]))
-
-
-def _worst_difference(got_N: torch.Tensor, expected_N: torch.Tensor) -> float:
-    return float(((got_N - expected_N).abs() / expected_N.abs().clamp(min=1e-6)).max())
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import lpserve
 from lpserve.engine.head import LocalVocabulary
 from lpserve.engine.scorer import StackScorer, prefix_bounds
 from lpserve.engine.trie import TrieSettings
+from lpserve.engine.vllm.calls import LayerCalls
 from lpserve.engine.vllm.stack import VllmStack
 from lpserve.engine.vllm.tap import LayerTap
 from lpserve.errors import EngineError
@@ -340,3 +341,26 @@ def test_a_layer_without_named_hidden_states_is_refused():
     tap.kept[0] = []
     with pytest.raises(EngineError, match="no tensor named hidden_states"):
         layer(torch.zeros(2, 3))
+
+
+def test_arguments_are_recorded_once_for_a_shape_and_a_few_shapes_are_kept():
+    calls = LayerCalls(Model("sum"))
+    with torch.inference_mode():
+        first = calls.recorded(4, 1)
+        assert calls.recorded(4, 1) is first
+        assert len(first.arguments) == calls.num_layers
+        assert first.length == 4
+        for rows in range(2, 40):
+            assert calls.recorded(4, rows).hidden.shape[0] == 4 * rows
+        assert calls.recorded(4, 1) is not first  # others took its place
+
+
+def test_a_layer_is_called_with_a_state_of_its_own():
+    calls = LayerCalls(Model("pair"))
+    with torch.inference_mode():
+        record = calls.recorded(4, 2)
+        hidden = record.hidden.clone()
+        out, left = calls.layer(record, 1, hidden.clone(), torch.zeros_like(hidden))
+        again, left_again = calls.next(record, 1, hidden, torch.zeros_like(hidden))
+    torch.testing.assert_close(out, again)
+    torch.testing.assert_close(left, left_again)
