@@ -80,8 +80,13 @@ PAGES_OF_A_LAYER = 100
 def test_layers_do_not_fault_their_memory_in_again(model_dir):
     folder = str(model_dir("llama"))
     first, forwards, second, _ = figures(FAULTS_SCRIPT, folder, "kept", "main")
-    plain_first, _, plain_second, _ = figures(FAULTS_SCRIPT, folder, "given back", "main")
-    assert plain_second > PAGES_OF_A_LAYER * forwards  # again and again
+    # memory is not given back where a block that stays lies above it: in 1 of 25 processes
+    for _ in range(3):
+        plain_first, _, plain_second, _ = figures(FAULTS_SCRIPT, folder, "given back", "main")
+        if plain_second > PAGES_OF_A_LAYER * forwards:  # again and again
+            break
+    else:
+        pytest.fail("malloc keeps memory by itself: there is nothing to be compared")
     assert second < plain_second / 10
     # the first call takes its states and one layer's memory, once
     assert first + second < (plain_first + plain_second) / 2
