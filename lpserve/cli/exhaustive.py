@@ -46,10 +46,12 @@ def _exhaustive(arguments: argparse.Namespace) -> int:
     from lpserve.exhaustive.family import SmallRemovals
     from lpserve.exhaustive.game import NEAR, optima
     from lpserve.exhaustive.score import ExhaustiveConfig, exhaustive
-    from lpserve.runner.setup import num_players_of
+    from lpserve.model.players import kinds_of, player_label
+    from lpserve.scoring.open import players_of
 
     config = ExhaustiveConfig(**window_values(arguments, ("max_removed", "utility", "out")))
-    family = SmallRemovals(num_players_of(config), config.max_removed)
+    players = players_of(config)
+    family = SmallRemovals(len(players), config.max_removed)
     shared = family.skip_layer_forwards / family.layer_forwards
     print(
         f"{family.count:,} masks, {family.layer_forwards:,} layer-forwards in one trie: "
@@ -59,10 +61,10 @@ def _exhaustive(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     result = exhaustive(config)
     seconds = time.monotonic() - started
-    print(f"\n{'remove':>6}  {'ppl':>11}  {f'within {NEAR:.0%}':>18}  layers")
+    print(f"\n{'remove':>6}  {'ppl':>11}  {f'within {NEAR:.0%}':>18}  {kinds_of(players)}")
     for best in optima(result.folder):
         near = f"{best.near:,} of {best.sets:,}"
-        layers = ", ".join(map(str, best.removed))
+        layers = ", ".join(player_label(players[player]) for player in best.removed)
         print(f"{best.num_removed:>6}  {best.ppl:>11.4g}  {near:>18}  {layers}")
     size = sum(path.stat().st_size for path in (result.folder / "segments").iterdir())
     print(

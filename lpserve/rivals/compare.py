@@ -32,7 +32,7 @@ from lpserve.scoring.open import players_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
 from lpserve.store.files import make_folder, write_text
-from lpserve.types import BoolArray, FloatArray, perplexity
+from lpserve.types import BoolArray, FloatArray, Player, perplexity
 
 RESULTS_FORMAT = 1
 
@@ -109,7 +109,7 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
     layer_set_masks(config.sets, players)  # refused before a model loads
     max_removed = resolved_max_removed(config.max_removed, num_players)
     calibration, heldout = windows_of(config)
-    _check_start(config, num_players, max_removed, calibration.num_windows)
+    _check_start(config, players, max_removed, calibration.num_windows)
     folder = Path(config.out)
     make_folder(folder, "results folder")
     with ScoringSession(
@@ -129,10 +129,10 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
 
 
 def _check_start(
-    config: CompareConfig, num_players: int, max_removed: int, num_windows: int
+    config: CompareConfig, players: Sequence[Player], max_removed: int, num_windows: int
 ) -> None:
     """Start every rival that needs nothing but scores: what one of them refuses is raised here."""
-    setting = _setting(config, num_players, max_removed, num_windows)
+    setting = _setting(config, players, max_removed, num_windows)
     for name in config.rivals:
         needs = RIVALS[name].needs
         if needs is None or not needs.refusal:
@@ -141,10 +141,11 @@ def _check_start(
 
 
 def _setting(
-    config: CompareConfig, num_players: int, max_removed: int, num_windows: int
+    config: CompareConfig, players: Sequence[Player], max_removed: int, num_windows: int
 ) -> SearchSetting:
     return SearchSetting(
-        num_players=num_players,
+        num_players=len(players),
+        parts=tuple(player.part for player in players),
         max_removed=max_removed,
         num_windows=num_windows,
         budget=config.budget,
@@ -164,7 +165,8 @@ class _Comparing:
         self._config, self._session, self._max_removed = config, session, max_removed
         self._calibration, self._heldout = calibration, heldout
         self._players = session.info.num_players
-        self._setting = _setting(config, self._players, max_removed, calibration.num_windows)
+        players = session.info.players
+        self._setting = _setting(config, players, max_removed, calibration.num_windows)
         self._measurements: dict[str, Any] = {}
 
     def run(self) -> Comparison:

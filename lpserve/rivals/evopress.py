@@ -6,11 +6,12 @@ Notation: M masks, P players.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from lpserve.masks import draw, removed_players
+from lpserve.model.players import ATTENTION, MLP
 from lpserve.rivals.proposer import KnownScores, Proposer, SearchSetting
 from lpserve.types import BoolArray, FloatArray, IntArray
 
@@ -30,6 +31,7 @@ def evolutionary(
     *,
     num_windows: int,
     seed: int,
+    parts: Sequence[str] = (),
     first_share: float = EVOPRESS_FIRST_SHARE,
 ) -> Proposer:
     """EvoPress for depth pruning (Sieberling et al., arXiv 2410.14649, algorithm 1).
@@ -44,22 +46,23 @@ def evolutionary(
     by side, a generation of each in one `Ask`, so that every size has had as many generations as
     any other until its published number is reached: the budget is shared evenly.
 
-    A player is dropped with attention and MLP together (its `drop_entire_block`), fitness is the
-    NLL (its `ppl`), the few tokens are other windows in each generation, drawn as a block, and the
-    last selection is on all windows: the published code draws others there, too.
+    Players that are layers are dropped whole (its `drop_entire_block`). Where they are halves, as
+    many attention as feed-forward parts go, so that the sizes are even, and a switch is between two
+    of one kind, drawn anew each time. Fitness is the NLL (its `ppl`), the few tokens are other
+    windows in each generation, drawn as a block, and the last selection is on all windows: the
+    published code draws others there, too.
 
     Args:
         num_windows: windows of the game.
+        parts: which part of its layer each player is; empty: they are layers.
         first_share: windows of the first selection over all; 1: the first selection decides.
     """
     rng = np.random.default_rng(seed)
     known = KnownScores()
 
-    sizes = range(1, min(max_removed, num_players) + 1)
-    initial = []
-    for r in sizes:
-        count = min(EVOPRESS_INITIAL, math.comb(num_players, r))
-        initial.append(_distinct(lambda r=r: draw(num_players, num_players - r, 1, rng)[0], count))
+    kinds = _kinds(num_players, parts)
+    sizes = range(len(kinds), min(max_removed, num_players) + 1, len(kinds))
+    initial = [_first_parents(kinds, r // len(kinds), rng) for r in sizes]
     scores = yield from known.groups(initial, _few_windows(num_windows, first_share, rng))
     parents = {
         r: group_MP[_best(nll_M, 1)[0]]
@@ -70,7 +73,7 @@ def evolutionary(
         alive = [r for r in sizes if generation < evopress_generations(num_players, r)]
         if not alive:
             return
-        broods = [offspring(parents[r], rng) for r in alive]
+        broods = [offspring(parents[r], rng, kinds) for r in alive]
         scores = yield from known.groups(broods, _few_windows(num_windows, first_share, rng))
         finals = [
             np.concatenate([brood_MP[_best(nll_M, EVOPRESS_SURVIVORS)], parents[r][None]])
@@ -99,24 +102,57 @@ def _best(nll_M: FloatArray, count: int) -> IntArray:
     return np.argsort(np.where(np.isfinite(nll_M), nll_M, np.inf), kind="stable")[:count]
 
 
-def offspring(parent_P: BoolArray, rng: np.random.Generator) -> BoolArray:
-    """Distinct offspring that differ from the parent, `bool[<=32, P]`."""
-    kept, dropped = int(parent_P.sum()), int((~parent_P).sum())
-    within_reach = sum(
-        math.comb(kept, swaps) * math.comb(dropped, swaps)
-        for swaps in range(1, EVOPRESS_MAX_SWAPS + 1)
-    )
-    count = min(EVOPRESS_OFFSPRING, within_reach)
-    return _distinct(lambda: _mutant(parent_P, rng), count, other_than=parent_P)
+def offspring(
+    parent_P: BoolArray, rng: np.random.Generator, kinds: Sequence[IntArray] | None = None
+) -> BoolArray:
+    """Distinct offspring that differ from the parent, `bool[<=32, P]`.
+
+    Args:
+        kinds: players that change places with one another; None: all do.
+    """
+    kinds = kinds or [np.arange(len(parent_P))]
+    # by number of switches, how many sets are within reach
+    reach = np.array([1], dtype=object)
+    for kind in kinds:
+        kept = int(parent_P[kind].sum())
+        switches = range(EVOPRESS_MAX_SWAPS + 1)
+        of_kind = [math.comb(kept, n) * math.comb(len(kind) - kept, n) for n in switches]
+        reach = np.convolve(reach, np.array(of_kind, dtype=object))
+    count = min(EVOPRESS_OFFSPRING, int(reach[1 : EVOPRESS_MAX_SWAPS + 1].sum()))
+    return _distinct(lambda: _mutant(parent_P, rng, kinds), count, other_than=parent_P)
 
 
-def _mutant(parent_P: BoolArray, rng: np.random.Generator) -> BoolArray:
+def _mutant(parent_P: BoolArray, rng: np.random.Generator, kinds: Sequence[IntArray]) -> BoolArray:
     child_P = parent_P.copy()
     for _ in range(rng.integers(1, EVOPRESS_MAX_SWAPS + 1, size=2).min()):
-        out = rng.choice(np.flatnonzero(child_P))
-        back = rng.choice(np.flatnonzero(~child_P))
+        kind = kinds[0] if len(kinds) == 1 else kinds[int(rng.integers(len(kinds)))]
+        out = rng.choice(kind[child_P[kind]])
+        back = rng.choice(kind[~child_P[kind]])
         child_P[out], child_P[back] = False, True
     return child_P
+
+
+def _kinds(num_players: int, parts: Sequence[str]) -> list[IntArray]:
+    """Players of each kind: attention and feed-forward parts where there are as many of both and
+    nothing else, or else all."""
+    found = [np.flatnonzero([part == kind for part in parts]) for kind in (ATTENTION, MLP)]
+    if parts and len(found[0]) == len(found[1]) == num_players / 2:
+        return found
+    return [np.arange(num_players)]
+
+
+def _first_parents(kinds: Sequence[IntArray], each: int, rng: np.random.Generator) -> BoolArray:
+    """Random sets of one size, that drop so many players of each kind."""
+    count = min(EVOPRESS_INITIAL, math.prod(math.comb(len(kind), each) for kind in kinds))
+    return _distinct(lambda: _drawn(kinds, each, rng), count)
+
+
+def _drawn(kinds: Sequence[IntArray], each: int, rng: np.random.Generator) -> BoolArray:
+    """A random mask that drops so many players of each kind."""
+    mask_P = np.ones(sum(map(len, kinds)), dtype=bool)
+    for kind in kinds:
+        mask_P[kind] = draw(len(kind), len(kind) - each, 1, rng)[0]
+    return mask_P
 
 
 def _distinct(
@@ -139,4 +175,5 @@ def propose(setting: SearchSetting) -> Proposer:
         setting.max_removed,
         num_windows=setting.num_windows,
         seed=setting.seed,
+        parts=setting.parts,
     )

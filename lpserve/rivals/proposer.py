@@ -58,6 +58,8 @@ class SearchSetting:
     budget: int
     """Masks that the search may score; most searches are cut there whatever they plan."""
     seed: int
+    parts: tuple[str, ...] = ()
+    """Which part of its layer each player is (`Player.part`); empty: they are layers."""
     measured: Any = None
     """What the engine method of `Measurement` returned, for searches that look inside the model."""
 

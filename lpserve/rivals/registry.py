@@ -118,7 +118,9 @@ RIVALS: dict[str, Rival] = {
         "Taylor+ (Shortened-LLaMA, arXiv 2402.02834)", "criteria:propose_taylor", GRADIENTS
     ),
     "greedy": Rival(
-        "greedy, re-evaluated at every step (SLEB, arXiv 2402.09025)", "greedy:propose"
+        "greedy, re-evaluated at every step (SLEB, arXiv 2402.09025; over halves of layers: "
+        "BlockPruner, arXiv 2406.10594)",
+        "greedy:propose",
     ),
     "evopress": Rival(
         "evolution, few windows first (EvoPress, arXiv 2410.14649)", "evopress:propose"

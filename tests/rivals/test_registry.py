@@ -18,6 +18,7 @@ import pytest
 
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, full_mask, keys, paper_kept_counts, removed_players, without
+from lpserve.model.players import ATTENTION, MLP
 from lpserve.rivals.evopress import (
     EVOPRESS_INITIAL,
     EVOPRESS_MAX_SWAPS,
@@ -265,6 +266,32 @@ def test_a_brood_is_lambda_distinct_neighbours_or_all_there_are(players, removed
     brood = offspring(parent, rng)
     assert len(brood) == len(set(keys(brood))) == min(EVOPRESS_OFFSPRING, len(near))
     assert set(keys(brood)) <= set(keys(np.array(near)))
+
+
+@pytest.mark.parametrize(("layers", "each"), [(1, 1), (2, 1), (3, 2), (7, 2)])
+def test_halves_change_places_with_halves_of_their_kind(layers, each, rng):
+    """Against all sets of as many attention as feed-forward parts, by hand."""
+    parts = [ATTENTION, MLP] * layers
+    kinds = [np.arange(0, 2 * layers, 2), np.arange(1, 2 * layers, 2)]
+    drops = [rng.choice(kind, each, replace=False).tolist() for kind in kinds]
+    parent = without(2 * layers, drops[0] + drops[1])
+    if each < layers:
+        brood = offspring(parent, rng, kinds)
+        near = [
+            mask
+            for a in combinations(kinds[0].tolist(), each)
+            for b in combinations(kinds[1].tolist(), each)
+            if 1 <= swaps(parent, mask := without(2 * layers, [*a, *b])) <= EVOPRESS_MAX_SWAPS
+        ]
+        assert len(brood) == len(set(keys(brood))) == min(EVOPRESS_OFFSPRING, len(near))
+        assert set(keys(brood)) <= set(keys(np.array(near)))
+    proposer = evolutionary(2 * layers, 2 * layers, num_windows=4, seed=1, parts=parts)
+    record = drive(proposer, lambda ask: rng.random(len(ask.masks_MP)), 200)
+    for answer in record:
+        for mask in answer.ask.masks_MP:
+            assert (~mask[kinds[0]]).sum() == (~mask[kinds[1]]).sum()
+    sizes = {int((~mask).sum()) for answer in record for mask in answer.ask.masks_MP}
+    assert sizes == set(range(2, 2 * layers + 1, 2))
 
 
 def test_small_steps_are_the_likelier(rng):

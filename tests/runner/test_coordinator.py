@@ -146,6 +146,39 @@ def test_alternatives_are_scored_held_out_and_read_again(tmp_path, texts):
     assert [len(entry.alternatives) for entry in again.outcome.plan.plans[:2]] == [0, 0]
 
 
+def test_a_run_over_halves_names_them_everywhere(tmp_path, texts):
+    """Of 4 layers as 8 halves; protected: a layer and a part of another."""
+    config = make_config(tmp_path, texts, players="half", protect=[1], force=["3.mlp"])
+    result = run(config)
+    plan = load_plan(result.folder / "plan.json")
+    assert [(p["layer"], p["part"]) for p in plan.players[:3]] == [
+        (0, "attention"),
+        (0, "mlp"),
+        (1, "attention"),
+    ]
+    assert (plan.protected, plan.forced) == ([2, 3], [7])
+    assert plan.constraint == "keep 1.attention, 1.mlp and remove 3.mlp"
+    assert plan.unit == "parts of layers"
+    assert plan.names(plan.entry(1).removed) == "3.mlp"
+    page = (result.folder / "report.html").read_text()
+    assert "Which parts of layers can go?" in page
+    assert plan.names(plan.entry(4).removed) in page
+    with (result.folder / "shapley.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["part"] for row in rows] == ["attention", "mlp"] * (P // 2)
+    assert read_sets(result.folder, P // 2)[0].removed == ("3.mlp",)
+    assert run(config).scores_new == 0
+    with pytest.raises(InputError, match="belongs to another run"):
+        run(replace(config, players="layer", protect=None, force=None))
+    for changes, words in (
+        ({"protect": ["9.mlp"]}, "protect: 9.mlp is none of the 8 parts of layers"),
+        ({"players": "heads"}, "players must be one of layer, half: got 'heads'"),
+        ({"engine_options": {"num_players": 7}}, "num_players must be even for halves"),
+    ):
+        with pytest.raises(InputError, match=words):
+            run(make_config(tmp_path / "other", texts, **{"players": "half", **changes}))
+
+
 def test_constraints_that_cannot_be_are_refused_before_anything_is_scored(tmp_path, texts):
     for changes, words in (
         ({"protect": [P]}, f"protect: {P} is none of the {P} layers"),
