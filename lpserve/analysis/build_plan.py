@@ -80,6 +80,7 @@ def make_plan(
         model_hash=scored.model_hash,
         num_players=scored.num_players,
         players=[{"index": p.index, "layer": p.layer, "part": p.part} for p in scored.players],
+        costs=scored.costs,
         utility=scored.utility,
         masks_scored=int(scored.scored_M().sum()),
         masks_screened=int(scored.screened_M().sum()),

@@ -105,6 +105,8 @@ class RunRecord:
     )
     """Name and number of calibration items of each corpus, in order."""
     players: tuple[Player, ...] = field(metadata=_about(_player_rows, _players))
+    costs: dict[str, list[float]] = field(default_factory=dict, metadata=_about())
+    """Cost (`lpserve.model.costs.COSTS`) -> that of each player; empty: the players are layers."""
     masks_MP: BoolArray = field(metadata=_array("masks"))
     """Masks in the order in which they were asked for; the first keeps all."""
     nll_MI: NDArray[np.float32] = field(metadata=_array("nll"))
@@ -229,7 +231,7 @@ def read_record(run: str | Path) -> RunRecord:
             values[one.name] = _field_read(one, arrays[key], None, source)
         elif one.name == "loss_MI" and "nll_MI" in values:
             values["loss_MI"] = values["nll_MI"]
-        if one.name not in values and one.default is MISSING:
+        if one.name not in values and one.default is MISSING and one.default_factory is MISSING:
             raise InputError(f"{source}: it holds no {key}")
     if "heldout_loss_MI" not in values and utility_named(about["utility"]).reports_perplexity:
         values["heldout_loss_MI"] = values["heldout_nll_MI"]
@@ -279,6 +281,7 @@ def _check_record(record: RunRecord, source: str) -> None:
         "sizes": not 0 <= record.sizes[0] <= record.sizes[1] < record.num_players,
         "noise_nll": not 0 <= record.noise_nll < float("inf"),
         "max_removed": not 0 < record.max_removed < record.num_players,
+        "costs": any(len(costs) != record.num_players for costs in record.costs.values()),
         "alternatives": record.alternatives < 0 or record.min_distance < 1,
     }
     bound = [*record.protected, *record.forced]

@@ -112,7 +112,8 @@ def print_plan(plan: Any) -> None:
     def row(label: str, of: Any) -> str:
         values = [value for kind in kinds for value in figures(of, kind)]
         cells = "  ".join(f"{v:>11.4g}" if v is not None else f"{'-':>11}" for v in values)
-        return f"{label} {cells}  {plan.names(of.removed)}"
+        left = f"  {plan.share_left('params', of.removed):>6.1%}" if plan.costs else ""
+        return f"{label} {cells}{left}  {plan.names(of.removed)}"
 
     full = []
     for kind in kinds:
@@ -128,7 +129,8 @@ def print_plan(plan: Any) -> None:
         print(f"{'':>6}  {plan.utility:^24}  {names['ppl']:^24}".rstrip())
         columns *= 2
     header = "  ".join(f"{name:>11}" for name in columns)
-    print(f"{'remove':>6}  {header}  {plan.unit}")
+    left = f"  {'params':>6}" if plan.costs else ""
+    print(f"{'remove':>6}  {header}{left}  {plan.unit}")
     for entry in plan.plans:
         print(row(f"{entry.num_removed:>6}{'~' if entry.is_open else ' '}", entry))
     if plan.alternatives:
@@ -137,6 +139,8 @@ def print_plan(plan: Any) -> None:
     for entry in plan.plans:
         for number, other in enumerate(entry.alternatives, start=1):
             print(row(f"{entry.num_removed:>3} #{number:<2}", other))
+    if plan.costs:
+        print("params: what is left of the parameters of all layers")
     for line in plan.notes:
         print(line)
     print()

@@ -17,7 +17,7 @@ from typing import Any
 from lpserve.errors import InputError
 from lpserve.inputs.shapes import converted
 from lpserve.model.architecture import find_layer_prefix, read_architecture, required
-from lpserve.model.checkpoint import Checkpoint
+from lpserve.model.checkpoint import Checkpoint, TensorEntry
 from lpserve.types import Player
 
 FULL_LAYER = "layer"
@@ -78,6 +78,44 @@ def checkpoint_players(checkpoint: Checkpoint, kind: str) -> tuple[Player, ...]:
             f"dropped apart (its layers hold {named}): leave players at layer"
         )
     return half_players(whole)
+
+
+def part_entries(
+    checkpoint: Checkpoint, prefix: str, layer: int, modules: Mapping[str, Sequence[str]]
+) -> dict[str, list[TensorEntry]]:
+    """The tensors of each part of a layer.
+
+    Args:
+        prefix: what the names of layers' tensors begin with, such as `model.layers.`.
+        modules: the layer's child modules that are each of its parts, as the model's class names
+            them (`lpserve.engine.parts.Modules`).
+
+    Raises:
+        InputError: the tensors of a part cannot be told from its layer's others: the files name
+            modules otherwise than the model's class does, and more than one.
+    """
+    tensors: dict[str, list[TensorEntry]] = {}
+    start = f"{prefix}{layer}."
+    for entry in checkpoint.tensors:
+        if entry.name.startswith(start):
+            tensors.setdefault(entry.name.removeprefix(start).split(".")[0], []).append(entry)
+    matrices = [
+        name
+        for name, entries in tensors.items()
+        if any(len(e.shape) > 1 and e.name != start + name for e in entries)
+    ]
+    named = {name: part for part, names in modules.items() for name in names}
+    renamed = [name for name in matrices if name not in named]
+    absent = [name for name in named if name not in tensors]
+    if len(renamed) == len(absent) == 1:
+        named[renamed[0]] = named.pop(absent[0])
+    elif renamed or absent:
+        raise InputError(
+            f"model {checkpoint.path}: the parts of layer {layer} cannot be told apart in its "
+            f"files, which name them {', '.join(sorted(matrices))}, while the model's class names "
+            f"them {', '.join(sorted(named))}"
+        )
+    return {p: [e for n in named if named[n] == p for e in tensors[n]] for p in modules}
 
 
 def layer_parts(players: Sequence[Player], num_layers: int) -> list[dict[str, int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +88,7 @@ def model_size(checkpoint: Checkpoint) -> ModelSize:
             "so the output projection cannot be found"
         )
     active = architecture.active_experts
-    counted = [_layer_parameters(entries, active) for entries in layers]
+    counted = [parameters_met(entries, active) for entries in layers]
     has_experts = any(experts for _, experts in counted)
     return ModelSize(
         parameters=checkpoint.num_parameters,
@@ -99,7 +100,7 @@ def model_size(checkpoint: Checkpoint) -> ModelSize:
     )
 
 
-def _layer_parameters(entries: list[TensorEntry], active: int | None) -> tuple[int, int]:
+def parameters_met(entries: Sequence[TensorEntry], active: int | None) -> tuple[int, int]:
     """Matrix entries that compute one token in a layer, and how many experts the layer has."""
     plain, experts, indices, stacked = 0, 0, set[str](), 0
     for entry in entries:

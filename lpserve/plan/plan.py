@@ -7,7 +7,7 @@ windows that the run scored. Field names are the keys of the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,14 @@ class Plan:
     min_distance: int | None = None
     """Players that every two sets of an entry and its alternatives differ in, at least: each
     removes so many that the other keeps. None: there are no alternatives."""
+    costs: dict[str, list[float]] = field(default_factory=dict)
+    """Cost (`lpserve.model.costs.COSTS`) -> that of each player; empty: the players are layers."""
     format: int = PLAN_FORMAT
+
+    def share_left(self, cost: str, removed: Sequence[int]) -> float:
+        """The share of all players' cost that is left without some of them."""
+        total = sum(self.costs[cost])
+        return 1.0 - sum(self.costs[cost][player] for player in removed) / total if total else 1.0
 
     @property
     def constraint(self) -> str:
@@ -276,6 +283,8 @@ def _check_content(plan: Plan, source: str) -> None:
     indices = [player.index for player in players_from(plan.players)]
     if len(indices) != plan.num_players or indices != list(range(len(indices))):
         raise InputError(f"{source}: its {plan.num_players} players must be numbered from 0")
+    if any(len(costs) != plan.num_players or min(costs) < 0 for costs in plan.costs.values()):
+        raise InputError(f"{source}: costs must hold a number for each of its players")
     for entry in plan.plans:
         for removed in (entry.removed, *(other.removed for other in entry.alternatives)):
             wrong = len(set(removed)) != entry.num_removed or len(removed) != entry.num_removed

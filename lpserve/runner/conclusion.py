@@ -11,7 +11,12 @@ from lpserve.analysis.analyse import analyse
 from lpserve.analysis.build_plan import Outcome, candidate_masks, make_plan
 from lpserve.analysis.record import RunRecord
 from lpserve.config import MIN_DISTANCE
+from lpserve.engine.registry import engine_kind
+from lpserve.errors import InputError
 from lpserve.masks import from_keys, key_text, keys
+from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.costs import player_costs
+from lpserve.model.players import FULL_LAYER
 from lpserve.report.files import write_outputs
 from lpserve.rounds.history import latest_scores
 from lpserve.runner.coordinator import RunLoop
@@ -72,6 +77,7 @@ def record_of(loop: RunLoop) -> RunRecord:
         model=info.model,
         model_hash=info.model_hash,
         players=info.players,
+        costs=_costs(loop),
         utility=config.utility,
         surrogate=config.surrogate,
         sizes=loop.settings.sizes,
@@ -95,6 +101,21 @@ def record_of(loop: RunLoop) -> RunRecord:
         heldout_nll_MI=np.empty((0, loop.heldout.num_items), dtype=np.float32),
         heldout_num_tokens_I=loop.heldout.num_tokens_I,
     )
+
+
+def _costs(loop: RunLoop) -> dict[str, list[float]]:
+    """What parts of layers cost, at a context of the longest calibration window."""
+    info, windows = loop.info, loop.calibration.windows
+    in_parts = any(player.part != FULL_LAYER for player in info.players)
+    if not in_parts or not engine_kind(info.kind).reads_checkpoint:
+        return {}
+    checkpoint = read_checkpoint(loop.config.model)
+    modules = info.settings["modules"]
+    try:
+        return player_costs(checkpoint, info.players, windows.length, modules).by_name()
+    except InputError as error:
+        loop.progress.note(f"the plan says nothing of costs: {error}")
+        return {}
 
 
 def _why_ended(loop: RunLoop, num_masks: int) -> str:

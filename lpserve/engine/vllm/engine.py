@@ -118,6 +118,7 @@ class VllmEngine:
             },
             settings={
                 "path": self.path,
+                "modules": self._ranks.modules,
                 "unlike_transformers": known_difference(self._checkpoint.config),
                 "dequantized_from": gguf_record(self._checkpoint.path),
                 "state_budget_bytes": settings.state_budget_bytes,

@@ -43,6 +43,8 @@ class Ranks:
         self.players = tuple(players or layer_players(num_layers))
         self.parts = layer_parts(self.players, num_layers)
         """Of each layer, what is run apart and its player."""
+        self.modules: dict[int, dict[str, list[str]]] = {}
+        """Of each layer that is run in halves, the child modules of its parts."""
 
     @property
     def num_players(self) -> int:
@@ -81,6 +83,7 @@ class Ranks:
         """
         found = self.call("lpserve_find_halves", kind, self.parts)
         paired = any(reply["paired"] for reply in found)
+        self.modules = {n: parts for reply in found for n, parts in reply["modules"].items()}
         replies = self.call("lpserve_make_steps", paired)
         per_stage = len(replies) // self.num_stages
         self.call("lpserve_set_stage", [reply["steps"] for reply in replies[::per_stage]])

@@ -148,6 +148,14 @@ class VllmStack:
             link.send(state)
         return any(isinstance(halves, ParallelHalves) for halves in self._halves.values())
 
+    def modules(self) -> dict[int, dict[str, list[str]]]:
+        """Of each layer here that is run in halves, the child modules of its parts."""
+        first = self._tap.first
+        return {
+            first + layer: {part: list(names) for part, names in halves.modules.items()}
+            for layer, halves in self._halves.items()
+        }
+
     def make_steps(self, *, paired: bool) -> list[int]:
         """Make the steps; returns the player of each.
 

@@ -126,7 +126,8 @@ class WorkerExtension:
             self._lpserve_stack.state_kind = kind
             with full_precision(), self._lpserve_stack.session():
                 mine = parts[tap.first : tap.first + len(tap.layers)]
-                return {"paired": self._lpserve_stack.find_halves(mine)}
+                paired = self._lpserve_stack.find_halves(mine)
+                return {"paired": paired, "modules": self._lpserve_stack.modules()}
 
         return _reported(find)
 
