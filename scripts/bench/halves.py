@@ -141,8 +141,9 @@ def main() -> int:
     head = ["# Layers and halves of layers", "", f"- date: {date.today()}", *machine_lines(1)]
     bundled = args.model == DEMO / "model"
     about = (
-        f"{'The bundled model' if bundled else args.model.name}: {args.num_windows} calibration windows and {args.heldout_windows} "
-        f"held-out ones of {args.length} tokens, at most {args.budget} masks for each search, "
+        f"{'The bundled model' if bundled else args.model.name}: {args.num_windows} calibration "
+        f"windows and {args.heldout_windows} held-out ones of {args.length} tokens, at most "
+        f"{args.budget} masks for each search, "
         f"seed {args.seed}."
     )
     body = [*table(found, costs, args.targets), *cost_lines(found)]

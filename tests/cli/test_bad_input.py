@@ -286,7 +286,9 @@ def test_plans_out_of_range_are_refused(tmp_path, capsys, texts):
     assert "max_removed must be 1..4" in refused(
         capsys, tmp_path, "plan", str(out), "--max-removed", "5"
     )
-    assert "9 is none of the 8 layers" in refused(capsys, tmp_path, "plan", str(out), "--protect", "9")
+    assert "9 is none of the 8 layers" in refused(
+        capsys, tmp_path, "plan", str(out), "--protect", "9"
+    )
     assert "player 1 cannot be both" in refused(
         capsys, tmp_path, "plan", str(out), "--protect", "1", "--force", "1"
     )
