@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
+from lpserve.model.players import FULL_LAYER
 from lpserve.runner.cost import CostSettings, cost
 from lpserve.study.finished import read_finished
 from lpserve.study.study import Point, Study
@@ -79,6 +80,8 @@ def study_cost(study: Study, windows: Mapping[str, StudyWindows]) -> StudyCost:
             try:
                 held = counted(_settings(point, calibration.select([0]), heldout, heldout.length))
                 work = counted(_settings(point, calibration, heldout, calibration.length))
+                if point.config.players != FULL_LAYER:
+                    raise InputError("work over parts of layers is not counted")
             except InputError as error:
                 pflop, why = None, str(error)
                 continue

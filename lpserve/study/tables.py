@@ -113,7 +113,7 @@ def _set_rows(
         known
         | {
             "num_removed": entry.num_removed,
-            "removed": " ".join(map(str, entry.removed)),
+            "removed": plan.names(entry.removed).replace(",", ""),
             "found_by": entry.source,
             "calibration_ppl": entry.calibration_ppl,
             "heldout_ppl": entry.heldout_ppl,

@@ -204,6 +204,28 @@ def test_parts_side_by_side_are_told_from_parts_in_a_row():
     assert isinstance(halves_of(block), ParallelHalves)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_of_huge_states_hide_nothing(dtype):
+    """Beside a token whose state is ten thousand times as large, parts in a row and side by side
+    are still told apart, in half precision too."""
+    hidden = torch.randn(1, 12, 16)
+    hidden[:, 0] *= 1e4
+    for combine, kind in (
+        (lambda b, x: x + b.attend(b.norm(x)) + b.feed(b.norm(x)), ParallelHalves),
+        (lambda b, x: b.after(x + b.attend(b.norm(x)), b), SequentialHalves),
+    ):
+        modules: dict[str, torch.nn.Module] = {
+            "attend": Attend(16, 16),
+            "feed": torch.nn.Linear(16, 16),
+            "norm": torch.nn.RMSNorm(16),
+        }
+        block = Block(combine, **modules).to(dtype)
+        block.after = lambda x, b: x + b.feed(b.norm(x))  # pyright: ignore[reportAttributeAccessIssue]
+        with torch.inference_mode():
+            found = find_halves("it", block, lambda m, x: m(x), hidden.to(dtype), 1)
+        assert isinstance(found, kind)
+
+
 @pytest.mark.parametrize(
     ("combine", "more", "message"),
     [

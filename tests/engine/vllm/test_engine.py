@@ -130,7 +130,7 @@ def test_halves_can_be_asked_for_by_requests(model_dir, rng):
 
 
 def test_halves_of_layers_that_cannot_be_taken_apart_are_refused(model_dir, rng, monkeypatch):
-    monkeypatch.setattr(parts, "_close", lambda got, expected: False)
+    monkeypatch.setattr(parts, "_close", lambda got, wanted, other: False)
     with pytest.raises(EngineError, match=r"halves of .* are found on vLLM's scoring path, which"):
         lpserve.open_engine(model_dir("llama"), some_windows(rng), kind="vllm", players="half")
 
