@@ -5,14 +5,17 @@
 On the bundled model, with engine transformers: `lpserve baselines` over layers and over halves,
 with lpserve, greedy (over halves: BlockPruner) and EvoPress. For each target a search answers with
 the best of its sets, one for each number of removed players, that leave at most that share of the
-layers' parameters; chosen on calibration windows, held-out ones are reported. Other models, texts
-and numbers by flags.
+layers' parameters; chosen on calibration windows, held-out ones are reported. Then the same
+masks of whole layers are timed as masks of layers and as masks of halves, in turn. Other models,
+texts and numbers by flags.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,34 @@ def cost_lines(found: dict[str, Comparison]) -> list[str]:
     return lines
 
 
+def speed(model: Path, length: int, masks: int, repeats: int, seed: int) -> list[str]:
+    """Seconds for the same masks of layers either way, in turn, and their ratio."""
+    rng = np.random.default_rng(seed)
+    windows = lpserve.TokenWindows.from_tokens(rng.integers(2, 200, (10, length)))
+    seconds: dict[str, list[float]] = {"layer": [], "half": []}
+    with ExitStack() as stack:
+        engines = {
+            kind: stack.enter_context(lpserve.open_engine(str(model), windows, players=kind))
+            for kind in seconds
+        }
+        layers = engines["layer"].info.num_players
+        masks_ML = np.unique(rng.random((masks, layers)) < 0.75, axis=0)
+        given = {"layer": masks_ML, "half": np.repeat(masks_ML, 2, axis=1)}
+        for _ in range(repeats):
+            for kind, engine in engines.items():
+                started = time.perf_counter()
+                engine.score(given[kind])
+                seconds[kind].append(time.perf_counter() - started)
+    ratios = np.array(seconds["half"]) / np.array(seconds["layer"])
+    return [
+        f"{len(masks_ML)} random masks of whole layers, 10 windows of {length} tokens: "
+        f"{np.median(seconds['layer']):.2f} s as masks of layers, "
+        f"{np.median(seconds['half']):.2f} s as masks of halves (medians of {repeats}, in turn); "
+        f"ratio {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f}).",
+        "",
+    ]
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Layers against halves of layers.",
@@ -108,6 +139,8 @@ def parse_args() -> argparse.Namespace:
     add("--max-halves", type=int, default=16, help="most halves removed")
     add("--budget", type=int, default=400, help="masks of each search")
     add("--seed", type=int, default=0)
+    add("--timed-masks", type=int, default=200)
+    add("--repeats", type=int, default=7)
     add(
         "--folder",
         type=Path,
@@ -146,7 +179,8 @@ def main() -> int:
         f"{args.budget} masks for each search, "
         f"seed {args.seed}."
     )
-    body = [*table(found, costs, args.targets), *cost_lines(found)]
+    body = [*table(found, costs, args.targets), *cost_lines(found), ""]
+    body += speed(args.model, args.length, args.timed_masks, args.repeats, args.seed)
     publish([*head, "", about, "", *body], args.out)
     return 0
 

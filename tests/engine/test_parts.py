@@ -210,17 +210,18 @@ def test_tokens_of_huge_states_hide_nothing(dtype):
     are still told apart, in half precision too."""
     hidden = torch.randn(1, 12, 16)
     hidden[:, 0] *= 1e4
-    for combine, kind in (
-        (lambda b, x: x + b.attend(b.norm(x)) + b.feed(b.norm(x)), ParallelHalves),
-        (lambda b, x: b.after(x + b.attend(b.norm(x)), b), SequentialHalves),
-    ):
-        modules: dict[str, torch.nn.Module] = {
-            "attend": Attend(16, 16),
-            "feed": torch.nn.Linear(16, 16),
-            "norm": torch.nn.RMSNorm(16),
-        }
-        block = Block(combine, **modules).to(dtype)
-        block.after = lambda x, b: x + b.feed(b.norm(x))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def in_a_row(block: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x + block.attend(block.norm(x))
+        return x + block.feed(block.norm(x))
+
+    def side_by_side(block: Any, x: torch.Tensor) -> torch.Tensor:
+        return x + block.attend(block.norm(x)) + block.feed(block.norm(x))
+
+    for combine, kind in ((in_a_row, SequentialHalves), (side_by_side, ParallelHalves)):
+        norm = torch.nn.RMSNorm(16)
+        block = Block(combine, attend=Attend(16, 16), feed=torch.nn.Linear(16, 16), norm=norm)
+        block = block.to(dtype)
         with torch.inference_mode():
             found = find_halves("it", block, lambda m, x: m(x), hidden.to(dtype), 1)
         assert isinstance(found, kind)
