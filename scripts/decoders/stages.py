@@ -1,4 +1,5 @@
-"""What is asked about each decoder: scored rightly, exported rightly, the same in vLLM?
+"""What is asked about each decoder: scored rightly, in halves too, exported rightly, the same in
+vLLM?
 
 Each gives a record of plain values with a `status`: `served`, `refused` (by lpserve, which gives a
 reason), `traceback` (what lpserve should have refused), or `not built` (transformers itself fails).
@@ -23,6 +24,7 @@ from tiny_models import (
     layer_list,
     load,
     make,
+    modules_zeroed,
     window_nll,
 )
 
@@ -77,6 +79,42 @@ def _half(name: str, folder: Path, windows: lpserve.TokenWindows, tokens_NT: tor
     with lpserve.open_engine(str(folder), windows, dtype="bfloat16") as engine:
         got_MN = engine.score(masks_MP).nll_MN
     return {"worst": _worst(model, masks_MP, tokens_NT, got_MN)}
+
+
+def halves(name: str) -> Record:
+    """Masks of halves of layers: of both halves together against layers deleted, and random ones
+    against the model with the modules zeroed that the engine takes for a layer's parts."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root)
+        record, model = _built(name, folder)
+        if model is None:
+            return record
+        tokens_NT = some_tokens(3, 3)
+        windows = lpserve.TokenWindows.from_tokens(tokens_NT.numpy())
+
+        def scored() -> Record:
+            with lpserve.open_engine(
+                str(folder), windows, dtype="float32", players="half"
+            ) as engine:
+                players, modules = engine.info.players, engine.info.settings["modules"]
+                layers = [player.layer for player in players]
+                whole_ML = some_masks(len(set(layers)))
+                random_MP = np.random.default_rng(1).random((6, len(players))) < 0.6
+                got_MN = engine.score(np.concatenate([whole_ML[:, layers], random_MP])).nll_MN
+            parts = []
+            for mask_P, got_N in zip(random_MP, got_MN[len(whole_ML) :], strict=True):
+                gone = [player for player, kept in zip(players, mask_P, strict=True) if not kept]
+                with modules_zeroed(model, gone, modules):
+                    wanted_N = window_nll(model, tokens_NT)
+                parts.append(np.abs(got_N / wanted_N - 1).max())
+            return {
+                "worst": _worst(model, whole_ML, tokens_NT, got_MN),
+                "parts": _rounded(max(parts)),
+                "players": len(players),
+                "modules": sorted({str(sorted(some.items())) for some in modules.values()}),
+            }
+
+        return _tried(scored, root)
 
 
 def export(name: str) -> Record:

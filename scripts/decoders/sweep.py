@@ -1,10 +1,10 @@
 """Every decoder of transformers through scoring, export and vLLM, each in a process of its own.
 
-    PYTHONPATH=. python scripts/decoders/sweep.py score|export|vllm [NAMES] [--out FOLDER]
+    PYTHONPATH=. python scripts/decoders/sweep.py score|halves|export|vllm [NAMES] [--out FOLDER]
     PYTHONPATH=. python scripts/decoders/sweep.py table [--out FOLDER]
 
 A stage writes FOLDER/STAGE.json, a record a model (those that are there are kept, unless named);
-`table` prints docs/engines/decoders.md of them. Some 25, 40 and 60 minutes on 2 cores.
+`table` prints docs/engines/decoders.md of them. Some 25, 25, 40 and 60 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 RESULTS = Path(__file__).with_name("results")
-SECONDS = {"score": 150, "export": 240, "vllm": 240}
+SECONDS = {"score": 150, "halves": 150, "export": 240, "vllm": 240}
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ EXACT = 1e-5
 
 
 def page(folder: Path) -> str:
-    """docs/engines/decoders.md, from the records of the three stages in a folder."""
+    """docs/engines/decoders.md, from the records of the stages in a folder."""
     score, export, vllm = (_tried(_stage(folder, name)) for name in ("score", "export", "vllm"))
     versions = json.loads((folder / "score.json").read_text())["versions"]
     parts = [
@@ -26,6 +26,7 @@ def page(folder: Path) -> str:
         "model with the dropped layers deleted. Names are model types; after a colon another "
         "form.\n",
         *_scoring(score),
+        *(_halves(_tried(_stage(folder, "halves"))) if (folder / "halves.json").exists() else ()),
         *_exports(export),
         *_vllm(vllm, versions["vllm"]),
     ]
@@ -73,6 +74,23 @@ def _scoring(records: Records) -> Iterable[str]:
         f"{n} in bfloat16": one["bfloat16"]["reason"] for n, one in served.items() if n not in half
     }
     yield from _reasons(refused)
+
+
+def _halves(records: Records) -> Iterable[str]:
+    served = _of(records, "served")
+    exact = {n: one for n, one in served.items() if max(one["worst"], one["parts"]) < EXACT}
+    yield "## Attention and feed-forward parts apart\n"
+    yield (
+        f"{len(exact)} of {len(records)} models with `--players half`, in transformers: masks of "
+        f"both parts of layers within {_most(exact, 'worst')} of the layers deleted, random masks "
+        f"of parts within {_most(exact, 'parts')} of the model with the same modules zeroed.\n"
+    )
+    yield f"{_names(exact)}\n"
+    others = {n: one["reason"] for n, one in records.items() if n not in served}
+    for name, one in served.items():
+        if name not in exact:
+            others[name] = f"off by {max(one['worst'], one['parts']):.0e}"
+    yield from _reasons(others)
 
 
 def _exports(records: Records) -> Iterable[str]:

@@ -194,6 +194,43 @@ def difference(model: Any, mask_P: np.ndarray, tokens_NT: torch.Tensor, got_N: n
     return min(found)
 
 
+@contextmanager
+def modules_zeroed(model: Any, gone: Any, modules: Any) -> Iterator[None]:
+    """The model with parts of layers absent: their modules return zero. Bloom's add the residual
+    themselves, and return that.
+
+    Args:
+        gone: players, each a layer or a part of one.
+        modules: of each layer, the child modules that are each of its parts.
+    """
+    layers = model.get_submodule(layer_list(model)[0])
+
+    def absent(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        several = isinstance(output, tuple | list)
+        state = output[0] if several else output
+        nothing = args[1] if model.config.model_type == "bloom" else torch.zeros_like(state)
+        return type(output)([nothing, *output[1:]]) if several else nothing
+
+    def as_given(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        state = args[0] if args else kwargs["hidden_states"]
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    handles = []
+    for player in gone:
+        layer = layers[player.layer]
+        if player.part == "layer":
+            handles.append(layer.register_forward_hook(as_given, with_kwargs=True))
+            continue
+        for name in modules[player.layer][player.part]:
+            module = layer.get_submodule(name)
+            handles.append(module.register_forward_hook(absent, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _relative(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(got / wanted - 1).max())
 
