@@ -64,7 +64,9 @@ class Absent(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._residual is not None:
             return like_output(self._output, self._residual.of(args, kwargs))
-        given = next(_tensors(args, kwargs))[1]
+        given = next((tensor for _, tensor in _tensors(args, kwargs)), None)
+        if given is None:
+            raise EngineError("a part of the layer is given no state")
         template = hidden_of(self._output)
         zeros = template.new_zeros((*given.shape[:-1], self._width))
         return like_output(self._output, zeros)

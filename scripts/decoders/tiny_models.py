@@ -196,8 +196,8 @@ def difference(model: Any, mask_P: np.ndarray, tokens_NT: torch.Tensor, got_N: n
 
 @contextmanager
 def modules_zeroed(model: Any, gone: Any, modules: Any) -> Iterator[None]:
-    """The model with parts of layers absent: their modules return zero. Bloom's add the residual
-    themselves, and return that.
+    """The model with parts of layers absent: their modules return zero. Bloom's and MPT's add
+    the residual themselves, and return that.
 
     Args:
         gone: players, each a layer or a part of one.
@@ -208,8 +208,11 @@ def modules_zeroed(model: Any, gone: Any, modules: Any) -> Iterator[None]:
     def absent(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         several = isinstance(output, tuple | list)
         state = output[0] if several else output
-        nothing = args[1] if model.config.model_type == "bloom" else torch.zeros_like(state)
-        return type(output)([nothing, *output[1:]]) if several else nothing
+        inside = args[1:2] if model.config.model_type in ("bloom", "mpt") else ()
+        residual = next((one for one in inside if one.shape == state.shape), None)
+        nothing = torch.zeros_like(state) if residual is None else residual
+        # a bias that goes beside the state (GPT-NeoX-Japanese) is the part's, too
+        return type(output)([nothing, *[None] * len(output[1:])]) if several else nothing
 
     def as_given(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         state = args[0] if args else kwargs["hidden_states"]
