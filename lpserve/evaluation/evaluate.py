@@ -51,7 +51,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
     if not config.texts and not config.tasks:
         raise InputError("nothing to evaluate: name a text (--text) or a task (--tasks)")
     names = [s.name for s in sets]
-    layer_set_masks(sets, players)  # refused before a model loads
+    masks_MP = layer_set_masks(sets, players)  # what cannot be is refused before a model loads
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"two sets are named {twice!r}")
@@ -77,7 +77,6 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> Evaluation
         longest=longest,
         progress=progress,
     ) as session:
-        masks_MP = layer_set_masks(sets, players)
         if not evaluated_by(folder, session.info):
             session.compare_first()
         results = _perplexities(session, sets, masks_MP, cuts)

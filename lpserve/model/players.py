@@ -172,10 +172,14 @@ def num_layers_of(players: Sequence[Player]) -> int:
     return len({player.layer for player in players})
 
 
+def has_parts(players: Sequence[Player]) -> bool:
+    """Whether some player is a part of a layer."""
+    return any(player.part != FULL_LAYER for player in players)
+
+
 def kinds_of(players: Sequence[Player]) -> str:
     """What players are called together: `layers`, `parts of layers`."""
-    whole = all(player.part == FULL_LAYER for player in players)
-    return "layers" if whole else "parts of layers"
+    return "parts of layers" if has_parts(players) else "layers"
 
 
 def players_from(rows: Sequence[Mapping[str, Any]]) -> tuple[Player, ...]:

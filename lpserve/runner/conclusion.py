@@ -16,7 +16,7 @@ from lpserve.errors import InputError
 from lpserve.masks import from_keys, key_text, keys
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.costs import player_costs
-from lpserve.model.players import FULL_LAYER
+from lpserve.model.players import has_parts
 from lpserve.report.files import write_outputs
 from lpserve.rounds.history import latest_scores
 from lpserve.runner.coordinator import RunLoop
@@ -106,8 +106,7 @@ def record_of(loop: RunLoop) -> RunRecord:
 def _costs(loop: RunLoop) -> dict[str, list[float]]:
     """What parts of layers cost, at a context of the longest calibration window."""
     info, windows = loop.info, loop.calibration.windows
-    in_parts = any(player.part != FULL_LAYER for player in info.players)
-    if not in_parts or not engine_kind(info.kind).reads_checkpoint:
+    if not has_parts(info.players) or not engine_kind(info.kind).reads_checkpoint:
         return {}
     checkpoint = read_checkpoint(loop.config.model)
     modules = info.settings["modules"]

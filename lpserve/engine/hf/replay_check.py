@@ -5,14 +5,13 @@ Shapes: N windows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from lpserve.data.windows import TokenWindows
-from lpserve.engine.base import PaddingMattersError
+from lpserve.engine.base import LayerStack, PaddingMattersError
 from lpserve.engine.head import on_device, plain_nll
 from lpserve.engine.hf.recording import model_code
 from lpserve.engine.replay import same_tensor
@@ -24,31 +23,18 @@ PARITY_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
 precision only has to show that the structure is right: rounding differs with the batch shape."""
 
 
-class ReplayedStack(Protocol):
+class ReplayedStack(LayerStack, Protocol):
     """What is checked: a stack over a transformers model."""
 
     model: Any
     name: str
     dtype: torch.dtype
-    state_dtype: torch.dtype
     device: torch.device
     vocab_size: int
     steps: list[Step]
     compiled: bool
     inputs_survive: bool
     first_not_finite: int | None
-
-    def embed(self, block: TokenWindows) -> torch.Tensor: ...
-
-    def run_step(self, step: int, batch: torch.Tensor) -> torch.Tensor: ...
-
-    def reduce(
-        self,
-        batch: torch.Tensor,
-        block: TokenWindows,
-        extra_metrics: Sequence[str] = (),
-        full_NTd: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
 
 
 def check_replay(stack: ReplayedStack, pair: TokenWindows) -> None:
@@ -106,7 +92,7 @@ def _replayed(stack: ReplayedStack, pair: TokenWindows) -> torch.Tensor:
             f"the layers of {stack.name} take {state.shape[1]} states for {pair.length} tokens"
         )
     _check_first_states(stack, state)
-    for step in range(len(stack.steps)):
+    for step in range(stack.num_steps):
         before = state.clone()
         after = _tried(stack, step, state)
         if not same_tensor(before, state):  # a layer that writes into its input
@@ -136,7 +122,7 @@ def _check_first_states(stack: ReplayedStack, embedded: torch.Tensor) -> None:
     """Every step may be the first that runs: given the embedding, whose dtype may be another, it
     must return a state as all others do."""
     if embedded.dtype != stack.state_dtype:
-        for step in range(len(stack.steps)):
+        for step in range(stack.num_steps):
             _check_dtype(stack, step, stack.run_step(step, embedded.clone()))
 
 

@@ -12,7 +12,7 @@ from lpserve.engine.vllm.ranks import Ranks
 from lpserve.engine.vllm.stack import STATE_KINDS
 from lpserve.errors import EngineError
 from lpserve.masks import sort_distinct
-from lpserve.model.players import FULL_LAYER
+from lpserve.model.players import has_parts
 from lpserve.types import BoolArray, EngineSpec, FloatArray
 
 PATH_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
@@ -52,7 +52,7 @@ class PathChoice:
         if quantized:
             self._tolerance = max(self._tolerance, QUANTIZED_TOLERANCE)
         self._state_kind = ""
-        self._halves = any(player.part != FULL_LAYER for player in ranks.players)
+        self._halves = has_parts(ranks.players)
 
     def choose(self, windows: TokenWindows, settings: TrieSettings, head_chunk: int) -> ChosenPath:
         """The path for an engine opened on these windows; raises EngineError where neither serves.
