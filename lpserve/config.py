@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from msgspec import Meta
 
 from lpserve.errors import InputError
-from lpserve.inputs.files import is_there
+from lpserve.inputs.files import check_lasting, is_there
 from lpserve.inputs.plain import plain_value
 from lpserve.inputs.rules import (
     MOST,
@@ -30,6 +30,7 @@ from lpserve.inputs.rules import (
     Share,
     Sizes,
     Switch,
+    Targets,
     Text,
     one_of,
 )
@@ -83,7 +84,6 @@ game."""
 GROWING = ("num_windows", "heldout_windows")
 """Keys that may be larger when a run is resumed: the larger number of windows holds the smaller."""
 
-_RAY_JOB_FOLDER = "/runtime_resources/working_dir_files/"
 _CORPORA = {"calibration", "heldout"}
 
 
@@ -174,6 +174,8 @@ class RunConfig(WindowConfig):
     """Most masks scored on calibration windows."""
     max_removed: Count | None = None
     """Plans for 1..max_removed players; default: 3/8 of the layers."""
+    target: Targets | None = None
+    """In place of `max_removed`: plans that keep at most these shares of a cost of all players."""
     protect: LayerNames | None = None
     """Layers (or parts) that stay: no set that removes one of them is searched or planned."""
     force: LayerNames | None = None
@@ -228,7 +230,9 @@ class RunConfig(WindowConfig):
             "paper",
             "used with utility ppl_ratio, which its sigmoid needs",
         )
-        for key in ("protect", "force", "alternatives"):
+        if self.target is not None and self.max_removed is not None:
+            raise InputError("max_removed counts players, target a cost: give one of the two")
+        for key in ("protect", "force", "alternatives", "target"):
             if self.goal == "values" and getattr(self, key):
                 raise InputError(f"{key} is about the plan, and goal values searches none")
         if self.min_distance is not None and not self.alternatives:
@@ -242,6 +246,11 @@ class RunConfig(WindowConfig):
         """With every default that depends on the number of players filled in, and checked."""
         most = num_players - 1
         self._check_units()
+        round_size, apart = self.round_size or num_players, self.min_distance or MIN_DISTANCE
+        if self.target is not None:  # costs say how many players that may be
+            return replace(
+                self, round_size=round_size, min_distance=apart if self.alternatives else None
+            )
         removed = resolved_max_removed(self.max_removed, num_players)
         sizes = self.sizes or (num_players - removed, most)
         _require(
@@ -250,7 +259,6 @@ class RunConfig(WindowConfig):
             list(sizes),
             f"0 <= k_min <= k_max <= {most}",
         )
-        apart = self.min_distance or MIN_DISTANCE
         _require(
             not self.alternatives or apart <= removed,
             "min_distance",
@@ -261,7 +269,7 @@ class RunConfig(WindowConfig):
             self,
             max_removed=removed,
             sizes=sizes,
-            round_size=self.round_size or num_players,
+            round_size=round_size,
             min_distance=apart if self.alternatives else None,
         )
 
@@ -376,15 +384,6 @@ def as_json(config: RunConfig) -> dict[str, Any]:
         values["mlflow"] = redact(config.mlflow, config.mlflow)
     values["sizes"] = list(config.sizes) if config.sizes else None
     return values
-
-
-def check_lasting(path: str, key: str) -> None:
-    """Raise InputError for a relative path in the folder that Ray makes for a job with
-    `--working-dir`: Ray removes it, and the next job of the same name has another."""
-    if _RAY_JOB_FOLDER in str(Path.cwd()) and not Path(path).is_absolute():
-        raise InputError(
-            f"{key} must be an absolute path in a Ray job, whose folder is temporary: got {path!r}"
-        )
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Masks of players: keys, strata, random designs, neighbours. Pure numpy, seeded.
+"""Masks of players: keys, strata, random designs, neighbours, rankings. Pure numpy, seeded.
 
 A mask is `bool[P]`, True = kept; several masks are `bool[M, P]`. A stratum is the set of all masks
 that keep the same number of players. The masks of a stratum are numbered by rank in lexicographic
@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from lpserve.types import BoolArray, IntArray
+from lpserve.types import BoolArray, FloatArray, IntArray
 
 PAPER_DEPTH = 32
 PAPER_KEPT = (30, 27, 24, 21, 18)
@@ -42,6 +42,11 @@ def without(num_players: int, removed: Sequence[int]) -> BoolArray:
 def removed_players(mask_P: BoolArray) -> tuple[int, ...]:
     """Sorted indices of the dropped players."""
     return tuple(int(i) for i in np.flatnonzero(~mask_P))
+
+
+def removed_list(mask_P: BoolArray) -> list[int]:
+    """Sorted indices of the removed players, as plain integers for JSON."""
+    return list(removed_players(mask_P))
 
 
 def pack(masks_MP: BoolArray) -> np.ndarray:
@@ -280,6 +285,26 @@ def swap_one(mask_P: BoolArray) -> BoolArray:
     masks_MP[rows, out] = False
     masks_MP[rows, back] = True
     return masks_MP
+
+
+def best_row(masks_MP: BoolArray, utilities_M: FloatArray) -> int | None:
+    """Row of the highest finite utility (ties: the smaller mask key); None when none is finite."""
+    rows = np.flatnonzero(np.isfinite(utilities_M))
+    if not len(rows):
+        return None
+    best = utilities_M[rows].max()
+    tied = rows[utilities_M[rows] == best]
+    tied_keys = keys(masks_MP[tied])
+    return int(tied[tied_keys.index(min(tied_keys))])
+
+
+def ranking_mask(values_P: FloatArray, num_removed: int) -> BoolArray:
+    """The mask that drops the `num_removed` players of the lowest values, `bool[P]`.
+
+    Ties drop the earlier player.
+    """
+    order = np.argsort(values_P, kind="stable")
+    return without(len(values_P), [int(i) for i in order[:num_removed]])
 
 
 def all_masks(num_players: int, kept: int | None = None) -> BoolArray:

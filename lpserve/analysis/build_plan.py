@@ -1,4 +1,4 @@
-"""The plan of a run: for every number of removed players the best scored set, and its runners-up.
+"""The plan of a run: for every target the best scored set, and its runners-up.
 
 Decisions read losses as stored (float32). Notation: M masks, P players, r = number removed.
 """
@@ -6,7 +6,7 @@ Decisions read losses as stored (float32). Notation: M masks, P players, r = num
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from lpserve.analysis.record import RunRecord
 from lpserve.analysis.stability import Stability, set_stability
 from lpserve.config import STOP_GAIN
 from lpserve.errors import InputError
-from lpserve.masks import full_mask, keys, without
+from lpserve.masks import full_mask, keys, removed_list, without
 from lpserve.model.players import player_label
 from lpserve.plan import search
 from lpserve.plan.candidates import choose_alternatives, choose_candidates
@@ -31,7 +31,7 @@ from lpserve.plan.constraint import Constraint, constraint_text
 from lpserve.plan.expansion import EXPANSION
 from lpserve.plan.greedy import greedy_path
 from lpserve.plan.plan import Candidate, Plan, PlanEntry, Settlement, Unseen
-from lpserve.plan.sets import removed_list
+from lpserve.plan.targets import Target, read_targets
 from lpserve.types import Z90, BoolArray, perplexity
 
 
@@ -52,27 +52,42 @@ def make_plan(
     *,
     max_removed: int | None = None,
     within: Constraint | None = None,
+    target: str | None = None,
 ) -> Plan:
-    """The best scored set for every r, with its runners-up.
+    """The best scored set for every target, with its runners-up.
 
     Args:
+        max_removed: entries for numbers of removed players up to it.
         within: what sets may be in the plan; None: those that the run searched.
+        target: entries for shares of a cost, such as `params=0.9,0.8`; None: for what the run
+            searched.
 
     Raises:
-        InputError: `max_removed` or a player of the constraint is out of range, or no scored set of
-            some size is within.
+        InputError: an argument is out of range or contradicts another, the run knows no costs, or
+            no scored set meets some target.
     """
     within = within or scored.within
+    scored = _retargeted(scored, target, max_removed)
     up_to = scored.max_removed if max_removed is None else max_removed
     if not 1 <= up_to <= scored.max_removed:
         raise InputError(
             f"max_removed must be 1..{scored.max_removed}, what the run scored: got {up_to}"
         )
-    within.check(up_to)
+    if not scored.target_cost:
+        within.check(up_to)
     greedy = _greedy(scored, analysis, up_to)
+    targets = scored.targets_within(within, up_to)
     entries = [
-        _entry(scored, analysis, rows, within, on_path=len(greedy) > r - scored.within.sizes(r)[0])
-        for r, rows in _candidates(scored, analysis, greedy, up_to, within).items()
+        _entry(
+            scored,
+            analysis,
+            rows,
+            entry_target,
+            on_path=any(replace(entry_target, within=scored.within).holds(np.array(greedy)))
+            if greedy
+            else False,
+        )
+        for entry_target, rows in _candidates(scored, analysis, greedy, targets).items()
     ]
     full = full_mask(scored.num_players)
     return Plan(
@@ -81,6 +96,7 @@ def make_plan(
         num_players=scored.num_players,
         players=[{"index": p.index, "layer": p.layer, "part": p.part} for p in scored.players],
         costs=scored.costs,
+        target_cost=scored.target_cost,
         utility=scored.utility,
         masks_scored=int(scored.scored_M().sum()),
         masks_screened=int(scored.screened_M().sum()),
@@ -99,14 +115,33 @@ def make_plan(
     )
 
 
+def _retargeted(scored: RunRecord, target: str | None, max_removed: int | None) -> RunRecord:
+    """The record as if its run had searched for these shares of a cost."""
+    if target is None:
+        if scored.target_cost and max_removed is not None:
+            raise InputError(
+                f"the run searched for shares of {scored.target_cost}: give target, not max_removed"
+            )
+        return scored
+    if max_removed is not None:
+        raise InputError("max_removed counts players, target a cost: give one of the two")
+    cost, shares = read_targets(target)
+    if cost not in scored.costs:
+        raise InputError(
+            f"target {target}: the run has not recorded what its players cost; `lpserve run "
+            "--target` does, and --players half"
+        )
+    return replace(scored, target_cost=cost, target_shares=shares)
+
+
 def candidate_masks(scored: RunRecord, analysis: Analysis) -> BoolArray:
     """All kept, and every candidate and alternative of the plan, each once: what held-out windows
     check."""
     up_to = scored.max_removed
-    found = _candidates(scored, analysis, _greedy(scored, analysis, up_to), up_to, scored.within)
+    greedy = _greedy(scored, analysis, up_to)
     masks = [full_mask(scored.num_players)]
-    for rows in found.values():
-        others = _alternatives(scored, analysis, rows[0][0], scored.within)
+    for target, rows in _candidates(scored, analysis, greedy, scored.targets).items():
+        others = _alternatives(scored, analysis, rows[0][0], target)
         masks += [scored.masks_MP[row] for row in [*(row for row, _ in rows), *others]]
     _, first = np.unique(np.array(masks), axis=0, return_index=True)
     return np.array(masks)[np.sort(first)]
@@ -124,66 +159,71 @@ def _candidates(
     scored: RunRecord,
     analysis: Analysis,
     greedy: Sequence[BoolArray],
-    up_to: int,
-    within: Constraint,
-) -> dict[int, list[tuple[int, str]]]:
-    """For every r up to `up_to` the rows of the candidates, the best first, with how each was
-    found."""
+    targets: Sequence[Target],
+) -> dict[Target, list[tuple[int, str]]]:
+    """For every target the rows of the candidates, the best first, with how each was found."""
     sources = dict(zip(keys(scored.masks_MP), scored.sources, strict=True))
     found = {}
-    for r in within.sizes(up_to):
+    for target in targets:
         rows = choose_candidates(
             scored.masks_MP,
             analysis.utilities_M,
-            r,
+            target,
             greedy=greedy,
-            ranking=within.ranking(analysis.values.values_P, r),
+            ranking=target.ranking(analysis.values.values_P),
             sources=sources,
-            within=within,
         )
         if not rows:
-            protected, forced = (_labels(scored, s) for s in (within.protected, within.forced))
-            kept = constraint_text(protected, forced)
-            raise InputError(
-                f"no scored set of {r} removed players would {kept}: lower --max-removed, or run "
-                "with --protect or --force, which search such sets"
-            )
-        found[r] = _settled_first(scored, rows, sources, within)
+            raise InputError(_nothing_scored(scored, target))
+        found[target] = _settled_first(scored, rows, sources, target)
     return found
 
 
-def _alternatives(
-    scored: RunRecord, analysis: Analysis, chosen: int, within: Constraint
-) -> list[int]:
+def _nothing_scored(scored: RunRecord, target: Target) -> str:
+    within = target.within
+    kept = constraint_text(*(_labels(scored, s) for s in (within.protected, within.forced)))
+    if target.share is not None:
+        condition = f" and would {kept}" if kept else ""
+        return (
+            f"no scored set keeps at most {target.share:g} of {scored.target_cost}{condition}: run "
+            f"with --target {scored.target_cost}={target.share:g}, which searches such sets"
+        )
+    return (
+        f"no scored set of {target.sizes[0]} removed players would {kept}: lower --max-removed, or "
+        "run with --protect or --force, which search such sets"
+    )
+
+
+def _alternatives(scored: RunRecord, analysis: Analysis, chosen: int, target: Target) -> list[int]:
     return choose_alternatives(
         scored.masks_MP,
         analysis.utilities_M,
         chosen,
+        target,
         count=scored.alternatives,
         min_distance=scored.min_distance,
-        within=within,
     )
 
 
-def _settlement(scored: RunRecord, row: int, within: Constraint) -> Settlement | None:
-    """How the race ended whose set this row holds; None where there was none, or a constraint
-    leaves others to choose from."""
-    removed = removed_list(scored.masks_MP[row])
-    found = [one for one in scored.settlements if one.removed == removed]
-    return found[0] if found and within == scored.within else None
+def _settlement(scored: RunRecord, target: Target) -> Settlement | None:
+    """How the race for a target ended; None where there was none, or a constraint leaves others to
+    choose from."""
+    for one in scored.settlements if target.within == scored.within else ():
+        if one.target == target.share and (one.target or len(one.removed) == target.sizes[0]):
+            return one
+    return None
 
 
 def _settled_first(
-    scored: RunRecord, rows: list[tuple[int, str]], sources: dict[bytes, str], within: Constraint
+    scored: RunRecord, rows: list[tuple[int, str]], sources: dict[bytes, str], target: Target
 ) -> list[tuple[int, str]]:
-    """Candidates of one size with those first that its race left, the chosen one before all."""
-    num_removed = int((~scored.masks_MP[rows[0][0]]).sum())
-    races = [one for one in scored.settlements if len(one.removed) == num_removed]
-    if not races or within != scored.within:
+    """Candidates of a target with those first that its race left, the chosen one before all."""
+    race = _settlement(scored, target)
+    if race is None:
         return rows
     mask_keys = keys(scored.masks_MP)
     row_of = {key: row for row, key in enumerate(mask_keys)}
-    left_MP = np.array([without(scored.num_players, s) for s in (races[0].removed, *races[0].ties)])
+    left_MP = np.array([without(scored.num_players, s) for s in (race.removed, *race.ties)])
     left = [(row_of[key], sources[key]) for key in keys(left_MP)]
     found_as = dict(rows)
     first = [(row, found_as.get(row, source)) for row, source in left]
@@ -193,14 +233,13 @@ def _settled_first(
 def _unseen(
     scored: RunRecord,
     analysis: Analysis,
-    num_removed: int,
     best_row: int,
-    within: Constraint,
+    target: Target,
 ) -> Unseen | None:
     """The set that was not scored, or on the screen alone, and is likeliest to beat the best."""
     search_M = scored.view.search(scored.loss_MI)
-    begin_MP = search.starts(scored.masks_MP, search_M, num_removed, within)
-    likely = search.best_predicted_sets(analysis.searcher, within, num_removed, begin_MP)
+    begin_MP = search.starts(scored.masks_MP, search_M, target)
+    likely = search.best_predicted_sets(analysis.searcher, target, begin_MP)
     seen = set(keys(scored.masks_MP[np.isfinite(search_M)]))
     fresh = [row for row, key in enumerate(keys(likely)) if key not in seen]
     if not fresh:
@@ -219,11 +258,10 @@ def _unseen(
     )
 
 
-def _stability(scored: RunRecord, chosen: int, within: Constraint) -> Stability | None:
-    """Of the best set among those of its size within a constraint."""
-    removed_M = (~scored.masks_MP).sum(axis=1)
-    same_M = (removed_M == removed_M[chosen]) & np.isfinite(scored.loss_MI).all(axis=1)
-    rows = np.flatnonzero(same_M & within.holds(scored.masks_MP))
+def _stability(scored: RunRecord, chosen: int, target: Target) -> Stability | None:
+    """Of the best set among those that meet its target."""
+    finite_M = np.isfinite(scored.loss_MI).all(axis=1)
+    rows = np.flatnonzero(finite_M & target.holds(scored.masks_MP))
     return set_stability(
         masks_MP=scored.masks_MP[rows],
         loss_MN=scored.loss_MI[rows].astype(np.float64),
@@ -239,20 +277,20 @@ def _entry(
     scored: RunRecord,
     analysis: Analysis,
     rows: list[tuple[int, str]],
-    within: Constraint,
+    target: Target,
     *,
     on_path: bool,
 ) -> PlanEntry:
-    """The plan's entry for one size, from its candidates' rows.
+    """The plan's entry for one target, from its candidates' rows.
 
     Args:
-        on_path: whether the greedy path reached this size.
+        on_path: whether the greedy path reached it.
     """
     chosen = rows[0][0]
     candidates = [_candidate(scored, analysis, row, source, chosen) for row, source in rows]
     best = candidates[0]
-    stability = _stability(scored, chosen, within)
-    settlement = _settlement(scored, chosen, within)
+    stability = _stability(scored, chosen, target)
+    settlement = _settlement(scored, target)
     warnings = []
     if not on_path and EXPANSION not in scored.sources:  # whose short lists stand in for it
         warnings.append("the scored masks hold no greedy path to this size")
@@ -269,15 +307,16 @@ def _entry(
         heldout_ppl=best.heldout_ppl,
         candidates=candidates,
         warnings=warnings + _heldout_warnings(scored, candidates),
-        unseen=_unseen(scored, analysis, len(best.removed), chosen, within),
+        unseen=_unseen(scored, analysis, chosen, target),
         stability=asdict(stability) if stability is not None else None,
         calibration_utility=best.calibration_utility,
         predicted_utility=best.predicted_utility,
         heldout_utility=best.heldout_utility,
+        target=target.share,
         settlement=settlement,
         alternatives=[
             _candidate(scored, analysis, row, scored.sources[row], chosen)
-            for row in _alternatives(scored, analysis, chosen, within)
+            for row in _alternatives(scored, analysis, chosen, target)
         ],
     )
 

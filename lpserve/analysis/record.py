@@ -22,6 +22,7 @@ from lpserve.inputs.documents import json_value
 from lpserve.inputs.shapes import converted
 from lpserve.plan.constraint import Constraint
 from lpserve.plan.plan import Settlement
+from lpserve.plan.targets import Target, cost_targets, size_targets
 from lpserve.store.files import write_npz
 from lpserve.types import BoolArray, FloatArray, IntArray, Player
 from lpserve.utility import Utility, UtilityView, utility_named
@@ -106,7 +107,11 @@ class RunRecord:
     """Name and number of calibration items of each corpus, in order."""
     players: tuple[Player, ...] = field(metadata=_about(_player_rows, _players))
     costs: dict[str, list[float]] = field(default_factory=dict, metadata=_about())
-    """Cost (`lpserve.model.costs.COSTS`) -> that of each player; empty: the players are layers."""
+    """Cost (`lpserve.inputs.rules.COSTS`) -> that of each player; empty: the players are layers,
+    and no cost was asked about."""
+    target_cost: str = field(default="", metadata=_about())
+    """The cost whose shares sets were searched for; empty: sets of numbers of players were."""
+    target_shares: tuple[float, ...] = field(default=(), metadata=_about(list, tuple))
     masks_MP: BoolArray = field(metadata=_array("masks"))
     """Masks in the order in which they were asked for; the first keeps all."""
     nll_MI: NDArray[np.float32] = field(metadata=_array("nll"))
@@ -149,6 +154,18 @@ class RunRecord:
     def within(self) -> Constraint:
         """Which sets were searched."""
         return Constraint(self.num_players, self.protected, self.forced)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What sets were searched for."""
+        return self.targets_within(self.within, self.max_removed)
+
+    def targets_within(self, within: Constraint, max_removed: int) -> tuple[Target, ...]:
+        """The same under another constraint, and up to so many players removed."""
+        if not self.target_cost:
+            return size_targets(within, max_removed)
+        costs = self.costs[self.target_cost]
+        return cost_targets(within, self.target_shares, costs, self.target_cost)
 
     @property
     def corpus_sizes(self) -> list[int]:
@@ -282,6 +299,9 @@ def _check_record(record: RunRecord, source: str) -> None:
         "noise_nll": not 0 <= record.noise_nll < float("inf"),
         "max_removed": not 0 < record.max_removed < record.num_players,
         "costs": any(len(costs) != record.num_players for costs in record.costs.values()),
+        "target_cost": bool(record.target_cost) != bool(record.target_shares)
+        or (bool(record.target_cost) and record.target_cost not in record.costs)
+        or not all(0 < share < 1 for share in record.target_shares),
         "alternatives": record.alternatives < 0 or record.min_distance < 1,
     }
     bound = [*record.protected, *record.forced]

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lpserve.analysis.resample import mean_nll, window_weights
-from lpserve.masks import removed_players
+from lpserve.masks import best_row, removed_players
 from lpserve.plan.plan import UNSETTLED
-from lpserve.plan.sets import best_row
 from lpserve.types import Z90, BoolArray, FloatArray, IntArray
 
 SETTLED = 0.9

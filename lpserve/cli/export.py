@@ -18,7 +18,13 @@ def add_export(commands: Any) -> None:
     )
     export.set_defaults(run=_export)
     export.add_argument("folder", metavar="RUN", help="folder of a finished run")
-    export.add_argument("--remove", type=int, required=True, metavar="R", help="how many layers")
+    wanted = export.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--remove", type=int, metavar="R", help="how many layers")
+    wanted.add_argument(
+        "--target",
+        metavar="COST=X",
+        help="the share of a cost, such as params=0.8, of a plan by cost",
+    )
     export.add_argument(
         "--alternative",
         type=int,
@@ -38,7 +44,7 @@ def add_export(commands: Any) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     return export_and_report(
         arguments.folder,
-        arguments.remove,
+        arguments.target or arguments.remove,
         arguments.out,
         alternative=arguments.alternative,
         plan_path=arguments.plan,
@@ -50,7 +56,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def export_and_report(
     folder: str | Path,
-    num_removed: int,
+    wanted: int | str,
     out: str | Path,
     *,
     alternative: int = 0,
@@ -68,7 +74,7 @@ def export_and_report(
 
     report = export_run(
         folder,
-        num_removed,
+        wanted,
         out,
         alternative=alternative,
         plan_path=plan_path,

@@ -34,6 +34,12 @@ def add_plan(commands: Any) -> None:
         "--force", metavar="I,J,...", type=layer_names, default=[], help="layers that must go"
     )
     plan.add_argument("--max-removed", type=int, help="stop at this many removed layers")
+    plan.add_argument(
+        "--target",
+        metavar="COST=X,...",
+        help="entries for shares of a cost that sets keep at most, such as params=0.9,0.8 (runs "
+        "with --target or --players half record costs)",
+    )
     add_alternatives_flags(plan)
     plan.add_argument("--out", metavar="FILE", help="write the plan here, as plan.json is written")
 
@@ -52,7 +58,13 @@ def _plan(arguments: argparse.Namespace) -> int:
         [*scored.protected, *named_players(scored.players, arguments.protect, "--protect")],
         [*scored.forced, *named_players(scored.players, arguments.force, "--force")],
     )
-    plan = make_plan(scored, analyse(scored), max_removed=arguments.max_removed, within=within)
+    plan = make_plan(
+        scored,
+        analyse(scored),
+        max_removed=arguments.max_removed,
+        within=within,
+        target=arguments.target,
+    )
     print_plan(plan)
     if within != scored.within:
         print("\n".join(_scored_within(scored, plan, within)))
@@ -88,6 +100,11 @@ def _scored_within(scored: RunRecord, plan: Plan, within: Constraint) -> Iterato
     masks_MP = scored.masks_MP[scored.scored_M()]
     within_M = within.holds(masks_MP)
     removed_M = (~masks_MP).sum(axis=1)
+    if plan.target_cost:
+        yield f"chosen among the {int(within_M.sum())} scored sets that {plan.constraint};"
+        yield "better ones may be among the others: `lpserve run` with the same flags searches them"
+        yield ""
+        return
     yield (f"chosen among the sets that the run scored and that {plan.constraint}:")
     all_scored = True
     for entry in plan.plans:
@@ -100,9 +117,17 @@ def _scored_within(scored: RunRecord, plan: Plan, within: Constraint) -> Iterato
     yield ""
 
 
+def _label(entry: Any) -> str:
+    """What an entry is for: `5` players removed, `80%` of a cost."""
+    return str(entry.num_removed) if entry.target is None else f"{100 * entry.target:g}%"
+
+
 def print_plan(plan: Any) -> None:
-    """Print a plan as a table: a row for each number of removed layers, then its alternatives and
-    what to know of it."""
+    """Print a plan as a table: a row for each number of removed layers or share of a cost, then its
+    alternatives and what to know of it."""
+    from lpserve.plan.plan import COST_WORDS
+
+    cost = plan.target_cost or "params"
     kinds = ["utility", "ppl"] if plan.reports_utility else ["ppl"]
     names = {"utility": plan.utility, "ppl": f"perplexity {plan.perplexity_of}".strip()}
 
@@ -112,7 +137,7 @@ def print_plan(plan: Any) -> None:
     def row(label: str, of: Any) -> str:
         values = [value for kind in kinds for value in figures(of, kind)]
         cells = "  ".join(f"{v:>11.4g}" if v is not None else f"{'-':>11}" for v in values)
-        left = f"  {plan.share_left('params', of.removed):>6.1%}" if plan.costs else ""
+        left = f"  {plan.share_left(cost, of.removed):>6.1%}" if plan.costs else ""
         return f"{label} {cells}{left}  {plan.names(of.removed)}"
 
     full = []
@@ -129,18 +154,18 @@ def print_plan(plan: Any) -> None:
         print(f"{'':>6}  {plan.utility:^24}  {names['ppl']:^24}".rstrip())
         columns *= 2
     header = "  ".join(f"{name:>11}" for name in columns)
-    left = f"  {'params':>6}" if plan.costs else ""
-    print(f"{'remove':>6}  {header}{left}  {plan.unit}")
+    left = f"  {cost:>6}" if plan.costs else ""
+    print(f"{'keep' if plan.target_cost else 'remove':>6}  {header}{left}  {plan.unit} removed")
     for entry in plan.plans:
-        print(row(f"{entry.num_removed:>6}{'~' if entry.is_open else ' '}", entry))
+        print(row(f"{_label(entry):>6}{'~' if entry.is_open else ' '}", entry))
     if plan.alternatives:
         least = f"at least {plan.min_distance} {plan.unit}"
         print(f"alternatives, every two of a size unlike in {least}:")
     for entry in plan.plans:
         for number, other in enumerate(entry.alternatives, start=1):
-            print(row(f"{entry.num_removed:>3} #{number:<2}", other))
+            print(row(f"{_label(entry):>3} #{number:<2}", other))
     if plan.costs:
-        print("params: what is left of the parameters of all layers")
+        print(f"{cost}: what is left of {COST_WORDS[cost]}")
     for line in plan.notes:
         print(line)
     print()

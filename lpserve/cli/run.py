@@ -24,6 +24,7 @@ from lpserve.utility import TASK_UTILITIES, TEXT_UTILITIES, UTILITIES
 
 if TYPE_CHECKING:
     from lpserve.config import RunConfig
+    from lpserve.plan.plan import Plan
 
 _HELP = """\
 Score layer masks of a model on a text and find out which layers can go.
@@ -87,6 +88,12 @@ def _add_search_flags(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
     add("--budget", type=int, help="most masks scored on calibration windows (400)")
     add("--max-removed", type=int, help="plan for 1..N removed layers (3/8 of the layers)")
+    add(
+        "--target",
+        metavar="COST=X,...",
+        help="in its place: plan for sets that keep at most these shares of all layers' params, "
+        "flops (of a token) or kv (its keys and values in the cache), such as params=0.9,0.8",
+    )
     add("--protect", metavar="I,J,...", type=layer_names, help="layers that stay in every set")
     add("--force", metavar="I,J,...", type=layer_names, help="layers that go in every set")
     add_alternatives_flags(run)
@@ -162,6 +169,9 @@ def _run(arguments: argparse.Namespace) -> int:
     options = engine_options(arguments)
     if options:
         flags["engine_options"] = {**values.get("engine_options", {}), **options}
+    for one, other in (("target", "max_removed"), ("max_removed", "target")):
+        if one in flags:  # flags win, and of the two only one may be given
+            values.pop(other, None)
     config = config_from(values | flags, source)
     config.check_files()  # before seconds of imports
     from lpserve.runner.run import run
@@ -171,9 +181,9 @@ def _run(arguments: argparse.Namespace) -> int:
     print_plan(result.outcome.plan)
     print(f"plan, values, report: {result.folder / 'plan.json'}, shapley.csv, report.html")
     if arguments.demo:
-        removed = result.outcome.plan.plans[-1].num_removed
-        return _demo_export(result.folder, removed)
-    print(f"export a pruned model: lpserve export {result.folder} --remove R --out DIR")
+        return _demo_export(result.folder, result.outcome.plan)
+    which = f"--target {config.target.partition('=')[0]}=X" if config.target else "--remove R"
+    print(f"export a pruned model: lpserve export {result.folder} {which} --out DIR")
     return 0
 
 
@@ -190,12 +200,15 @@ def _tell_outlook(config: RunConfig) -> None:
             print(f"note: {sentence}", flush=True)
 
 
-def _demo_export(folder: Path, removed: int) -> int:
-    target = folder / f"pruned-{removed}"
-    if target.exists():
-        print(f"exported before: {target}")
+def _demo_export(folder: Path, plan: Plan) -> int:
+    """Export the entry that prunes most."""
+    last = plan.plans[-1]
+    out = folder / f"pruned-{last.num_removed}"
+    if out.exists():
+        print(f"exported before: {out}")
         return 0
-    return export_and_report(folder, removed, target)
+    wanted = last.num_removed if last.target is None else plan.label(last)
+    return export_and_report(folder, wanted, out)
 
 
 def _utilities(names: Sequence[str]) -> str:

@@ -251,7 +251,8 @@ class _Scoring:
             here_M = mean_M[(removed_M == removed) & np.isfinite(mean_M)]
             if len(here_M):
                 ppl = float(perplexity(here_M.min()))
-                best[removed] = min(ppl, best.get(removed, np.inf))
+                name = f"without {removed}"
+                best[name] = min(ppl, best.get(name, np.inf))
 
     def _show(self) -> None:
         state, tracker = self._session.progress.state, self.tracker

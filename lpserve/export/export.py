@@ -185,7 +185,7 @@ def _written_aside(target: Path) -> Iterator[Path]:
 
 def export_run(
     run: str | Path,
-    num_removed: int,
+    wanted: int | str,
     out: str | Path,
     *,
     alternative: int = 0,
@@ -194,12 +194,13 @@ def export_run(
     device: str = "auto",
     verify: bool = True,
 ) -> ExportReport:
-    """Export what a run's plan removes for r, compared on the run's own windows and scores.
+    """Export what a run's plan removes, compared on the run's own windows and scores.
 
     Args:
         run: folder of a finished run.
-        num_removed: r, the number of players to remove.
-        alternative: the number of the plan's alternative for r, from 1; 0: its best set.
+        wanted: r, the number of players to remove, or the share of a cost (`params=0.8`) of a plan
+            by cost.
+        alternative: the number of the plan's alternative for it, from 1; 0: its best set.
         plan_path: another plan of this run; None: the folder's plan.json.
         model: checkpoint folder; None: the path that the plan names.
 
@@ -209,7 +210,7 @@ def export_run(
     """
     folder = Path(run)
     plan = load_plan(plan_path or folder / "plan.json")
-    removed = plan.removed_by(num_removed, alternative)
+    removed = plan.removed_by(wanted, alternative)
     players = players_from(plan.players)
     source = Path(model or plan.model)
     found = checkpoint_hash(read_checkpoint(source))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lpserve.errors import InputError
 
+_RAY_JOB_FOLDER = "/runtime_resources/working_dir_files/"
 MOST_DOCUMENT_BYTES = 64 << 20
 """Of a file that is read as a whole for what it says: configs, indices, sets, plans."""
 
@@ -107,3 +108,12 @@ def reason_of(error: OSError | ValueError) -> str:
             return "a part of its path is a file, not a folder"
         return error.strerror or str(error)
     return str(error)
+
+
+def check_lasting(path: str, key: str) -> None:
+    """Raise InputError for a relative path in the folder that Ray makes for a job with
+    `--working-dir`: Ray removes it, and the next job of the same name has another."""
+    if _RAY_JOB_FOLDER in str(Path.cwd()) and not Path(path).is_absolute():
+        raise InputError(
+            f"{key} must be an absolute path in a Ray job, whose folder is temporary: got {path!r}"
+        )

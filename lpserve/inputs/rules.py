@@ -13,6 +13,12 @@ MOST = 2**63 - 1
 PART_NAME = r"^\d{1,18}\.(?:attention|mlp)\Z"
 """How a part of a layer is named: `7.attention`."""
 
+COSTS = ("params", "flops", "kv")
+"""Names of what players cost (`lpserve.model.costs`)."""
+_SHARE = r"0?\.(?=\d*[1-9])\d{1,15}"
+TARGETS = rf"^(?:{'|'.join(COSTS)})={_SHARE}(?:,{_SHARE})*\Z"
+"""How shares of a cost are named: `params=0.9,0.8`."""
+
 
 def one_of(names: Iterable[str]) -> Meta:
     """The rule that a text is one of these."""
@@ -30,6 +36,14 @@ Positive = Annotated[float, Meta(gt=0, le=1e300, description="a number above 0")
 Sizes = Annotated[tuple[int, int], Meta(description="two whole numbers, k_min and k_max")]
 Options = Annotated[dict[str, Any], Meta(description="a table")]
 Switch = Annotated[bool, Meta(description="true or false")]
+Targets = Annotated[
+    str,
+    Meta(
+        pattern=TARGETS,
+        description=f"one of {', '.join(COSTS)}, = and shares above 0 and below 1, such as "
+        "params=0.9,0.8",
+    ),
+]
 LayerNames = Annotated[
     list[Annotated[int, Meta(ge=0, le=MOST)] | Annotated[str, Meta(pattern=PART_NAME)]],
     Meta(description="a list of layers, numbered from 0, or of parts such as 7.attention"),

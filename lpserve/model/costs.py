@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lpserve.inputs.rules import COSTS
 from lpserve.model.architecture import (
     find_layer_prefix,
     read_architecture,
@@ -26,8 +27,6 @@ from lpserve.model.players import ATTENTION, FULL_LAYER, part_entries
 from lpserve.model.size import parameters_met
 from lpserve.types import FloatArray, IntArray, Player
 
-COSTS = ("params", "flops", "kv")
-"""Names of the costs."""
 _CACHED = re.compile(r"(?i)attention")
 _NOT_CACHED = re.compile(r"(?i)linear")
 
@@ -45,9 +44,10 @@ class PlayerCosts:
 
     def by_name(self) -> dict[str, list[float]]:
         """Costs as plain numbers, by their names in `COSTS`."""
-        costs = {"params": self.params_P, "flops": self.flops_P, "kv": self.kv_P}
+        costs = (self.params_P, self.flops_P, self.kv_P)
         return {
-            name: np.asarray(cost_P, dtype=np.float64).tolist() for name, cost_P in costs.items()
+            name: np.asarray(cost_P, dtype=np.float64).tolist()
+            for name, cost_P in zip(COSTS, costs, strict=True)
         }
 
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lpserve.errors import InputError
-from lpserve.masks import all_masks, drop_one, without
-from lpserve.plan.sets import ranking_mask
+from lpserve.masks import all_masks, drop_one, ranking_mask, without
 from lpserve.types import BoolArray, FloatArray
 
 

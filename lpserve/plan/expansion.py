@@ -29,13 +29,15 @@ import numpy as np
 
 from lpserve.masks import keys, pack, sort_distinct
 from lpserve.plan.constraint import Constraint
+from lpserve.plan.search import best_predicted_sets
+from lpserve.plan.targets import Target
 from lpserve.types import BoolArray, FloatArray
 
 EXPANSION = "expansion"
 """How a set was found that a short list held."""
 _ANCHORS = 4
 """Best scored sets of each size that expansions are taken about."""
-_BEAM_WIDTH, _MAX_STEPS = 32, 60
+_BEAM = (32, 60)
 _SHORTLIST = 64
 _REACH = 2
 """Players that an expansion about a scored set adds at most."""
@@ -86,6 +88,7 @@ class Expansion:
                 scored on all windows.
         """
         finite_M = np.isfinite(loss_M)
+        self._steps_of: dict[int, _Steps] = {}
         self._dropped_MP, self._loss_M = ~masks_MP[finite_M], loss_M[finite_M] - loss_M[0]
         self._removed_M = self._dropped_MP.sum(axis=1)
         self._row_of = {key: row for row, key in enumerate(keys(~self._dropped_MP))}
@@ -154,30 +157,41 @@ class Expansion:
         """Overlaps of each two dropped players, summed, `float64[M]`."""
         return np.einsum("mi,ij,mj->m", dropped_MP, self._overlap_PP, dropped_MP) / 2
 
-    def shortlist(self, num_removed: int) -> tuple[BoolArray, FloatArray]:
-        """Unscored sets of one size with the lowest predicted losses, best first, `bool[Q, P]`, and
-        these losses; each by the expansion that predicts it lowest."""
-        found = [self._about_whole(num_removed)]
-        for removed in range(num_removed - _REACH, num_removed + 2):
-            for row in self._best_rows(removed):
-                found.append(self._about(self._steps(row), num_removed - removed))
+    def shortlist(self, target: Target) -> tuple[BoolArray, FloatArray]:
+        """Unscored sets that meet a target with the lowest predicted losses, best first, `bool[Q,
+        P]`, and these losses; each by the expansion that predicts it lowest."""
+        found = [self._about_whole(target)]
+        for size in target.sizes:
+            for removed in range(size - _REACH, size + 2):
+                for row in self._best_rows(removed, size - removed, target):
+                    found.append(self._about(self._steps(row), size - removed, target))
         sets_MP, place = sort_distinct(np.concatenate([masks for masks, _ in found]))
         lowest = np.full(len(sets_MP), np.inf)
         np.minimum.at(lowest, place, np.concatenate([values for _, values in found]))
         unscored = np.array([key not in self._row_of for key in keys(sets_MP)], dtype=bool)
-        usable = unscored & self._within.holds(sets_MP) & np.isfinite(lowest)
+        usable = unscored & target.holds(sets_MP) & np.isfinite(lowest)
         return _lowest(sets_MP[usable], lowest[usable])
 
-    def _best_rows(self, num_removed: int) -> list[int]:
+    def _best_rows(self, num_removed: int, more: int, target: Target) -> list[int]:
+        """The best scored sets of one size that may meet a target with `more` players removed."""
         rows = np.flatnonzero(self._removed_M == num_removed)
         if num_removed == 0 or not len(rows):  # the whole model has its own list
             return []
         usable = self._within.holds(~self._dropped_MP[rows])
+        usable &= target.reached(
+            target.kept_cost(~self._dropped_MP[rows])
+            - max(more, int(more == 0)) * max(target.cost_P, default=0.0)
+        )
         usable &= ~(self._dropped_MP[rows] & self._free_P & ~self._allowed_P).any(axis=1)
         rows = rows[usable]
         return rows[np.argsort(self._loss_M[rows], kind="stable")[:_ANCHORS]].tolist()
 
     def _steps(self, row: int) -> _Steps:
+        if row not in self._steps_of:
+            self._steps_of[row] = self._new_steps(row)
+        return self._steps_of[row]
+
+    def _new_steps(self, row: int) -> _Steps:
         dropped_P, loss = self._dropped_MP[row], float(self._loss_M[row])
         added_P = self._single_P + self.scale * self._overlap_PP @ dropped_P
         change_P = np.where(dropped_P, -added_P, added_P)
@@ -188,22 +202,27 @@ class Expansion:
                 change_P[player] = self._loss_M[scored] - loss
         return _Steps(loss, dropped_P, change_P)
 
-    def _about(self, steps: _Steps, more: int) -> tuple[BoolArray, FloatArray]:
+    def _about(self, steps: _Steps, more: int, target: Target) -> tuple[BoolArray, FloatArray]:
         """Sets that drop `more` players more than a scored one (less, if below 0; with one swap, if
-        0), and predicted losses: by beam search, a player at a time."""
+        0) and meet a target, and predicted losses: by beam search, a player at a time."""
         moves = [1] * more if more >= 0 else [-1] * -more
         if more == 0:
             moves = [-1, 1]
         changed = np.zeros((1, len(steps.change_P)), dtype=bool)
         value = np.array([steps.loss])
         signed_P = np.where(steps.dropped_P, -1.0, 1.0)
-        for move in moves:
+        cost_P = np.array(target.cost_P) if target.cost_P else np.zeros(len(signed_P))
+        kept_cost = target.kept_cost(~steps.dropped_P[None])
+        for left, move in zip(range(len(moves) - 1, -1, -1), moves, strict=True):
             may_P = (
                 ~steps.dropped_P & self._allowed_P if move > 0 else steps.dropped_P & self._free_P
             )
             between = signed_P * ((changed * signed_P) @ self._overlap_PP)
             step = steps.change_P + self.scale * between
             step = np.where(may_P & ~changed, value[:, None] + step, np.inf)
+            if not left:
+                kept = kept_cost - changed @ (signed_P * cost_P)
+                step[~target.reached(kept[:, None] - signed_P * cost_P)] = np.inf
             order = np.argsort(step, axis=None, kind="stable")[: 4 * _SHORTLIST]
             row, player = np.unravel_index(order[np.isfinite(step.ravel()[order])], step.shape)
             value = step[row, player]
@@ -217,45 +236,33 @@ class Expansion:
             changed, value = changed[: 2 * _SHORTLIST], value[: 2 * _SHORTLIST]
         return ~(changed ^ steps.dropped_P), value
 
-    def _swaps(self, mask_P: BoolArray, loss: float) -> tuple[BoolArray, FloatArray]:
-        """The swaps of a set that are predicted to cost least, and predicted losses."""
-        kept = np.flatnonzero(mask_P & self._allowed_P)
-        dropped = np.flatnonzero(~mask_P & self._free_P)
-        added_P = self._single_P + self.scale * self._overlap_PP @ ~mask_P
-        losses = loss + added_P[kept][:, None] - added_P[dropped]
-        losses = losses - self.scale * self._overlap_PP[np.ix_(kept, dropped)]
-        best = np.argsort(losses, axis=None, kind="stable")[:_SHORTLIST]
-        out, back = np.unravel_index(best, losses.shape)
-        near = np.repeat(mask_P[None], len(best), axis=0)
-        rows = np.arange(len(best))
-        near[rows, kept[out]] = False
-        near[rows, dropped[back]] = True
-        return near, losses[out, back]
+    def _about_whole(self, target: Target) -> tuple[BoolArray, FloatArray]:
+        """Sets of the lowest losses by the expansion about the whole model, by a search over swaps
+        from the sets that grow by the cheapest player, alone and for its cost."""
+        cost_P = np.array(target.cost_P) if target.cost_P else np.ones(len(self._free_P))
+        begin = []
+        for price_P in (np.ones(len(cost_P)), cost_P)[: 1 + bool(target.cost_P)]:
+            dropped_P = ~self._within.first()
+            while True:
+                if int(dropped_P.sum()) in target.sizes and target.holds(~dropped_P[None])[0]:
+                    begin.append(~dropped_P)
+                added_P = self._added(dropped_P)
+                if dropped_P.sum() >= target.sizes[-1] or not np.isfinite(added_P.min()):
+                    break
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    added_P = np.where(price_P > 0, added_P / price_P, np.inf)
+                dropped_P[int(added_P.argmin())] = True
+        begin_MP = np.array(begin, dtype=bool).reshape(len(begin), len(cost_P))
+        sets_MP = best_predicted_sets(self, target, begin_MP, beam=_BEAM)
+        return sets_MP, -self.mean(sets_MP)
 
-    def _about_whole(self, num_removed: int) -> tuple[BoolArray, FloatArray]:
-        """Sets of the lowest losses by the expansion about the whole model, by beam search over
-        swaps from the set that grows by the cheapest player."""
-        dropped_P = ~self._within.first()
-        while dropped_P.sum() < num_removed:
-            added_P = self._added(dropped_P)
-            if not np.isfinite(added_P.min()):
-                return np.empty((0, len(dropped_P)), dtype=bool), np.empty(0)
-            dropped_P[int(added_P.argmin())] = True
-        pool = ~dropped_P[None]
-        value = self.predicted(pool)
-        expanded: set[bytes] = set()
-        for _ in range(_MAX_STEPS):
-            fresh = [row for row, key in enumerate(keys(pool[:_BEAM_WIDTH])) if key not in expanded]
-            if not fresh:
-                break
-            expanded.update(keys(pool[fresh]))
-            near = [self._swaps(pool[row], value[row]) for row in fresh]
-            pool, place = sort_distinct(np.concatenate([pool, *(masks for masks, _ in near)]))
-            predicted = np.concatenate([value, *(values for _, values in near)])
-            value = np.full(len(pool), np.inf)
-            np.minimum.at(value, place, predicted)
-            pool, value = _lowest(pool, value)
-        return pool, value
+    def mean(self, queried_MP: BoolArray) -> FloatArray:
+        """Minus the losses by the expansion about the whole model, `float64[Q]`."""
+        return -self.predicted(queried_MP)
+
+    def swap_means(self, mask_P: BoolArray) -> FloatArray:
+        """See `lpserve.plan.search.PredictsSwaps`."""
+        return -self.swap_losses(mask_P)
 
 
 def _lowest(sets_MP: BoolArray, values: FloatArray) -> tuple[BoolArray, FloatArray]:

@@ -13,9 +13,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from lpserve.masks import drop_one, keys
+from lpserve.masks import best_row, drop_one, keys
 from lpserve.plan.constraint import Constraint
-from lpserve.plan.sets import best_row
 from lpserve.types import BoolArray, FloatArray
 
 _PRUNE_BEYOND = 4.0  # standard deviations of how losses change from step to step

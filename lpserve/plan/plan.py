@@ -17,9 +17,16 @@ from lpserve.inputs.documents import read_json_object, shown
 from lpserve.inputs.shapes import check_names, converted
 from lpserve.model.players import kinds_of, player_label, players_from
 from lpserve.plan.constraint import constraint_text
+from lpserve.plan.targets import read_targets
 from lpserve.utility import utility_named
 
 PLAN_FORMAT = 1
+COST_WORDS = {
+    "params": "the parameters of all layers",
+    "flops": "the FLOP of a token in all layers",
+    "kv": "the keys and values that a token leaves in the cache",
+}
+_SAME_SHARE = 1e-6  # shares that differ by less are the same, as people write them
 UNSETTLED = "the draw of "
 """How a warning begins that another draw of the windows (questions) may choose another set."""
 
@@ -80,11 +87,13 @@ class Settlement:
     """Mean loss of `removed` beyond the lowest of those that tie, nats per token."""
     half_width: float | None
     """How far the bounds of the ties' differences reach to either side, nats per token."""
+    target: float | None = None
+    """The entry's share of a cost (`PlanEntry.target`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanEntry:
-    """What to remove for one number of removed players."""
+    """What to remove for one number of removed players, or for one share of a cost."""
 
     num_removed: int
     removed: list[int]
@@ -101,6 +110,9 @@ class PlanEntry:
     calibration_utility: float | None = None
     predicted_utility: float | None = None
     heldout_utility: float | None = None
+    target: float | None = None
+    """The share of the plan's `target_cost` that the set keeps at most; None: the plan is by number
+    removed."""
     settlement: Settlement | None = None
     """None: no race was run."""
     alternatives: list[Candidate] = field(default_factory=list)
@@ -117,7 +129,8 @@ class PlanEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A pruning plan for every number of removed players: the content of `plan.json`."""
+    """A pruning plan for every number of removed players, or share of a cost: the content of
+    `plan.json`."""
 
     model: str
     model_hash: str
@@ -146,7 +159,10 @@ class Plan:
     """Players that every two sets of an entry and its alternatives differ in, at least: each
     removes so many that the other keeps. None: there are no alternatives."""
     costs: dict[str, list[float]] = field(default_factory=dict)
-    """Cost (`lpserve.model.costs.COSTS`) -> that of each player; empty: the players are layers."""
+    """Cost (`lpserve.inputs.rules.COSTS`) -> that of each player; empty: the players are layers,
+    and no cost was asked about."""
+    target_cost: str = ""
+    """The cost whose shares the entries are for; empty: they are for numbers removed."""
     format: int = PLAN_FORMAT
 
     def share_left(self, cost: str, removed: Sequence[int]) -> float:
@@ -215,39 +231,72 @@ class Plan:
                 f"{min(costs):.1%} to {max(costs):.1%} of perplexity on average (`stability` in "
                 f"plan.json){more}"
             )
-        few = [e.num_removed for e in self.plans if len(e.alternatives) < self.alternatives]
+        few = [self.label(e) for e in self.plans if len(e.alternatives) < self.alternatives]
         if few:
             found.append(
-                f"the scored sets of {', '.join(map(str, few))} removed hold fewer than "
-                f"{self.alternatives} alternatives that differ in {self.min_distance} layers"
+                f"the scored sets of {', '.join(few)}{self._removed} hold "
+                f"fewer than {self.alternatives} alternatives that differ in {self.min_distance} "
+                f"{self.unit}"
             )
         for entry in self.plans:
             found += [
-                f"note: {entry.num_removed} removed: {warning}"
+                f"note: {self.label(entry)}{self._removed}: {warning}"
                 for warning in entry.warnings
                 if not warning.startswith(UNSETTLED)
             ]
         return found
 
-    def entry(self, num_removed: int) -> PlanEntry:
-        """The entry for one number removed; raises InputError when the plan has none."""
+    @property
+    def _removed(self) -> str:
+        """What follows a label in a sentence."""
+        return "" if self.target_cost else " removed"
+
+    def label(self, entry: PlanEntry) -> str:
+        """What an entry is for: `5` (removed), `params=0.8`."""
+        if entry.target is None:
+            return str(entry.num_removed)
+        return f"{self.target_cost}={entry.target:g}"
+
+    def place(self, entry: PlanEntry) -> float:
+        """How far an entry prunes: players removed, or percent of the cost."""
+        return entry.num_removed if entry.target is None else 100.0 * (1.0 - entry.target)
+
+    @property
+    def axis(self) -> str:
+        """What `place` counts, in words."""
+        return f"% of {self.target_cost} removed" if self.target_cost else f"{self.unit} removed"
+
+    def entry(self, wanted: int | str) -> PlanEntry:
+        """The entry for one number removed, or for a share of a cost such as `params=0.8`; raises
+        InputError when the plan has none."""
+        labels = [self.label(entry) for entry in self.plans]
+        if isinstance(wanted, str) or self.target_cost:
+            cost, shares = read_targets(wanted) if isinstance(wanted, str) else ("", ())
+            for entry in self.plans if cost == self.target_cost else ():
+                if entry.target is not None and len(shares) == 1:
+                    if abs(entry.target - shares[0]) < _SAME_SHARE:
+                        return entry
+            raise InputError(
+                f"the plan has sets for {', '.join(labels)}{self._removed}: got {wanted}"
+            )
         for entry in self.plans:
-            if entry.num_removed == num_removed:
+            if entry.num_removed == wanted:
                 return entry
         sizes = [entry.num_removed for entry in self.plans]
         least, most = min(sizes, default=1), max(sizes, default=0)
-        raise InputError(f"the plan removes {least} to {most} players: got {num_removed}")
+        raise InputError(f"the plan removes {least} to {most} players: got {wanted}")
 
-    def removed_by(self, num_removed: int, alternative: int = 0) -> list[int]:
-        """What the plan's set of a size removes, or what its alternative of that number (from 1)
-        does; raises InputError where there is none."""
-        entry = self.entry(num_removed)
+    def removed_by(self, wanted: int | str, alternative: int = 0) -> list[int]:
+        """What the plan's set for a number removed or a share of a cost (`entry`) removes, or what
+        its alternative of that number (from 1) does; raises InputError where there is none."""
+        entry = self.entry(wanted)
         if alternative == 0:
             return entry.removed
         if not 0 < alternative <= len(entry.alternatives):
             raise InputError(
-                f"the plan has {len(entry.alternatives)} alternatives for {num_removed} removed: "
-                f"got {alternative} (`lpserve plan RUN --alternatives K --out FILE` lists more)"
+                f"the plan has {len(entry.alternatives)} alternatives for {self.label(entry)}"
+                f"{self._removed}: got {alternative} (`lpserve plan RUN --alternatives K --out "
+                "FILE` lists more)"
             )
         return entry.alternatives[alternative - 1].removed
 
@@ -285,10 +334,19 @@ def _check_content(plan: Plan, source: str) -> None:
         raise InputError(f"{source}: its {plan.num_players} players must be numbered from 0")
     if any(len(costs) != plan.num_players or min(costs) < 0 for costs in plan.costs.values()):
         raise InputError(f"{source}: costs must hold a number for each of its players")
+    removing = "" if plan.target_cost else " removed"
+    if plan.target_cost and plan.target_cost not in plan.costs:
+        raise InputError(f"{source}: it is for shares of {plan.target_cost}, and has no such costs")
     for entry in plan.plans:
+        if (entry.target is None) == bool(plan.target_cost):
+            raise InputError(f"{source}: an entry must have a target if and only if the plan has")
         for removed in (entry.removed, *(other.removed for other in entry.alternatives)):
-            wrong = len(set(removed)) != entry.num_removed or len(removed) != entry.num_removed
+            wrong = len(set(removed)) != len(removed) or (
+                len(removed) != entry.num_removed
+                if entry.target is None
+                else plan.share_left(plan.target_cost, removed) > entry.target + _SAME_SHARE
+            )
             if wrong or not set(removed) <= set(indices):
                 raise InputError(
-                    f"{source}: the entry for {entry.num_removed} removed lists {removed}"
+                    f"{source}: the entry for {plan.label(entry)}{removing} lists {removed}"
                 )

@@ -1,9 +1,9 @@
 """Bayesian optimisation over sets to remove: propose sets by prediction, select a batch to score.
 
-`best_predicted_sets` finds the sets of one size with the highest predicted utility;
-`select_by_expected_improvement` selects a batch among unscored sets of all sizes by expected
-improvement (Jones, Schonlau & Welch 1998); `probability_of_improvement` (Kushner 1964) is the
-criterion by which a search may end.
+`best_predicted_sets` finds the sets that meet one target (`lpserve.plan.targets`) with the highest
+predicted utility; `select_by_expected_improvement` selects a batch among unscored sets of all
+targets by expected improvement (Jones, Schonlau & Welch 1998); `probability_of_improvement`
+(Kushner 1964) is the criterion by which a search may end.
 
 A set is given by the mask that keeps the rest. Improvements are relative where the best utility is
 above 0 (for a perplexity ratio: shares of perplexity), else plain differences. Deterministic; ties
@@ -15,14 +15,14 @@ Notation: P players, Q queried masks, r = number removed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from scipy.stats import norm
 
 from lpserve.masks import add_one, drop_one, keys, pack, sort_distinct, swap_one
-from lpserve.plan.constraint import Constraint
+from lpserve.plan.targets import Target
 from lpserve.surrogate import KernelSurrogate, Surrogate, acquisition_model, kernel_of
 from lpserve.types import BoolArray, FloatArray
 
@@ -60,69 +60,94 @@ class PredictsSwaps(Protocol):
         ...
 
 
-def starts(
-    masks_MP: BoolArray, utilities_M: FloatArray, num_removed: int, within: Constraint
-) -> BoolArray:
-    """Masks within a constraint where a beam search for sets of one size starts, `bool[Q, P]`.
+def starts(masks_MP: BoolArray, utilities_M: FloatArray, target: Target) -> BoolArray:
+    """Masks that meet a target, where a beam search for its sets starts, `bool[Q, P]`.
 
-    These are the best scored sets of that size, and the best scored sets of the two neighbouring
-    sizes with every possible player removed or brought back. The latter matter because the best
-    sets of two sizes may have no player in common, with no improving swap from one to the other.
+    These are, for every size that is searched, the best scored sets of that size, and the best
+    scored sets of the two neighbouring sizes with every possible player removed or brought back.
+    The latter matter because the best sets of two sizes may have no player in common, with no
+    improving swap from one to the other.
 
     Args:
         utilities_M: NaN where a mask was not scored.
     """
     removed_M = (~masks_MP).sum(axis=1)
     found = [np.empty((0, masks_MP.shape[1]), dtype=bool)]
-    for r in (num_removed - 1, num_removed, num_removed + 1):
+    for r in range(target.sizes[0] - 1, target.sizes[-1] + 2):
         rows = np.flatnonzero((removed_M == r) & np.isfinite(utilities_M))
         best_MP = masks_MP[rows[np.argsort(-utilities_M[rows], kind="stable")[:_NUM_STARTS]]]
-        if r == num_removed:
+        if r in target.sizes:
             found.append(best_MP)
-        else:
-            found += [
-                drop_one(mask_P) if r < num_removed else add_one(mask_P) for mask_P in best_MP
-            ]
+        if r + 1 in target.sizes:
+            found += [drop_one(mask_P) for mask_P in best_MP]
+        if r - 1 in target.sizes:
+            found += [add_one(mask_P) for mask_P in best_MP]
     near_MP = np.concatenate(found)
-    return near_MP[within.holds(near_MP)]
+    return near_MP[target.holds(near_MP)]
 
 
 def best_predicted_sets(
-    surrogate: PredictsSets, within: Constraint, num_removed: int, starts_MP: BoolArray
+    surrogate: PredictsSets,
+    target: Target,
+    starts_MP: BoolArray,
+    *,
+    beam: tuple[int, int] = (_BEAM_WIDTH, _MAX_STEPS),
 ) -> BoolArray:
-    """The sets of one size with the highest predicted utility, best first, `bool[<=64, P]`.
+    """The sets that meet a target with the highest predicted utility, best first, `bool[<=64, P]`.
 
-    Exhaustive where at most `MAX_EXHAUSTIVE` sets are within the constraint, else beam search over
-    swaps from `starts_MP` (see `starts`). Predictions are those of the acquisition model where
-    there is one.
+    Of every size that is searched: exhaustive where at most `MAX_EXHAUSTIVE` sets of it are within
+    the constraint, else beam search over swaps from the sets of that size among `starts_MP` (see
+    `starts`) and from the sets found of the size below, each with a player more removed.
+    Predictions are those of the acquisition model where there is one.
+
+    Args:
+        beam: sets whose swaps a step of the search predicts, and the most steps.
     """
     surrogate = acquisition_model(surrogate) or surrogate
-    if within.count(num_removed) <= MAX_EXHAUSTIVE:
-        pool = within.all_sets(num_removed)
-        return _top(pool, surrogate.mean(pool))[0]
-    pool, _ = sort_distinct(starts_MP)
+    removed = (~starts_MP).sum(axis=1)
+    found, values = [starts_MP[:0]], [np.empty(0)]
+    for size in target.sizes:
+        begin = [starts_MP[removed == size]]
+        begin += [drop_one(mask_P) for mask_P in found[-1][:_NUM_STARTS]]
+        sets_MP, value = _best_of_size(surrogate, target, size, np.concatenate(begin), beam)
+        found.append(sets_MP)
+        values.append(value)
+    return _top(np.concatenate(found), np.concatenate(values))[0]
+
+
+def _best_of_size(
+    surrogate: PredictsSets, target: Target, size: int, starts_MP: BoolArray, beam: tuple[int, int]
+) -> tuple[BoolArray, FloatArray]:
+    """The sets of one size that meet a target with the highest predicted utilities, and these."""
+    if target.within.count(size) <= MAX_EXHAUSTIVE:
+        pool = target.within.all_sets(size)
+        pool = pool[target.holds(pool)]
+        return _top(pool, surrogate.mean(pool))
+    pool, _ = sort_distinct(starts_MP[target.holds(starts_MP)])
+    if not len(pool):
+        return pool, np.empty(0)
     pool, value = _top(pool, surrogate.mean(pool))
     expanded: set[bytes] = set()
-    for _ in range(_MAX_STEPS):
-        fresh = [row for row, key in enumerate(keys(pool[:_BEAM_WIDTH])) if key not in expanded]
+    for _ in range(beam[1]):
+        fresh = [row for row, key in enumerate(keys(pool[: beam[0]])) if key not in expanded]
         if not fresh:
             break
         expanded.update(keys(pool[fresh]))
-        near = [_best_swaps(surrogate, pool[row], within) for row in fresh]
+        near = [_best_swaps(surrogate, pool[row], target) for row in fresh]
         pool, place = sort_distinct(np.concatenate([pool, *(masks for masks, _ in near)]))
         predicted = np.concatenate([value, *(values for _, values in near)])
         value = np.empty(len(pool))
         value[place[::-1]] = predicted[::-1]  # of repeated sets the first prediction stays
         pool, value = _top(pool, value)
-    return pool
+    return pool, value
 
 
 def _best_swaps(
-    surrogate: PredictsSets, mask_P: BoolArray, within: Constraint
+    surrogate: PredictsSets, mask_P: BoolArray, target: Target
 ) -> tuple[BoolArray, FloatArray]:
     """The swaps of a set with the highest predicted utilities, and these utilities."""
     near = swap_one(mask_P)
-    holds = within.holds(near)
+    holds = target.holds(near)
     near = near[holds]
     if isinstance(surrogate, PredictsSwaps):
         return _top(near, surrogate.swap_means(mask_P).ravel()[holds])
@@ -139,19 +164,20 @@ def expected_improvement(mean: FloatArray, std: FloatArray, best: FloatArray) ->
     """Expected improvement, E max(u - best, 0) for u ~ N(mean, std^2), `float64[Q]`.
 
     Mockus 1975; Jones, Schonlau & Welch 1998, eq. 15. Infinite where `best` is -inf, since no set
-    of that size is scored.
+    that meets that target is scored; 0 where it is inf.
     """
     std = np.maximum(std, 1e-12)
     z = (mean - best) / std
     with np.errstate(invalid="ignore"):
         gain = std * (z * norm.cdf(z) + norm.pdf(z))
-    return np.where(np.isfinite(best), gain, np.inf)
+    return np.where(best == np.inf, 0.0, np.where(np.isfinite(best), gain, np.inf))
 
 
 def select_by_expected_improvement(
     surrogate: Surrogate,
     sets_MP: BoolArray,
-    best_of: Mapping[int, float],
+    targets: Sequence[Target],
+    best: FloatArray,
     count: int,
     *,
     pending_MP: BoolArray,
@@ -159,16 +185,18 @@ def select_by_expected_improvement(
 ) -> BoolArray:
     """A batch of sets by expected improvement, in the order of selection, `bool[<=count, P]`.
 
-    Improvement is over the best scored set of the same size; sets of all sizes compete. With a
-    kernel surrogate, pending and selected sets count as scored with their predicted utility
-    (kriging believer: Ginsbourger, Le Riche & Carraro 2010), which leaves the predictions as they
-    are and conditions the covariance, so that a batch does not hold ten sets of nearly the same
+    Improvement is over the best scored set that meets the same target (where a set meets several,
+    over that of the target which it improves most); sets of all targets compete. With a kernel
+    surrogate, pending and selected sets count as scored with their predicted utility (kriging
+    believer: Ginsbourger, Le Riche & Carraro 2010), which leaves the predictions as they are and
+    conditions the covariance, so that a batch does not hold ten sets of nearly the same
     information. Other surrogates select one by one, without regard to pending sets.
 
     Args:
         surrogate: fitted to search utilities.
         sets_MP: distinct sets, none scored or pending.
-        best_of: number removed -> best scored utility; -inf where none is scored.
+        targets: what sets are searched for; one that meets none is never selected.
+        best: for each target the best scored utility, -inf where none is scored.
         count: size of the batch.
         pending_MP: masks that are being scored.
         min_improvement: selection ends at a smaller expected improvement.
@@ -176,16 +204,16 @@ def select_by_expected_improvement(
     surrogate = kernel_of(surrogate) or surrogate
     if not len(sets_MP) or count < 1:
         return sets_MP[:0]
-    removed = (~sets_MP).sum(axis=1)
-    best = np.array([best_of.get(int(r), -np.inf) for r in removed])
-    share = np.where(best > 0, best, 1.0)
+    meets = np.array([target.holds(sets_MP) for target in targets])
+    beaten = _to_beat(meets, best)
+    share = np.where(beaten > 0, beaten, 1.0)
     if not isinstance(surrogate, KernelSurrogate):
         mean, std = surrogate.predict(sets_MP)
-        gain = expected_improvement(mean, STD_INFLATION * std, best) / share
+        gain = expected_improvement(mean, STD_INFLATION * std, beaten) / share
         order = np.argsort(-gain, kind="stable")[:count]
         return sets_MP[order[gain[order] > min_improvement]]
-    sets_MP, rows = _shortlist(surrogate, sets_MP, best)
-    removed, best, share = removed[rows], best[rows], share[rows]
+    sets_MP, rows = _shortlist(surrogate, sets_MP, beaten)
+    meets, beaten, share = meets[:, rows], beaten[rows], share[rows]
     mean, covariance = surrogate.joint(np.concatenate([pending_MP, sets_MP]))
     covariance *= STD_INFLATION**2
     for row in range(len(pending_MP)):
@@ -195,11 +223,12 @@ def select_by_expected_improvement(
     picked: list[int] = []
     for _ in range(min(count, len(sets_MP))):
         std = np.sqrt(np.maximum(covariance.diagonal(), _MIN_VARIANCE))
-        gain = expected_improvement(mean, std, best) / share
-        unscored = free & ~np.isfinite(best)
-        if unscored.any():  # a size without any score: its best predicted set first
+        gain = expected_improvement(mean, std, beaten) / share
+        unscored = free & (beaten == -np.inf)
+        if unscored.any():  # a target without any score: its best predicted set first
             pick = int(np.argmax(np.where(unscored, mean, -np.inf)))
-            best = np.where(removed == removed[pick], mean[pick], best)
+            best = np.where(meets[:, pick] & ~np.isfinite(best), mean[pick], best)
+            beaten = _to_beat(meets, best)
         else:
             pick = int(np.argmax(np.where(free, gain, -np.inf)))
             if gain[pick] <= min_improvement:
@@ -208,6 +237,12 @@ def select_by_expected_improvement(
         free[pick] = False
         _condition_on(covariance, pick)
     return sets_MP[picked]
+
+
+def _to_beat(meets: BoolArray, best: FloatArray) -> FloatArray:
+    """What each set improves on, `float64[Q]`: the lowest best of the targets that it meets (`bool[
+    targets, Q]`); infinite where it meets none."""
+    return np.where(meets, best[:, None], np.inf).min(axis=0)
 
 
 def _shortlist(

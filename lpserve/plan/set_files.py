@@ -92,7 +92,8 @@ def _from_json(path: Path, text: str, num_players: int, model_hash: str | None) 
         for entry in plan.plans:
             sets = [entry.removed, *(other.removed for other in entry.alternatives)]
             for number, removed in enumerate(sets):
-                name = f"plan -{entry.num_removed}" + f" #{number}" * (number > 0)
+                label = plan.label(entry) if plan.target_cost else f"-{entry.num_removed}"
+                name = f"plan {label}" + f" #{number}" * (number > 0)
                 removed_by[name] = _names(players, removed)
         if num_layers_of(players) != num_players:
             raise InputError(

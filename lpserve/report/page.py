@@ -15,7 +15,7 @@ from lpserve.analysis.build_plan import Outcome
 from lpserve.analysis.heldout import heldout_objective
 from lpserve.analysis.stability import SETTLED, Stability
 from lpserve.model.players import player_label
-from lpserve.plan.plan import Plan, PlanEntry
+from lpserve.plan.plan import COST_WORDS, Plan, PlanEntry
 from lpserve.report.tables import strongest_pairs
 from lpserve.types import Z90
 
@@ -34,6 +34,9 @@ def report_page(outcome: Outcome, config_json: dict[str, Any]) -> str:
         config=config_json,
         curve=_curve(outcome),
         bars=_bars(outcome),
+        first="at most" if outcome.plan.target_cost else "removed",
+        cost_words=COST_WORDS.get(outcome.plan.target_cost, ""),
+        max_removed=outcome.scored.max_removed,
         labels=[player_label(player) for player in outcome.scored.players],
         quarantined=outcome.quarantined,
         pairs=strongest_pairs(outcome)[:SHOWN_PAIRS],
@@ -74,15 +77,16 @@ def _curve(outcome: Outcome) -> dict[str, Any]:
     plan = outcome.plan
     measure = "utility" if plan.reports_utility else "ppl"
     scale = (float, float) if plan.reports_utility else (math.log, math.exp)
-    series: dict[str, list[tuple[int, float]]] = {}
+    series: dict[str, list[tuple[float, float]]] = {}
     for name, side in (("calibration", "calibration"), ("held-out", "heldout")):
-        points = [(0, getattr(plan, f"full_{side}_{measure}"))]
-        points += [(e.num_removed, getattr(e, f"{side}_{measure}")) for e in plan.plans]
+        points = [(0.0, getattr(plan, f"full_{side}_{measure}"))]
+        points += [(plan.place(e), getattr(e, f"{side}_{measure}")) for e in plan.plans]
         series[name] = [(r, v) for r, v in points if v is not None and math.isfinite(v)]
     drawn = [scale[0](value) for points in series.values() for _, value in points]
     low, high = min(drawn), max(drawn)
     span = max(high - low, 1e-9)
-    largest = plan.plans[-1].num_removed
+    largest = plan.place(plan.plans[-1])
+    places = [0.0, *(plan.place(e) for e in plan.plans)]
 
     def place(removed: float, height: float) -> tuple[float, float]:
         x = SVG_PAD + removed / largest * (SVG_WIDTH - 2 * SVG_PAD)
@@ -96,7 +100,7 @@ def _curve(outcome: Outcome) -> dict[str, Any]:
             name: [(*place(r, scale[0](value)), r, value) for r, value in points]
             for name, points in series.items()
         },
-        "x_ticks": [(place(r, low)[0], r) for r in range(largest + 1)],
+        "x_ticks": [(place(r, low)[0], f"{r:g}") for r in places],
         "y_ticks": [(place(0, tick)[1], f"{scale[1](tick):.3g}") for tick in ticks],
     }
 

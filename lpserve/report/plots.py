@@ -53,12 +53,13 @@ def plot_values(values: ShapleyValues, players: Sequence[Player] | None = None) 
 
 
 def plot_plan(plan: Plan) -> Figure:
-    """A line over the number of removed layers: calibration, and held out where it was measured.
+    """A line over the number of removed layers, or the percentage of a cost that goes: calibration,
+    and held out where it was measured.
 
     Perplexities are on a log scale; a plan for another kind of utility shows the utility itself.
     """
     figure, axes = _figure()
-    removed = [0, *(entry.num_removed for entry in plan.plans)]
+    removed = [0, *(plan.place(entry) for entry in plan.plans)]
     measure = "utility" if plan.reports_utility else "ppl"
     sides = {"calibration": ("calibration", BLUE), "heldout": ("held out", ORANGE)}
     for side, (name, colour) in sides.items():
@@ -73,8 +74,7 @@ def plot_plan(plan: Plan) -> Figure:
     axes.yaxis.set_major_formatter("{x:.4g}")
     axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.set_xticks(removed)
-    in_layers = all(player.get("part", "layer") == "layer" for player in plan.players)
-    axes.set_xlabel("layers removed" if in_layers else "players removed")
+    axes.set_xlabel(plan.axis)
     axes.set_ylabel(plan.utility if plan.reports_utility else "perplexity")
     axes.legend(frameon=False)
     return figure

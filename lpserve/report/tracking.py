@@ -217,12 +217,12 @@ def log_finished_run(
 
 
 def plan_metrics(plan: Plan) -> list[Metric]:
-    """Perplexities and utilities of a plan by the number of removed layers (0: all kept), and the
-    number of masks scored."""
+    """Perplexities and utilities of a plan by the number of removed layers, or by the percentage of
+    a cost that goes (0: all kept), and the number of masks scored."""
     found = [Metric(name="masks_scored", value=plan.masks_scored)]
     for name in ("calibration_ppl", "heldout_ppl", "calibration_utility", "heldout_utility"):
         values = [(0, getattr(plan, f"full_{name}"))]
-        values += [(entry.num_removed, getattr(entry, name)) for entry in plan.plans]
+        values += [(round(plan.place(entry)), getattr(entry, name)) for entry in plan.plans]
         found += [Metric(name=name, value=v, step=r) for r, v in values if v is not None]
     return found
 

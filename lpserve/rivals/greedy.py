@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lpserve.masks import drop_one, full_mask
-from lpserve.plan.sets import best_row
+from lpserve.masks import best_row, drop_one, full_mask
 from lpserve.rivals.proposer import Ask, Proposer, SearchSetting
 
 

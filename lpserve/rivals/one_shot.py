@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lpserve.masks import drop_one, full_mask
-from lpserve.plan.sets import ranking_mask
+from lpserve.masks import drop_one, full_mask, ranking_mask
 from lpserve.rivals.proposer import Ask, Proposer, SearchSetting
 
 

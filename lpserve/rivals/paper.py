@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lpserve.errors import InputError
-from lpserve.masks import draw, full_mask, keys, paper_kept_counts
-from lpserve.plan.sets import ranking_mask
+from lpserve.masks import draw, full_mask, keys, paper_kept_counts, ranking_mask
 from lpserve.rivals.proposer import KnownScores, Proposer, SearchSetting
 from lpserve.surrogate import PaperSurrogate
 from lpserve.types import BoolArray, IntArray

@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lpserve.masks import keys
-from lpserve.plan.sets import best_row, ranking_mask
+from lpserve.masks import best_row, keys, ranking_mask
 from lpserve.types import BoolArray, FloatArray
 
 

@@ -3,10 +3,10 @@
 Three propose sets: expansions about scored sets, the expansion about the whole model corrected by
 scored sets, and the surrogate of masks. Which finds better ones depends on the model and on how
 much is scored. So a round's places go to those that have earned them in this run: a bandit whose
-reward is a set that became the best of its size. It reads complete rounds alone, in their order, so
-that the shares do not depend on the number of engines.
+reward is a set that became the best of its target. It reads complete rounds alone, in their order,
+so that the shares do not depend on the number of engines.
 
-Notation: M masks, P players, Q candidates, r = number removed.
+Notation: M masks, P players, Q candidates.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lpserve.plan.search import (
     best_predicted_sets,
     starts,
 )
+from lpserve.plan.targets import Target
 from lpserve.rounds.history import AskedMasks, CompletedRound, KnownUtilities
 from lpserve.rounds.settings import RoundSettings
 from lpserve.types import BoolArray, FloatArray
@@ -30,7 +31,7 @@ CORRECTED, SEARCH = "corrected expansion", "search"
 PROPOSERS = (EXPANSION, CORRECTED, SEARCH)
 """Names of the proposers, as sources of masks."""
 SETS_BEFORE_SEARCH = 8
-"""Sets of each size that are asked for by expansion before the others have a share: with fewer
+"""Sets of each target that are asked for by expansion before the others have a share: with fewer
 scored sets it predicts large ones no better than chance (rank correlation with their losses inside
 a size on a 32-layer game: 0.0 at 57 masks, 0.7 at 81)."""
 _ASKED_BEFORE, _HITS_BEFORE = 8.0, 1.0  # what each is taken to have asked for and found at first
@@ -39,15 +40,15 @@ _LEAST_SHARE = 0.15  # of each, so that all go on being tried
 
 
 class ExpansionSource:
-    """Short lists of every size, from expansions about the best scored sets."""
+    """Short lists of every target, from expansions about the best scored sets."""
 
     def __init__(self, settings: RoundSettings) -> None:
         self._settings = settings
         self._expansion: Expansion | None = None
         self._corrected = CorrectedExpansion()
-        self._lists: dict[int, tuple[BoolArray, FloatArray]] = {}
-        """Number removed -> sets, best first, and by how much each is predicted to lose less than
-        the best scored set of its size (nats per token)."""
+        self._lists: dict[Target, tuple[BoolArray, FloatArray]] = {}
+        """For every target sets, best first, and by how much each is predicted to lose less than
+        the best scored set that meets it (nats per token)."""
 
     def fit(self, known: KnownUtilities, overlap_PP: FloatArray | None) -> bool:
         """Take in the scores; False where the engines measure no overlap, or single players' losses
@@ -61,11 +62,10 @@ class ExpansionSource:
             loss_M = -np.log(known.guess_M)  # what is searched on is exp of minus a loss
         if not self._expansion.fit(known.masks_MP, loss_M):
             return False
-        best_of = known.best_by_size(self._settings.max_removed, self._settings.within)
-        for r in self._settings.plan_sizes:
-            sets_MP, losses = self._expansion.shortlist(r)
-            best = -np.log(best_of[r]) if best_of[r] > 0 else np.inf
-            self._lists[r] = sets_MP, best - losses
+        targets = self._settings.targets
+        for target, best in zip(targets, known.best_for(targets).tolist(), strict=True):
+            sets_MP, losses = self._expansion.shortlist(target)
+            self._lists[target] = sets_MP, (-np.log(best) if best > 0 else np.inf) - losses
         return True
 
     def take(self, asked: AskedMasks, count: int, *, screened: bool = False) -> list[BoolArray]:
@@ -78,42 +78,41 @@ class ExpansionSource:
         """The next `count` sets that the corrected expansion predicts to cost least."""
         if self._expansion is None or count < 1:
             return []
-        within = self._settings.within
         self._corrected.fit(self._expansion)
-        best_of = known.best_by_size(self._settings.max_removed, within)
+        best_for = known.best_for(list(self._lists)).tolist()
         lists = {}
-        for r, (sets_MP, _) in self._lists.items():
-            near_MP = np.concatenate([sets_MP, starts(known.masks_MP, known.guess_M, r, within)])
-            if not len(near_MP) or not best_of[r] > 0:
+        for (target, (sets_MP, _)), best in zip(self._lists.items(), best_for, strict=True):
+            near_MP = np.concatenate([sets_MP, starts(known.masks_MP, known.guess_M, target)])
+            if not len(near_MP) or not best > 0:
                 continue
-            sets_MP = asked.unseen(best_predicted_sets(self._corrected, within, r, near_MP))
-            lists[r] = sets_MP, self._corrected.mean(sets_MP) - np.log(best_of[r])
+            sets_MP = asked.unseen(best_predicted_sets(self._corrected, target, near_MP))
+            lists[target] = sets_MP, self._corrected.mean(sets_MP) - np.log(best)
         return _in_turn(lists, CORRECTED, asked, count, screened=screened)
 
     def begins(self, asked: AskedMasks) -> bool:
         """Whether the sets that come before the surrogate's are not all asked for."""
         found = sum(source == EXPANSION for source in asked.sources.values())
-        return found < SETS_BEFORE_SEARCH * len(self._settings.plan_sizes)
+        return found < SETS_BEFORE_SEARCH * len(self._settings.targets)
 
 
 def _in_turn(
-    lists: Mapping[int, tuple[BoolArray, FloatArray]],
+    lists: Mapping[Target, tuple[BoolArray, FloatArray]],
     source: str,
     asked: AskedMasks,
     count: int,
     *,
     screened: bool,
 ) -> list[BoolArray]:
-    """The first `count` sets that were never asked for, one of every size in turn; in each turn
-    sizes of the highest gains first."""
+    """The first `count` sets that were never asked for, one of every target in turn; in each turn
+    targets of the highest gains first."""
     left = {}
-    for r, (sets_MP, gains) in lists.items():
+    for place, (sets_MP, gains) in enumerate(lists.values()):
         fresh = [row for row, key in enumerate(keys(sets_MP)) if key not in asked.sources]
-        left[r] = [(gains[row], sets_MP[row]) for row in reversed(fresh)]
+        left[place] = [(gains[row], sets_MP[row]) for row in reversed(fresh)]
     batch: list[BoolArray] = []
     while len(batch) < count and any(left.values()):
-        turn = sorted((-some[-1][0], r) for r, some in left.items() if some)
-        sets = [left[r].pop()[1] for _, r in turn]
+        turn = sorted((-some[-1][0], place) for place, some in left.items() if some)
+        sets = [left[place].pop()[1] for _, place in turn]
         batch += asked.add(sets, source, max_count=count - len(batch), screened=screened)
     return batch
 
@@ -123,6 +122,7 @@ def earned_places(
     rounds: Sequence[CompletedRound],
     known: KnownUtilities,
     sources: Mapping[bytes, str],
+    targets: Sequence[Target],
 ) -> dict[str, int]:
     """Proposer -> how many of a round's `count` searched sets are its.
 
@@ -130,24 +130,27 @@ def earned_places(
         rounds: complete rounds, in order.
         known: utilities of their masks.
         sources: how each mask was found, by key.
+        targets: what sets are searched for.
     """
     utility_of = dict(zip(keys(known.masks_MP), known.guess_M, strict=True))
     asked, hits = dict.fromkeys(PROPOSERS, 0.0), dict.fromkeys(PROPOSERS, 0.0)
-    best: dict[int, float] = {}
+    best: dict[int, float] = {}  # by the target's place
     for done in rounds:
         before = dict(best)
         finder: dict[int, str] = {}
         for figures in (asked, hits):
             for name in figures:
                 figures[name] *= _FADING
-        for mask_P, key in zip(done.masks_MP, keys(done.masks_MP), strict=True):
-            source, r = sources.get(key, ""), int((~mask_P).sum())
+        meets = np.array([target.holds(done.masks_MP) for target in targets])
+        for row, key in enumerate(keys(done.masks_MP)):
+            source = sources.get(key, "")
             if source in asked:
                 asked[source] += 1
-            if utility_of.get(key, -np.inf) > best.get(r, -np.inf):
-                best[r], finder[r] = utility_of[key], source
-        for r, source in finder.items():
-            if source in hits and r in before:  # the first set of a size is no find
+            for place in np.flatnonzero(meets[:, row]).tolist():
+                if utility_of.get(key, -np.inf) > best.get(place, -np.inf):
+                    best[place], finder[place] = utility_of[key], source
+        for place, source in finder.items():
+            if source in hits and place in before:  # the first set of a target is no find
                 hits[source] += 1
     earned = np.array([(hits[p] + _HITS_BEFORE) / (asked[p] + _ASKED_BEFORE) for p in PROPOSERS])
     share = np.maximum(earned / earned.sum(), _LEAST_SHARE)

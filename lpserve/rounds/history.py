@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lpserve.masks import keys
-from lpserve.plan.constraint import Constraint
+from lpserve.plan.targets import Target
 from lpserve.types import BoolArray, FloatArray
 
 
@@ -135,12 +135,8 @@ class KnownUtilities:
     noise_M: FloatArray | None = None
     """Variances of `guess_M`; None: no mask is screened."""
 
-    def best_by_size(self, max_removed: int, within: Constraint) -> dict[int, float]:
-        """Number removed -> the best `search_M` within a constraint, -inf where there is none."""
-        removed_M = (~self.masks_MP).sum(axis=1)
-        usable_M = np.isfinite(self.search_M) & within.holds(self.masks_MP)
-        finite_M = np.where(usable_M, self.search_M, -np.inf)
-        return {
-            r: float(finite_M[removed_M == r].max(initial=-np.inf))
-            for r in within.sizes(max_removed)
-        }
+    def best_for(self, targets: Sequence[Target]) -> FloatArray:
+        """For each target the best `search_M` that meets it, -inf where there is none."""
+        finite_M = np.where(np.isfinite(self.search_M), self.search_M, -np.inf)
+        best = [finite_M[t.holds(self.masks_MP)].max(initial=-np.inf) for t in targets]
+        return np.array(best, dtype=np.float64)

@@ -3,7 +3,7 @@
 `FittedModel` answers with surrogates that are refitted to every round's scores. A count of a run's
 work, which has no scores, answers with a stand-in (`lpserve.runner.cost`).
 
-Notation: M masks, P players, r = number removed.
+Notation: M masks, P players.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lpserve.masks import sort_distinct
 from lpserve.plan.greedy import unpruned_options
 from lpserve.plan.search import (
     best_predicted_sets,
@@ -20,6 +21,7 @@ from lpserve.plan.search import (
     select_by_expected_improvement,
     starts,
 )
+from lpserve.plan.targets import Target
 from lpserve.rounds.acquisition import HEAD_COST, candidate_pool, select_for_values
 from lpserve.rounds.history import AskedMasks, KnownUtilities
 from lpserve.rounds.settings import RoundSettings
@@ -51,13 +53,13 @@ class RoundModel(Protocol):
         ...
 
     def rankings(self, index: int) -> list[BoolArray]:
-        """The sets of lowest values for every r; another r comes first in every round."""
+        """The sets of lowest values for every target; another one comes first in every round."""
         ...
 
     def by_improvement(
         self, known: KnownUtilities, asked: AskedMasks, count: int, pending_MP: BoolArray
     ) -> BoolArray:
-        """Sets of all sizes that may beat the best scored one of their size, `bool[<=count, P]`."""
+        """Sets of all targets that may beat the best scored one of theirs, `bool[<=count, P]`."""
         ...
 
     def promotions(
@@ -81,7 +83,7 @@ class RoundModel(Protocol):
         chance: float,
         gain: float,
     ) -> bool:
-        """Whether no unscored set beats the best of its size by a share `gain` with a higher
+        """Whether no unscored set beats the best of its target by a share `gain` with a higher
         probability than `chance`."""
         ...
 
@@ -106,8 +108,8 @@ class FittedModel:
         if own_search_fit:
             self._searcher = make_surrogate(settings.surrogate, settings.seed, quick=True)
         self._fitted_masks = 0
-        self._best_predicted: dict[int, BoolArray] = {}
-        """For every r the sets of highest predicted utility, best first."""
+        self._best_predicted: dict[Target, BoolArray] = {}
+        """For every target the sets of highest predicted utility, best first."""
         self._best_predicted_is_current = False
         self._values_P: FloatArray | None = None
         """Values by the last fit; None: not asked for yet, or no closed form."""
@@ -141,20 +143,22 @@ class FittedModel:
         values_P = self._current_values()
         if values_P is None:
             return []
-        sizes = self._settings.plan_sizes
+        targets = self._settings.targets
         return [
-            self._within.ranking(values_P, sizes[(place + index) % len(sizes)])
-            for place in range(len(sizes))
+            targets[(place + index) % len(targets)].ranking(values_P)
+            for place in range(len(targets))
         ]
 
     def by_improvement(
         self, known: KnownUtilities, asked: AskedMasks, count: int, pending_MP: BoolArray
     ) -> BoolArray:
         candidates = self._unscored_candidates(known, asked)
+        targets = self._settings.targets
         return select_by_expected_improvement(
             self._searcher,
-            np.concatenate(list(candidates.values())),
-            known.best_by_size(self._settings.max_removed, self._within),
+            sort_distinct(np.concatenate(list(candidates.values())))[0],
+            targets,
+            known.best_for(targets),
             count,
             pending_MP=pending_MP,
         )
@@ -162,10 +166,12 @@ class FittedModel:
     def promotions(
         self, known: KnownUtilities, waiting_MP: BoolArray, asked: AskedMasks, gain: float
     ) -> BoolArray:
+        targets = self._settings.targets
         return select_by_expected_improvement(
             self._searcher,
             waiting_MP,
-            known.best_by_size(self._settings.max_removed, self._within),
+            targets,
+            known.best_for(targets),
             self._settings.round_size,
             pending_MP=asked.last_MP,
             min_improvement=gain,
@@ -193,13 +199,12 @@ class FittedModel:
         chance: float,
         gain: float,
     ) -> bool:
-        best_of = known.best_by_size(self._settings.max_removed, self._within)
-        waiting_removed_M = (~waiting_MP).sum(axis=1)
-        for r, sets_MP in self._unscored_candidates(known, asked).items():
-            if not np.isfinite(best_of[r]):
+        found = self._unscored_candidates(known, asked)
+        for (target, sets_MP), best in zip(found.items(), known.best_for(list(found)), strict=True):
+            if not np.isfinite(best):
                 return False
-            open_MP = np.concatenate([sets_MP, waiting_MP[waiting_removed_M == r]])
-            chance_M = probability_of_improvement(self._searcher, open_MP, best_of[r], gain)
+            open_MP = np.concatenate([sets_MP, waiting_MP[target.holds(waiting_MP)]])
+            chance_M = probability_of_improvement(self._searcher, open_MP, best, gain)
             if chance_M.max(initial=0.0) > chance:
                 return False
         return True
@@ -216,27 +221,26 @@ class FittedModel:
 
     def _unscored_candidates(
         self, known: KnownUtilities, asked: AskedMasks
-    ) -> dict[int, BoolArray]:
-        """For every r the best predicted sets that were never asked for.
+    ) -> dict[Target, BoolArray]:
+        """For every target the best predicted sets that were never asked for.
 
         Searched for once a fit, from the best scored sets and the best predicted of the fit before.
         """
         if not self._best_predicted_is_current:
-            for r in self._settings.plan_sizes:
-                near_MP = starts(known.masks_MP, known.search_M, r, self._within)
-                self._best_predicted[r] = self._search(r, near_MP)
+            for target in self._settings.targets:
+                near_MP = starts(known.masks_MP, known.search_M, target)
+                self._best_predicted[target] = self._search(target, near_MP)
             self._best_predicted_is_current = True
-        return {r: asked.unseen(sets_MP) for r, sets_MP in self._best_predicted.items()}
+        return {target: asked.unseen(sets) for target, sets in self._best_predicted.items()}
 
-    def _search(self, num_removed: int, near_MP: BoolArray) -> BoolArray:
-        """The sets of one size of highest predicted utility, best first."""
-        players = self._settings.num_players
-        begin = [self._within.ranking(np.zeros(players), num_removed), *near_MP]
+    def _search(self, target: Target, near_MP: BoolArray) -> BoolArray:
+        """The sets that meet a target of highest predicted utility, best first."""
+        begin = [target.largest_first(), *near_MP]
         values_P = self._current_values()
         if values_P is not None:
-            begin.append(self._within.ranking(values_P, num_removed))
-        begin += list(self._best_predicted.get(num_removed, [])[:_NUM_WARM_STARTS])
-        return best_predicted_sets(self._searcher, self._within, num_removed, np.array(begin))
+            begin.append(target.ranking(values_P))
+        begin += list(self._best_predicted.get(target, [])[:_NUM_WARM_STARTS])
+        return best_predicted_sets(self._searcher, target, np.array(begin))
 
     def _current_values(self) -> FloatArray | None:
         """Values from the surrogate as it stands, where it has a closed form."""

@@ -252,7 +252,8 @@ class RoundPlanner:
                 self.model.rankings(index), "ranking", max_count=share, screened=self._screens
             )
         if rounds:
-            places = earned_places(room - len(found), rounds, known, self.sources)
+            targets = self._settings.targets
+            places = earned_places(room - len(found), rounds, known, self.sources, targets)
             screened = self._screens
             found += self._expansion.take(self.asked, places[EXPANSION], screened=screened)
             found += self._expansion.corrected(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lpserve.config import STOP_GAIN
 from lpserve.plan.constraint import Constraint
+from lpserve.plan.targets import Target, size_targets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +56,8 @@ class RoundSettings:
     """What masks are for: `plan`, `values` (no path is walked, no set is searched), or `both`."""
     constraint: Constraint | None = None
     """Which sets are searched; None: all."""
+    costs: tuple[Target, ...] = ()
+    """Shares of a cost that sets are searched for; empty: sets of 1 to `max_removed` players."""
 
     @property
     def within(self) -> Constraint:
@@ -62,15 +65,20 @@ class RoundSettings:
         return self.constraint or Constraint(self.num_players)
 
     @property
+    def targets(self) -> tuple[Target, ...]:
+        """What sets are searched for."""
+        return self.costs or size_targets(self.within, self.max_removed)
+
+    @property
     def plan_sizes(self) -> range:
-        """Numbers of removed players that sets are searched for."""
+        """Numbers of removed players that sets which are searched for may have."""
         return self.within.sizes(self.max_removed)
 
     def minimum_budget(self) -> int:
-        """Masks of rounds 0 to 2 up to the first scored set for every r."""
+        """Masks of rounds 0 to 2 up to the first scored set for every target."""
         first = 1 + self.num_players + (self.sizes[0] == 0 and self.num_players > 1)
         first += len(self.within.forced) > 1
-        return first + self.round_size + len(self.plan_sizes) - 1
+        return first + self.round_size + len(self.targets) - 1
 
 
 def design_strata(settings: RoundSettings) -> list[list[int]]:

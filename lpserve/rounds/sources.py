@@ -9,6 +9,7 @@ import numpy as np
 
 from lpserve.masks import StratifiedDesign, keys, removed_players
 from lpserve.plan.greedy import greedy_path
+from lpserve.plan.targets import finds_more
 from lpserve.rounds.history import AskedMasks, KnownUtilities
 from lpserve.rounds.model import RoundModel
 from lpserve.rounds.settings import RoundSettings, design_strata
@@ -70,7 +71,7 @@ class GreedySource:
         within = self._settings.within
         steps = min(step, len(self._settings.plan_sizes) - 1)
         path = greedy_path(known.masks_MP, path_M, steps, self.pruned, within)
-        if not path:
+        if not path or not finds_more(self._settings.targets, path[-1]):
             return []
         may_be_best_M = model.may_be_best(path, known.masks_MP, path_M)
         options_MP = within.drops(path[-1])
@@ -80,10 +81,10 @@ class GreedySource:
 
 
 def single_loss_sets(known: KnownUtilities, settings: RoundSettings) -> list[BoolArray]:
-    """For every r, the r players whose removal alone cost least (one-shot ranking)."""
+    """For every target, the players whose removal alone cost least (one-shot ranking)."""
     loss_P = np.full(settings.num_players, np.inf)
     for mask_P, utility in zip(known.masks_MP, known.utilities_M, strict=True):
         removed = removed_players(mask_P)
         if len(removed) == 1 and np.isfinite(utility):
             loss_P[removed[0]] = -utility
-    return [settings.within.ranking(loss_P, r) for r in settings.plan_sizes]
+    return [target.ranking(loss_P) for target in settings.targets]

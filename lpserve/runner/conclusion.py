@@ -11,12 +11,8 @@ from lpserve.analysis.analyse import analyse
 from lpserve.analysis.build_plan import Outcome, candidate_masks, make_plan
 from lpserve.analysis.record import RunRecord
 from lpserve.config import MIN_DISTANCE
-from lpserve.engine.registry import engine_kind
-from lpserve.errors import InputError
 from lpserve.masks import from_keys, key_text, keys
-from lpserve.model.checkpoint import read_checkpoint
-from lpserve.model.costs import player_costs
-from lpserve.model.players import has_parts
+from lpserve.plan.targets import read_targets
 from lpserve.report.files import write_outputs
 from lpserve.rounds.history import latest_scores
 from lpserve.runner.coordinator import RunLoop
@@ -73,11 +69,14 @@ def record_of(loop: RunLoop) -> RunRecord:
     """What the run has scored on calibration items; held-out fields are empty."""
     latest = latest_scores(loop.rounds)
     info, config = loop.info, loop.config
+    target_cost, shares = read_targets(config.target) if config.target else ("", ())
     return RunRecord(
         model=info.model,
         model_hash=info.model_hash,
         players=info.players,
-        costs=_costs(loop),
+        costs=loop.costs,
+        target_cost=target_cost,
+        target_shares=tuple(sorted(shares, reverse=True)),
         utility=config.utility,
         surrogate=config.surrogate,
         sizes=loop.settings.sizes,
@@ -101,20 +100,6 @@ def record_of(loop: RunLoop) -> RunRecord:
         heldout_nll_MI=np.empty((0, loop.heldout.num_items), dtype=np.float32),
         heldout_num_tokens_I=loop.heldout.num_tokens_I,
     )
-
-
-def _costs(loop: RunLoop) -> dict[str, list[float]]:
-    """What parts of layers cost, at a context of the longest calibration window."""
-    info, windows = loop.info, loop.calibration.windows
-    if not has_parts(info.players) or not engine_kind(info.kind).reads_checkpoint:
-        return {}
-    checkpoint = read_checkpoint(loop.config.model)
-    modules = info.settings["modules"]
-    try:
-        return player_costs(checkpoint, info.players, windows.length, modules).by_name()
-    except InputError as error:
-        loop.progress.note(f"the plan says nothing of costs: {error}")
-        return {}
 
 
 def _why_ended(loop: RunLoop, num_masks: int) -> str:

@@ -33,9 +33,10 @@ from lpserve.masks import key_text, keys
 from lpserve.rounds.history import CompletedRound, Round
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.screening import screen_rows
+from lpserve.rounds.settings import RoundSettings
 from lpserve.runner.background import in_background
 from lpserve.runner.manifest import described, holds_windows, write_windows_file
-from lpserve.runner.setup import round_settings
+from lpserve.runner.setup import Costs
 from lpserve.scoring.pool import UnitResult
 from lpserve.scoring.session import POLL_S, ScoringSession
 from lpserve.scoring.tracker import ScoreRequest, ScoreTracker
@@ -79,10 +80,14 @@ class RunLoop:
         calibration: ItemSet,
         heldout: ItemSet,
         metrics: tuple[str, ...],
+        settings: RoundSettings,
+        costs: Costs,
     ) -> None:
         """
         Args:
             metrics: scored beside the NLL.
+            settings: what the rounds depend on.
+            costs: of the players, for the record.
         """
         store, pool = session.store, session.pool
         self.config, self.folder, self.store, self.pool = config, folder, store, pool
@@ -93,7 +98,7 @@ class RunLoop:
         screened = config.screen_windows
         self.screen = screen_rows(calibration.corpora, screened) if screened else None
         self.tracker = self.make_tracker(calibration, self.screen)
-        self.settings = round_settings(config, pool.info.players)
+        self.settings, self.costs = settings, costs
         self.utility = utility_named(config.utility)
         self.planner = RoundPlanner(
             self.settings,
@@ -274,16 +279,15 @@ class RunLoop:
             self.pool.publish(state)
 
     def _show_best(self, done: CompletedRound) -> None:
-        removed_M = (~done.masks_MP).sum(axis=1)
         total = self.calibration.num_tokens_I.sum()
         ppl_M = perplexity(done.nll_MI.astype(np.float64).sum(axis=1) / total)
         best = self.progress.state.best
-        within_M = self.settings.within.holds(done.masks_MP)
-        for removed, ppl in zip(
-            removed_M[within_M].tolist(), ppl_M[within_M].tolist(), strict=True
-        ):
-            if 1 <= removed <= self.settings.max_removed and ppl < best.get(removed, np.inf):
-                best[removed] = ppl
+        for target in self.settings.targets:
+            name = f"without {target.sizes[0]}"
+            if target.share is not None:
+                name = f"at {100 * target.share:g}%"
+            lowest = np.nanmin(ppl_M[target.holds(done.masks_MP)], initial=np.inf)
+            best[name] = min(best.get(name, np.inf), float(lowest))
 
     def write_config(self, stored: dict[str, Any] | None) -> None:
         """config.json and windows.npz: everything needed to repeat the run."""

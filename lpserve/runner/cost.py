@@ -33,10 +33,9 @@ from lpserve.config import (
 )
 from lpserve.errors import InputError
 from lpserve.inputs.shapes import check_value
-from lpserve.masks import full_mask, sort_distinct, trie_player_forwards
+from lpserve.masks import full_mask, ranking_mask, sort_distinct, trie_player_forwards
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.size import ITEM_BYTES, ModelSize, model_size
-from lpserve.plan.sets import ranking_mask
 from lpserve.rounds.history import AskedMasks, CompletedRound, KnownUtilities
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.settings import RoundSettings

@@ -19,7 +19,13 @@ from lpserve.runner.conclusion import conclude
 from lpserve.runner.coordinator import RunLoop
 from lpserve.runner.manifest import check_same_game, check_same_windows, made_by
 from lpserve.runner.settling import race_windows
-from lpserve.runner.setup import check_model, item_sets_of
+from lpserve.runner.setup import (
+    check_budget,
+    check_model,
+    costs_of,
+    item_sets_of,
+    round_settings,
+)
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
 from lpserve.store.run_folder import RunFolder
@@ -136,8 +142,12 @@ def _at_work(
     metric = utility_named(config.utility).metric
     metrics = tuple(dict.fromkeys(m for m in (metric, *extra_metrics) if m != "nll"))
     check_extra_metrics(session.info, metrics)  # before the folder is this run's
+    length = item_sets[0].windows.length
+    costs = costs_of(config, session.info, length, session.progress.note)
+    settings = round_settings(config, session.info.players, costs)
+    check_budget(config, settings)
     folder.begun = True
-    loop = RunLoop(config, folder, session, *item_sets, metrics)
+    loop = RunLoop(config, folder, session, *item_sets, metrics, settings, costs)
     loop.race = race
     session.signals.at_work = True
     loop.write_config(stored)

@@ -1,4 +1,4 @@
-"""Settling a plan: for every size the best scored sets race on windows that chose none of them.
+"""Settling a plan: for every target the best scored sets race on windows that chose none of them.
 
 The windows are those that a larger `num_windows` would have added, so that a run with more windows
 later reads the scores again. Scores of a race are stored like all others.
@@ -20,10 +20,9 @@ from lpserve.data.items import ItemSet
 from lpserve.data.prepare import cut_run_items
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
-from lpserve.masks import keys
+from lpserve.masks import keys, removed_list
 from lpserve.plan.plan import Settlement
 from lpserve.plan.race import MAX_CONTENDERS, MIN_WINDOWS, RaceRule, Standing, look_sizes, standing
-from lpserve.plan.sets import removed_list
 from lpserve.runner.coordinator import RunLoop
 from lpserve.types import BoolArray, FloatArray
 from lpserve.utility import utility_named
@@ -78,7 +77,10 @@ def race_windows(config: RunConfig, calibration: ItemSet, heldout: ItemSet) -> T
 
 @dataclass(slots=True, eq=False)
 class _Race:
-    """The contenders of one size, and where they stand."""
+    """The contenders of one target, and where they stand."""
+
+    share: float | None
+    """Of a cost, if the target is one."""
 
     masks_MP: BoolArray
     alive_M: BoolArray
@@ -94,7 +96,7 @@ class _Race:
 def settle(
     loop: RunLoop, record: RunRecord, utilities_M: FloatArray, windows: TokenWindows
 ) -> tuple[Settlement, ...]:
-    """Race the best sets of every size.
+    """Race the best sets of every target.
 
     Raises:
         RunInterrupted: a signal came; what was scored is kept.
@@ -107,16 +109,16 @@ def settle(
     rule = RaceRule(error=1 - config.settle, tie=math.log1p(config.tie), looks=len(looks))
     before = 0
     for number, size in enumerate(looks, start=1):
-        at_work = {r: race for r, race in races.items() if not race.over}
+        at_work = [race for race in races if not race.over]
         if not at_work:
             break
         masks_MP = np.unique(
-            np.concatenate([race.masks_MP[race.alive_M] for race in at_work.values()]), axis=0
+            np.concatenate([race.masks_MP[race.alive_M] for race in at_work]), axis=0
         )
         part = windows.select(np.arange(before, size))
         loss_MN = _scored(loop, masks_MP, part, f"race, look {number} of {len(looks)}")
         row_of = {key: row for row, key in enumerate(keys(masks_MP))}
-        for race in at_work.values():
+        for race in at_work:
             rows = [row_of.get(key, -1) for key in keys(race.masks_MP)]
             new_MN = np.where(race.alive_M[:, None], loss_MN[rows], np.nan)
             race.loss_MN = np.concatenate([race.loss_MN, new_MN], axis=1)
@@ -130,17 +132,15 @@ def settle(
     return _settlements(races, config.settle)
 
 
-def _contenders(record: RunRecord, utilities_M: FloatArray) -> dict[int, _Race]:
-    """For every size the best scored sets, best first."""
-    removed_M = (~record.masks_MP).sum(axis=1)
-    usable_M = np.isfinite(utilities_M) & record.within.holds(record.masks_MP)
-    races = {}
-    for r in record.within.sizes(record.max_removed):
-        rows = np.flatnonzero(usable_M & (removed_M == r))
+def _contenders(record: RunRecord, utilities_M: FloatArray) -> list[_Race]:
+    """For every target, in order, the best scored sets, best first."""
+    races = []
+    for target in record.targets:
+        rows = np.flatnonzero(np.isfinite(utilities_M) & target.holds(record.masks_MP))
         rows = rows[np.argsort(-utilities_M[rows], kind="stable")[:MAX_CONTENDERS]]
         if len(rows):
-            masks_MP = record.masks_MP[rows]
-            races[r] = _Race(masks_MP, np.ones(len(rows), dtype=bool), np.empty((len(rows), 0)))
+            alive_M, none_MN = np.ones(len(rows), dtype=bool), np.empty((len(rows), 0))
+            races.append(_Race(target.share, record.masks_MP[rows], alive_M, none_MN))
     return races
 
 
@@ -152,12 +152,12 @@ def _scored(loop: RunLoop, masks_MP: BoolArray, windows: TokenWindows, stage: st
     return request.values[loop.utility.metric].astype(np.float64)
 
 
-def _settlements(races: dict[int, _Race], confidence: float) -> tuple[Settlement, ...]:
+def _settlements(races: list[_Race], confidence: float) -> tuple[Settlement, ...]:
     """How every race ended. Among sets that tie the first choice is the one that holds the smaller
     plan's, if one does."""
     found: list[Settlement] = []
     smaller: set[int] = set()
-    for _, race in sorted(races.items()):
+    for race in races:
         left = np.flatnonzero(race.alive_M)
         if not len(left):
             continue
@@ -182,6 +182,7 @@ def _settlements(races: dict[int, _Race], confidence: float) -> tuple[Settlement
                 confidence=confidence,
                 behind=behind,
                 half_width=half,
+                target=race.share,
             )
         )
         smaller = set(chosen)

@@ -5,7 +5,7 @@ Bad input is refused here, before a model loads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lpserve.config import EngineConfig, RunConfig, WindowConfig, is_task
 from lpserve.data.items import ItemSet
@@ -17,14 +17,20 @@ from lpserve.data.prepare import (
     cut_run_windows,
 )
 from lpserve.data.windows import TokenWindows
+from lpserve.engine.base import EngineInfo
 from lpserve.engine.registry import engine_kind
 from lpserve.errors import InputError
 from lpserve.model.checkpoint import read_checkpoint
-from lpserve.model.players import named_players
-from lpserve.plan.constraint import constraint_of
+from lpserve.model.costs import player_costs
+from lpserve.model.players import has_parts, named_players
+from lpserve.plan.constraint import Constraint, constraint_of
+from lpserve.plan.targets import Target, cost_targets, read_targets
 from lpserve.rounds.settings import RoundSettings, StopRules
 from lpserve.scoring.open import players_of
 from lpserve.types import Player
+
+Costs = dict[str, list[float]]
+"""Cost (`lpserve.inputs.rules.COSTS`) -> that of each player."""
 
 
 def num_players_of(config: EngineConfig) -> int:
@@ -35,17 +41,28 @@ def num_players_of(config: EngineConfig) -> int:
 def check_model(config: RunConfig) -> RunConfig:
     """The config with its depth-dependent defaults, after the checkpoint's headers are read."""
     players = players_of(config)
-    num_players = len(players)
-    config = config.resolved(num_players)
-    settings = round_settings(config, players)
-    settings.within.check(settings.max_removed)
+    config = config.resolved(len(players))
+    if config.target is not None and has_parts(players):
+        # what parts cost is known once an engine has found them
+        _, shares = read_targets(config.target)
+        within = _within(config, players)
+        within.check(len(within.forced))
+        settings = _settings(config, players, (Target(within, range(1, 2)),) * len(shares))
+    else:
+        settings = round_settings(config, players, _layer_costs(config, players))
+    check_budget(config, settings)
+    return config
+
+
+def check_budget(config: RunConfig, settings: RoundSettings) -> None:
+    """Raise InputError where the budget is too small for a run's rounds."""
     minimum = settings.minimum_budget()
     if config.budget < minimum:
+        asked = f"target {config.target}" if config.target else f"max_removed {config.max_removed}"
         raise InputError(
-            f"budget must be at least {minimum} for {num_players} players and max_removed "
-            f"{config.max_removed}: got {config.budget}"
+            f"budget must be at least {minimum} for {settings.num_players} players and {asked}: "
+            f"got {config.budget}"
         )
-    return config
 
 
 def item_sets_of(config: RunConfig) -> tuple[ItemSet, ItemSet]:
@@ -96,23 +113,78 @@ def check_windows_of(config: EngineConfig, *sides: TokenWindows) -> None:
             check_windows(checkpoint, windows)
 
 
-def round_settings(config: RunConfig, players: Sequence[Player]) -> RoundSettings:
-    """What the rounds depend on, of a config with its depth-dependent defaults."""
-    assert config.max_removed
-    assert config.sizes
+def _layer_costs(config: RunConfig, players: Sequence[Player]) -> Costs:
+    """What layers cost, where a target asks for it."""
+    if config.target is None:
+        return {}
+    if not engine_kind(config.engine).reads_checkpoint:
+        raise InputError(f"target is about what players cost, and {config.model} is no checkpoint")
+    return player_costs(read_checkpoint(config.model), players, config.length).by_name()
+
+
+def costs_of(
+    config: RunConfig, info: EngineInfo, length: int, note: Callable[[str], None]
+) -> Costs:
+    """What a run's players cost at a context of `length` tokens; empty where nothing asks for it.
+
+    Args:
+        note: told why parts have no costs where no target needs them.
+
+    Raises:
+        InputError: a target needs costs that the checkpoint does not tell.
+    """
+    wanted = has_parts(info.players) or config.target is not None
+    if not wanted or not engine_kind(info.kind).reads_checkpoint:
+        return {}
+    checkpoint = read_checkpoint(config.model)
+    try:
+        modules = info.settings.get("modules")
+        return player_costs(checkpoint, info.players, length, modules).by_name()
+    except InputError as error:
+        if config.target is not None:
+            raise
+        note(f"the plan says nothing of costs: {error}")
+        return {}
+
+
+def round_settings(config: RunConfig, players: Sequence[Player], costs: Costs) -> RoundSettings:
+    """What the rounds depend on, of a config with its depth-dependent defaults.
+
+    Raises:
+        InputError: no set that the constraint allows is small enough.
+    """
+    within = _within(config, players)
+    if config.target is None:
+        assert config.max_removed
+        within.check(config.max_removed)
+        return _settings(config, players, ())
+    within.check(len(within.forced))
+    cost, shares = read_targets(config.target)
+    return _settings(config, players, cost_targets(within, shares, costs[cost], cost))
+
+
+def _within(config: RunConfig, players: Sequence[Player]) -> Constraint:
+    return constraint_of(
+        len(players),
+        named_players(players, config.protect or (), "protect"),
+        named_players(players, config.force or (), "force"),
+    )
+
+
+def _settings(
+    config: RunConfig, players: Sequence[Player], costs: tuple[Target, ...]
+) -> RoundSettings:
+    max_removed = config.max_removed or max(target.sizes[-1] for target in costs)
     assert config.round_size
     return RoundSettings(
         num_players=len(players),
-        max_removed=config.max_removed,
-        sizes=config.sizes,
+        max_removed=max_removed,
+        sizes=config.sizes or (len(players) - max_removed, len(players) - 1),
         seed=config.seed,
         surrogate=config.surrogate,
         round_size=config.round_size,
         goal=config.goal,
-        constraint=constraint_of(
-            len(players),
-            named_players(players, config.protect or (), "protect"),
-            named_players(players, config.force or (), "force"),
-        ),
+        constraint=_within(config, players),
+        costs=costs,
         stop=StopRules(chance=config.stop_chance, gain=config.stop_gain, width=config.stop_width),
     )

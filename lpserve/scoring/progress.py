@@ -29,8 +29,9 @@ class RunState:
     """Where masks are scored on their windows in several parts: windows of masks that engines have
     scored, and those that they have to."""
     work: Work = field(default_factory=Work)
-    best: dict[int, float] = field(default_factory=dict)
-    """Number removed -> best calibration perplexity so far."""
+    best: dict[str, float] = field(default_factory=dict)
+    """What sets are searched for (`without 3`, `at 80%`), in order -> the best calibration
+    perplexity so far; infinite: none is scored."""
     surrogate: str = ""
     heldout_r2: float | None = None
     heldout_spearman: float | None = None
@@ -111,10 +112,9 @@ class Progress:
             saved = work.skip_layer_forwards - work.layer_forwards
             share = saved / work.skip_layer_forwards
             parts.append(f"{saved} layer-forwards saved ({share:.0%})")
-        if state.best:
-            shown = sorted(state.best)
+        if shown := [name for name, ppl in state.best.items() if math.isfinite(ppl)]:
             shown = [shown[0], shown[len(shown) // 2], shown[-1]] if len(shown) > 3 else shown
-            best = ", ".join(f"{state.best[r]:.4g} without {r}" for r in shown)
+            best = ", ".join(f"{state.best[name]:.4g} {name}" for name in shown)
             parts.append(f"best ppl {best}")
         if state.heldout_r2 is not None and state.heldout_spearman is not None:
             parts.append(

@@ -59,6 +59,8 @@ def study_of(values: Mapping[str, Any], source: str) -> Study:
     values.setdefault("out", "study")
     if values.get("store"):
         raise InputError(f"{source}: store is the study's own, in its folder; leave it out")
+    if values.get("target"):
+        raise InputError(f"{source}: target is not for studies, which compare by number removed")
     if values.get("screen_windows"):
         raise InputError(f"{source}: screen_windows is not for studies; leave it out")
     levels = [_levels(table, values, source) for table in tables]

@@ -14,10 +14,17 @@ import numpy as np
 import pytest
 
 from lpserve.errors import InputError
-from lpserve.masks import all_masks, drop_one, removed_players, without
+from lpserve.masks import (
+    all_masks,
+    best_row,
+    drop_one,
+    ranking_mask,
+    removed_list,
+    removed_players,
+    without,
+)
 from lpserve.plan.greedy import greedy_path, unpruned_options
 from lpserve.plan.plan import Candidate, Plan, PlanEntry, load_plan
-from lpserve.plan.sets import best_row, ranking_mask, removed_list
 from lpserve.testing.games import mask_text, table_game
 from lpserve.types import BoolArray, FloatArray
 

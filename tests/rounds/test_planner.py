@@ -13,10 +13,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from lpserve.masks import all_masks, drop_one, keys, removed_players, without
+from lpserve.masks import all_masks, best_row, drop_one, keys, removed_players, without
 from lpserve.plan.constraint import constraint_of
 from lpserve.plan.greedy import greedy_path
-from lpserve.plan.sets import best_row
 from lpserve.rounds.history import CompletedRound, Round, latest_scores
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.settings import RoundSettings, StopRules, design_strata
