@@ -46,6 +46,7 @@ _SCALES = (0.2, 3.0)
 _NEAR_NATS = 0.1
 """A set may be near the best if it costs at most twice what the cheapest set of its size is
 predicted to, or this much more."""
+_UNKNOWN = 1e6  # nats that a player costs of which nothing finite is known
 _ROUNDED_NATS = 0.01  # errors of smaller losses count alike
 
 
@@ -97,7 +98,7 @@ class Expansion:
         self._single_P[self._dropped_MP[singles].argmax(axis=1)] = self._loss_M[singles]
         # a player whose own loss is not finite is in no good set
         self._allowed_P = np.isfinite(self._single_P) & self._finite_P & self._free_P
-        self._single_P = np.where(np.isfinite(self._single_P), self._single_P, 1e6)
+        self._single_P = np.where(np.isfinite(self._single_P), self._single_P, _UNKNOWN)
         self._fit_scale()
         return bool(np.isfinite(loss_M[0]) and self._allowed_P.any())
 
@@ -169,7 +170,8 @@ class Expansion:
         lowest = np.full(len(sets_MP), np.inf)
         np.minimum.at(lowest, place, np.concatenate([values for _, values in found]))
         unscored = np.array([key not in self._row_of for key in keys(sets_MP)], dtype=bool)
-        usable = unscored & target.holds(sets_MP) & np.isfinite(lowest)
+        allowed = ~(~sets_MP & self._free_P & ~self._allowed_P).any(axis=1)
+        usable = unscored & allowed & target.holds(sets_MP) & np.isfinite(lowest)
         return _lowest(sets_MP[usable], lowest[usable])
 
     def _best_rows(self, num_removed: int, more: int, target: Target) -> list[int]:
@@ -257,12 +259,16 @@ class Expansion:
         return sets_MP, -self.mean(sets_MP)
 
     def mean(self, queried_MP: BoolArray) -> FloatArray:
-        """Minus the losses by the expansion about the whole model, `float64[Q]`."""
-        return -self.predicted(queried_MP)
+        """Minus the losses by the expansion about the whole model, `float64[Q]`; sets of players of
+        which nothing finite is known come last."""
+        unknown_P = self._free_P & ~self._allowed_P
+        return -self.predicted(queried_MP) - _UNKNOWN * (~queried_MP & unknown_P).sum(axis=1)
 
     def swap_means(self, mask_P: BoolArray) -> FloatArray:
         """See `lpserve.plan.search.PredictsSwaps`."""
-        return -self.swap_losses(mask_P)
+        unknown_P = self._free_P & ~self._allowed_P
+        worse_P = _UNKNOWN * (unknown_P & mask_P), _UNKNOWN * (unknown_P & ~mask_P)
+        return -self.swap_losses(mask_P) - worse_P[0][mask_P][:, None] + worse_P[1][~mask_P]
 
 
 def _lowest(sets_MP: BoolArray, values: FloatArray) -> tuple[BoolArray, FloatArray]:

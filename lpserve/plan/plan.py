@@ -273,9 +273,8 @@ class Plan:
         if isinstance(wanted, str) or self.target_cost:
             cost, shares = read_targets(wanted) if isinstance(wanted, str) else ("", ())
             for entry in self.plans if cost == self.target_cost else ():
-                if entry.target is not None and len(shares) == 1:
-                    if abs(entry.target - shares[0]) < _SAME_SHARE:
-                        return entry
+                if len(shares) == 1 and abs((entry.target or 0.0) - shares[0]) < _SAME_SHARE:
+                    return entry
             raise InputError(
                 f"the plan has sets for {', '.join(labels)}{self._removed}: got {wanted}"
             )

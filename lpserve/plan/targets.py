@@ -88,9 +88,14 @@ class Target:
         return mask_P
 
 
+def removing(num_removed: int, within: Constraint) -> Target:
+    """The target of the sets within a constraint that remove so many players."""
+    return Target(within, range(num_removed, num_removed + 1))
+
+
 def size_targets(within: Constraint, max_removed: int) -> tuple[Target, ...]:
     """A target for each number of removed players that sets within a constraint have."""
-    return tuple(Target(within, range(r, r + 1)) for r in within.sizes(max_removed))
+    return tuple(removing(r, within) for r in within.sizes(max_removed))
 
 
 def cost_targets(

@@ -24,7 +24,7 @@ from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.costs import player_costs
 from lpserve.model.players import has_parts, named_players
 from lpserve.plan.constraint import Constraint, constraint_of
-from lpserve.plan.targets import Target, cost_targets, read_targets
+from lpserve.plan.targets import Target, cost_targets, read_targets, removing
 from lpserve.rounds.settings import RoundSettings, StopRules
 from lpserve.scoring.open import players_of
 from lpserve.types import Player
@@ -47,7 +47,7 @@ def check_model(config: RunConfig) -> RunConfig:
         _, shares = read_targets(config.target)
         within = _within(config, players)
         within.check(len(within.forced))
-        settings = _settings(config, players, (Target(within, range(1, 2)),) * len(shares))
+        settings = _settings(config, players, (removing(1, within),) * len(shares))
     else:
         settings = round_settings(config, players, _layer_costs(config, players))
     check_budget(config, settings)

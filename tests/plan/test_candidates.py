@@ -10,7 +10,8 @@ import pytest
 
 from lpserve.masks import all_masks, keys, removed_players, without
 from lpserve.plan.candidates import choose_alternatives, choose_candidates
-from lpserve.plan.constraint import constraint_of
+from lpserve.plan.constraint import Constraint, constraint_of
+from lpserve.plan.targets import removing
 from lpserve.testing.games import mask_text
 
 
@@ -21,7 +22,14 @@ def test_candidates_are_the_two_best_and_those_asked_for(rng):
     greedy = [without(6, [0]), masks[order[4]]]
     ranking = masks[order[7]]
     sources = {keys(masks[order[0]][None])[0]: "search"}
-    got = choose_candidates(masks, utilities, 2, greedy=greedy, ranking=ranking, sources=sources)
+    got = choose_candidates(
+        masks,
+        utilities,
+        removing(2, Constraint(masks.shape[1])),
+        greedy=greedy,
+        ranking=ranking,
+        sources=sources,
+    )
     assert got == [
         (order[0], "search"),
         (order[1], "design"),
@@ -32,13 +40,20 @@ def test_candidates_are_the_two_best_and_those_asked_for(rng):
     both = choose_candidates(
         masks,
         utilities,
-        2,
+        removing(2, Constraint(6)),
         greedy=[greedy[0], masks[order[0]]],
         ranking=masks[order[0]],
         sources=sources,
     )
     assert both == [(order[0], "greedy"), (order[1], "design")]
-    short = choose_candidates(masks, utilities, 2, greedy=greedy[:1], ranking=None, sources={})
+    short = choose_candidates(
+        masks,
+        utilities,
+        removing(2, Constraint(masks.shape[1])),
+        greedy=greedy[:1],
+        ranking=None,
+        sources={},
+    )
     assert short == [(order[0], "design"), (order[1], "design")]
 
 
@@ -46,12 +61,29 @@ def test_candidates_have_the_size_asked_for(rng):
     masks = rng.permutation(all_masks(5))
     utilities = rng.normal(size=32)
     for r in range(1, 5):
-        rows = choose_candidates(masks, utilities, r, greedy=[], ranking=None, sources={})
+        rows = choose_candidates(
+            masks,
+            utilities,
+            removing(r, Constraint(masks.shape[1])),
+            greedy=[],
+            ranking=None,
+            sources={},
+        )
         assert [(~masks[row]).sum() for row, _ in rows] == [r, r]
         assert rows[0][0] == max(
             np.flatnonzero((~masks).sum(axis=1) == r), key=lambda row: utilities[row]
         )
-    assert choose_candidates(masks[:0], utilities[:0], 2, greedy=[], ranking=None, sources={}) == []
+    assert (
+        choose_candidates(
+            masks[:0],
+            utilities[:0],
+            removing(2, Constraint(masks.shape[1])),
+            greedy=[],
+            ranking=None,
+            sources={},
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -62,12 +94,27 @@ def test_sets_without_a_finite_score_are_never_chosen(bad, rng):
     utilities[hidden] = bad
     greedy = [masks[hidden[2]], masks[hidden[2]], masks[hidden[0]]]
     rows = choose_candidates(
-        masks, utilities, 3, greedy=greedy, ranking=masks[hidden[1]], sources={}
+        masks,
+        utilities,
+        removing(3, Constraint(6)),
+        greedy=greedy,
+        ranking=masks[hidden[1]],
+        sources={},
     )
     assert len(rows) == 2
     assert not {row for row, _ in rows} & set(hidden.tolist())
     utilities[:] = bad
-    assert choose_candidates(masks, utilities, 3, greedy=greedy, ranking=None, sources={}) == []
+    assert (
+        choose_candidates(
+            masks,
+            utilities,
+            removing(3, Constraint(masks.shape[1])),
+            greedy=greedy,
+            ranking=None,
+            sources={},
+        )
+        == []
+    )
 
 
 def test_protected_players_are_kept(rng):
@@ -79,11 +126,10 @@ def test_protected_players_are_kept(rng):
     rows = choose_candidates(
         masks,
         utilities,
-        2,
+        removing(2, within),
         greedy=greedy,
         ranking=without(6, [0, 5]),
         sources={},
-        within=within,
     )
     allowed = [row for row in range(15) if masks[row, protected].all()]
     best = sorted(allowed, key=lambda row: -utilities[row])
@@ -93,14 +139,26 @@ def test_protected_players_are_kept(rng):
     assert "ranking" in {source for _, source in rows}
     everyone = constraint_of(6, range(6))
     none = choose_candidates(
-        masks, utilities, 2, greedy=[], ranking=None, sources={}, within=everyone
+        masks,
+        utilities,
+        removing(2, everyone),
+        greedy=[],
+        ranking=None,
+        sources={},
     )
     assert none == []
 
 
 def test_tied_candidates_go_by_key(rng):
     masks = rng.permutation(all_masks(7, kept=4))
-    rows = choose_candidates(masks, np.ones(35), 3, greedy=[], ranking=None, sources={})
+    rows = choose_candidates(
+        masks,
+        np.ones(35),
+        removing(3, Constraint(masks.shape[1])),
+        greedy=[],
+        ranking=None,
+        sources={},
+    )
     assert [mask_text(masks[row]) for row, _ in rows] == sorted(mask_text(m) for m in masks)[:2]
 
 
@@ -115,7 +173,7 @@ def test_alternatives_are_the_best_sets_that_are_unlike_all_before(min_distance,
     within = constraint_of(8, [6])
     chosen = int(rng.choice(np.flatnonzero(((~masks).sum(axis=1) == 3) & masks[:, 6])))
     got = choose_alternatives(
-        masks, utilities, chosen, count=4, min_distance=min_distance, within=within
+        masks, utilities, chosen, removing(3, within), count=4, min_distance=min_distance
     )
     sets = [set(removed_players(mask)) for mask in masks]
     rows = [
@@ -137,7 +195,19 @@ def test_alternatives_run_out():
     masks = all_masks(4, kept=2)
     values = np.arange(6, dtype=np.float64)
     chosen = int(np.flatnonzero((masks == without(4, [0, 1])).all(axis=1))[0])
-    (row,) = choose_alternatives(masks, values, chosen, count=3, min_distance=2)
+    (row,) = choose_alternatives(
+        masks, values, chosen, removing(2, Constraint(4)), count=3, min_distance=2
+    )
     assert removed_players(masks[row]) == (2, 3)
-    assert choose_alternatives(masks, values, chosen, count=3, min_distance=3) == []
-    assert choose_alternatives(masks, values, chosen, count=0, min_distance=2) == []
+    assert (
+        choose_alternatives(
+            masks, values, chosen, removing(2, Constraint(4)), count=3, min_distance=3
+        )
+        == []
+    )
+    assert (
+        choose_alternatives(
+            masks, values, chosen, removing(2, Constraint(4)), count=0, min_distance=2
+        )
+        == []
+    )

@@ -10,6 +10,7 @@ from lpserve.masks import all_masks, drop_one, keys, removed_players, swap_one, 
 from lpserve.plan.constraint import Constraint, constraint_of, constraint_text
 from lpserve.plan.greedy import greedy_path
 from lpserve.plan.search import best_predicted_sets, starts
+from lpserve.plan.targets import removing
 
 CASES = [
     constraint_of(7),
@@ -98,10 +99,10 @@ def test_a_beam_search_stays_within_and_finds_what_all_sets_hold(rng):
     for protected, forced in (([0, 5, 9], [2]), ([0, 5, 9, 11, 17, 20, 23], [2, 4])):
         within = constraint_of(24, protected, forced)
         scored = np.array([within.ranking(rng.random(24), r) for r in (7, 8, 9)])
-        near = starts(scored, mean(scored), 8, within)
+        near = starts(scored, mean(scored), removing(8, within))
         assert len(near) > 1
         assert within.holds(near).all()
-        found = best_predicted_sets(Fixed(mean), within, 8, near)  # pyright: ignore[reportArgumentType]
+        found = best_predicted_sets(Fixed(mean), removing(8, within), near)  # pyright: ignore[reportArgumentType]
         assert within.holds(found).all()
         np.testing.assert_array_equal(found[0], within.ranking(cost, 8))
         for swapped in swap_one(found[0]):

@@ -11,6 +11,7 @@ from lpserve.masks import all_masks, drop_one, full_mask, keys, sort_distinct, s
 from lpserve.plan.constraint import constraint_of
 from lpserve.plan.correction import CorrectedExpansion
 from lpserve.plan.expansion import Expansion
+from lpserve.plan.targets import removing
 
 P = 9
 
@@ -58,7 +59,7 @@ def test_a_quadratic_game_is_predicted_exactly_from_single_players_alone(rng):
 @pytest.mark.parametrize("num_removed", [2, 3, 5])
 def test_the_shortlist_of_a_quadratic_game_begins_with_its_best_sets(num_removed, rng):
     expansion, single_P, overlap_PP = fitted(rng)
-    sets_MP, losses = expansion.shortlist(num_removed)
+    sets_MP, losses = expansion.shortlist(removing(num_removed, constraint_of(P)))
     all_MP = all_masks(P, P - num_removed)
     every = np.sort(loss_of(all_MP, single_P, overlap_PP) - 2.0)
     assert len(np.unique(sets_MP, axis=0)) == len(sets_MP) == min(64, len(all_MP))
@@ -96,7 +97,7 @@ def test_about_scored_sets_the_lowest_prediction_counts_and_real_steps_replace_p
         return found
 
     removed_M = (~masks_MP).sum(axis=1)
-    sets_MP, losses = expansion.shortlist(4)
+    sets_MP, losses = expansion.shortlist(removing(4, constraint_of(P)))
     assert not set(keys(sets_MP)) & set(known)
     anchors = []
     for removed in (2, 3, 4, 5):
@@ -132,7 +133,7 @@ def test_sets_keep_to_the_constraint_and_leave_out_players_without_a_score(rng):
     loss_M[1 + 5] = np.nan  # player 5 could not be scored
     expansion = Expansion(overlap_PP, within)
     assert expansion.fit(masks_MP, loss_M)
-    sets_MP, _ = expansion.shortlist(3)
+    sets_MP, _ = expansion.shortlist(removing(3, within))
     assert len(sets_MP) == 10  # two of the five players that are left
     assert within.holds(sets_MP).all()
     assert sets_MP[:, 5].all()
@@ -148,7 +149,7 @@ def test_a_player_whose_effect_is_not_finite_is_in_no_set_and_harms_no_other(rng
     broken_PP[3] = broken_PP[:, 3] = np.nan
     expansion = Expansion(broken_PP, constraint_of(P))
     assert expansion.fit(masks_MP, loss_M)
-    sets_MP, losses = expansion.shortlist(3)
+    sets_MP, losses = expansion.shortlist(removing(3, constraint_of(P)))
     assert len(sets_MP) == 56  # three of eight
     assert sets_MP[:, 3].all()
     np.testing.assert_allclose(losses, loss_of(sets_MP, single_P, overlap_PP) - 2.0, atol=1e-12)

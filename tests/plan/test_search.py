@@ -24,6 +24,7 @@ from lpserve.plan.search import (
     select_by_expected_improvement,
     starts,
 )
+from lpserve.plan.targets import Target, cost_targets, removing
 from lpserve.surrogate import HeldOutError, KernelSurrogate
 from lpserve.testing.games import mask_text, table_game
 from lpserve.types import BoolArray, FloatArray, IntArray
@@ -68,11 +69,17 @@ def fitted_to_ratios(
     return surrogate
 
 
+def for_sizes(best_of: dict[int, float], num_players: int) -> tuple[list[Target], FloatArray]:
+    """Targets of these numbers removed, and the best utility of each."""
+    within = Constraint(num_players)
+    return [removing(r, within) for r in best_of], np.array(list(best_of.values()))
+
+
 def unscored(surrogate: KernelSurrogate, sets: BoolArray) -> BoolArray:
     return sets[~np.isin(keys(sets), keys(surrogate.masks_MP))]
 
 
-# -- likely_best -------------------------------------------------------------------------------
+# -- best_predicted_sets -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -84,7 +91,9 @@ def test_small_sizes_are_searched_whole(num_players, num_removed, ties, rng):
     everything = [without(num_players, c) for c in combinations(range(num_players), num_removed)]
     everything.sort(key=lambda m: (-float(utility(m[None])[0]), mask_text(m)))
     got = best_predicted_sets(
-        Fixed(utility), Constraint(num_players), num_removed, np.empty((0, num_players), dtype=bool)
+        Fixed(utility),
+        removing(num_removed, Constraint(num_players)),
+        np.empty((0, num_players), dtype=bool),
     )
     assert [mask_text(m) for m in got] == [mask_text(m) for m in everything[:64]]
 
@@ -102,7 +111,9 @@ def test_beam_search_climbs_to_the_best_of_an_additive_function(trial, rng):
         return masks @ weight
 
     worst = without(num_players, np.argsort(-weight)[:num_removed].tolist())
-    got = best_predicted_sets(Fixed(mean), Constraint(num_players), num_removed, worst[None])
+    got = best_predicted_sets(
+        Fixed(mean), removing(num_removed, Constraint(num_players)), worst[None]
+    )
     assert removed_players(got[0]) == tuple(sorted(np.argsort(weight)[:num_removed].tolist()))
     values = got @ weight
     assert (np.diff(values) <= 0).all()
@@ -120,12 +131,12 @@ def test_beam_search_ends_where_no_swap_of_its_best_improves(rng):
 
     starts = np.array([without(num_players, range(i, i + num_removed)) for i in (0, 5, 5, 13)])
     assert math.comb(num_players, num_removed) > MAX_EXHAUSTIVE
-    got = best_predicted_sets(Fixed(mean), Constraint(num_players), num_removed, starts)
+    got = best_predicted_sets(Fixed(mean), removing(num_removed, Constraint(num_players)), starts)
     best = mean(got[:1])[0]
     assert best >= mean(starts).max()
     assert mean(swap_one(got[0])).max() <= best
     again = best_predicted_sets(
-        Fixed(mean), Constraint(num_players), num_removed, rng.permutation(starts)
+        Fixed(mean), removing(num_removed, Constraint(num_players)), rng.permutation(starts)
     )
     np.testing.assert_array_equal(got, again)
 
@@ -150,9 +161,9 @@ def test_starts_are_the_best_sets_and_those_one_player_from_the_next_sizes_best(
     expected = {frozenset(some) for some in best[3]}
     expected |= {frozenset({*some, p}) for some in best[2] for p in range(12) if p not in some}
     expected |= {frozenset(some) - {p} for some in best[4] for p in some}
-    got = starts(masks, utilities, 3, Constraint(12))
+    got = starts(masks, utilities, removing(3, Constraint(12)))
     assert {frozenset(removed_players(mask)) for mask in got} == expected
-    assert starts(masks[:0], utilities[:0], 3, Constraint(12)).shape == (0, 12)
+    assert starts(masks[:0], utilities[:0], removing(3, Constraint(12))).shape == (0, 12)
 
 
 def test_a_search_leaves_the_valley_of_its_best_scored_sets(rng):
@@ -172,12 +183,11 @@ def test_a_search_leaves_the_valley_of_its_best_scored_sets(rng):
     assert math.comb(num_players, 7) > MAX_EXHAUSTIVE
     assert mean(swap_one(first)).max() < mean(first[None])[0] < mean(last[None])[0]
     scored = np.stack([first, six])
-    alone = best_predicted_sets(Fixed(mean), Constraint(num_players), 7, first[None])
+    alone = best_predicted_sets(Fixed(mean), removing(7, Constraint(num_players)), first[None])
     found = best_predicted_sets(
         Fixed(mean),
-        Constraint(num_players),
-        7,
-        starts(scored, mean(scored), 7, Constraint(num_players)),
+        removing(7, Constraint(num_players)),
+        starts(scored, mean(scored), removing(7, Constraint(num_players))),
     )
     assert mean(alone[:1])[0] < mean(last[None])[0]
     np.testing.assert_allclose(mean(found[:1]), mean(last[None]))
@@ -230,8 +240,8 @@ def test_the_beam_finds_with_swaps_what_it_finds_without(rng):
     surrogate = fitted_to_ratios(22, 150, rng)
     starts = np.array([without(22, rng.choice(22, 8, replace=False).tolist()) for _ in range(4)])
     assert math.comb(22, 8) > MAX_EXHAUSTIVE
-    fast = best_predicted_sets(surrogate, Constraint(22), 8, starts)
-    slow = best_predicted_sets(Fixed(surrogate.mean), Constraint(22), 8, starts)
+    fast = best_predicted_sets(surrogate, removing(8, Constraint(22)), starts)
+    slow = best_predicted_sets(Fixed(surrogate.mean), removing(8, Constraint(22)), starts)
     np.testing.assert_array_equal(fast[0], slow[0])
     assert surrogate.mean(fast[:1])[0] >= surrogate.mean(swap_one(fast[0])).max() - 1e-12
 
@@ -269,7 +279,9 @@ def test_a_batch_takes_the_best_and_then_what_is_best_given_that(rng):
     pending = unscored(surrogate, all_masks(10, 7))[:5]
     sets = np.concatenate([unscored(surrogate, all_masks(10, kept))[7:40] for kept in (6, 5)])
     best_of = {4: float(np.median(surrogate.mean(sets))), 5: float(surrogate.mean(sets).min())}
-    picked = select_by_expected_improvement(surrogate, sets, best_of, 6, pending_MP=pending)
+    picked = select_by_expected_improvement(
+        surrogate, sets, *for_sizes(best_of, 10), 6, pending_MP=pending
+    )
     everything = np.concatenate([pending, sets])
     mean, cov = surrogate.joint(everything)
     cov = STD_INFLATION**2 * cov
@@ -291,7 +303,9 @@ def test_a_batch_is_no_crowd(rng):
     surrogate = fitted_to_ratios(9, 40, rng, "gp")
     sets = unscored(surrogate, all_masks(9, 5))
     level = float(surrogate.mean(sets).max())
-    batch = select_by_expected_improvement(surrogate, sets, {4: level}, 5, pending_MP=sets[:0])
+    batch = select_by_expected_improvement(
+        surrogate, sets, *for_sizes({4: level}, 9), 5, pending_MP=sets[:0]
+    )
     _, cov = surrogate.joint(sets)
     one_by_one = np.argsort(
         -expected_improvement(*surrogate.predict(sets), np.full(len(sets), level))
@@ -310,7 +324,9 @@ def test_sizes_without_a_score_come_first_and_hopeless_sets_never(rng):
     sets = np.concatenate([unscored(surrogate, all_masks(9, kept))[:20] for kept in (7, 6, 5)])
     removed = (~sets).sum(axis=1)
     best_of = {2: 1e3, 3: -np.inf, 4: -np.inf}  # nothing can beat 1000
-    picked = select_by_expected_improvement(surrogate, sets, best_of, 40, pending_MP=sets[:0])
+    picked = select_by_expected_improvement(
+        surrogate, sets, *for_sizes(best_of, 9), 40, pending_MP=sets[:0]
+    )
     first = (~picked[:2]).sum(axis=1)
     assert sorted(first.tolist()) == [3, 4]
     for r in (3, 4):
@@ -318,9 +334,38 @@ def test_sizes_without_a_score_come_first_and_hopeless_sets_never(rng):
         assert keys(likeliest[None])[0] in keys(picked[:2])
     assert 2 not in (~picked).sum(axis=1)
     assert not len(
-        select_by_expected_improvement(surrogate, sets[:0], best_of, 3, pending_MP=sets[:0])
+        select_by_expected_improvement(
+            surrogate, sets[:0], *for_sizes(best_of, 9), 3, pending_MP=sets[:0]
+        )
     )
-    assert not len(select_by_expected_improvement(surrogate, sets, best_of, 0, pending_MP=sets[:0]))
+    assert not len(
+        select_by_expected_improvement(
+            surrogate, sets, *for_sizes(best_of, 9), 0, pending_MP=sets[:0]
+        )
+    )
+
+
+def test_a_set_that_meets_several_targets_improves_on_the_one_that_is_hardest_to_meet(rng):
+    """Shares of a cost: what meets 0.4 meets 0.7 too, and need not beat the best set there."""
+    surrogate = fitted_to_ratios(9, 60, rng)
+    targets = cost_targets(Constraint(9), [0.7, 0.4], [1.0] * 9, "params")
+    sets = unscored(surrogate, np.concatenate([all_masks(9, kept) for kept in (6, 3)]))
+    mean, std = surrogate.predict(sets)
+    hard = (~sets).sum(axis=1) == 6
+    best = np.array([mean.max() + 9.0, float(np.median(mean[hard]))])  # 0.7 cannot be improved on
+    picked = select_by_expected_improvement(
+        surrogate, sets, targets, best, len(sets), pending_MP=sets[:0]
+    )
+    assert len(picked)
+    assert ((~picked).sum(axis=1) == 6).all()
+    gain = expected_improvement(mean[hard], STD_INFLATION * std[hard], np.full(hard.sum(), best[1]))
+    np.testing.assert_array_equal(picked[0], sets[hard][gain.argmax()])
+    nothing = cost_targets(Constraint(9), [0.2], [1.0] * 9, "params")
+    assert not len(
+        select_by_expected_improvement(
+            surrogate, sets, nothing, np.array([-np.inf]), 3, pending_MP=sets[:0]
+        )
+    )
 
 
 def test_other_surrogates_are_asked_set_by_set(rng):
@@ -328,7 +373,7 @@ def test_other_surrogates_are_asked_set_by_set(rng):
     sets = all_masks(8, 4)
     best = float(np.quantile(utility(sets), 0.9))
     got = select_by_expected_improvement(
-        Fixed(utility, 0.3), sets, {4: best}, 7, pending_MP=sets[:0]
+        Fixed(utility, 0.3), sets, *for_sizes({4: best}, 8), 7, pending_MP=sets[:0]
     )
     gain = expected_improvement(utility(sets), np.full(70, 0.3 * STD_INFLATION), np.full(70, best))
     np.testing.assert_array_equal(got, sets[np.argsort(-gain, kind="stable")[:7]])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from lpserve.masks import all_masks, drop_one, full_mask, keys, without
-from lpserve.plan.constraint import constraint_of
+from lpserve.plan.constraint import Constraint, constraint_of
 from lpserve.plan.expansion import EXPANSION
+from lpserve.plan.targets import cost_targets, size_targets
 from lpserve.rounds.expanding import CORRECTED, PROPOSERS, SEARCH, earned_places
 from lpserve.rounds.history import CompletedRound, KnownUtilities
 from lpserve.rounds.planner import RoundPlanner
@@ -39,7 +40,7 @@ class QuadraticGame:
         )
 
 
-def played(game, goal="plan", budget=100, seed=0, constraint=None, fails=False):
+def played(game, goal="plan", budget=100, seed=0, constraint=None, fails=False, costs=()):
     """The planner, and the rounds of a run: each chosen from those up to two before."""
     settings = RoundSettings(
         num_players=P,
@@ -50,6 +51,7 @@ def played(game, goal="plan", budget=100, seed=0, constraint=None, fails=False):
         round_size=P,
         goal=goal,
         constraint=constraint,
+        costs=costs,
     )
     planner = RoundPlanner(settings, UTILITIES["neg_nll"], np.ones(1, np.int64), overlap=True)
     rounds, last, left = [], None, budget
@@ -75,6 +77,35 @@ def test_every_optimum_of_a_quadratic_game_is_among_the_first_short_lists(goal, 
     for r in range(1, R + 1):
         sets_MP = all_masks(P, P - r)
         assert keys(sets_MP[game.loss(sets_MP).argmin()][None])[0] in asked
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_best_sets_for_shares_of_a_cost_are_found(fails, rng):
+    """With short lists, and without: from all sets, whatever number of players they remove."""
+    game, costs = QuadraticGame(rng), rng.choice([1.0, 2.0, 4.0], P).tolist()
+    targets = cost_targets(Constraint(P), [0.8, 0.65, 0.5], costs, "params")
+    _, rounds = played(game, budget=200, costs=targets, fails=fails)
+    asked_MP = np.concatenate([done.masks_MP for done in rounds])
+    loss_M = game.loss(all_masks(P))
+    for target in targets:
+        best = loss_M[target.holds(all_masks(P))].min()
+        assert game.loss(asked_MP[target.holds(asked_MP)]).min() == best
+
+
+def test_a_set_may_become_the_best_of_two_targets():
+    """Which counts twice: the second round's set has beaten the best at both shares."""
+    rounds_MP = [np.array([without(4, (0,)), without(4, (0, 1))]), without(4, (2, 3))[None]]
+    masks_MP = np.concatenate(rounds_MP)
+    sources = dict(zip(keys(masks_MP), ["design", "design", SEARCH], strict=True))
+    targets = cost_targets(Constraint(4), [0.75, 0.5], [1.0] * 4, "params")
+    utility_M = np.array([0.3, 0.2, 0.4])
+    known = KnownUtilities(masks_MP, utility_M, utility_M, utility_M)
+    rounds = [CompletedRound(m, np.zeros((len(m), 1)), np.zeros((len(m), 1))) for m in rounds_MP]
+    earned = np.array([1 / 8, 1 / 8, (2 + 1) / (1 + 8)])
+    share = earned / earned.sum()
+    ends = np.rint(90 * np.cumsum(share)).astype(int)
+    places = earned_places(90, rounds, known, sources, targets)
+    assert list(places.values()) == np.diff([0, *ends]).tolist()
 
 
 def test_no_greedy_path_is_walked_and_all_proposers_have_their_turn(rng):
@@ -125,12 +156,13 @@ def test_places_go_to_those_whose_sets_became_the_best_of_their_size():
     # the first pairs are no finds; then the search's improves on them, then expansion's on that
     utility_M = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.1, 0.2, 0.15, 0.3, 0.4, 0.35])
     known = KnownUtilities(masks_MP, utility_M, utility_M, utility_M)
+    targets = size_targets(Constraint(4), 2)
     rounds = [CompletedRound(m, np.zeros((len(m), 1)), np.zeros((len(m), 1))) for m in rounds_MP]
     asked = {EXPANSION: 0.8**2 + 1, CORRECTED: 0.8, SEARCH: 0.8**2 + 0.8 + 1}
     hits = {EXPANSION: 1.0, CORRECTED: 0.0, SEARCH: 0.8}
     earned = np.array([(hits[name] + 1) / (asked[name] + 8) for name in PROPOSERS])
     ends = np.rint(100 * np.cumsum(earned / earned.sum())).astype(int)
-    places = earned_places(100, rounds, known, sources)
+    places = earned_places(100, rounds, known, sources, targets)
     assert list(places.values()) == np.diff([0, *ends]).tolist()
     assert places[EXPANSION] > places[SEARCH] > places[CORRECTED]
-    assert sum(earned_places(7, rounds, known, sources).values()) == 7
+    assert sum(earned_places(7, rounds, known, sources, targets).values()) == 7

@@ -16,11 +16,11 @@ def test_the_line_holds_every_figure():
     state = progress.state
     state.done, state.reused, state.quarantined = 60, 20, 1
     state.work = Work(layer_forwards=300, skip_layer_forwards=400)
-    state.best = {1: 10.0, 2: 11.0, 3: 12.0, 4: 13.5}
+    state.best = {f"without {r}": 9.0 + r for r in (1, 2, 3, 4)}
     state.surrogate, state.heldout_r2, state.heldout_spearman = "gp", 0.98765, 0.9
     assert progress.line(10.0) == (
         "scoring: 60/100 masks (20 from the store) | 4.0 masks/s | 100 layer-forwards saved (25%)"
-        " | best ppl 10 without 1, 12 without 3, 13.5 without 4"
+        " | best ppl 10 without 1, 12 without 3, 13 without 4"
         " | gp predicts unseen masks: R2 0.988, rho 0.900 | 1 quarantined"
         " | 10 s left"
     )
