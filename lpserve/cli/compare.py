@@ -50,6 +50,12 @@ def add_baselines(commands: Any) -> None:
     )
     add("--max-removed", type=int, help="sets of 1..N removed layers (3/8 of the layers)")
     add(
+        "--target",
+        metavar="COST=X,...",
+        help="in its place: the best sets that keep at most these shares of all layers' params, "
+        "flops or kv, such as params=0.9,0.8",
+    )
+    add(
         "--budget",
         type=int,
         help="most masks of each rival, those on few windows by their share (400)",
@@ -64,11 +70,12 @@ def _baselines(arguments: argparse.Namespace) -> int:
     from lpserve.evaluation.evaluate import sets_from
     from lpserve.rivals.compare import CompareConfig, compare
 
-    values = window_values(arguments, ("max_removed", "budget", "seed", "out"))
+    values = window_values(arguments, ("max_removed", "target", "budget", "seed", "out"))
     if arguments.demo:
         from lpserve.demo import demo_values
 
-        values.setdefault("max_removed", demo_values()["max_removed"])
+        if "target" not in values:
+            values.setdefault("max_removed", demo_values()["max_removed"])
     if arguments.rivals:
         values["rivals"] = tuple(r.strip() for r in arguments.rivals.split(",") if r.strip())
     engine = EngineConfig(**{"model": values["model"], **engine_values(arguments)})
@@ -92,32 +99,38 @@ def _baselines(arguments: argparse.Namespace) -> int:
 
 
 def comparison_table(comparison: Any) -> list[str]:
-    """Lines of a table: a row for each rival, a column for each number of removed layers.
+    """Lines of a table: a row for each rival, a column for each number of removed layers, or for
+    each share of a cost.
 
     Cells hold the perplexity on calibration windows, held out in brackets; the best of each column
     has a star.
     """
-    sizes = sorted({f.num_removed for f in comparison.found})
-    best = {
-        r: min(f.calibration_ppl for f in comparison.found if f.num_removed == r) for r in sizes
-    }
-    rows = [["removed", *(str(r) for r in sizes)]]
+    columns = sorted({_column(f) for f in comparison.found})
+    best = {c: min(f.calibration_ppl for f in comparison.found if _column(f) == c) for c in columns}
+    by_cost = any(f.target is not None for f in comparison.found)
+    named = [f"{-100 * share:g}%" if share else str(number) for share, number in columns]
+    rows = [["at most" if by_cost else "removed", *named]]
     names = list(dict.fromkeys(f.rival for f in comparison.found))
     for name in names:
         cells = {
-            f.num_removed: f"{f.calibration_ppl:.4g}"
-            + ("*" if f.calibration_ppl <= best[f.num_removed] else "")
+            _column(f): f"{f.calibration_ppl:.4g}"
+            + ("*" if f.calibration_ppl <= best[_column(f)] else "")
             + f" ({f.heldout_ppl:.4g})"
             for f in comparison.found
             if f.rival == name
         }
-        rows.append([name, *(cells.get(r, "-") for r in sizes)])
+        rows.append([name, *(cells.get(c, "-") for c in columns)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     head = (
         f"perplexity on calibration windows (held out), all layers "
         f"{comparison.full_calibration_ppl:.4g} ({comparison.full_heldout_ppl:.4g}); * best"
     )
     return [head, "", *(_line(row, widths) for row in rows)]
+
+
+def _column(found: Any) -> tuple[float, int]:
+    """Where a set stands: the largest share of a cost first, or the smallest number removed."""
+    return (0.0, found.num_removed) if found.target is None else (-found.target, 0)
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:

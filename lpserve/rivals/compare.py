@@ -20,14 +20,17 @@ import numpy as np
 from lpserve.config import WindowConfig, resolved_max_removed
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
+from lpserve.inputs.rules import Targets
 from lpserve.masks import full_mask, removed_players
-from lpserve.model.players import player_label
+from lpserve.model.players import has_parts, player_label
+from lpserve.plan.constraint import Constraint
 from lpserve.plan.layer_sets import LayerSet, layer_set_masks
+from lpserve.plan.targets import Target, cost_targets, read_targets, size_targets
 from lpserve.report.csv_rows import csv_text
 from lpserve.rivals.accounting import Spent
 from lpserve.rivals.proposer import Answer, Ask, SearchSetting, best_sets, drive
 from lpserve.rivals.registry import RIVALS, Measurement
-from lpserve.runner.setup import windows_of
+from lpserve.runner.setup import Costs, costs_of, layer_costs, windows_of
 from lpserve.scoring.open import players_of
 from lpserve.scoring.progress import Progress
 from lpserve.scoring.session import ScoringSession
@@ -45,6 +48,8 @@ class CompareConfig(WindowConfig):
     sets: tuple[LayerSet, ...] = ()
     """Sets from other sources, scored like the rivals' sets."""
     max_removed: int | None = None
+    target: Targets | None = None
+    """In place of `max_removed`: the best sets that keep at most these shares of a cost."""
     budget: int = 400
     """Largest number of masks of each rival; a mask on some windows counts for that share."""
     seed: int = 0
@@ -52,6 +57,8 @@ class CompareConfig(WindowConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target is not None and self.max_removed is not None:
+            raise InputError("max_removed counts players, target a cost: give one of the two")
         for name in self.rivals:
             if name not in RIVALS:
                 raise InputError(f"rivals must be of {', '.join(RIVALS)}: got {name!r}")
@@ -59,13 +66,15 @@ class CompareConfig(WindowConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundSet:
-    """What a rival found for one number of removed layers."""
+    """What a rival found for one number of removed layers, or one share of a cost."""
 
     rival: str
     num_removed: int
     removed: tuple[int, ...]
     calibration_ppl: float
     heldout_ppl: float
+    target: float | None = None
+    """The share; None for a number removed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,9 +116,12 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
     players = players_of(config)
     num_players = len(players)
     layer_set_masks(config.sets, players)  # refused before a model loads
-    max_removed = resolved_max_removed(config.max_removed, num_players)
     calibration, heldout = windows_of(config)
-    _check_start(config, players, max_removed, calibration.num_windows)
+    costs: Costs = {}
+    if config.target is not None and not has_parts(players):
+        costs = layer_costs(config, players, calibration.length)
+    if config.target is None or costs:  # what parts cost is known once an engine has found them
+        _check_start(config, players, _targets(config, num_players, costs), calibration.num_windows)
     folder = Path(config.out)
     make_folder(folder, "results folder")
     with ScoringSession(
@@ -123,16 +135,34 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
         session.compare_first()
         if session.compares:
             session.check_same_scores(calibration)
-        comparison = _Comparing(config, session, calibration, heldout, max_removed).run()
+        costs = costs_of(
+            config.model,
+            session.info,
+            calibration.length,
+            needed=config.target is not None,
+            note=session.progress.note,
+        )
+        targets = _targets(config, num_players, costs)
+        _check_start(config, players, targets, calibration.num_windows)
+        comparison = _Comparing(config, session, calibration, heldout, targets).run()
         _write(folder, config, session, comparison)
     return comparison
 
 
+def _targets(config: CompareConfig, num_players: int, costs: Costs) -> tuple[Target, ...]:
+    """What the best sets are wanted for."""
+    everything = Constraint(num_players)
+    if config.target is None:
+        return size_targets(everything, resolved_max_removed(config.max_removed, num_players))
+    cost, shares = read_targets(config.target)
+    return cost_targets(everything, shares, costs[cost], cost)
+
+
 def _check_start(
-    config: CompareConfig, players: Sequence[Player], max_removed: int, num_windows: int
+    config: CompareConfig, players: Sequence[Player], targets: Sequence[Target], num_windows: int
 ) -> None:
     """Start every rival that needs nothing but scores: what one of them refuses is raised here."""
-    setting = _setting(config, players, max_removed, num_windows)
+    setting = _setting(config, players, targets, num_windows)
     for name in config.rivals:
         needs = RIVALS[name].needs
         if needs is None or not needs.refusal:
@@ -141,12 +171,13 @@ def _check_start(
 
 
 def _setting(
-    config: CompareConfig, players: Sequence[Player], max_removed: int, num_windows: int
+    config: CompareConfig, players: Sequence[Player], targets: Sequence[Target], num_windows: int
 ) -> SearchSetting:
     return SearchSetting(
         num_players=len(players),
         parts=tuple(player.part for player in players),
-        max_removed=max_removed,
+        max_removed=max(target.sizes[-1] for target in targets),
+        costs=tuple(targets) if config.target is not None else (),
         num_windows=num_windows,
         budget=config.budget,
         seed=config.seed,
@@ -160,34 +191,45 @@ class _Comparing:
         session: ScoringSession,
         calibration: TokenWindows,
         heldout: TokenWindows,
-        max_removed: int,
+        targets: Sequence[Target],
     ) -> None:
-        self._config, self._session, self._max_removed = config, session, max_removed
+        self._config, self._session, self._targets = config, session, targets
         self._calibration, self._heldout = calibration, heldout
         self._players = session.info.num_players
         players = session.info.players
-        self._setting = _setting(config, players, max_removed, calibration.num_windows)
+        self._setting = _setting(config, players, targets, calibration.num_windows)
         self._measurements: dict[str, Any] = {}
 
     def run(self) -> Comparison:
-        sets: list[tuple[str, BoolArray, float]] = []
+        sets: list[tuple[str, Target | None, BoolArray, float]] = []
         costs = []
         for name in self._config.rivals:
             record, note, beside = self._driven(name)
             costs.append(self._cost(name, record, note, beside))
-            found = best_sets(record)
-            sets += [(name, *found[r]) for r in sorted(found) if 1 <= r <= self._max_removed]
+            found = best_sets(record, self._targets)
+            sets += [(name, target, *best) for target, best in found.items()]
         given = [s for s in self._config.sets if s.removed]
         if given:
             masks_MP = layer_set_masks(given, self._session.info.players)
             nll_M = self._score("sets", Ask(masks_MP))
-            sets += [(s.name, m, float(v)) for s, m, v in zip(given, masks_MP, nll_M, strict=True)]
+            sets += [
+                (s.name, target, mask_P, float(nll))
+                for s, mask_P, nll in zip(given, masks_MP, nll_M, strict=True)
+                for target in self._met(mask_P)
+            ]
         return self._comparison(sets, costs)
 
+    def _met(self, mask_P: BoolArray) -> list[Target | None]:
+        """The hardest share that a set from elsewhere meets, if shares are asked for."""
+        met: list[Target | None] = [t for t in self._setting.costs if t.holds(mask_P[None])[0]]
+        return met[-1:] or [None]
+
     def _comparison(
-        self, sets: Sequence[tuple[str, BoolArray, float]], costs: list[RivalCost]
+        self,
+        sets: Sequence[tuple[str, Target | None, BoolArray, float]],
+        costs: list[RivalCost],
     ) -> Comparison:
-        masks_MP = np.array([full_mask(self._players), *(mask_P for _, mask_P, _ in sets)])
+        masks_MP = np.array([full_mask(self._players), *(mask_P for _, _, mask_P, _ in sets)])
         heldout_M = self._mean("held-out", masks_MP, self._heldout)
         full = self._mean("full model", masks_MP[:1], self._calibration)[0]
         found = [
@@ -197,8 +239,9 @@ class _Comparing:
                 removed=removed_players(mask_P),
                 calibration_ppl=float(perplexity(nll)),
                 heldout_ppl=float(perplexity(heldout)),
+                target=target.share if target is not None else None,
             )
-            for (name, mask_P, nll), heldout in zip(sets, heldout_M[1:], strict=True)
+            for (name, target, mask_P, nll), heldout in zip(sets, heldout_M[1:], strict=True)
         ]
         return Comparison(
             found=tuple(found),
@@ -271,6 +314,7 @@ def _write(
             " ".join(player_label(info.players[player]) for player in f.removed),
             f.calibration_ppl,
             f.heldout_ppl,
+            f.target,
         ]
         for f in comparison.found
     ]
@@ -287,6 +331,7 @@ def _write(
         "heldout": config.heldout,
         "num_windows": config.num_windows,
         "length": config.length,
+        "target": config.target,
         "budget": config.budget,
         "seed": config.seed,
         "window_seed": config.window_seed,
@@ -294,7 +339,7 @@ def _write(
         "full_heldout_ppl": comparison.full_heldout_ppl,
         "versions": {"lpserve": lpserve.__version__, **info.versions},
     }
-    header = ["rival", "num_removed", "removed", "calibration_ppl", "heldout_ppl"]
+    header = ["rival", "num_removed", "removed", "calibration_ppl", "heldout_ppl", "target"]
     write_text(folder / "results.csv", csv_text(header, found))
     header = ["rival", "source", "masks", "tokens", "layer_forwards", "note"]
     write_text(folder / "costs.csv", csv_text(header, costs))

@@ -30,6 +30,7 @@ def propose(setting: SearchSetting) -> Proposer:
         surrogate="auto",
         round_size=players,
         goal="plan",
+        costs=setting.costs,
     )
     minimum = settings.minimum_budget()
     if setting.budget < minimum:

@@ -3,8 +3,8 @@
 A proposer is a coroutine. It yields an `Ask` and is sent the mean NLL of each of its masks,
 `float64[M]` in nats per token, lower is better, non-finite where scoring failed; any driver can run
 it (`drive` runs one on a function). It never asks twice for a mask on the same windows, and the
-same arguments give the same sequence. The result of a search at any moment is the best set of each
-size that was scored on all windows (`best_sets`): every scored set counts, the published answer
+same arguments give the same sequence. The result of a search at any moment is the best set for each
+target that was scored on all windows (`best_sets`): every scored set counts, the published answer
 among them.
 
 Notation: M masks, P players.
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lpserve.masks import best_row, keys, ranking_mask
+from lpserve.plan.targets import Target
 from lpserve.types import BoolArray, FloatArray
 
 
@@ -59,6 +60,8 @@ class SearchSetting:
     seed: int
     parts: tuple[str, ...] = ()
     """Which part of its layer each player is (`Player.part`); empty: they are layers."""
+    costs: tuple[Target, ...] = ()
+    """Shares of a cost that the best sets are wanted for; empty: they are wanted of every size."""
     measured: Any = None
     """What the engine method of `Measurement` returned, for searches that look inside the model."""
 
@@ -107,25 +110,26 @@ def _within(
     return ask.masks_MP
 
 
-def best_sets(record: Sequence[Answer]) -> dict[int, tuple[BoolArray, float]]:
-    """The best set of each size that was scored on all windows.
+def best_sets(
+    record: Sequence[Answer], targets: Sequence[Target]
+) -> dict[Target, tuple[BoolArray, float]]:
+    """The best set that meets each target and was scored on all windows.
 
     Returns:
-        Number removed -> (mask `bool[P]`, its mean NLL); ties go to the smaller mask key, sizes
-        without a finite score are left out.
+        Target -> (mask `bool[P]`, its mean NLL); ties go to the smaller mask key, targets without a
+        finite score are left out.
     """
     complete = [answer for answer in record if answer.ask.windows is None]
     if not complete:
         return {}
     masks_MP = np.concatenate([answer.ask.masks_MP for answer in complete])
     nll_M = np.concatenate([answer.nll_M for answer in complete])
-    removed_M = (~masks_MP).sum(axis=1)
     found = {}
-    for r in np.unique(removed_M):
-        rows = np.flatnonzero(removed_M == r)
+    for target in targets:
+        rows = np.flatnonzero(target.holds(masks_MP))
         best = best_row(masks_MP[rows], -nll_M[rows])
         if best is not None:
-            found[int(r)] = masks_MP[rows[best]], float(nll_M[rows[best]])
+            found[target] = masks_MP[rows[best]], float(nll_M[rows[best]])
     return found
 
 

@@ -143,7 +143,13 @@ def _at_work(
     metrics = tuple(dict.fromkeys(m for m in (metric, *extra_metrics) if m != "nll"))
     check_extra_metrics(session.info, metrics)  # before the folder is this run's
     length = item_sets[0].windows.length
-    costs = costs_of(config, session.info, length, session.progress.note)
+    costs = costs_of(
+        config.model,
+        session.info,
+        length,
+        needed=config.target is not None,
+        note=session.progress.note,
+    )
     settings = round_settings(config, session.info.players, costs)
     check_budget(config, settings)
     folder.begun = True

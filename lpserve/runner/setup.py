@@ -49,7 +49,8 @@ def check_model(config: RunConfig) -> RunConfig:
         within.check(len(within.forced))
         settings = _settings(config, players, (removing(1, within),) * len(shares))
     else:
-        settings = round_settings(config, players, _layer_costs(config, players))
+        costs = {} if config.target is None else layer_costs(config, players, config.length)
+        settings = round_settings(config, players, costs)
     check_budget(config, settings)
     return config
 
@@ -113,35 +114,37 @@ def check_windows_of(config: EngineConfig, *sides: TokenWindows) -> None:
             check_windows(checkpoint, windows)
 
 
-def _layer_costs(config: RunConfig, players: Sequence[Player]) -> Costs:
-    """What layers cost, where a target asks for it."""
-    if config.target is None:
-        return {}
+def layer_costs(config: EngineConfig, players: Sequence[Player], length: int) -> Costs:
+    """What whole layers cost, for a target; raises InputError where that cannot be told."""
     if not engine_kind(config.engine).reads_checkpoint:
         raise InputError(f"target is about what players cost, and {config.model} is no checkpoint")
-    return player_costs(read_checkpoint(config.model), players, config.length).by_name()
+    return player_costs(read_checkpoint(config.model), players, length).by_name()
 
 
 def costs_of(
-    config: RunConfig, info: EngineInfo, length: int, note: Callable[[str], None]
+    model: str,
+    info: EngineInfo,
+    length: int,
+    *,
+    needed: bool,
+    note: Callable[[str], None],
 ) -> Costs:
-    """What a run's players cost at a context of `length` tokens; empty where nothing asks for it.
+    """What players cost at a context of `length` tokens; empty where nothing asks for it.
 
     Args:
-        note: told why parts have no costs where no target needs them.
+        needed: whether a target asks; else parts of layers have costs where they can be told.
+        note: told why they cannot.
 
     Raises:
         InputError: a target needs costs that the checkpoint does not tell.
     """
-    wanted = has_parts(info.players) or config.target is not None
-    if not wanted or not engine_kind(info.kind).reads_checkpoint:
+    if not (needed or has_parts(info.players)) or not engine_kind(info.kind).reads_checkpoint:
         return {}
-    checkpoint = read_checkpoint(config.model)
+    modules = info.settings.get("modules")
     try:
-        modules = info.settings.get("modules")
-        return player_costs(checkpoint, info.players, length, modules).by_name()
+        return player_costs(read_checkpoint(model), info.players, length, modules).by_name()
     except InputError as error:
-        if config.target is not None:
+        if needed:
             raise
         note(f"the plan says nothing of costs: {error}")
         return {}

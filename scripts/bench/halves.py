@@ -4,10 +4,11 @@
 
 On the bundled model, with engine transformers: `lpserve baselines` over layers and over halves,
 with lpserve, greedy (over halves: BlockPruner) and EvoPress. For each target a search answers with
-the best of its sets, one for each number of removed players, that leave at most that share of the
-layers' parameters; chosen on calibration windows, held-out ones are reported. Then the same
-masks of whole layers are timed as masks of layers and as masks of halves, in turn. Other models,
-texts and numbers by flags.
+the best set that it scored, of any number of players, that leaves at most that share of the layers'
+parameters; chosen on calibration windows, held-out ones are reported. lpserve searches for the
+targets, the others for numbers of players, as they were published. Then the same masks of whole
+layers are timed as masks of layers and as masks of halves, in turn. Other models, texts and numbers
+by flags.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import lpserve
 from lpserve.demo import FOLDER as DEMO
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.costs import player_costs
-from lpserve.rivals.compare import CompareConfig, Comparison, FoundSet, compare
+from lpserve.rivals.compare import CompareConfig, Comparison, compare
 from lpserve.types import FloatArray
 
 RIVALS = ("lpserve", "greedy", "evopress")
@@ -37,12 +38,6 @@ NAMED = {("half", "greedy"): "greedy over halves (BlockPruner)"}
 
 def share_left(costs_P: FloatArray, removed: Sequence[int]) -> float:
     return float(1 - costs_P[list(removed)].sum() / costs_P.sum())
-
-
-def within(found: Comparison, rival: str, costs_P: FloatArray, target: float) -> FoundSet | None:
-    """A search's best set that leaves at most a share of the parameters."""
-    sets = [s for s in found.found if s.rival == rival and share_left(costs_P, s.removed) <= target]
-    return min(sets, key=lambda s: s.calibration_ppl, default=None)
 
 
 def parameters(model: Path, length: int) -> dict[str, FloatArray]:
@@ -72,14 +67,14 @@ def table(
         ]
         for kind in ("layer", "half"):
             for rival in RIVALS:
-                cells = []
-                for target in targets:
-                    one = within(found[kind], rival, costs[kind], target)
-                    if one is None:
-                        cells.append("-")
-                        continue
-                    left = share_left(costs[kind], one.removed)
-                    cells.append(f"{getattr(one, f'{side}_ppl'):.4g} ({left:.1%})")
+                sets = {f.target: f for f in found[kind].found if f.rival == rival}
+                cells = [
+                    f"{getattr(sets[t], f'{side}_ppl'):.4g} "
+                    f"({share_left(costs[kind], sets[t].removed):.1%})"
+                    if t in sets
+                    else "-"
+                    for t in targets
+                ]
                 name = NAMED.get((kind, rival), f"{rival} over {PLURAL[kind]}")
                 lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
@@ -135,8 +130,6 @@ def parse_args() -> argparse.Namespace:
     add("--heldout-windows", type=int, default=64)
     add("--length", type=int, default=128)
     add("--targets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
-    add("--max-layers", type=int, default=6, help="most layers removed")
-    add("--max-halves", type=int, default=16, help="most halves removed")
     add("--budget", type=int, default=400, help="masks of each search")
     add("--seed", type=int, default=0)
     add("--timed-masks", type=int, default=200)
@@ -164,11 +157,12 @@ def main() -> int:
         "seed": args.seed,
         "rivals": RIVALS,
     }
+    target = "params=" + ",".join(f"{share:g}" for share in args.targets)
     found = {
         kind: compare(
-            CompareConfig(**common, players=kind, max_removed=most, out=str(args.folder / kind))
+            CompareConfig(**common, players=kind, target=target, out=str(args.folder / kind))
         )
-        for kind, most in (("layer", args.max_layers), ("half", args.max_halves))
+        for kind in ("layer", "half")
     }
     costs = parameters(args.model, args.length)
     head = ["# Layers and halves of layers", "", f"- date: {date.today()}", *machine_lines(1)]
