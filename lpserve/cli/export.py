@@ -32,6 +32,12 @@ def add_export(commands: Any) -> None:
         metavar="N",
         help="the plan's alternative of this number for R, from 1; 0: its best set (0)",
     )
+    export.add_argument(
+        "--slim",
+        action="store_true",
+        help="leave out the weights of absent parts of layers, which are zeros otherwise; "
+        "transformers loads the result after `import lpserve.hf`, vLLM with lpserve installed",
+    )
     export.add_argument("--out", required=True, metavar="DIR", help="new or empty folder")
     export.add_argument("--plan", metavar="FILE", help="a plan of `lpserve plan` (RUN/plan.json)")
     export.add_argument("--model", metavar="DIR", help="the model, if it moved since the run")
@@ -47,6 +53,7 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.target or arguments.remove,
         arguments.out,
         alternative=arguments.alternative,
+        slim=arguments.slim,
         plan_path=arguments.plan,
         model=arguments.model,
         device=arguments.device,
@@ -60,6 +67,7 @@ def export_and_report(
     out: str | Path,
     *,
     alternative: int = 0,
+    slim: bool = False,
     plan_path: str | None = None,
     model: str | None = None,
     device: str = "auto",
@@ -70,13 +78,14 @@ def export_and_report(
     The arguments are those of `lpserve.export.export.export_run`.
     """
     from lpserve.export.export import export_run
-    from lpserve.export.report import ZEROED_NOTE
+    from lpserve.export.report import SLIM_NOTE, ZEROED_NOTE
 
     report = export_run(
         folder,
         wanted,
         out,
         alternative=alternative,
+        slim=slim,
         plan_path=plan_path,
         model=model,
         device=device,
@@ -92,4 +101,6 @@ def export_and_report(
     )
     if report.zeroed:
         print(ZEROED_NOTE)
+    if report.left_out:
+        print(SLIM_NOTE)
     return 0

@@ -9,6 +9,7 @@ from lpserve.errors import InputError, LpserveError, first_line
 from lpserve.inputs.documents import read_json_object, shown
 from lpserve.inputs.files import is_there
 from lpserve.model.gguf import readable_folder
+from lpserve.model.loading import transformers_library
 from lpserve.model.local import FROM_FOLDER
 
 MOST_IDS = 10_000_000
@@ -19,14 +20,12 @@ def load_tokenizer(tokenizer: str | Path | Any) -> Any:
     """A transformers tokenizer from a local folder; anything else is returned as it is."""
     if not isinstance(tokenizer, str | Path):
         return tokenizer
-    from transformers import AutoTokenizer
-
     folder = readable_folder(tokenizer)
     if not folder.is_dir():
         raise InputError(f"tokenizer {str(tokenizer)!r} is not a folder")
     _check_ids(folder / "tokenizer.json")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), **FROM_FOLDER)
+        return transformers_library().AutoTokenizer.from_pretrained(str(folder), **FROM_FOLDER)
     except LpserveError:  # a signal
         raise
     except Exception as error:  # transformers raises many kinds for a folder without a tokenizer

@@ -71,6 +71,20 @@ class Absent(nn.Module):
         zeros = template.new_zeros((*given.shape[:-1], self._width))
         return like_output(self._output, zeros)
 
+    @property
+    def form(self) -> dict[str, Any] | None:
+        """What `lpserve.hf` needs to stand for the module where its weights are not at hand: the
+        result's width, how many others come with it (None: it comes alone, not in a tuple), and the
+        argument that is its residual. None: the output is of a class of the model's own."""
+        alone = isinstance(self._output, torch.Tensor)
+        if not alone and type(self._output) is not tuple:
+            return None
+        return {
+            "width": self._width,
+            "others": None if alone else len(self._output) - 1,
+            "residual": None if self._residual is None else self._residual.key,
+        }
+
 
 class Given(nn.Module):
     """Stands for a module whose result is known: returns `value` in the form of its output."""
@@ -114,6 +128,8 @@ class SequentialHalves:
     feed_forward: nn.Module
     mixer_first: bool
     modules: Modules
+    absent: Mapping[str, Absent]
+    """What stands for each module that is left out."""
     alone: Mapping[str, nn.Module]
     """The layer with one part alone, by that part; it may be called in any way that the layer is
     called in."""
@@ -130,9 +146,10 @@ class ParallelHalves:
         ending: nn.Module,
         given: Given,
         modules: Modules,
+        absent: Mapping[str, Absent],
         alone: Mapping[str, nn.Module],
     ) -> None:
-        self.modules = modules
+        self.modules, self.absent = modules, absent
         self.alone = alone
         """As of `SequentialHalves`."""
         self._keeping, self._kept = keeping, kept
@@ -197,7 +214,7 @@ def find_halves(
             alone: dict[str, nn.Module] = {ATTENTION: halves[0], MLP: halves[1]}
             if lean:
                 halves = [_without_idle(half, run, hidden) for half in halves]
-            return SequentialHalves(halves[0], halves[1], mixer_first, modules, alone)
+            return SequentialHalves(*halves, mixer_first, modules, absent, alone)
     parallel = _parallel(layer, modules, seen, absent)
     if parallel is not None:
         mixed = parallel.mixed(run, hidden.clone())
@@ -347,6 +364,7 @@ def _parallel(
         with_children(layer, {mixer[0]: given, **idle}),
         given,
         modules,
+        absent,
         {
             ATTENTION: with_children(layer, idle),
             MLP: with_children(layer, {name: absent[name] for name in mixer}),

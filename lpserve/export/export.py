@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from lpserve.analysis.record import read_record
 from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
+from lpserve.export.parts import part_tensors, slim_config
 from lpserve.export.pruned_config import prune_config
 from lpserve.export.report import ExportReport, model_card
 from lpserve.export.verify import (
@@ -33,7 +34,6 @@ from lpserve.export.verify import (
     verify_checkpoint,
 )
 from lpserve.export.writer import ADVICE, CARD_NAME, REPORT_NAME, write_checkpoint
-from lpserve.export.zeroed import part_tensors
 from lpserve.masks import without
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
@@ -52,6 +52,7 @@ def export_checkpoint(
     out: str | Path,
     *,
     players: Sequence[Player] | None = None,
+    slim: bool = False,
     verify: bool = True,
     windows: TokenWindows | None = None,
     expected_nll_N: FloatArray | None = None,
@@ -65,6 +66,7 @@ def export_checkpoint(
         out: a folder that does not exist or is empty.
         players: what `removed` counts, for a set out of a plan
             (`lpserve.model.players.players_from(plan.players)`); None: the layers.
+        slim: leave the weights of absent parts out, for `lpserve.hf` to load; else they are zeros.
         verify: reload in a fresh process and compare; off, the report says unverified.
         windows: what to compare on, 4 x 64 random tokens by default.
         expected_nll_N: the skip engine's summed NLL of every window; default: an engine is opened.
@@ -82,13 +84,23 @@ def export_checkpoint(
     checkpoint = read_checkpoint(model)
     pruned = prune_config(checkpoint, layers)
     compared = windows or random_windows(pruned.vocab_size)
-    zeroed: set[str] = set()
+    tensors: set[str] = set()
     if parts or (verify and expected_nll_N is None):
         skipped = skip_engine(checkpoint, players or (), indices, compared, dtype, device)
         expected_nll_N = skipped.nll_N if expected_nll_N is None else expected_nll_N
-        zeroed = part_tensors(checkpoint, pruned.prefix, parts, skipped.modules)
+        tensors = part_tensors(checkpoint, pruned.prefix, parts, skipped.modules)
+        if slim:
+            config = slim_config(checkpoint, pruned, parts, skipped.modules, skipped.absent)
+            pruned = replace(pruned, config=config)
+    named = [player_label(part) for part in sorted(parts, key=lambda p: p.index)]
     with _written_aside(target) as partial:
-        left_behind = write_checkpoint(checkpoint, pruned, partial, zeroed)
+        left_behind = write_checkpoint(
+            checkpoint,
+            pruned,
+            partial,
+            zeroed=frozenset() if slim else tensors,
+            left_out=tensors if slim else frozenset(),
+        )
         found = None
         if verify and expected_nll_N is not None:
             given = compared, expected_nll_N, dtype, device
@@ -97,7 +109,8 @@ def export_checkpoint(
             source=str(checkpoint.path.resolve()),
             source_hash=checkpoint_hash(checkpoint),
             removed=sorted(layers),
-            zeroed=[player_label(part) for part in sorted(parts, key=lambda p: p.index)],
+            zeroed=[] if slim else named,
+            left_out=named if slim else [],
             kept=pruned.kept,
             dtype=dtype,
             num_windows=compared.num_windows if verify else 0,
@@ -189,6 +202,7 @@ def export_run(
     out: str | Path,
     *,
     alternative: int = 0,
+    slim: bool = False,
     plan_path: str | Path | None = None,
     model: str | Path | None = None,
     device: str = "auto",
@@ -201,6 +215,7 @@ def export_run(
         wanted: r, the number of players to remove, or the share of a cost (`params=0.8`) of a plan
             by cost.
         alternative: the number of the plan's alternative for it, from 1; 0: its best set.
+        slim: as of `export_checkpoint`.
         plan_path: another plan of this run; None: the folder's plan.json.
         model: checkpoint folder; None: the path that the plan names.
 
@@ -233,6 +248,7 @@ def export_run(
         removed,
         out,
         players=players,
+        slim=slim,
         verify=verify,
         windows=windows,
         dtype=stored["config"]["dtype"],

@@ -11,6 +11,7 @@ Imports torch and transformers late.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -26,6 +27,7 @@ from lpserve.export.structure import (
     shared_sources,
 )
 from lpserve.model.architecture import (
+    ABSENT_KEY,
     LAYER_COUNT_KEYS,
     LAYERS_AHEAD,
     find_layer_prefix,
@@ -33,6 +35,7 @@ from lpserve.model.architecture import (
     text_section,
 )
 from lpserve.model.checkpoint import Checkpoint
+from lpserve.model.loading import transformers_library
 from lpserve.model.local import FROM_FOLDER
 from lpserve.model.own_code import check_own_code
 
@@ -84,6 +87,8 @@ class PrunedConfig:
     """Tokens of the vocabulary."""
     prefix: str
     """What names of layers' tensors begin with in the original, such as `model.layers.`."""
+    path: str
+    """Of the layers' list in the pruned model: `model.layers`."""
     numbers: Renumbering
     """How names of the original become names of the pruned model."""
     moved: dict[str, str] = field(default_factory=dict)
@@ -108,11 +113,11 @@ def read_original(checkpoint: Checkpoint) -> Original:
     Raises:
         InputError: transformers cannot.
     """
-    from transformers import AutoConfig
-
     check_own_code(checkpoint)
     try:
-        whole = AutoConfig.from_pretrained(str(checkpoint.path), **FROM_FOLDER)
+        whole = transformers_library().AutoConfig.from_pretrained(
+            str(checkpoint.path), **FROM_FOLDER
+        )
     except LpserveError:  # a signal
         raise
     except Exception as error:  # whatever a config's code may raise
@@ -172,6 +177,7 @@ def prune(original: Original, removed: Sequence[int]) -> PrunedConfig:
             num_layers=num_layers,
             vocab_size=int(original.defaults["vocab_size"]),
             prefix=prefix,
+            path=path,
             numbers=numbers,
             moved=shared_sources(old, new, path, kept, set(names), prefix),
         )
@@ -196,6 +202,8 @@ def _candidates(original: Original, kept: list[int]) -> Iterator[dict[str, Any]]
 
     def made(cut: Sequence[str]) -> dict[str, Any]:
         config = copy.deepcopy(original.checkpoint.config)
+        if ABSENT_KEY in config:
+            config[ABSENT_KEY] = _of_kept(config[ABSENT_KEY], kept)
         text = text_section(config)
         _cut_fields(text, original.defaults, kept, num_layers)
         if text.get(LAYERS_AHEAD):
@@ -211,6 +219,16 @@ def _candidates(original: Original, kept: list[int]) -> Iterator[dict[str, Any]]
         yield made((key,))
     if len(unknown) > 1:
         yield made(unknown)
+
+
+def _of_kept(absent: dict[str, Any], kept: list[int]) -> dict[str, Any]:
+    """Absent modules of the kept layers, under their new numbers."""
+    found = {}
+    for name, form in absent.items():
+        layers, number, module = re.split(r"\.(\d+)\.", name, maxsplit=1)
+        if int(number) in kept:
+            found[f"{layers}.{kept.index(int(number))}.{module}"] = form
+    return found
 
 
 def _unknown_lists(original: Original, num_layers: int) -> list[str]:

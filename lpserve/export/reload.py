@@ -8,11 +8,13 @@ WINDOWS.npz holds `tokens` int [N, T] and `scored` bool [N, T]. Prints one JSON 
 * `regret`: how far the tokens that `generate` chooses with a cache are from the most probable ones
   of a forward pass without, in standard deviations of the logits; or why `generate` fails.
 
-Imports nothing of lpserve, so that what it checks is what users load.
+Imports nothing of lpserve, so that what it checks is what users load; but `lpserve.hf` for
+checkpoints without the weights of absent parts, which nothing else loads.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -29,6 +31,8 @@ PROMPT_TOKENS, NEW_TOKENS = 8, 4
 def load_checkpoint(checkpoint: str, dtype: str, attention: str | None) -> Any:
     """The model as users load it; fails where the files lack one of its weights."""
     config = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") == "lpserve":
+        importlib.import_module("lpserve.hf")  # as its users do
     names = [n for n in config.get("architectures") or [] if n.endswith("ConditionalGeneration")]
     loader: Any = getattr(transformers, (names or ["AutoModelForCausalLM"])[0])
     model, report = loader.from_pretrained(

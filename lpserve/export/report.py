@@ -9,6 +9,19 @@ ZEROED_NOTE = (
     "Parts of layers that are gone have weights of zero: they add nothing, and take as much time "
     "and memory as before. Any program that loads the original loads this."
 )
+SLIM_NOTE = (
+    "Parts of layers that are gone have no weights here and take no time; attention among them has "
+    "no keys and values in the cache. transformers loads the model once `lpserve.hf` is imported, "
+    "vLLM where lpserve is installed."
+)
+SLIM_EXAMPLE = (
+    "```python",
+    "import lpserve.hf",
+    "from transformers import AutoModelForCausalLM",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("path/to/this")',
+    "```",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +36,8 @@ class ExportReport:
     """0-based layers of the original model that are gone, sorted."""
     zeroed: list[str]
     """Parts of kept layers whose weights are zero, such as `7.attention`."""
+    left_out: list[str]
+    """Parts of kept layers whose weights are not in the checkpoint."""
     kept: list[int]
     """The other layers, sorted."""
     verified: bool
@@ -46,16 +61,17 @@ class ExportReport:
     def what(self) -> str:
         """What is gone, in words: `layers 3, 5; 7.attention`."""
         layers = f"layers {', '.join(map(str, self.removed))}" if self.removed else ""
-        return "; ".join(filter(None, [layers, ", ".join(self.zeroed)]))
+        return "; ".join(filter(None, [layers, ", ".join([*self.zeroed, *self.left_out])]))
 
 
 def model_card(report: ExportReport) -> str:
     """What the checkpoint is and how it was checked, in Markdown."""
     name = Path(report.source).name
     total = len(report.removed) + len(report.kept)
-    zeroed = f" and {len(report.zeroed)} parts of others" if report.zeroed else ""
+    parts = len(report.zeroed) + len(report.left_out)
+    others = f" and {parts} parts of others" if parts else ""
     lines = [
-        f"# {name} without {len(report.removed)} of {total} layers{zeroed}",
+        f"# {name} without {len(report.removed)} of {total} layers{others}",
         "",
         f"Made by lpserve from `{name}` (content {report.source_hash[:18]}). Removed: "
         f"{report.what}, counted from 0. No other weight was changed, and none trained; the card, "
@@ -64,6 +80,8 @@ def model_card(report: ExportReport) -> str:
     ]
     if report.zeroed:
         lines += [ZEROED_NOTE, ""]
+    if report.left_out:
+        lines += [SLIM_NOTE, "", *SLIM_EXAMPLE, ""]
     if not report.verified:
         lines.append("**Not verified**: it was not reloaded and compared with the original.")
     else:
@@ -76,6 +94,6 @@ def model_card(report: ExportReport) -> str:
         lines.append(f"Perplexity on these windows: {report.ppl:.4f}.")
     if report.generates is False:
         lines.append("`generate` with a cache fails or differs, as it does in the original.")
-    if not report.zeroed:
+    if not parts:
         lines += ["", "The same pruning as a recipe for mergekit: `mergekit.yaml`."]
     return "\n".join([*lines, ""])

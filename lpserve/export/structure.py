@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lpserve.errors import LpserveError, first_line
-from lpserve.model.loading import build_untrained
+from lpserve.model.loading import build_untrained, transformers_library
 from lpserve.model.local import FROM_FOLDER
 
 _BOOKKEEPING = ("store_full_length_kv",)
@@ -91,12 +91,11 @@ def build_skeleton(config: Mapping[str, Any], path: str, num_layers: int) -> Ske
         CannotExpress: transformers cannot build it.
     """
     import torch
-    from transformers import AutoConfig
 
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(config))
         try:
-            loaded = AutoConfig.from_pretrained(scratch, **FROM_FOLDER)
+            loaded = transformers_library().AutoConfig.from_pretrained(scratch, **FROM_FOLDER)
             with torch.device("meta"):
                 return Skeleton(build_untrained(config, path, loaded), num_layers)
         except LpserveError:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -153,6 +154,8 @@ class Skipped:
     """Summed NLL of every window with the set skipped."""
     modules: dict[int, dict[str, list[str]]]
     """Of each layer that it runs in halves, the child modules of its parts."""
+    absent: dict[int, dict[str, Any]]
+    """And the forms of what stands for modules that are left out (`engine.parts.Absent.form`)."""
 
 
 def skip_engine(
@@ -175,8 +178,9 @@ def skip_engine(
     )
     with build_engine(spec, windows) as engine:
         mask_P = without(engine.info.num_players, removed)
-        modules = engine.info.settings["modules"]
-        return Skipped(nll_N=engine.score(mask_P[None]).nll_MN[0], modules=modules)
+        settings = engine.info.settings
+        nll_N = engine.score(mask_P[None]).nll_MN[0]
+        return Skipped(nll_N=nll_N, modules=settings["modules"], absent=settings["absent"])
 
 
 def random_windows(vocab_size: int) -> TokenWindows:

@@ -46,6 +46,7 @@ def write_checkpoint(
     pruned: PrunedConfig,
     folder: Path,
     zeroed: Set[str] = frozenset(),
+    left_out: Set[str] = frozenset(),
 ) -> list[str]:
     """Write the pruned checkpoint into an existing folder; returns what was left behind beside the
     removed layers: names of files, and what layers that predict several tokens ahead hold.
@@ -55,6 +56,7 @@ def write_checkpoint(
 
     Args:
         zeroed: names of tensors that are written as zeros.
+        left_out: names of tensors that are not written.
 
     Raises:
         ExportError: a source shard ended early, or cannot be read.
@@ -63,14 +65,14 @@ def write_checkpoint(
     with space_checked(folder, ADVICE):
         left_behind = _copy_small_files(checkpoint.path, folder, pruned)
     write_text(folder / "config.json", json.dumps(pruned.config, indent=2) + "\n")
-    if not zeroed:
+    if not (zeroed or left_out):
         write_text(folder / RECIPE_NAME, mergekit_yaml(checkpoint, pruned))
     shards: list[tuple[list[TensorEntry], list[str]]] = []
     for shard in checkpoint.shards:
         pairs = [
             (entry, name)
             for entry in checkpoint.tensors
-            if entry.shard == shard
+            if entry.shard == shard and entry.name not in left_out
             for name in _new_names(entry.name, pruned)
         ]
         if pairs:

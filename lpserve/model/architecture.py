@@ -45,6 +45,13 @@ _ACTIVE_EXPERTS = (
     "moe_topk",
     "top_k_experts",
 )
+MODEL_TYPE = "lpserve"
+BASE_KEY, ABSENT_KEY = "lpserve_base", "lpserve_absent"
+"""Of checkpoints without the weights of absent parts (`lpserve.hf`): their `model_type`, and keys
+of config.json: the original's `model_type`, and module -> the form of what stands for it
+(`lpserve.engine.parts.Absent.form`)."""
+SLIM_PREFIX = "Slim"
+"""Begins the name of their architecture, which the original's follows: vLLM tells them by it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

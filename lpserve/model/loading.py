@@ -5,6 +5,7 @@ Imports transformers late.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,9 +31,16 @@ def build_untrained(config: Mapping[str, Any], path: str, loaded: Any) -> Any:
     return cls(loaded) if multimodal_class(config) else cls.from_config(loaded)
 
 
-def _model_class(config: Mapping[str, Any], path: str) -> Any:
+def transformers_library() -> Any:
+    """transformers, with the models that `lpserve.hf` adds to it."""
     import transformers
 
+    importlib.import_module("lpserve.hf")
+    return transformers
+
+
+def _model_class(config: Mapping[str, Any], path: str) -> Any:
+    transformers = transformers_library()
     name = multimodal_class(config) or "AutoModelForCausalLM"
     found = getattr(transformers, name, None)
     if found is None:

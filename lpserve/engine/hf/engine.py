@@ -116,6 +116,7 @@ class TransformersEngine:
                 "first_not_finite": stack.first_not_finite,
                 "allocator": allocator,
                 "modules": {n: dict(parts) for n, parts in stack.modules.items()},
+                "absent": stack.absent,
                 "dequantized_from": gguf_record(checkpoint.path),
             },
         )

@@ -1,7 +1,11 @@
-"""A checkpoint in transformers as users run it, for `lpserve speed`. Imports nothing of lpserve."""
+"""A checkpoint in transformers as users run it, for `lpserve speed`.
+
+Imports nothing of lpserve but the classes of its slim exports.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +15,8 @@ def open_checkpoint(task: dict[str, Any], device: str, memory: Callable[..., Any
     import torch
     import transformers
     from transformers import AutoModelForCausalLM
+
+    importlib.import_module("lpserve.hf")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

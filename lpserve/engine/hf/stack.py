@@ -79,6 +79,8 @@ class RecordedStack:
         self._paired = False
         self.modules: dict[int, Modules] = {}
         """Of each layer that is run in halves, the modules of its parts."""
+        self.absent: dict[int, dict[str, Any]] = {}
+        """And the form of what stands for each module that is left out (`Absent.form`)."""
         self._arguments: dict[int, list[LayerArguments]] = {}
         self._repeater = RowRepeater()
         self._block_calls: list[Call] = []
@@ -239,6 +241,8 @@ class RecordedStack:
         parts = layer_parts(self.players, len(self.layers))
         halves = {n: halves_of(n) for n, found in enumerate(parts) if FULL_LAYER not in found}
         self.modules = {layer: found.modules for layer, found in halves.items()}
+        for layer, found in halves.items():
+            self.absent[layer] = {name: one.form for name, one in found.absent.items()}
         self._paired = any(isinstance(found, ParallelHalves) for found in halves.values())
         self.steps = layer_steps(self.layers, parts, halves, paired=self._paired, prepared=ready)
 

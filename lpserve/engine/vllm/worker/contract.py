@@ -34,7 +34,14 @@ CONTRACT = (
     Touched("vllm.v1.engine.core_client", "EngineCoreClient.shutdown"),
     Touched("vllm.distributed.parallel_state", "cleanup_dist_env_and_memory"),
     Touched("vllm.config", "set_current_vllm_config", ("vllm_config",)),
-    Touched("vllm.config", "CompilationConfig", (), ("static_forward_context",)),
+    Touched(
+        "vllm.config", "CompilationConfig", (), ("static_forward_context", "static_all_moe_layers")
+    ),
+    Touched("vllm.model_executor.models.registry", "_ModelRegistry.register_model", ("model_cls",)),
+    Touched("vllm.model_executor.models.registry", "_ModelRegistry.get_supported_archs"),
+    Touched("vllm.model_executor.models.registry", "_LazyRegisteredModel.load_model_cls"),
+    Touched("vllm.model_executor.models.utils", "PPMissingLayer"),
+    Touched("vllm.model_executor.layers.linear", "LinearBase"),
     Touched("vllm.config", "ModelConfig.get_total_num_hidden_layers"),
     Touched("vllm.config", "ModelConfig.get_vocab_size"),
     Touched(

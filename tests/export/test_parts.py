@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import lpserve
 from lpserve.errors import InputError
 from lpserve.export.export import export_checkpoint
-from lpserve.export.zeroed import part_tensors
+from lpserve.export.parts import part_tensors
 from lpserve.masks import without
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.players import ATTENTION, MLP, half_players
@@ -44,6 +44,41 @@ def test_the_export_scores_what_the_engine_scores_without_the_halves(
     assert not (tmp_path / "out" / "mergekit.yaml").exists()
     told = json.loads((tmp_path / "out" / "lpserve_export.json").read_text())
     assert told["zeroed"] == ["2.attention", "4.mlp"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "gemma2", "bloom"))
+def test_weights_of_absent_halves_may_be_left_out(family, model_dir, rng, tmp_path):
+    """Layer 1 goes whole, and a half of others, the attention of the first layer among them: by its
+    cache transformers counts tokens. The export is verified: it scores what the engine scores, and
+    generates with a cache as without."""
+    path, removed = model_dir(family), [0, 2, 3, 4, 9]
+    windows = lpserve.TokenWindows.from_tokens(rng.integers(0, 97, (3, 40)))
+    out = tmp_path / "out"
+    report = export_checkpoint(path, removed, out, players=HALVES, windows=windows, slim=True)
+    assert (report.verified, report.generates) == (True, True)
+    assert report.removed == [1]
+    assert (report.zeroed, report.left_out) == ([], ["0.attention", "2.attention", "4.mlp"])
+    whole = export_checkpoint(path, removed, tmp_path / "z", players=HALVES, verify=False)
+    assert whole.zeroed == report.left_out
+    parts = [
+        {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+        for folder in (out, tmp_path / "z")
+    ]
+    gone = {name for name in parts[1] if name not in parts[0]}
+    assert gone
+    for name, tensor in parts[1].items():
+        assert not tensor.any() if name in gone else tensor.equal(parts[0][name])
+    # as a model like any other: in the engine, and exported once more
+    with lpserve.open_engine(out, windows) as engine:
+        scored = engine.score(np.ones((1, NUM_LAYERS - 1), dtype=bool)).nll_MN[0]
+    with lpserve.open_engine(path, windows, players="half") as engine:
+        expected = engine.score(without(len(HALVES), removed)[None]).nll_MN[0]
+    assert relative(scored, expected) < 1e-5
+    assert export_checkpoint(out, [2], tmp_path / "again", windows=windows).verified
+    card = (out / "README.md").read_text()
+    assert "import lpserve.hf" in card
+    assert "mergekit" not in card
 
 
 @pytest.mark.process
