@@ -105,8 +105,8 @@ def leave_out(model: nn.Module, absent: Mapping[str, Mapping[str, Any]], compila
             module = layer.get_submodule(child)
         except AttributeError:
             raise EngineError(
-                f"{type(model).__name__} of vLLM has no module {name}, which is absent: serve an "
-                "export in which absent parts are zeros"
+                f"{type(model).__name__} of vLLM has no module {layer_name}.{child}, which is "
+                "absent: serve an export in which absent parts are zeros"
             ) from None
         gone.update(module.modules())
         stand_in = AbsentLayer(form["width"], is_linear=isinstance(module, LinearBase))
