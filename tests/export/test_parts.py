@@ -6,15 +6,18 @@ import json
 
 import numpy as np
 import pytest
+import transformers as tf
 from safetensors.torch import load_file
 
 import lpserve
+from lpserve.config import config_from
 from lpserve.errors import InputError
-from lpserve.export.export import export_checkpoint
+from lpserve.export.export import export_checkpoint, export_run
 from lpserve.export.parts import part_tensors
 from lpserve.masks import without
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.players import ATTENTION, MLP, half_players
+from lpserve.testing.checkpoints import save_random
 from lpserve.testing.parity import NUM_LAYERS
 from lpserve.testing.reference import reference_model, relative, slow_but, window_nll
 
@@ -79,6 +82,86 @@ def test_weights_of_absent_halves_may_be_left_out(family, model_dir, rng, tmp_pa
     card = (out / "README.md").read_text()
     assert "import lpserve.hf" in card
     assert "mergekit" not in card
+
+
+def hybrid(vocab_size, hidden_size, num_hidden_layers):
+    """Gated delta nets and attention in turn, each before experts."""
+    return tf.Qwen3NextConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        layer_types=["linear_attention", "full_attention"] * (num_hidden_layers // 2),
+    )
+
+
+def state_space(**common):
+    return tf.Mamba2Config(
+        **common, state_size=16, num_heads=8, head_dim=16, n_groups=2, chunk_size=8, expand=2
+    )
+
+
+def experts(**common):
+    return tf.Qwen3MoeConfig(
+        **common,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    )
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("config", "players", "slim"),
+    [
+        (state_space, "layer", False),
+        (hybrid, "layer", False),
+        (hybrid, "half", True),
+        pytest.param(experts, "layer", False, marks=pytest.mark.slow),
+        pytest.param(experts, "half", True, marks=pytest.mark.slow),
+    ],
+)
+def test_state_space_models_hybrids_and_experts_go_from_a_run_to_an_export_that_generates(
+    config, players, slim, rng, tmp_path
+):
+    made = config(vocab_size=96, hidden_size=64, num_hidden_layers=4)
+    save_random(made, tmp_path / "model", 0)
+    for name in ("c", "h"):
+        np.savez(tmp_path / f"{name}.npz", tokens=rng.integers(1, 96, (4, 24)))
+    lpserve.run(
+        config_from(
+            {
+                "model": str(tmp_path / "model"),
+                "calibration": str(tmp_path / "c.npz"),
+                "heldout": str(tmp_path / "h.npz"),
+                "players": players,
+                "budget": 30,
+                "max_removed": 2,
+                "out": str(tmp_path / "run"),
+                "progress_s": 100.0,
+            },
+            "test",
+        )
+    )
+    report = export_run(tmp_path / "run", 2, tmp_path / "out", slim=slim)
+    assert (report.verified, report.generates) == (True, True)
+    assert report.worst_relative_difference is not None
+    assert report.worst_relative_difference < 1e-6
+    gone = len(report.removed) * (2 if players == "half" else 1) + len(report.left_out)
+    assert gone == 2
 
 
 @pytest.mark.process

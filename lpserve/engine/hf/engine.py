@@ -8,8 +8,9 @@ config entries (float32 on CPU: within 1e-5 relative a window).
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ from lpserve.model.loading import load_pretrained
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Scores
 from lpserve.utility import METRICS
 
+KERNEL_PACKAGES = ("mamba-ssm", "causal-conv1d", "flash-linear-attention", "kernels")
+"""Packages of kernels for scans, convolutions and linear attention: transformers takes them where
+they are installed, else its own PyTorch code."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -104,7 +108,11 @@ class TransformersEngine:
             vocab_size=stack.vocab_size,
             metrics=METRICS,
             has_overlap=True,
-            versions={"torch": torch.__version__, "transformers": transformers.__version__},
+            versions={
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                **_kernel_versions(),
+            },
             settings={
                 "state_budget_bytes": settings.state_budget_bytes,
                 "micro_batch_tokens": settings.micro_batch_tokens,
@@ -245,3 +253,12 @@ def _quiet_transformers() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def _kernel_versions() -> dict[str, str]:
+    """Packages whose kernels transformers prefers to its own PyTorch code, those that there are."""
+    found = {}
+    for name in KERNEL_PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
