@@ -11,8 +11,8 @@ tasks. Work counts layer-forwards in the trie of each batch and a head as `HEAD_
 `lpserve baselines` does; races count too.
 
 It takes hours on a few cores and goes on where it was stopped: every score is in a store in the
-folder, and every step that has ended in steps.json. With `--table` the table is made of the steps
-that have ended.
+folder, and every step that has ended, with the held-out scores, in the file `--steps`. With
+`--table` the table is made of the steps that have ended.
 """
 
 from __future__ import annotations
@@ -58,14 +58,16 @@ OURS = ("lpserve", "lpserve, settled")
 
 
 class Steps:
-    """What has ended, in steps.json: name -> figures."""
+    """What has ended, in one file: steps with their figures, and held-out scores of sets. It is
+    small, and with it another machine goes on where this one stopped."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "steps.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.done: dict[str, Any] = {}
-        if self._path.exists():
-            self.done = json.loads(self._path.read_text())
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = json.loads(path.read_text()) if path.exists() else {}
+        self.done: dict[str, Any] = data.get("steps", {})
+        self.heldout: dict[str, dict[str, Any]] = data.get("heldout", {})
+        """Measure -> layers removed (`3 7`) -> losses of windows, or an accuracy."""
 
     def do(self, name: str, step: Callable[[], dict[str, Any]]) -> None:
         """Do a step unless it has ended; its seconds are those of the last try."""
@@ -73,11 +75,15 @@ class Steps:
             return
         started = time.perf_counter()
         found = step()
-        self.done[name] = {**found, "step_seconds": time.perf_counter() - started}
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.done, indent=1))
-        temporary.replace(self._path)
+        self.done[name] = {**found, "step_seconds": round(time.perf_counter() - started)}
+        self.write()
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+
+    def write(self) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        data = {"steps": self.done, "heldout": self.heldout}
+        temporary.write_text(json.dumps(data, separators=(",", ":")) + "\n")
+        temporary.replace(self._path)
 
 
 # -- choosing --------------------------------------------------------------------------------------
@@ -206,42 +212,70 @@ def chosen(steps: Steps) -> dict[tuple[int, str, int], tuple[int, ...]]:
 
 
 def held_out(args: argparse.Namespace, steps: Steps) -> dict[str, dict[tuple[int, ...], Any]]:
-    """Measure -> layers removed -> sums over windows `float64[N]` of perplexities, or accuracies;
-    sets whose scores are in the store cost nothing."""
+    """Measure -> layers removed -> sums over windows `float64[N]` of losses, or accuracies; what is
+    known already is not scored again."""
     sets = sorted({(), *chosen(steps).values()})
+    players = json.loads((args.model / "config.json").read_text())["num_hidden_layers"]
+    cuts = _cuts(args)
+    fresh = {
+        name: [s for s in sets if _text(s) not in steps.heldout.get(name, {})] for name in cuts
+    }
+    if any(fresh.values()):
+        engine = EngineConfig(model=str(args.model), progress_s=60.0)
+        store = args.folder / "heldout.sqlite"
+        longest = max(cut.length for cut in cuts.values())
+        with ScoringSession(engine, cuts["gptq-2048"], store=store, longest=longest) as session:
+            for name, cut in cuts.items():
+                masks = [without(players, s) if s else full_mask(players) for s in fresh[name]]
+                if not masks:
+                    continue
+                nll_MN = session.score(np.array(masks), cut, stage=name)["nll"]
+                rows = [[round(float(nll), 4) for nll in row] for row in nll_MN]
+                known = steps.heldout.setdefault(name, {})
+                known.update(zip(map(_text, fresh[name]), rows, strict=True))
+                steps.write()
+    unknown = [s for s in sets if s and _text(s) not in steps.heldout.get(f"{TASKS[-1]} acc", {})]
+    if unknown:
+        evaluated = evaluate(
+            EvalConfig(
+                model=str(args.model),
+                progress_s=60.0,
+                sets=tuple(LayerSet(_text(s), s) for s in unknown),
+                tasks=TASKS,
+                include_path=str(DEMO / "tasks"),
+                out=str(args.folder / "tasks"),
+            )
+        )
+        for result in evaluated.results:
+            if result.measure.endswith(" acc"):
+                text = _text(tuple(map(int, result.removed)))
+                steps.heldout.setdefault(result.measure, {})[text] = result.value
+        steps.write()
+    found: dict[str, dict[tuple[int, ...], Any]] = {
+        f"tokens of {name}": {(): cut.num_tokens_N.astype(np.float64)} for name, cut in cuts.items()
+    }
+    for name, by_set in steps.heldout.items():
+        found[name] = {
+            tuple(map(int, text.split())): np.array(value) if name in cuts else value
+            for text, value in by_set.items()
+        }
+    return found
+
+
+def _text(removed: tuple[int, ...]) -> str:
+    return " ".join(map(str, removed))
+
+
+def _cuts(args: argparse.Namespace) -> dict[str, TokenWindows]:
+    """Protocol -> its windows that are scored, spread evenly over the text."""
     tokenizer = load_tokenizer(str(args.model))
-    engine = EngineConfig(model=str(args.model), progress_s=60.0)
     cuts = {}
     for name, count in (("llm-pruner-128", args.short), ("gptq-2048", args.long)):
         protocol = replace(PROTOCOLS[name], bos="none")  # SmolLM2's tokenizer adds none
         windows = protocol_windows(str(args.heldout), tokenizer, protocol, name=name).windows
         rows = np.linspace(0, windows.num_windows - 1, min(count, windows.num_windows)).astype(int)
         cuts[name] = windows.select(np.unique(rows))
-    players = json.loads((args.model / "config.json").read_text())["num_hidden_layers"]
-    masks = [without(players, removed) if removed else full_mask(players) for removed in sets]
-    found: dict[str, dict[tuple[int, ...], Any]] = {}
-    store = args.folder / "heldout.sqlite"
-    longest = max(cut.length for cut in cuts.values())
-    with ScoringSession(engine, cuts["gptq-2048"], store=store, longest=longest) as session:
-        for name, cut in cuts.items():
-            nll_MN = session.score(np.array(masks), cut, stage=name)["nll"].astype(np.float64)
-            found[name] = dict(zip(sets, nll_MN, strict=True))
-            found[f"tokens of {name}"] = {(): cut.num_tokens_N.astype(np.float64)}
-    named = tuple(LayerSet(" ".join(map(str, removed)), removed) for removed in sets if removed)
-    evaluated = evaluate(
-        EvalConfig(
-            model=str(args.model),
-            progress_s=60.0,
-            sets=named,
-            tasks=TASKS,
-            include_path=str(DEMO / "tasks"),
-            out=str(args.folder / "tasks"),
-        )
-    )
-    for result in evaluated.results:
-        if result.measure.endswith(" acc"):
-            found.setdefault(result.measure, {})[tuple(map(int, result.removed))] = result.value
-    return found
+    return cuts
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -352,6 +386,7 @@ def parse_args() -> argparse.Namespace:
     add("--paper-budget", type=int, default=1000, help="masks of the paper's pipeline")
     add("--short", type=int, default=128, help="held-out windows of 128 tokens")
     add("--long", type=int, default=8, help="held-out windows of 2048 tokens")
+    add("--steps", type=Path, help="what has ended, to go on from (FOLDER/steps.json)")
     add("--table", action="store_true", help="no search: the table of those that have ended")
     add("--out", type=Path, help="markdown file to write to")
     return parser.parse_args()
@@ -359,7 +394,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    steps = Steps(args.folder)
+    steps = Steps(args.steps or args.folder / "steps.json")
     if not args.table:
         for seed in range(args.seeds):
             steps.do(f"seed-{seed}/lpserve", lambda seed=seed: ours(args, seed))
