@@ -51,7 +51,7 @@ SURROGATES = {
 }
 """Name -> the module whose `build` makes it (`lpserve.surrogate.base.Surrogate`)."""
 GOALS = ("both", "plan", "values")
-PLAYER_KINDS = ("layer", "half")
+PLAYER_KINDS = ("layer", "half", "groups:FILE")
 TASK_PREFIX = "task:"
 """Begins a corpus that is a task of lm-eval, not a path."""
 MIN_DISTANCE = 2
@@ -90,7 +90,10 @@ _CORPORA = {"calibration", "heldout"}
 Pool = Annotated[str, one_of(POOLS)]
 Dtype = Annotated[str, one_of(DTYPES)]
 Goal = Annotated[str, one_of(GOALS)]
-PlayerKind = Annotated[str, one_of(PLAYER_KINDS)]
+PlayerKind = Annotated[
+    str,
+    Meta(pattern=r"^(?:layer|half|groups:.+)\Z", description=f"one of {', '.join(PLAYER_KINDS)}"),
+]
 Engines = Annotated[
     Annotated[int, Meta(ge=1, le=MOST)] | Literal["auto"],
     Meta(description="a whole number, at least 1, or auto"),
@@ -110,7 +113,8 @@ class EngineConfig:
     dtype: Dtype = "float32"
     device: Text = "auto"
     players: PlayerKind = "layer"
-    """What is dropped: whole layers, or (`half`) attention and feed-forward parts apart."""
+    """What is dropped: whole layers, (`half`) attention and feed-forward parts apart, or
+    (`groups:FILE`) lists of these that go together."""
     engine_options: Options = field(default_factory=dict)
     """Options of the engine kind, such as state_budget_mb; for vllm any argument of vllm.LLM."""
     grace_s: Seconds = 30.0

@@ -10,7 +10,7 @@ from typing import Any
 
 from lpserve.engine.registry import shown_kinds
 from lpserve.errors import InputError
-from lpserve.inputs.rules import PART_NAME
+from lpserve.inputs.rules import GROUP_NAME, PART_NAME
 
 ENGINE_OPTION_FLAGS = ("state_budget_mb", "micro_batch_tokens", "engine_option")
 """Flags that become `engine_options`."""
@@ -34,7 +34,11 @@ def add_engine_flags(command: argparse.ArgumentParser) -> None:
     add("--engines", type=engines, help="number of engines, or auto: what the cluster holds (1)")
     add("--dtype", help="float32 (default), bfloat16, float16")
     add("--device", help="auto (default), cpu, cuda, cuda:1")
-    add("--players", help="layer (default), or half: attention and feed-forward parts apart")
+    add(
+        "--players",
+        help="layer (default); half: attention and feed-forward parts apart; groups:FILE: a TOML "
+        "or YAML file of names and lists of layers or parts that go together",
+    )
     add("--state-budget-mb", type=float, help="memory for hidden states (1/4 of what is free)")
     add("--micro-batch-tokens", type=int, help="most tokens a layer is given at once")
     add("--grace-s", type=float, help="wait for scores in flight when stopped (30)")
@@ -154,12 +158,15 @@ def numbers(text: str) -> list[int]:
 
 
 def layer_names(text: str) -> list[int | str]:
-    """Layers' numbers, or parts of layers such as `7.attention`, separated by commas."""
+    """Layers' numbers, parts of layers such as `7.attention`, or groups' names, separated by
+    commas."""
     names = [part.strip() for part in text.split(",") if part.strip()]
-    wrong = [name for name in names if not name.isdecimal() and not re.match(PART_NAME, name)]
+    named = f"(?:{PART_NAME})|(?:{GROUP_NAME})"
+    wrong = [name for name in names if not name.isdecimal() and not re.match(named, name)]
     if wrong:
         raise argparse.ArgumentTypeError(
-            f"numbers of layers separated by commas, or parts such as 7.attention: got {wrong[0]!r}"
+            "numbers of layers separated by commas, or parts such as 7.attention, or groups: got "
+            f"{wrong[0]!r}"
         )
     return [int(name) if name.isdecimal() else name for name in names]
 

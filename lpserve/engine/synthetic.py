@@ -21,7 +21,7 @@ from lpserve.engine.base import Engine, check_extra_metrics, check_masks
 from lpserve.engine.kind import EngineKind, EngineResources, check_known_options
 from lpserve.errors import EngineError, InputError
 from lpserve.masks import sort_distinct, trie_layer_forwards
-from lpserve.model.players import FULL_LAYER, half_players, layer_players
+from lpserve.model.players import FULL_LAYER, GROUPS, half_players, layer_players
 from lpserve.types import BoolArray, EngineInfo, EngineSpec, FloatArray, Player, Scores, Work
 
 _NUMBER = Annotated[int, Meta(ge=0, le=2**31, description="a whole number, at least 0")]
@@ -177,6 +177,8 @@ def _players(_: str, options: Mapping[str, Any], kind: str) -> tuple[Player, ...
     num_players = int(options.get("num_players", DEFAULT_PLAYERS))
     if kind == FULL_LAYER:
         return layer_players(num_players)
+    if kind.startswith(GROUPS):
+        raise InputError("the synthetic engine has layers and halves: players cannot be groups")
     if num_players % 2:
         raise InputError(f"num_players must be even for halves of layers: got {num_players}")
     return half_players([False] * (num_players // 2))

@@ -12,6 +12,8 @@ MOST = 2**63 - 1
 """No number is larger: arrays and databases hold 64 bits."""
 PART_NAME = r"^\d{1,18}\.(?:attention|mlp)\Z"
 """How a part of a layer is named: `7.attention`."""
+GROUP_NAME = r"^[A-Za-z_]\w{0,63}\Z"
+"""How a group of parts is named."""
 
 COSTS = ("params", "flops", "kv")
 """Names of what players cost (`lpserve.model.costs`)."""
@@ -45,6 +47,11 @@ Targets = Annotated[
     ),
 ]
 LayerNames = Annotated[
-    list[Annotated[int, Meta(ge=0, le=MOST)] | Annotated[str, Meta(pattern=PART_NAME)]],
-    Meta(description="a list of layers, numbered from 0, or of parts such as 7.attention"),
+    list[
+        Annotated[int, Meta(ge=0, le=MOST)]
+        | Annotated[str, Meta(pattern=f"(?:{PART_NAME})|(?:{GROUP_NAME})")]
+    ],
+    Meta(
+        description="a list of layers, numbered from 0, of parts such as 7.attention, or of groups"
+    ),
 ]

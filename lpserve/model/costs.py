@@ -23,7 +23,7 @@ from lpserve.model.architecture import (
     text_section,
 )
 from lpserve.model.checkpoint import Checkpoint, TensorEntry
-from lpserve.model.players import ATTENTION, FULL_LAYER, part_entries
+from lpserve.model.players import ATTENTION, FULL_LAYER, members, part_entries
 from lpserve.model.size import parameters_met
 from lpserve.types import FloatArray, IntArray, Player
 
@@ -79,19 +79,21 @@ def player_costs(
     held: dict[int, dict[str, list[TensorEntry]]] = {}
     params, flops, kv = [], [], []
     for player in players:
-        layer = player.layer
-        if player.part == FULL_LAYER:
-            start = f"{prefix}{layer}."
-            mine = [entry for entry in checkpoint.tensors if entry.name.startswith(start)]
-        else:
-            if layer not in held:
-                held[layer] = part_entries(checkpoint, prefix, layer, (modules or {})[layer])
-            mine = held[layer][player.part]
-        mixes = player.part in (FULL_LAYER, ATTENTION) and attends[layer]
+        mine: list[TensorEntry] = []
+        mixers = 0
+        for layer, part in members(player):
+            if part == FULL_LAYER:
+                start = f"{prefix}{layer}."
+                mine += [entry for entry in checkpoint.tensors if entry.name.startswith(start)]
+            else:
+                if layer not in held:
+                    held[layer] = part_entries(checkpoint, prefix, layer, (modules or {})[layer])
+                mine += held[layer][part]
+            mixers += part in (FULL_LAYER, ATTENTION) and attends[layer]
         params.append(sum(math.prod(entry.shape) for entry in mine))
         met, _ = parameters_met(mine, architecture.active_experts)
-        flops.append(2.0 * met + (4.0 * length * heads * head_size if mixes else 0.0))
-        kv.append(cached if mixes else 0)
+        flops.append(2.0 * met + 4.0 * length * heads * head_size * mixers)
+        kv.append(cached * mixers)
     return PlayerCosts(
         params_P=np.array(params, dtype=np.int64),
         flops_P=np.array(flops, dtype=np.float64),

@@ -1,7 +1,8 @@
 """The players of a model: the units that a mask keeps or removes, in execution order.
 
 A player is a decoder layer (`layer`), its attention or feed-forward part (`half`), or a list of
-these that go together (`groups:FILE`). Attention stands for whatever lets a token see others: a
+these that go together (`groups:FILE`): its `Player.part` is then the group's name, `=` and its
+members, such as `early=3,4.attention`. Attention stands for whatever lets a token see others: a
 state-space model or a convolution, too. Which players a model has is read from its config and the
 headers of its tensors; engines prove on real windows that its layers can be taken apart so.
 
@@ -11,10 +12,13 @@ What a set of players means for a checkpoint, which consists of layers, is decid
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lpserve.errors import InputError
+from lpserve.inputs.config_file import load_config_file
+from lpserve.inputs.rules import GROUP_NAME, PART_NAME
 from lpserve.inputs.shapes import converted
 from lpserve.model.architecture import find_layer_prefix, read_architecture, required
 from lpserve.model.checkpoint import Checkpoint, TensorEntry
@@ -24,6 +28,8 @@ FULL_LAYER = "layer"
 """`Player.part` of a full decoder layer."""
 ATTENTION, MLP = "attention", "mlp"
 """`Player.part` of a layer's mixer, and of its feed-forward part."""
+GROUPS = "groups:"
+"""Begins the configuration key `players` where a file holds groups."""
 NO_PLAYER = -1
 """What belongs to no player: every mask keeps it."""
 
@@ -53,14 +59,25 @@ def checkpoint_players(checkpoint: Checkpoint, kind: str) -> tuple[Player, ...]:
     A layer has halves where two or more of its modules hold matrices.
 
     Args:
-        kind: `layer` or `half`.
+        kind: `layer`, `half`, or `groups:` and a TOML or YAML file of group names and their
+            members: numbers of layers, or parts such as `4.attention`.
 
     Raises:
-        InputError: the headers do not show the layers; or no layer has halves.
+        InputError: the headers do not show the layers; no layer has halves; or the file cannot be
+            used.
     """
     num_layers = required(read_architecture(checkpoint).num_layers, "num_hidden_layers")
     if kind == FULL_LAYER:
         return layer_players(num_layers)
+    if kind.startswith(GROUPS):
+        groups = _read_groups(kind.removeprefix(GROUPS))
+        named = [name for some in groups.values() for name in some]
+        halves = _halves(checkpoint, num_layers) if any(type(n) is str for n in named) else ()
+        return _group_players(groups, num_layers, halves, kind)
+    return _halves(checkpoint, num_layers)
+
+
+def _halves(checkpoint: Checkpoint, num_layers: int) -> tuple[Player, ...]:
     prefix = find_layer_prefix(checkpoint, num_layers)
     modules: list[set[str]] = [set() for _ in range(num_layers)]
     for entry in checkpoint.tensors:
@@ -78,6 +95,76 @@ def checkpoint_players(checkpoint: Checkpoint, kind: str) -> tuple[Player, ...]:
             f"dropped apart (its layers hold {named}): leave players at layer"
         )
     return half_players(whole)
+
+
+def _read_groups(path: str) -> dict[str, list[int | str]]:
+    groups = load_config_file(path)
+    for name, members in groups.items():
+        named = isinstance(members, list) and members
+        if not re.match(GROUP_NAME, name) or not named or not all(map(_is_member, members)):
+            raise InputError(
+                f"groups {path}: {name!r} must be a name of letters, digits and _, and a list of "
+                f"layers' numbers or of parts such as 7.attention: got {members!r}"
+            )
+    if len(groups) < 2:
+        raise InputError(f"groups {path} must hold two groups at least")
+    return groups
+
+
+def _is_member(value: Any) -> bool:
+    return (type(value) is int and value >= 0) or (
+        isinstance(value, str) and re.match(PART_NAME, value) is not None
+    )
+
+
+def _group_players(
+    groups: Mapping[str, Sequence[int | str]],
+    num_layers: int,
+    halves: Sequence[Player],
+    source: str,
+) -> tuple[Player, ...]:
+    """A player for each group, in the order of their first members in the model."""
+    known = {(p.layer, p.part) for p in halves} | {(n, FULL_LAYER) for n in range(num_layers)}
+    seen: dict[tuple[int, str], str] = {}
+    found = []
+    for name, members in groups.items():
+        parts = sorted(_named_part(member) for member in members)
+        for layer, part in parts:
+            if (layer, part) not in known:
+                raise InputError(
+                    f"{source}: {name} names {_part_name(layer, part)}, which the model of "
+                    f"{num_layers} layers does not have"
+                )
+            clashing = (part, FULL_LAYER) if part != FULL_LAYER else (ATTENTION, MLP, FULL_LAYER)
+            for other in clashing:
+                if (layer, other) in seen:
+                    raise InputError(
+                        f"{source}: {_part_name(layer, part)} of {name} is in "
+                        f"{seen[layer, other]} already"
+                    )
+            seen[layer, part] = name
+        text = ",".join(_part_name(layer, part) for layer, part in parts)
+        found.append((parts[0], f"{name}={text}"))
+    return tuple(
+        Player(index=i, layer=first[0], part=part) for i, (first, part) in enumerate(sorted(found))
+    )
+
+
+def _named_part(name: int | str) -> tuple[int, str]:
+    layer, _, part = str(name).partition(".")
+    return int(layer), part or FULL_LAYER
+
+
+def _part_name(layer: int, part: str) -> str:
+    return str(layer) if part == FULL_LAYER else f"{layer}.{part}"
+
+
+def members(player: Player) -> tuple[tuple[int, str], ...]:
+    """What a player consists of: (layer, part) each; of a group several."""
+    _, is_group, text = player.part.partition("=")
+    if not is_group:
+        return ((player.layer, player.part),)
+    return tuple(_named_part(name) for name in text.split(","))
 
 
 def part_entries(
@@ -126,11 +213,13 @@ def layer_parts(players: Sequence[Player], num_layers: int) -> list[dict[str, in
     """
     parts: list[dict[str, int]] = [{} for _ in range(num_layers)]
     for player in players:
-        parts[player.layer][player.part] = player.index
+        for layer, part in members(player):
+            parts[layer][part] = player.index
+    ordered = []
     for found in parts:
-        for part in (ATTENTION, MLP) if found and FULL_LAYER not in found else (FULL_LAYER,):
-            found.setdefault(part, NO_PLAYER)
-    return parts
+        names = (ATTENTION, MLP) if found and FULL_LAYER not in found else (FULL_LAYER,)
+        ordered.append({part: found.get(part, NO_PLAYER) for part in names})
+    return ordered
 
 
 def kept_parts(parts: Sequence[Mapping[str, int]], kept_P: Sequence[bool]) -> list[list[str]]:
@@ -144,7 +233,8 @@ def named_players(
     """Indices of the players that are named, each once and in order.
 
     Args:
-        names: a layer's number names every player in it, `7.attention` one part.
+        names: a layer's number names every player in it, `7.attention` one part; a group's name,
+            the group.
         key: what they are given as, for messages.
 
     Raises:
@@ -152,7 +242,7 @@ def named_players(
     """
     found: set[int] = set()
     for name in names:
-        fitting = {p.index for p in players if name in (p.layer, f"{p.layer}.{p.part}")}
+        fitting = {p.index for p in players if _is_named(p, name)}
         if not fitting:
             kinds = kinds_of(players)
             raise InputError(
@@ -162,23 +252,39 @@ def named_players(
     return tuple(sorted(found))
 
 
+def _is_named(player: Player, name: int | str) -> bool:
+    """Whether a player is a group of that name, or lies within a layer or part of that name."""
+    if type(name) is str and re.match(GROUP_NAME, name):
+        return player.part.startswith(f"{name}=")
+    layer, part = _named_part(name)
+    return all(n == layer and part in (FULL_LAYER, held) for n, held in members(player))
+
+
 def player_label(player: Player) -> str:
-    """How a player is called in tables and figures: `7`, `7.attention`."""
-    return str(player.layer) + ("" if player.part == FULL_LAYER else f".{player.part}")
+    """How a player is called in tables and figures: `7`, `7.attention`, or its group's name."""
+    name, is_group, _ = player.part.partition("=")
+    return name if is_group else _part_name(player.layer, player.part)
 
 
 def num_layers_of(players: Sequence[Player]) -> int:
     """How many layers have players."""
-    return len({player.layer for player in players})
+    return len({layer for player in players for layer, _ in members(player)})
 
 
 def has_parts(players: Sequence[Player]) -> bool:
-    """Whether some player is a part of a layer."""
-    return any(player.part != FULL_LAYER for player in players)
+    """Whether some player is a part of a layer, or holds one."""
+    return any(part != FULL_LAYER for player in players for _, part in members(player))
+
+
+def has_groups(players: Sequence[Player]) -> bool:
+    """Whether some player is a group."""
+    return any("=" in player.part for player in players)
 
 
 def kinds_of(players: Sequence[Player]) -> str:
-    """What players are called together: `layers`, `parts of layers`."""
+    """What players are called together: `layers`, `parts of layers`, `groups`."""
+    if has_groups(players):
+        return "groups"
     return "parts of layers" if has_parts(players) else "layers"
 
 
@@ -203,12 +309,13 @@ def removed_parts(
     """
     gone: dict[int, dict[str, Player]] = {}
     for player in _players_at(players, removed):
-        if player.part not in (FULL_LAYER, ATTENTION, MLP):
-            raise InputError(
-                f"player {player.index} is part {player.part!r} of layer {player.layer}: parts are "
-                f"{ATTENTION} and {MLP}"
-            )
-        gone.setdefault(player.layer, {})[player.part] = player
+        for layer, part in members(player):
+            if part not in (FULL_LAYER, ATTENTION, MLP):
+                raise InputError(
+                    f"player {player.index} is part {part!r} of layer {layer}: parts are "
+                    f"{ATTENTION} and {MLP}"
+                )
+            gone.setdefault(layer, {})[part] = Player(index=player.index, layer=layer, part=part)
     whole = [
         n for n, parts in gone.items() if FULL_LAYER in parts or {ATTENTION, MLP} <= set(parts)
     ]

@@ -27,9 +27,11 @@ from lpserve.model.players import (
     ATTENTION,
     FULL_LAYER,
     MLP,
+    has_groups,
     num_layers_of,
     player_label,
     players_from,
+    removed_parts,
 )
 from lpserve.plan.layer_sets import LayerSet, layer_set, set_name
 from lpserve.plan.plan import load_plan
@@ -95,7 +97,7 @@ def _from_json(path: Path, text: str, num_players: int, model_hash: str | None) 
                 label = plan.label(entry) if plan.target_cost else f"-{entry.num_removed}"
                 name = f"plan {label}" + f" #{number}" * (number > 0)
                 removed_by[name] = _names(players, removed)
-        if num_layers_of(players) != num_players:
+        if num_layers_of(players) != num_players and not has_groups(players):
             raise InputError(
                 f"{path} is a plan for a model of {num_layers_of(players)} layers; this one has "
                 f"{num_players}"
@@ -180,12 +182,8 @@ def _from_block_configs(blocks: Any, num_players: int, path: Path) -> LayerSet:
 
 def _names(players: Sequence[Player], removed: Sequence[int]) -> list[int | str]:
     """Removed players as layer sets name them."""
-    by_index = {player.index: player for player in players}
-    for index in removed:
-        if index not in by_index:
-            raise InputError(f"player {index} is not one of the plan's {len(players)} players")
-    gone = [by_index[index] for index in removed]
-    return [p.layer if p.part == FULL_LAYER else player_label(p) for p in gone]
+    whole, parts = removed_parts(players, removed)
+    return [*sorted(whole), *(player_label(part) for part in parts)]
 
 
 def _from_mergekit(text: str, num_players: int, source: str) -> LayerSet:

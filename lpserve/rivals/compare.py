@@ -22,7 +22,7 @@ from lpserve.data.windows import TokenWindows
 from lpserve.errors import InputError
 from lpserve.inputs.rules import Targets
 from lpserve.masks import full_mask, removed_players
-from lpserve.model.players import has_parts, player_label
+from lpserve.model.players import has_groups, has_parts, player_label
 from lpserve.plan.constraint import Constraint
 from lpserve.plan.layer_sets import LayerSet, layer_set_masks
 from lpserve.plan.targets import Target, cost_targets, read_targets, size_targets
@@ -256,6 +256,9 @@ class _Comparing:
         """All that a rival scored, a note on what else it did or why it did not run, and what that
         took in layer-forwards."""
         rival, setting, note, beside = RIVALS[name], self._setting, "", 0.0
+        grouped = has_groups(self._session.info.players)
+        if rival.needs is not None and rival.needs.refusal and grouped:
+            return [], "not run: it judges single layers or halves, not groups", 0.0
         if rival.needs is not None:
             measured = self._measured(rival.needs)
             if measured is not None:

@@ -58,6 +58,7 @@ def described(
         "config": as_json(config),
         "model_hash": info.model_hash,
         "game": info.game.content_hash,
+        "players": [[player.layer, player.part] for player in info.players],
         "windows": {
             "calibration": calibration.content_hash,
             "heldout": heldout.content_hash,
@@ -90,6 +91,12 @@ def check_same_game(folder: RunFolder, stored: dict[str, Any], info: EngineInfo)
         raise InputError(
             f"run folder {folder.path} belongs to another game: the model at {info.model} "
             "has changed since; choose another --out"
+        )
+    players = [[player.layer, player.part] for player in info.players]
+    if stored.get("players", players) != players:
+        raise InputError(
+            f"run folder {folder.path} belongs to another game: its players were others (see its "
+            "config.json), the file of groups has changed; choose another --out"
         )
     if stored["game"] != info.game.content_hash:
         engine = stored["engine"]

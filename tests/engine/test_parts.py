@@ -114,6 +114,24 @@ def test_budget_and_micro_batch_do_not_matter(family, model_dir, rng):
         lpserve.open_engine(model_dir(family), windows, players="half", state_budget_mb=small)
 
 
+@pytest.mark.parametrize("family", slow_but(("llama", "gpt-neox", "mixtral"), "gpt-neox"))
+def test_groups_score_as_their_members_do_together(family, model_dir, rng, tmp_path):
+    """Scattered over the layers; what is in no group always runs. The same arithmetic."""
+    file = tmp_path / "groups.toml"
+    file.write_text('a = [1, "3.mlp"]\nb = ["0.attention", "3.attention", 5]\nc = ["4.mlp"]\n')
+    windows = some_windows(rng)
+    masks = np.array([[a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1)], dtype=bool)
+    halves = np.ones((8, HALVES), dtype=bool)
+    # players are in the order of their first members
+    for player, members in enumerate([(0, 6, 10, 11), (2, 3, 7), (9,)]):
+        halves[:, members] = masks[:, player : player + 1]
+    with lpserve.open_engine(model_dir(family), windows, players=f"groups:{file}") as engine:
+        assert [p.part.partition("=")[0] for p in engine.info.players] == ["b", "a", "c"]
+        scores = engine.score(masks)
+    with lpserve.open_engine(model_dir(family), windows, players="half") as engine:
+        assert relative(scores.nll_MN, engine.score(halves).nll_MN) < 1e-6
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own modules
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt-neox"])

@@ -13,12 +13,17 @@ from lpserve.export.export import export_checkpoint
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.players import (
     ATTENTION,
+    FULL_LAYER,
     MLP,
     NO_PLAYER,
     checkpoint_players,
     half_players,
+    has_parts,
+    kept_parts,
+    kinds_of,
     layer_parts,
     layer_players,
+    members,
     named_players,
     player_label,
     players_from,
@@ -124,3 +129,81 @@ def test_players_that_are_full_layers_are_exported_as_those_layers(model_dir, tm
         model_dir("llama"), [0, 2], tmp_path / "out", players=players, verify=False
     )
     assert report.removed == [3, 5]
+
+
+# -- groups ------------------------------------------------------------------------------------
+
+
+def groups_file(tmp_path, text):
+    path = tmp_path / "groups.toml"
+    path.write_text(text)
+    return f"groups:{path}"
+
+
+def test_groups_are_players_in_the_order_of_their_first_members(model_dir, tmp_path):
+    kind = groups_file(
+        tmp_path, 'late = [5]\nmixed = ["3.mlp", 1]\nheads = ["0.attention", "2.attention"]\n'
+    )
+    players = checkpoint_players(read_checkpoint(model_dir("llama")), kind)
+    assert [player_label(player) for player in players] == ["heads", "mixed", "late"]
+    assert [members(player) for player in players] == [
+        ((0, ATTENTION), (2, ATTENTION)),
+        ((1, FULL_LAYER), (3, MLP)),
+        ((5, FULL_LAYER),),
+    ]
+    assert players_from([asdict(player) for player in players]) == players
+    assert (kinds_of(players), has_parts(players)) == ("groups", True)
+    assert not has_parts(players[2:])
+    parts = layer_parts(players, 6)
+    assert parts[0] == {ATTENTION: 0, MLP: NO_PLAYER}
+    assert parts[1] == {FULL_LAYER: 1}
+    assert parts[4] == {FULL_LAYER: NO_PLAYER}
+    assert kept_parts(parts, [False, True, False]) == [
+        [MLP],
+        [FULL_LAYER],
+        [MLP],
+        [ATTENTION, MLP],
+        [FULL_LAYER],
+        [],
+    ]
+    assert named_players(players, ["heads", 5], "protect") == (0, 2)
+    assert named_players(players, ["late"], "protect") == (2,)
+    whole, rest = removed_parts(players, [0, 1])
+    assert whole == [1]
+    assert [player_label(part) for part in rest] == ["0.attention", "2.attention", "3.mlp"]
+    with pytest.raises(InputError, match="protect: 3 is none of the 3 groups"):
+        named_players(players, [3], "protect")
+
+
+def test_groups_may_take_a_layer_away_together(model_dir, tmp_path):
+    kind = groups_file(tmp_path, 'a = ["4.attention"]\nb = ["4.mlp", 2]\n')
+    players = checkpoint_players(read_checkpoint(model_dir("llama")), kind)
+    assert removed_parts(players, [0, 1]) == ([2, 4], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a = [1]\n", "must hold two groups at least"),
+        ("a = [1]\nb = []\n", "'b' must be a name of letters"),
+        ('a = [1]\nb = ["x"]\n', "'b' must be a name of letters"),
+        ("a = [1]\nb = [true]\n", "'b' must be a name of letters"),
+        ("a = [1]\nb = 3\n", "'b' must be a name of letters"),
+        ('a = [1]\n"b c" = [3]\n', "'b c' must be a name of letters"),
+        ("a = [1]\nb = [6]\n", "b names 6, which the model of 6 layers does not have"),
+        ('a = [1]\nb = ["7.mlp"]\n', "b names 7.mlp, which the model of 6 layers"),
+        ("a = [1]\nb = [1]\n", "1 of b is in a already"),
+        ('a = [1]\nb = ["1.mlp"]\n', "1.mlp of b is in a already"),
+        ('a = ["1.mlp"]\nb = [1]\n', "1 of b is in a already"),
+        ("a = [1, 1]\nb = [2]\n", "1 of a is in a already"),
+        ("a = ", "groups.toml"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(text, words, model_dir, tmp_path):
+    with pytest.raises(InputError, match=words):
+        checkpoint_players(read_checkpoint(model_dir("llama")), groups_file(tmp_path, text))
+
+
+def test_a_file_of_groups_must_be_there(model_dir):
+    with pytest.raises(InputError, match=r"none\.toml"):
+        checkpoint_players(read_checkpoint(model_dir("llama")), "groups:none.toml")

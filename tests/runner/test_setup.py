@@ -145,6 +145,43 @@ def test_alternatives_and_constraints_hold_for_shares_too(config_of):
     assert all(one <= other for one, other in pairwise(ppl))
 
 
+@pytest.mark.process
+def test_groups_go_from_a_run_to_an_export(config_of, tmp_path):
+    """The plan names groups, its sets and its export name what they hold."""
+    file = tmp_path / "groups.toml"
+    file.write_text(
+        'ends = ["0.attention", "5.attention"]\nmiddle = [2, "3.mlp"]\n'
+        'one = [1]\nlast = ["5.mlp"]\n'
+    )
+    config = config_of(
+        players=f"groups:{file}", target=None, max_removed=3, budget=30, force=["ends"], goal="both"
+    )
+    result = lpserve.run(config)
+    plan = load_plan(result.folder / "plan.json")
+    assert (plan.unit, plan.constraint) == ("groups", "remove ends")
+    labels = [plan.names([index]) for index in range(4)]
+    assert labels == ["ends", "one", "middle", "last"]
+    sets = {
+        "ends": ["0.attention", "5.attention"],
+        "one": [1],
+        "middle": [2, "3.mlp"],
+        "last": ["5.mlp"],
+    }
+    for entry, found in zip(plan.plans, read_sets(result.folder, LAYERS), strict=True):
+        held = [part for index in entry.removed for part in sets[labels[index]]]
+        together = {"5.attention", "5.mlp"} <= set(map(str, held))
+        wanted = {*map(str, held)} - ({"5.attention", "5.mlp"} if together else set())
+        assert set(map(str, found.removed)) == wanted | ({"5"} if together else set())
+    assert plan.costs["params"][0] < plan.costs["params"][1]
+    by_cost = make_plan(result.outcome.scored, result.outcome.analysis, target="kv=0.9,0.6")
+    assert [entry.target for entry in by_cost.plans] == [0.9, 0.6]
+    assert lpserve.export_run(result.folder, 1, tmp_path / "out", slim=True).verified
+    assert lpserve.run(config).scores_new == 0
+    file.write_text(file.read_text().replace("[1]", "[4]"))
+    with pytest.raises(InputError, match="its players were others"):
+        lpserve.run(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -154,6 +191,8 @@ def test_alternatives_and_constraints_hold_for_shares_too(config_of):
         ({"budget": 9, "players": "half"}, "budget must be at least 26 for 12 players and target"),
         ({"engine": "synthetic"}, "is no checkpoint"),
         ({"protect": [9]}, "protect: 9 is none of the 6 layers"),
+        ({"protect": ["early"]}, "protect: early is none of the 6 layers"),
+        ({"players": "groups:none.toml"}, "none.toml"),
     ],
 )
 def test_targets_that_no_run_can_meet_are_refused_before_a_model_loads(

@@ -40,7 +40,7 @@ from lpserve.engine.hf.structure import find_form, find_layers
 from lpserve.engine.parts import Halves, Modules, ParallelHalves, find_halves
 from lpserve.engine.steps import Step, layer_steps, paired_state
 from lpserve.errors import EngineError, first_line
-from lpserve.model.players import FULL_LAYER, layer_parts, layer_players
+from lpserve.model.players import FULL_LAYER, layer_parts, layer_players, members
 from lpserve.types import Player
 
 
@@ -150,11 +150,10 @@ class RecordedStack:
     def player_modules(self) -> list[list[nn.Module]]:
         """The modules that are each player."""
         return [
-            [self.layers[player.layer]]
-            if player.part == FULL_LAYER
-            else [
-                self.layers[player.layer].get_submodule(name)
-                for name in self.modules[player.layer][player.part]
+            [
+                self.layers[layer].get_submodule(name)
+                for layer, part in members(player)
+                for name in ([""] if part == FULL_LAYER else self.modules[layer][part])
             ]
             for player in self.players
         ]

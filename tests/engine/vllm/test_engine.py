@@ -119,6 +119,24 @@ def test_both_paths_drop_halves_as_with_those_modules_zeroed(family, model_dir, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+def test_both_paths_drop_groups_as_their_members(family, model_dir, rng, tmp_path):
+    file = tmp_path / "groups.toml"
+    file.write_text('a = [1, "3.mlp"]\nb = ["0.attention", "3.attention", 5]\nc = ["4.mlp"]\n')
+    path, windows = model_dir(family), some_windows(rng)
+    masks = rng.permutation([[a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1)]) > 0
+    with lpserve.open_engine(path, windows, players=f"groups:{file}") as engine:
+        expected, players = engine.score(masks).nll_MN, engine.info.players
+    spec = EngineSpec(kind="vllm", model=str(path), players=players, options={"path": "scoring"})
+    with VllmEngine(spec, windows) as engine:
+        for nll_MN in (
+            engine.score(masks).nll_MN,
+            engine.score_by_requests(masks, windows).nll_MN,
+        ):
+            assert relative(nll_MN, expected) < 10 * TOLERANCE
+
+
+@pytest.mark.slow
 def test_halves_can_be_asked_for_by_requests(model_dir, rng):
     path, windows = model_dir("llama"), some_windows(rng)
     masks = rng.random((6, 2 * NUM_LAYERS)) < 0.6
