@@ -45,7 +45,8 @@ class AbsentModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._residual is not None:
-            found = args[self._residual] if type(self._residual) is int else kwargs[self._residual]
+            key = self._residual
+            found = args[key] if isinstance(key, int) else kwargs[key]
         else:
             given = next(
                 value
@@ -183,7 +184,7 @@ def _place_in_cache(model: nn.Module, absent: Mapping[str, Any]) -> None:
         left = [number for number in of_kind if cached[number]]
         if left and left[0] != of_kind[0]:
             for module in cached[left[0]]:
-                module.layer_idx = of_kind[0]
+                vars(module)["layer_idx"] = of_kind[0]
 
 
 AutoConfig.register(MODEL_TYPE, SlimConfig)

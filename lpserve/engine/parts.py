@@ -214,7 +214,7 @@ def find_halves(
             alone: dict[str, nn.Module] = {ATTENTION: halves[0], MLP: halves[1]}
             if lean:
                 halves = [_without_idle(half, run, hidden) for half in halves]
-            return SequentialHalves(*halves, mixer_first, modules, absent, alone)
+            return SequentialHalves(halves[0], halves[1], mixer_first, modules, absent, alone)
     parallel = _parallel(layer, modules, seen, absent)
     if parallel is not None:
         mixed = parallel.mixed(run, hidden.clone())

@@ -116,7 +116,6 @@ def experts(**common):
         **common,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=32,

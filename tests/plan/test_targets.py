@@ -27,7 +27,10 @@ class Fixed:
     """A surrogate that predicts a given utility."""
 
     def __init__(self, mean) -> None:
-        self.mean = mean
+        self._mean = mean
+
+    def mean(self, queried_MP):
+        return self._mean(queried_MP)
 
 
 def drawn_costs(rng, zeros=0):

@@ -118,14 +118,14 @@ def test_of_sets_that_tie_the_one_that_holds_the_smaller_plans_set_is_the_first_
             decided=True,
         )
         masks_MP = np.array([without(6, one) for one in sets])
-        return _Race(masks_MP, alive_M, last=last, windows=20)
+        return _Race(None, masks_MP, alive_M, last=last, windows=20)
 
     one, two, three = _settlements(
-        {
-            1: race([[2], [3]], [0.0, 0.1], [True, False]),
-            2: race([[0, 1], [2, 5], [1, 2]], [0.0, 0.002, 0.001], [True, True, True]),
-            3: race([[0, 1, 4], [3, 4, 5]], [0.0, 0.001], [True, True]),
-        },
+        [
+            race([[2], [3]], [0.0, 0.1], [True, False]),
+            race([[0, 1], [2, 5], [1, 2]], [0.0, 0.002, 0.001], [True, True, True]),
+            race([[0, 1, 4], [3, 4, 5]], [0.0, 0.001], [True, True]),
+        ],
         0.9,
     )
     assert (one.removed, one.outcome, one.ties) == ([2], "wins", [])
