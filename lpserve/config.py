@@ -25,6 +25,7 @@ from lpserve.inputs.rules import (
     LayerNames,
     Length,
     Options,
+    PlayerKind,
     Positive,
     Seconds,
     Share,
@@ -51,7 +52,6 @@ SURROGATES = {
 }
 """Name -> the module whose `build` makes it (`lpserve.surrogate.base.Surrogate`)."""
 GOALS = ("both", "plan", "values")
-PLAYER_KINDS = ("layer", "half", "groups:FILE")
 TASK_PREFIX = "task:"
 """Begins a corpus that is a task of lm-eval, not a path."""
 MIN_DISTANCE = 2
@@ -90,10 +90,6 @@ _CORPORA = {"calibration", "heldout"}
 Pool = Annotated[str, one_of(POOLS)]
 Dtype = Annotated[str, one_of(DTYPES)]
 Goal = Annotated[str, one_of(GOALS)]
-PlayerKind = Annotated[
-    str,
-    Meta(pattern=r"^(?:layer|half|groups:.+)\Z", description=f"one of {', '.join(PLAYER_KINDS)}"),
-]
 Engines = Annotated[
     Annotated[int, Meta(ge=1, le=MOST)] | Literal["auto"],
     Meta(description="a whole number, at least 1, or auto"),

@@ -50,7 +50,7 @@ ORDER = (
 )
 GROUND = {"errors"}
 """Modules at the root that every folder may import, the first included."""
-FACES = {"", "__main__", "shapiq_game"}
+FACES = {"", "__main__", "shapiq_game", "hf"}
 """Modules at the root that import what they show."""
 INDEPENDENT = {
     "engine": set(),
@@ -63,7 +63,7 @@ INDEPENDENT = {
 USERS = {
     "ray": ("scoring.ray",),
     "vllm": ("engine.vllm", "evaluation.speed_worker"),
-    "torch": ("engine", "surrogate", "export", "evaluation", "testing"),
+    "torch": ("engine", "surrogate", "export", "evaluation", "testing", "hf"),
     "mlflow": ("report.tracking",),
     "matplotlib": ("report.plots",),
     "shapiq": ("shapiq_game",),
@@ -145,6 +145,7 @@ TESTED_BY = {
     "export/reload": "export/test_export",
     "export/report": "export/test_export",
     "export/pruned_config": "export/test_export",
+    "hf": "export/test_parts",
     "model/loading": "engine/hf/test_stack",
     "model/size": "runner/test_cost",
     "report/files": "runner/test_coordinator",

@@ -78,16 +78,8 @@ def make_plan(
     greedy = _greedy(scored, analysis, up_to)
     targets = scored.targets_within(within, up_to)
     entries = [
-        _entry(
-            scored,
-            analysis,
-            rows,
-            entry_target,
-            on_path=any(replace(entry_target, within=scored.within).holds(np.array(greedy)))
-            if greedy
-            else False,
-        )
-        for entry_target, rows in _candidates(scored, analysis, greedy, targets).items()
+        _entry(scored, analysis, rows, of, greedy)
+        for of, rows in _candidates(scored, analysis, greedy, targets).items()
     ]
     full = full_mask(scored.num_players)
     return Plan(
@@ -278,20 +270,17 @@ def _entry(
     analysis: Analysis,
     rows: list[tuple[int, str]],
     target: Target,
-    *,
-    on_path: bool,
+    greedy: Sequence[BoolArray],
 ) -> PlanEntry:
-    """The plan's entry for one target, from its candidates' rows.
-
-    Args:
-        on_path: whether the greedy path reached it.
-    """
+    """The plan's entry for one target, from its candidates' rows."""
     chosen = rows[0][0]
     candidates = [_candidate(scored, analysis, row, source, chosen) for row, source in rows]
     best = candidates[0]
     stability = _stability(scored, chosen, target)
     settlement = _settlement(scored, target)
     warnings = []
+    searched = replace(target, within=scored.within)
+    on_path = any(searched.holds(mask_P[None])[0] for mask_P in greedy)
     if not on_path and EXPANSION not in scored.sources:  # whose short lists stand in for it
         warnings.append("the scored masks hold no greedy path to this size")
     doubtful = settlement is None and stability is not None and not stability.settled

@@ -155,7 +155,8 @@ def print_plan(plan: Any) -> None:
         columns *= 2
     header = "  ".join(f"{name:>11}" for name in columns)
     left = f"  {cost:>6}" if plan.costs else ""
-    print(f"{'keep' if plan.target_cost else 'remove':>6}  {header}{left}  {plan.unit} removed")
+    removed = " removed" if plan.target_cost else ""
+    print(f"{'keep' if plan.target_cost else 'remove':>6}  {header}{left}  {plan.unit}{removed}")
     for entry in plan.plans:
         print(row(f"{_label(entry):>6}{'~' if entry.is_open else ' '}", entry))
     if plan.alternatives:

@@ -35,7 +35,7 @@ from lpserve.export.verify import (
 )
 from lpserve.export.writer import ADVICE, CARD_NAME, REPORT_NAME, write_checkpoint
 from lpserve.masks import without
-from lpserve.model.checkpoint import read_checkpoint
+from lpserve.model.checkpoint import Checkpoint, read_checkpoint
 from lpserve.model.content_hash import checkpoint_hash
 from lpserve.model.players import player_label, players_from, removed_parts
 from lpserve.plan.plan import load_plan
@@ -67,7 +67,7 @@ def export_checkpoint(
         players: what `removed` counts, for a set out of a plan
             (`lpserve.model.players.players_from(plan.players)`); None: the layers.
         slim: leave the weights of absent parts out, for `lpserve.hf` to load; else they are zeros.
-        verify: reload in a fresh process and compare; off, the report says unverified.
+        verify: reload in a fresh process and compare.
         windows: what to compare on, 4 x 64 random tokens by default.
         expected_nll_N: the skip engine's summed NLL of every window; default: an engine is opened.
         dtype: of the comparison, as `device`.
@@ -89,33 +89,21 @@ def export_checkpoint(
         skipped = skip_engine(checkpoint, players or (), indices, compared, dtype, device)
         expected_nll_N = skipped.nll_N if expected_nll_N is None else expected_nll_N
         tensors = part_tensors(checkpoint, pruned.prefix, parts, skipped.modules)
-        if slim:
+        if slim and parts:
             config = slim_config(checkpoint, pruned, parts, skipped.modules, skipped.absent)
             pruned = replace(pruned, config=config)
-    named = [player_label(part) for part in sorted(parts, key=lambda p: p.index)]
     with _written_aside(target) as partial:
-        left_behind = write_checkpoint(
-            checkpoint,
-            pruned,
-            partial,
-            zeroed=frozenset() if slim else tensors,
-            left_out=tensors if slim else frozenset(),
-        )
+        left_behind = write_checkpoint(checkpoint, pruned, partial, tensors, left_out=slim)
         found = None
         if verify and expected_nll_N is not None:
             given = compared, expected_nll_N, dtype, device
             found = verify_checkpoint(partial, *given, original=checkpoint)
         report = ExportReport(
-            source=str(checkpoint.path.resolve()),
-            source_hash=checkpoint_hash(checkpoint),
-            removed=sorted(layers),
-            zeroed=[] if slim else named,
-            left_out=named if slim else [],
+            **_as_removed(checkpoint, layers, parts, slim=slim),
+            **_as_found(found, compared, with_ppl=windows is not None),
             kept=pruned.kept,
             dtype=dtype,
-            num_windows=compared.num_windows if verify else 0,
             left_behind=left_behind,
-            **_as_found(found, with_ppl=windows is not None),
         )
         _write_report(partial, report)
     return report
@@ -126,10 +114,27 @@ def _write_report(folder: Path, report: ExportReport) -> None:
     write_text(folder / REPORT_NAME, json.dumps(asdict(report), indent=1) + "\n")
 
 
-def _as_found(found: Verification | None, *, with_ppl: bool) -> dict[str, Any]:
+def _as_removed(
+    checkpoint: Checkpoint, layers: Sequence[int], parts: Sequence[Player], *, slim: bool
+) -> dict[str, Any]:
+    """A report's fields about the original and what is gone of it."""
+    named = [player_label(part) for part in sorted(parts, key=lambda p: (p.layer, p.part))]
+    return {
+        "source": str(checkpoint.path.resolve()),
+        "source_hash": checkpoint_hash(checkpoint),
+        "removed": sorted(layers),
+        "zeroed": [] if slim else named,
+        "left_out": named if slim else [],
+    }
+
+
+def _as_found(
+    found: Verification | None, compared: TokenWindows, *, with_ppl: bool
+) -> dict[str, Any]:
     """A report's fields about the comparison."""
     return {
         "verified": found is not None,
+        "num_windows": compared.num_windows if found else 0,
         "generates": found and found.generates,
         "worst_relative_difference": found and found.worst_relative_difference,
         "ppl": found.ppl if found and with_ppl else None,

@@ -45,8 +45,9 @@ def write_checkpoint(
     checkpoint: Checkpoint,
     pruned: PrunedConfig,
     folder: Path,
-    zeroed: Set[str] = frozenset(),
-    left_out: Set[str] = frozenset(),
+    absent: Set[str] = frozenset(),
+    *,
+    left_out: bool = False,
 ) -> list[str]:
     """Write the pruned checkpoint into an existing folder; returns what was left behind beside the
     removed layers: names of files, and what layers that predict several tokens ahead hold.
@@ -55,8 +56,8 @@ def write_checkpoint(
     index if there are several, and the mergekit recipe, which knows whole layers alone.
 
     Args:
-        zeroed: names of tensors that are written as zeros.
-        left_out: names of tensors that are not written.
+        absent: names of tensors that are written as zeros.
+        left_out: these are not written at all.
 
     Raises:
         ExportError: a source shard ended early, or cannot be read.
@@ -65,14 +66,14 @@ def write_checkpoint(
     with space_checked(folder, ADVICE):
         left_behind = _copy_small_files(checkpoint.path, folder, pruned)
     write_text(folder / "config.json", json.dumps(pruned.config, indent=2) + "\n")
-    if not (zeroed or left_out):
+    if not absent:
         write_text(folder / RECIPE_NAME, mergekit_yaml(checkpoint, pruned))
     shards: list[tuple[list[TensorEntry], list[str]]] = []
     for shard in checkpoint.shards:
         pairs = [
             (entry, name)
             for entry in checkpoint.tensors
-            if entry.shard == shard and entry.name not in left_out
+            if entry.shard == shard and not (left_out and entry.name in absent)
             for name in _new_names(entry.name, pruned)
         ]
         if pairs:
@@ -89,7 +90,7 @@ def write_checkpoint(
             if len(shards) == 1
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
-        _copy_shard(entries, names, folder / name, zeroed)
+        _copy_shard(entries, names, folder / name, absent)
         weight_map.update(dict.fromkeys(names, name))
     if len(shards) > 1:
         total = sum(entry.num_bytes for entries, _ in shards for entry in entries)

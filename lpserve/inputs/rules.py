@@ -38,6 +38,10 @@ Positive = Annotated[float, Meta(gt=0, le=1e300, description="a number above 0")
 Sizes = Annotated[tuple[int, int], Meta(description="two whole numbers, k_min and k_max")]
 Options = Annotated[dict[str, Any], Meta(description="a table")]
 Switch = Annotated[bool, Meta(description="true or false")]
+PlayerKind = Annotated[
+    str,
+    Meta(pattern=r"^(?:layer|half|groups:.+)\Z", description="one of layer, half, groups:FILE"),
+]
 Targets = Annotated[
     str,
     Meta(

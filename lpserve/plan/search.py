@@ -214,11 +214,7 @@ def select_by_expected_improvement(
         return sets_MP[order[gain[order] > min_improvement]]
     sets_MP, rows = _shortlist(surrogate, sets_MP, beaten)
     meets, beaten, share = meets[:, rows], beaten[rows], share[rows]
-    mean, covariance = surrogate.joint(np.concatenate([pending_MP, sets_MP]))
-    covariance *= STD_INFLATION**2
-    for row in range(len(pending_MP)):
-        _condition_on(covariance, row)
-    mean, covariance = mean[len(pending_MP) :], covariance[len(pending_MP) :, len(pending_MP) :]
+    mean, covariance = _posterior(surrogate, pending_MP, sets_MP)
     free = np.ones(len(sets_MP), dtype=bool)
     picked: list[int] = []
     for _ in range(min(count, len(sets_MP))):
@@ -237,6 +233,17 @@ def select_by_expected_improvement(
         free[pick] = False
         _condition_on(covariance, pick)
     return sets_MP[picked]
+
+
+def _posterior(
+    surrogate: KernelSurrogate, pending_MP: BoolArray, sets_MP: BoolArray
+) -> tuple[FloatArray, FloatArray]:
+    """Means and covariance of sets with pending masks scored, `float64[Q]` and `float64[Q, Q]`."""
+    mean, covariance = surrogate.joint(np.concatenate([pending_MP, sets_MP]))
+    covariance *= STD_INFLATION**2
+    for row in range(len(pending_MP)):
+        _condition_on(covariance, row)
+    return mean[len(pending_MP) :], covariance[len(pending_MP) :, len(pending_MP) :]
 
 
 def _to_beat(meets: BoolArray, best: FloatArray) -> FloatArray:

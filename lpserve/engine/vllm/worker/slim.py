@@ -69,7 +69,7 @@ def _slim_class(name: str) -> Any:
     def init(self: Any, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
         super(made, self).__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         config = vllm_config.model_config.hf_config
-        leave_out(self, getattr(config, ABSENT_KEY), vllm_config.compilation_config)
+        leave_layers_out(self, getattr(config, ABSENT_KEY), vllm_config.compilation_config)
 
     made: Any = type(
         f"{SLIM_PREFIX}{name}",
@@ -79,7 +79,9 @@ def _slim_class(name: str) -> Any:
     return made
 
 
-def leave_out(model: nn.Module, absent: Mapping[str, Mapping[str, Any]], compilation: Any) -> None:
+def leave_layers_out(
+    model: nn.Module, absent: Mapping[str, Mapping[str, Any]], compilation: Any
+) -> None:
     """Put `AbsentLayer`s in place of modules, and take these out of vLLM's forward context.
 
     Modules of layers that another pipeline rank holds are passed over.

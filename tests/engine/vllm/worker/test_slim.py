@@ -120,7 +120,7 @@ def test_a_module_that_vllm_does_not_have_is_named():
     model = torch.nn.Module()
     model.layers = torch.nn.ModuleList([torch.nn.Module()])
     with pytest.raises(EngineError, match=r"of vLLM has no module layers\.0\.mixing"):
-        slim.leave_out(model, absent, None)
+        slim.leave_layers_out(model, absent, None)
 
 
 def test_other_names_are_no_attributes():
