@@ -75,8 +75,7 @@ def export_checkpoint(
     Raises:
         InputError: something cannot be used, or the pruned structure cannot be expressed in the
             model's config; nothing has been written.
-        ExportError: the reloaded checkpoint does not score what the skip engine scores, or does
-            not generate; nothing is left at `out`.
+        ExportError: the reloaded checkpoint scores otherwise, or does not generate; it is removed.
     """
     indices = _whole_numbers(removed)
     layers, parts = (indices, []) if players is None else removed_parts(players, indices)
