@@ -135,6 +135,10 @@ def ours(args: argparse.Namespace, seed: int) -> dict[str, Any]:
                 spent.forwards + raced[1],
             ],
         },
+        "calibration": {
+            "lpserve": {r: unsettled.entry(r).calibration_ppl for r in SIZES},
+            "lpserve, settled": {r: result.outcome.plan.entry(r).calibration_ppl for r in SIZES},
+        },
         "races": {r: [s.outcome, s.windows, len(s.ties)] for r, s in races.items() if s},
         "full_ppl": result.outcome.plan.full_calibration_ppl,
     }
@@ -192,8 +196,17 @@ def theirs(
     for one in found.found:
         if one.num_removed in SIZES:
             sets[one.rival][one.num_removed] = list(one.removed)
+    ppl: dict[str, dict[int, float]] = {rival: {} for rival in rivals}
+    for one in found.found:
+        if one.num_removed in SIZES:
+            ppl[one.rival][one.num_removed] = one.calibration_ppl
     costs = {c.rival: [c.masks, c.tokens, c.layer_forwards] for c in found.costs}
-    return {"sets": sets, "costs": costs, "full_ppl": found.full_calibration_ppl}
+    return {
+        "sets": sets,
+        "calibration": ppl,
+        "costs": costs,
+        "full_ppl": found.full_calibration_ppl,
+    }
 
 
 # -- held out --------------------------------------------------------------------------------------
@@ -288,7 +301,10 @@ def tables(args: argparse.Namespace, steps: Steps) -> list[str]:
     seeds = sorted({seed for seed, _, _ in sets})
     rivals = [r for r in (*OURS, *RIVALS, "paper") if any(rival == r for _, rival, _ in sets)]
     lines = []
+    lines += _calibration_table(steps, rivals)
     for name in ("llm-pruner-128", "gptq-2048"):
+        if name not in measured:  # not scored yet
+            continue
         tokens_N, nll = measured[f"tokens of {name}"][()], measured[name]
         whole = np.exp(nll[()].sum() / tokens_N.sum())
         lines += [
@@ -320,6 +336,29 @@ def tables(args: argparse.Namespace, steps: Steps) -> list[str]:
                 lines.append(f"| {rival} | {' | '.join(cells)} |")
             lines.append("")
     return [*lines, *_cost_table(steps, rivals)]
+
+
+def _calibration_table(steps: Steps, rivals: list[str]) -> list[str]:
+    """Perplexities on the windows that the sets were chosen on."""
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    whole = []
+    for name, step in steps.done.items():
+        if name.startswith("seed-"):
+            whole.append(step["full_ppl"])
+            for rival, by_size in step["calibration"].items():
+                for size, ppl in by_size.items():
+                    found[rival, int(size)].append(ppl)
+    lines = [
+        f"Perplexity on the calibration windows, which chose the sets; whole model "
+        f"{np.mean(whole):.2f}. Races settle on further windows.",
+        "",
+        f"| search | {' | '.join(f'{r} removed' for r in SIZES)} |",
+        "|---|" + "---:|" * len(SIZES),
+    ]
+    for rival in rivals:
+        cells = [_spread(found[rival, r], 2) if found[rival, r] else "-" for r in SIZES]
+        lines.append(f"| {rival} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def _cell(
