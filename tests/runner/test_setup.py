@@ -90,8 +90,8 @@ def test_the_best_sets_for_shares_of_a_cost_are_planned_and_exported(
     assert "50%" in capsys.readouterr().out
     with pytest.raises(InputError, match="the run searched for shares of params: give target"):
         make_plan(record, analyse(record), max_removed=2)
-    with pytest.raises(InputError, match=r"no scored set keeps at most 0\.06 of params"):
-        make_plan(record, analyse(record), target="params=0.06")
+    with pytest.raises(InputError, match=r"no scored set keeps at most 0\.08 of params"):
+        make_plan(record, analyse(record), target="params=0.08")
 
     out = tmp_path / "pruned"
     wanted = ["export", str(result.folder), "--out", str(out)]
