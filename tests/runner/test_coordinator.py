@@ -172,7 +172,7 @@ def test_a_run_over_halves_names_them_everywhere(tmp_path, texts):
         run(replace(config, players="layer", protect=None, force=None))
     for changes, words in (
         ({"protect": ["9.mlp"]}, "protect: 9.mlp is none of the 8 parts of layers"),
-        ({"players": "heads"}, "players must be one of layer, half: got 'heads'"),
+        ({"players": "heads"}, "players must be one of layer, half, groups:FILE: got 'heads'"),
         ({"engine_options": {"num_players": 7}}, "num_players must be even for halves"),
     ):
         with pytest.raises(InputError, match=words):
