@@ -7,7 +7,17 @@ from typing import Annotated, Any
 import pytest
 
 from lpserve.errors import InputError
-from lpserve.inputs.rules import Count, CountOr0, LayerNames, Length, Positive, Share, one_of
+from lpserve.inputs.rules import (
+    Count,
+    CountOr0,
+    LayerNames,
+    Length,
+    PlayerKind,
+    Positive,
+    Share,
+    Targets,
+    one_of,
+)
 from lpserve.inputs.shapes import check_value
 
 
@@ -21,10 +31,22 @@ from lpserve.inputs.shapes import check_value
         (Positive, [1e-9, 3], [0.0, float("inf")], "a number above 0"),
         (Annotated[str, one_of(["a.b", "c"])], ["a.b", "c"], ["axb", "c\n", ""], "one of a.b, c"),
         (
+            PlayerKind,
+            ["layer", "half", "groups:a b.toml"],
+            ["", "layers", "groups:", "half\n", 3],
+            "one of layer, half, groups:FILE",
+        ),
+        (
+            Targets,
+            ["params=0.9", "kv=.5", "flops=0.9,0.25"],
+            ["", "params", "params=", "params=0", "params=1", "params=0.0", "kv=0.5,", "x=0.5"],
+            "one of params, flops, kv, = and shares above 0 and below 1, such as params=0.9,0.8",
+        ),
+        (
             LayerNames,
-            [[], [0, "7.mlp", "11.attention"]],
+            [[], [0, "7.mlp", "11.attention", "early", "x_1"]],
             [[-1], ["7"], ["mlp.7"], ["7.mlp "], ["x.mlp"], "7.mlp", [True], [0.0]],
-            "a list of layers, numbered from 0, or of parts such as 7.attention",
+            "a list of layers, numbered from 0, of parts such as 7.attention, or of groups",
         ),
     ],
 )
