@@ -63,7 +63,8 @@ def test_the_best_sets_for_shares_of_a_cost_are_planned_and_exported(
         cost_P = np.array(found.costs[cost])
         left_M = record.masks_MP @ cost_P / cost_P.sum()
         nll_M = record.nll_MI.astype(np.float64).sum(axis=1)
-        assert (found == plan) == (target is None)
+        if target is None:  # the rest is of fits, whose last digits depend on threads
+            assert [e.candidates[0].removed for e in found.plans] == [e.removed for e in plan.plans]
         for entry in found.plans:
             assert entry.target is not None
             best = np.where(left_M <= entry.target + 1e-12, nll_M, np.inf).argmin()
