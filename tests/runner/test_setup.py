@@ -55,11 +55,12 @@ def test_the_best_sets_for_shares_of_a_cost_are_planned_and_exported(
     assert plan.target_cost == "params"
     assert [entry.target for entry in plan.plans] == [0.8, 0.6]
     record = read_record(result.folder)
+    analysis = analyse(record)
     assert plan.share_left("params", range(0, 2 * LAYERS, 2)) == pytest.approx(
         1 - sum(plan.costs["params"][::2]) / sum(plan.costs["params"])
     )
     for cost, target in (("params", None), ("params", "params=0.7"), ("kv", "kv=0.7,0.5")):
-        found = make_plan(record, analyse(record), target=target)
+        found = make_plan(record, analysis, target=target)
         cost_P = np.array(found.costs[cost])
         left_M = record.masks_MP @ cost_P / cost_P.sum()
         nll_M = record.nll_MI.astype(np.float64).sum(axis=1)
@@ -90,9 +91,9 @@ def test_the_best_sets_for_shares_of_a_cost_are_planned_and_exported(
     assert main(["plan", str(result.folder), "--target", "kv=0.5"]) == 0
     assert "50%" in capsys.readouterr().out
     with pytest.raises(InputError, match="the run searched for shares of params: give target"):
-        make_plan(record, analyse(record), max_removed=2)
+        make_plan(record, analysis, max_removed=2)
     with pytest.raises(InputError, match=r"no scored set keeps at most 0\.08 of params"):
-        make_plan(record, analyse(record), target="params=0.08")
+        make_plan(record, analysis, target="params=0.08")
 
     out = tmp_path / "pruned"
     wanted = ["export", str(result.folder), "--out", str(out)]
