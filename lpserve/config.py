@@ -247,12 +247,12 @@ class RunConfig(WindowConfig):
         most = num_players - 1
         self._check_units()
         round_size, apart = self.round_size or num_players, self.min_distance or MIN_DISTANCE
-        if self.target is not None:  # costs say how many players that may be
-            return replace(
-                self, round_size=round_size, min_distance=apart if self.alternatives else None
-            )
-        removed = resolved_max_removed(self.max_removed, num_players)
-        sizes = self.sizes or (num_players - removed, most)
+        distance = apart if self.alternatives else None
+        if self.target is None:
+            removed = resolved_max_removed(self.max_removed, num_players)
+            sizes = self.sizes or (num_players - removed, most)
+        else:  # costs say how many players may go
+            removed, sizes = most, self.sizes or (0, most)
         _require(
             0 <= sizes[0] <= sizes[1] <= most,
             "sizes",
@@ -265,13 +265,10 @@ class RunConfig(WindowConfig):
             apart,
             f"at most max_removed, {removed}, for any sets to be so unlike",
         )
-        return replace(
-            self,
-            max_removed=removed,
-            sizes=sizes,
-            round_size=round_size,
-            min_distance=apart if self.alternatives else None,
-        )
+        changed = replace(self, round_size=round_size, min_distance=distance)
+        if self.target is not None:
+            return changed
+        return replace(changed, max_removed=removed, sizes=sizes)
 
     def _check_units(self) -> None:
         """Tasks are calibrated on for utilities of tasks, texts for all others."""

@@ -123,7 +123,8 @@ def _retargeted(scored: RunRecord, target: str | None, max_removed: int | None) 
             f"target {target}: the run has not recorded what its players cost; `lpserve run "
             "--target` does, and --players half"
         )
-    return replace(scored, target_cost=cost, target_shares=shares)
+    races = scored.settlements if cost == scored.target_cost else ()
+    return replace(scored, target_cost=cost, target_shares=shares, settlements=races)
 
 
 def candidate_masks(scored: RunRecord, analysis: Analysis) -> BoolArray:

@@ -62,15 +62,9 @@ class Target:
         """
         if self.share is None:
             return self.within.ranking(values_P, self.sizes[0])
-        mask_P = self.within.first()
         free = np.array([p for p in self.within.free if self.cost_P[p] > 0], dtype=np.int64)
         price = values_P[free] / np.array(self.cost_P)[free]
-        dropped: list[int] = []
-        for player in free[np.argsort(price, kind="stable")].tolist():
-            if self.holds(mask_P[None])[0]:
-                break
-            mask_P[player] = False
-            dropped.append(player)
+        mask_P, dropped = self._reached_by(free[np.argsort(price, kind="stable")].tolist())
         for player in reversed(dropped):
             mask_P[player] = True
             mask_P[player] = bool(self.holds(mask_P[None])[0])
@@ -80,12 +74,18 @@ class Target:
         """The mask that meets it with the fewest players removed, the costliest, `bool[P]`."""
         if self.share is None:
             return self.ranking(np.zeros(self.within.num_players))
+        return self._reached_by(sorted(self.within.free, key=lambda p: -self.cost_P[p]))[0]
+
+    def _reached_by(self, order: Sequence[int]) -> tuple[BoolArray, list[int]]:
+        """The mask that drops players in this order until it meets the target, and these."""
         mask_P = self.within.first()
-        for player in sorted(self.within.free, key=lambda p: -self.cost_P[p]):
+        dropped: list[int] = []
+        for player in order:
             if self.holds(mask_P[None])[0]:
                 break
             mask_P[player] = False
-        return mask_P
+            dropped.append(player)
+        return mask_P, dropped
 
 
 def removing(num_removed: int, within: Constraint) -> Target:
@@ -108,8 +108,10 @@ def cost_targets(
         name: of the cost, for messages.
 
     Raises:
-        InputError: no player costs anything, or a share cannot be reached while a player is left.
+        InputError: the constraint contradicts itself, no player costs anything, or a share cannot
+            be reached while a player is left.
     """
+    within.check(len(within.forced))
     total = float(sum(costs))
     if not total > 0:
         raise InputError(f"target {name}: none of the {len(costs)} players has any")

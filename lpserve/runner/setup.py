@@ -161,7 +161,6 @@ def round_settings(config: RunConfig, players: Sequence[Player], costs: Costs) -
         assert config.max_removed
         within.check(config.max_removed)
         return _settings(config, players, ())
-    within.check(len(within.forced))
     cost, shares = read_targets(config.target)
     return _settings(config, players, cost_targets(within, shares, costs[cost], cost))
 

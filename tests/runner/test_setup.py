@@ -16,7 +16,7 @@ from lpserve.analysis.record import read_record
 from lpserve.cli.entry import main
 from lpserve.config import config_from
 from lpserve.errors import InputError
-from lpserve.plan.plan import load_plan
+from lpserve.plan.plan import Settlement, load_plan
 from lpserve.plan.set_files import read_sets
 from lpserve.report.tracking import plan_metrics
 from lpserve.runner.setup import check_model
@@ -90,6 +90,22 @@ def test_the_best_sets_for_shares_of_a_cost_are_planned_and_exported(
     capsys.readouterr()
     assert main(["plan", str(result.folder), "--target", "kv=0.5"]) == 0
     assert "50%" in capsys.readouterr().out
+    # a race for a share of params says nothing of the same share of another cost
+    raced = Settlement(
+        removed=plan.plans[0].removed,
+        outcome="wins",
+        ties=[],
+        contenders=2,
+        windows=9,
+        confidence=0.9,
+        behind=0.0,
+        half_width=None,
+        target=0.8,
+    )
+    settled = replace(record, settlements=(raced,))
+    assert make_plan(settled, analysis).plans[0].settlement == raced
+    assert make_plan(settled, analysis, target="params=0.8").plans[0].settlement == raced
+    assert make_plan(settled, analysis, target="flops=0.8").plans[0].settlement is None
     with pytest.raises(InputError, match="the run searched for shares of params: give target"):
         make_plan(record, analysis, max_removed=2)
     with pytest.raises(InputError, match=r"no scored set keeps at most 0\.08 of params"):
@@ -192,6 +208,8 @@ def test_groups_go_from_a_run_to_an_export(config_of, tmp_path):
         ({"budget": 9}, "budget must be at least 14 for 6 players and target params=0.8,0.6"),
         ({"budget": 9, "players": "half"}, "budget must be at least 26 for 12 players and target"),
         ({"engine": "synthetic"}, "is no checkpoint"),
+        ({"sizes": (5, 3)}, "sizes must be 0 <= k_min <= k_max <= 5"),
+        ({"protect": [1], "force": [1]}, "player 1 cannot be both protected and forced"),
         ({"protect": [9]}, "protect: 9 is none of the 6 layers"),
         ({"protect": ["early"]}, "protect: early is none of the 6 layers"),
         ({"players": "groups:none.toml"}, "none.toml"),
