@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from lpserve.errors import InputError
 from lpserve.model.architecture import ABSENT_KEY, BASE_KEY, MODEL_TYPE
@@ -77,7 +77,9 @@ class SlimConfig(PreTrainedConfig):
 @cache
 def config_class(base: str) -> Any:
     """The class of configs whose original has `model_type` base."""
-    original = type(AutoConfig.for_model(base))
+    if base not in CONFIG_MAPPING:
+        raise InputError(f"{BASE_KEY} {base!r} is no model_type that transformers knows")
+    original = CONFIG_MAPPING[base]
 
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # the original's own code may ask for its model_type

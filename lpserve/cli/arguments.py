@@ -10,7 +10,7 @@ from typing import Any
 
 from lpserve.engine.registry import shown_kinds
 from lpserve.errors import InputError
-from lpserve.inputs.rules import GROUP_NAME, PART_NAME
+from lpserve.inputs.rules import PLAYER_NAME
 
 ENGINE_OPTION_FLAGS = ("state_budget_mb", "micro_batch_tokens", "engine_option")
 """Flags that become `engine_options`."""
@@ -161,8 +161,7 @@ def layer_names(text: str) -> list[int | str]:
     """Layers' numbers, parts of layers such as `7.attention`, or groups' names, separated by
     commas."""
     names = [part.strip() for part in text.split(",") if part.strip()]
-    named = f"(?:{PART_NAME})|(?:{GROUP_NAME})"
-    wrong = [name for name in names if not name.isdecimal() and not re.match(named, name)]
+    wrong = [name for name in names if not name.isdecimal() and not re.match(PLAYER_NAME, name)]
     if wrong:
         raise argparse.ArgumentTypeError(
             "numbers of layers separated by commas, or parts such as 7.attention, or groups: got "

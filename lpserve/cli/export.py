@@ -50,7 +50,7 @@ def add_export(commands: Any) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     return export_and_report(
         arguments.folder,
-        arguments.target or arguments.remove,
+        arguments.remove if arguments.target is None else arguments.target,
         arguments.out,
         alternative=arguments.alternative,
         slim=arguments.slim,

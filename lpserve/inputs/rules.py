@@ -14,6 +14,8 @@ PART_NAME = r"^\d{1,18}\.(?:attention|mlp)\Z"
 """How a part of a layer is named: `7.attention`."""
 GROUP_NAME = r"^[A-Za-z_]\w{0,63}\Z"
 """How a group of parts is named."""
+PLAYER_NAME = f"(?:{PART_NAME})|(?:{GROUP_NAME})"
+"""How what is no whole layer is named."""
 
 COSTS = ("params", "flops", "kv")
 """Names of what players cost (`lpserve.model.costs`)."""
@@ -51,10 +53,7 @@ Targets = Annotated[
     ),
 ]
 LayerNames = Annotated[
-    list[
-        Annotated[int, Meta(ge=0, le=MOST)]
-        | Annotated[str, Meta(pattern=f"(?:{PART_NAME})|(?:{GROUP_NAME})")]
-    ],
+    list[Annotated[int, Meta(ge=0, le=MOST)] | Annotated[str, Meta(pattern=PLAYER_NAME)]],
     Meta(
         description="a list of layers, numbered from 0, of parts such as 7.attention, or of groups"
     ),

@@ -98,6 +98,7 @@ class Expansion:
         self._single_P[self._dropped_MP[singles].argmax(axis=1)] = self._loss_M[singles]
         # a player whose own loss is not finite is in no good set
         self._allowed_P = np.isfinite(self._single_P) & self._finite_P & self._free_P
+        self._unknown_P = self._free_P & ~self._allowed_P
         self._single_P = np.where(np.isfinite(self._single_P), self._single_P, _UNKNOWN)
         self._fit_scale()
         return bool(np.isfinite(loss_M[0]) and self._allowed_P.any())
@@ -170,7 +171,7 @@ class Expansion:
         lowest = np.full(len(sets_MP), np.inf)
         np.minimum.at(lowest, place, np.concatenate([values for _, values in found]))
         unscored = np.array([key not in self._row_of for key in keys(sets_MP)], dtype=bool)
-        allowed = ~(~sets_MP & self._free_P & ~self._allowed_P).any(axis=1)
+        allowed = ~(~sets_MP & self._unknown_P).any(axis=1)
         usable = unscored & allowed & target.holds(sets_MP) & np.isfinite(lowest)
         return _lowest(sets_MP[usable], lowest[usable])
 
@@ -184,7 +185,7 @@ class Expansion:
             target.kept_cost(~self._dropped_MP[rows])
             - max(more, int(more == 0)) * max(target.cost_P, default=0.0)
         )
-        usable &= ~(self._dropped_MP[rows] & self._free_P & ~self._allowed_P).any(axis=1)
+        usable &= ~(self._dropped_MP[rows] & self._unknown_P).any(axis=1)
         rows = rows[usable]
         return rows[np.argsort(self._loss_M[rows], kind="stable")[:_ANCHORS]].tolist()
 
@@ -261,14 +262,13 @@ class Expansion:
     def mean(self, queried_MP: BoolArray) -> FloatArray:
         """Minus the losses by the expansion about the whole model, `float64[Q]`; sets of players of
         which nothing finite is known come last."""
-        unknown_P = self._free_P & ~self._allowed_P
-        return -self.predicted(queried_MP) - _UNKNOWN * (~queried_MP & unknown_P).sum(axis=1)
+        unknown_M = (~queried_MP & self._unknown_P).sum(axis=1)
+        return -self.predicted(queried_MP) - _UNKNOWN * unknown_M
 
     def swap_means(self, mask_P: BoolArray) -> FloatArray:
         """See `lpserve.plan.search.PredictsSwaps`."""
-        unknown_P = self._free_P & ~self._allowed_P
-        worse_P = _UNKNOWN * (unknown_P & mask_P), _UNKNOWN * (unknown_P & ~mask_P)
-        return -self.swap_losses(mask_P) - worse_P[0][mask_P][:, None] + worse_P[1][~mask_P]
+        worse_P = _UNKNOWN * self._unknown_P
+        return -self.swap_losses(mask_P) - worse_P[mask_P][:, None] + worse_P[~mask_P]
 
 
 def _lowest(sets_MP: BoolArray, values: FloatArray) -> tuple[BoolArray, FloatArray]:

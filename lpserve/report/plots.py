@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lpserve.errors import InputError
-from lpserve.model.players import has_groups, player_label
+from lpserve.model.players import kinds_of, player_label
 from lpserve.plan.plan import Plan
 from lpserve.types import Z90, FloatArray, Player
 from lpserve.values.result import ShapleyValues
@@ -114,9 +114,8 @@ def _name_players(axis: Any, players: Sequence[Player] | None, num_players: int)
     labels = [player_label(player) for player in players or ()]
     if labels != [str(place) for place in range(len(labels))]:
         axis.set_ticks(range(len(labels)), labels)
-    in_layers = all(player.part == "layer" for player in players or ())
-    grouped = has_groups(players or ())
-    axis.set_label_text("group" if grouped else "layer" if in_layers else "layer and part")
+    kind = kinds_of(players or ())
+    axis.set_label_text({"layers": "layer", "groups": "group"}.get(kind, "layer and part"))
 
 
 def _figure(*, square: bool = False) -> tuple[Figure, Any]:

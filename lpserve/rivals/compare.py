@@ -117,11 +117,11 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
     num_players = len(players)
     layer_set_masks(config.sets, players)  # refused before a model loads
     calibration, heldout = windows_of(config)
-    costs: Costs = {}
-    if config.target is not None and not has_parts(players):
-        costs = layer_costs(config, players, calibration.length)
-    if config.target is None or costs:  # what parts cost is known once an engine has found them
-        _check_start(config, players, _targets(config, num_players, costs), calibration.num_windows)
+    by_parts = config.target is not None and has_parts(players)
+    targets: tuple[Target, ...] = ()
+    if not by_parts:  # what parts cost is known once an engine has found them
+        targets = _targets(config, num_players, _whole_costs(config, players, calibration.length))
+        _check_start(config, players, targets, calibration.num_windows)
     folder = Path(config.out)
     make_folder(folder, "results folder")
     with ScoringSession(
@@ -135,18 +135,18 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Comparis
         session.compare_first()
         if session.compares:
             session.check_same_scores(calibration)
-        costs = costs_of(
-            config.model,
-            session.info,
-            calibration.length,
-            needed=config.target is not None,
-            note=session.progress.note,
-        )
-        targets = _targets(config, num_players, costs)
-        _check_start(config, players, targets, calibration.num_windows)
+        if by_parts:
+            note = session.progress.note
+            costs = costs_of(config.model, session.info, calibration.length, needed=True, note=note)
+            targets = _targets(config, num_players, costs)
+            _check_start(config, players, targets, calibration.num_windows)
         comparison = _Comparing(config, session, calibration, heldout, targets).run()
         _write(folder, config, session, comparison)
     return comparison
+
+
+def _whole_costs(config: CompareConfig, players: Sequence[Player], length: int) -> Costs:
+    return {} if config.target is None else layer_costs(config, players, length)
 
 
 def _targets(config: CompareConfig, num_players: int, costs: Costs) -> tuple[Target, ...]:

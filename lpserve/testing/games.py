@@ -10,6 +10,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from lpserve.masks import keys, without
+from lpserve.plan.constraint import Constraint
+from lpserve.plan.targets import removing
+from lpserve.rivals.proposer import Answer, best_sets
 from lpserve.types import BoolArray, FloatArray
 
 NUM_WINDOWS = 16
@@ -79,3 +82,13 @@ def shapley_by_hand(loss: dict[bytes, float], num_players: int) -> FloatArray:
                 gain = loss[keys(without[None])[0]] - loss[keys(joined[None])[0]]
                 values[player] += weight * gain
     return values
+
+
+def best_by_size(record: Sequence[Answer]) -> dict[int, tuple[BoolArray, float]]:
+    """Number removed -> the best set that a search has scored, and its loss (`best_sets`)."""
+    if not record:
+        return {}
+    players = record[0].ask.masks_MP.shape[1]
+    sizes = [removing(r, Constraint(players)) for r in range(players + 1)]
+    found = best_sets(record, sizes)
+    return {target.sizes[0]: best for target, best in found.items()}

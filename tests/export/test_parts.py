@@ -136,6 +136,7 @@ def experts(**common):
 def test_state_space_models_hybrids_and_experts_go_from_a_run_to_an_export_that_generates(
     config, players, slim, rng, tmp_path
 ):
+    """Layer 0 stays: slim exports need a mixer of its kind, by which caches count."""
     made = config(vocab_size=96, hidden_size=64, num_hidden_layers=4)
     save_random(made, tmp_path / "model", 0)
     for name in ("c", "h"):
@@ -149,6 +150,7 @@ def test_state_space_models_hybrids_and_experts_go_from_a_run_to_an_export_that_
                 "players": players,
                 "budget": 30,
                 "max_removed": 2,
+                "protect": [0],
                 "out": str(tmp_path / "run"),
                 "progress_s": 100.0,
             },

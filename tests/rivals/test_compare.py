@@ -17,17 +17,16 @@ from lpserve.cli.entry import main
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
 from lpserve.masks import removed_players
-from lpserve.plan.constraint import Constraint
 from lpserve.plan.layer_sets import LayerSet
-from lpserve.plan.targets import size_targets
 from lpserve.rivals.accounting import Spent
 from lpserve.rivals.compare import CompareConfig, compare
 from lpserve.rivals.criteria import contiguous_layers, last_layers, taylor
 from lpserve.rivals.ours import ours
-from lpserve.rivals.proposer import Ask, best_sets, drive
+from lpserve.rivals.proposer import Ask, drive
 from lpserve.rivals.registry import RIVALS
 from lpserve.rounds.settings import RoundSettings
 from lpserve.runner.setup import windows_of
+from lpserve.testing.games import best_by_size
 from lpserve.testing.parity import NUM_LAYERS, some_windows
 from lpserve.testing.reference import decoder_list, reference_model
 from lpserve.testing.runs import known_game, make_config
@@ -35,15 +34,6 @@ from lpserve.testing.runs import known_game, make_config
 MODEL = str(FOLDER / "model")
 TOLERANCE = 1e-5
 """float32 means over some hundred tokens; a layer too many is worth 1e-2."""
-
-
-def by_size(record):
-    """Number removed -> the best set of a record, and its loss."""
-    if not record:
-        return {}
-    players = record[0].ask.masks_MP.shape[1]
-    found = best_sets(record, size_targets(Constraint(players), players))
-    return {target.sizes[0]: best for target, best in found.items()}
 
 
 @torch.inference_mode()
@@ -207,7 +197,7 @@ def test_ours_asks_for_what_a_run_scores(texts, tmp_path):
     first = 1 + players  # all kept, and every player alone dropped
     assert (asked[:first] == masks[:first]).all()
     mean_M = nll.sum(axis=1, dtype=float) / tokens.sum()
-    for r, (_, found) in by_size(record).items():
+    for r, (_, found) in best_by_size(record).items():
         of_run = mean_M[(~masks).sum(axis=1) == r].min()
         assert found == pytest.approx(of_run, rel=0.02)
 

@@ -19,8 +19,6 @@ import pytest
 from lpserve.errors import InputError
 from lpserve.masks import all_masks, full_mask, keys, paper_kept_counts, removed_players, without
 from lpserve.model.players import ATTENTION, MLP
-from lpserve.plan.constraint import Constraint
-from lpserve.plan.targets import size_targets
 from lpserve.rivals.evopress import (
     EVOPRESS_INITIAL,
     EVOPRESS_MAX_SWAPS,
@@ -39,10 +37,10 @@ from lpserve.rivals.paper import (
     paper,
     paper_draws,
 )
-from lpserve.rivals.proposer import Answer, Ask, Proposer, best_sets, drive
+from lpserve.rivals.proposer import Answer, Ask, Proposer, drive
 from lpserve.rivals.random_sets import random_search
 from lpserve.surrogate import PaperSurrogate
-from lpserve.testing.games import NUM_WINDOWS, TableGame
+from lpserve.testing.games import NUM_WINDOWS, TableGame, best_by_size
 from lpserve.types import BoolArray
 from lpserve.values.sampling import paper_values
 from tests.conftest import SEED
@@ -60,15 +58,6 @@ RIVALS: dict[str, Rival] = {
     ),
     "paper": lambda players, most, seed: paper(players, most, budget=60, seed=seed),
 }
-
-
-def by_size(record):
-    """Number removed -> the best set of a record, and its loss."""
-    if not record:
-        return {}
-    players = record[0].ask.masks_MP.shape[1]
-    found = best_sets(record, size_targets(Constraint(players), players))
-    return {target.sizes[0]: best for target, best in found.items()}
 
 
 @dataclass(frozen=True)
@@ -128,7 +117,7 @@ def test_a_budget_cuts_the_sequence_and_changes_nothing_else(played, rng):
 
 
 def test_a_failed_score_is_never_chosen(played):
-    found = by_size(played.record)
+    found = best_by_size(played.record)
     for r, (mask, nll) in found.items():
         assert len(removed_players(mask)) == r
         assert math.isfinite(nll)
@@ -140,7 +129,7 @@ def test_where_every_score_fails_nothing_is_chosen_and_the_search_ends(played, r
     game = TableGame(10, rng, failing=1.0)
     record = drive(played.make(), game.score, 1 << 10)
     assert record
-    assert by_size(record) == {}
+    assert best_by_size(record) == {}
 
 
 @pytest.mark.parametrize(("players", "most"), [(1, 1), (2, 1), (2, 2), (5, 5), (6, 3)])
@@ -150,7 +139,7 @@ def test_the_smallest_games_are_searched_too(name, players, most, rng):
     record = drive(RIVALS[name](players, most, 0), game.score, 1 << players)
     assert distinct(record) <= set(keys(all_masks(players)))
     if not name.startswith("evolutionary") or players > 2:
-        assert set(by_size(record)) >= set(range(1, most + (most < players)))
+        assert set(best_by_size(record)) >= set(range(1, most + (most < players)))
 
 
 # -- the driver --------------------------------------------------------------------------------
@@ -201,9 +190,9 @@ def test_best_sets_are_the_lowest_finite_scores_on_all_windows(ties, rng):
         r, key = int((~masks[row]).sum()), keys(masks[row : row + 1])[0]
         if math.isfinite(nll[row]):
             expected[r] = min(expected.get(r, (math.inf, b"")), (float(nll[row]), key))
-    got = {r: (value, keys(mask[None])[0]) for r, (mask, value) in by_size(record).items()}
+    got = {r: (value, keys(mask[None])[0]) for r, (mask, value) in best_by_size(record).items()}
     assert got == expected
-    assert by_size([]) == {}
+    assert best_by_size([]) == {}
 
 
 # -- random, one-shot, greedy ------------------------------------------------------------------
@@ -221,7 +210,7 @@ def test_random_search_draws_from_every_size_in_turn_until_all_are_drawn(rng):
     assert sorted(key for _, key in asked(record)) == sorted(everything)
     removed = (~np.concatenate([s.ask.masks_MP for s in record])).sum(axis=1)
     assert removed[: players * most].tolist() == list(range(1, most + 1)) * players
-    for r, (_, nll) in by_size(record).items():
+    for r, (_, nll) in best_by_size(record).items():
         assert nll == min(game.of(c) for c in combinations(range(players), r))
 
 
@@ -359,10 +348,10 @@ def test_generations_are_as_published(failing, rng):
                 better = np.isfinite(siblings) & ~(siblings >= nll)
                 assert better.sum() < EVOPRESS_SURVIVORS or not np.isfinite(nll)
         whole.append(scored)
-        parents.update({r: mask for r, (mask, _) in by_size(whole).items()})
+        parents.update({r: mask for r, (mask, _) in best_by_size(whole).items()})
     assert generations == evopress_generations(players, most)
     assert len(blocks) > 1
-    assert set(by_size(record)) == set(range(1, most + 1))
+    assert set(best_by_size(record)) == set(range(1, most + 1))
 
 
 def test_with_all_windows_at_once_the_first_selection_decides(rng):
@@ -392,7 +381,7 @@ def test_the_evolution_finds_the_best_sets_of_an_additive_game(rng):
     )
     for r in range(1, 4):
         best = tuple(sorted(np.argsort(cost)[:r].tolist()))
-        assert removed_players(by_size(record)[r][0]) == best
+        assert removed_players(best_by_size(record)[r][0]) == best
 
 
 # -- the paper's pipeline ----------------------------------------------------------------------

@@ -12,42 +12,17 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
 
 from lpserve.errors import EngineError
+from lpserve.hf import AbsentModule
 from lpserve.model.architecture import ABSENT_KEY, SLIM_PREFIX
 
 
-class AbsentLayer(nn.Module):
-    """Stands for a module without weights; returns zeros as wide as its result.
-
-    Args:
-        width: of the result.
-        is_linear: whether it is one of vLLM's linear layers, which return a bias too.
-    """
-
-    def __init__(self, width: int, *, is_linear: bool) -> None:
-        super().__init__()
-        self._width, self._is_linear = width, is_linear
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = next(
-            value
-            for value in (*args, *kwargs.values())
-            if isinstance(value, torch.Tensor) and value.is_floating_point()
-        )
-        zeros = given.new_zeros((*given.shape[:-1], self._width))
-        return (zeros, None) if self._is_linear else zeros
-
-
 def register() -> None:
-    """Make such checkpoints known to transformers and vLLM."""
+    """Make such checkpoints known to vLLM; importing `lpserve.hf` has told transformers."""
     from vllm import ModelRegistry
 
-    import lpserve.hf
-
-    assert lpserve.hf.SlimConfig  # its import is what makes them known
     for name in list(ModelRegistry.get_supported_archs()):
         if name.endswith("ForCausalLM") and not name.startswith(SLIM_PREFIX):
             ModelRegistry.register_model(f"{SLIM_PREFIX}{name}", f"{__name__}:{SLIM_PREFIX}{name}")
@@ -82,7 +57,7 @@ def _slim_class(name: str) -> Any:
 def leave_layers_out(
     model: nn.Module, absent: Mapping[str, Mapping[str, Any]], compilation: Any
 ) -> None:
-    """Put `AbsentLayer`s in place of modules, and take these out of vLLM's forward context.
+    """Put `AbsentModule`s in place of modules, and take these out of vLLM's forward context.
 
     Modules of layers that another pipeline rank holds are passed over.
 
@@ -111,8 +86,9 @@ def leave_layers_out(
                 "absent: serve an export in which absent parts are zeros"
             ) from None
         gone.update(module.modules())
-        stand_in = AbsentLayer(form["width"], is_linear=isinstance(module, LinearBase))
-        layer.add_module(child, stand_in)
+        # vLLM's linear layers return a bias too, its other modules the result alone
+        others = 1 if isinstance(module, LinearBase) else None
+        layer.add_module(child, AbsentModule(form["width"], others, None))
     context = compilation.static_forward_context
     for key in [key for key, layer in context.items() if layer in gone]:
         del context[key]
