@@ -33,6 +33,7 @@ from lpserve.inputs.rules import (
     Switch,
     Targets,
     Text,
+    default_round_size,
     one_of,
 )
 from lpserve.inputs.shapes import check_value
@@ -188,7 +189,8 @@ class RunConfig(WindowConfig):
     goal: Goal = "both"
     """What masks are chosen for: the `plan`, the `values` (then no set is searched), or `both`."""
     round_size: Count | None = None
-    """Masks of a round from the second on, at least; default: the number of players."""
+    """Masks of a round once the walk outwards has ended, at least; default: the number of players,
+    with goal `plan` a quarter of it, at least 8."""
     stop_chance: Share | None = None
     """Stop before the budget once no unseen set has a higher probability than this of beating the
     plan by more than `stop_gain`."""
@@ -246,7 +248,8 @@ class RunConfig(WindowConfig):
         """With every default that depends on the number of players filled in, and checked."""
         most = num_players - 1
         self._check_units()
-        round_size, apart = self.round_size or num_players, self.min_distance or MIN_DISTANCE
+        round_size = self.round_size or default_round_size(num_players, self.goal)
+        apart = self.min_distance or MIN_DISTANCE
         distance = apart if self.alternatives else None
         if self.target is None:
             removed = resolved_max_removed(self.max_removed, num_players)

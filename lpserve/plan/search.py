@@ -86,6 +86,38 @@ def starts(masks_MP: BoolArray, utilities_M: FloatArray, target: Target) -> Bool
     return near_MP[target.holds(near_MP)]
 
 
+def grown_sets(
+    surrogate: PredictsSets, masks_MP: BoolArray, utilities_M: FloatArray, target: Target
+) -> BoolArray:
+    """Sets that meet a target and differ by little from the best scored ones, best predicted first,
+    `bool[Q, P]`.
+
+    They are `starts`. Where there are none, the best scored sets of the largest size below grow by
+    a player at a time, the best predicted ones going on.
+
+    Args:
+        utilities_M: NaN where a mask was not scored.
+    """
+    surrogate = acquisition_model(surrogate) or surrogate
+    near_MP = starts(masks_MP, utilities_M, target)
+    if not len(near_MP):
+        removed_M = (~masks_MP).sum(axis=1)
+        usable_M = np.isfinite(utilities_M) & (removed_M < target.sizes[-1])
+        usable_M &= target.within.holds(masks_MP)
+        largest = removed_M[usable_M].max(initial=0)
+        rows = np.flatnonzero(usable_M & (removed_M == largest))
+        grown_MP = masks_MP[rows[np.argsort(-utilities_M[rows], kind="stable")[:_NUM_STARTS]]]
+        met = [near_MP]
+        while len(grown_MP) and (~grown_MP[0]).sum() < target.sizes[-1]:
+            grown = [target.within.drops(mask_P) for mask_P in grown_MP]
+            grown_MP = sort_distinct(np.concatenate(grown))[0]
+            grown_MP, _ = _top(grown_MP, surrogate.mean(grown_MP))
+            met.append(grown_MP[target.holds(grown_MP)])
+        near_MP = np.concatenate(met)
+    near_MP = sort_distinct(near_MP)[0]
+    return near_MP[np.argsort(-surrogate.mean(near_MP), kind="stable")]
+
+
 def best_predicted_sets(
     surrogate: PredictsSets,
     target: Target,

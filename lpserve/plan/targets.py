@@ -154,9 +154,3 @@ def read_targets(text: str) -> tuple[str, tuple[float, ...]]:
         )
     cost, _, shares = text.partition("=")
     return cost, tuple(float(share) for share in shares.split(","))
-
-
-def finds_more(targets: Sequence[Target], mask_P: BoolArray) -> bool:
-    """Whether dropping more players of a set may meet a target that it does not meet."""
-    hardest = targets[-1]
-    return hardest.share is None or not bool(hardest.holds(mask_P[None])[0])

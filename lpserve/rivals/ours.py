@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 
 from lpserve.errors import InputError
+from lpserve.inputs.rules import default_round_size
 from lpserve.rivals.proposer import Ask, Proposer, SearchSetting
 from lpserve.rounds.history import CompletedRound
 from lpserve.rounds.planner import RoundPlanner
@@ -28,7 +29,7 @@ def propose(setting: SearchSetting) -> Proposer:
         sizes=(players - max_removed, players - 1),
         seed=setting.seed,
         surrogate="auto",
-        round_size=players,
+        round_size=default_round_size(players, "plan"),
         goal="plan",
         costs=setting.costs,
     )

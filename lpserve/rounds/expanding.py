@@ -30,10 +30,6 @@ from lpserve.types import BoolArray, FloatArray
 CORRECTED, SEARCH = "corrected expansion", "search"
 PROPOSERS = (EXPANSION, CORRECTED, SEARCH)
 """Names of the proposers, as sources of masks."""
-SETS_BEFORE_SEARCH = 8
-"""Sets of each target that are asked for by expansion before the others have a share: with fewer
-scored sets it predicts large ones no better than chance (rank correlation with their losses inside
-a size on a 32-layer game: 0.0 at 57 masks, 0.7 at 81)."""
 _ASKED_BEFORE, _HITS_BEFORE = 8.0, 1.0  # what each is taken to have asked for and found at first
 _FADING = 0.8  # weight of a round's finds after each further round: what was easy is found
 _LEAST_SHARE = 0.15  # of each, so that all go on being tried
@@ -46,6 +42,7 @@ class ExpansionSource:
         self._settings = settings
         self._expansion: Expansion | None = None
         self._corrected = CorrectedExpansion()
+        self._none_MP = np.empty((0, settings.num_players), dtype=bool)
         self._lists: dict[Target, tuple[BoolArray, FloatArray]] = {}
         """For every target sets, best first, and by how much each is predicted to lose less than
         the best scored set that meets it (nats per token)."""
@@ -72,6 +69,10 @@ class ExpansionSource:
         """The next `count` sets by expansions about scored sets that were never asked for."""
         return _in_turn(self._lists, EXPANSION, asked, count, screened=screened)
 
+    def best_of(self, target: Target) -> BoolArray:
+        """The short list of one target, best first, `bool[Q, P]`."""
+        return self._lists[target][0] if target in self._lists else self._none_MP
+
     def corrected(
         self, known: KnownUtilities, asked: AskedMasks, count: int, *, screened: bool = False
     ) -> list[BoolArray]:
@@ -88,11 +89,6 @@ class ExpansionSource:
             sets_MP = asked.unseen(best_predicted_sets(self._corrected, target, near_MP))
             lists[target] = sets_MP, self._corrected.mean(sets_MP) - np.log(best)
         return _in_turn(lists, CORRECTED, asked, count, screened=screened)
-
-    def begins(self, asked: AskedMasks) -> bool:
-        """Whether the sets that come before the surrogate's are not all asked for."""
-        found = sum(source == EXPANSION for source in asked.sources.values())
-        return found < SETS_BEFORE_SEARCH * len(self._settings.targets)
 
 
 def _in_turn(

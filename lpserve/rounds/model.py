@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from lpserve.masks import sort_distinct
-from lpserve.plan.greedy import unpruned_options
 from lpserve.plan.search import (
     best_predicted_sets,
+    grown_sets,
     probability_of_improvement,
     select_by_expected_improvement,
     starts,
@@ -45,11 +45,9 @@ class RoundModel(Protocol):
         """Take in the scores; False where they are too few to say anything."""
         ...
 
-    def may_be_best(
-        self, path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
-    ) -> BoolArray:
-        """Which sets of the next greedy step may be its best, in the order of
-        `Constraint.drops`."""
+    def grown(self, known: KnownUtilities, target: Target) -> BoolArray:
+        """Sets that meet a target and differ by little from the best scored ones, best predicted
+        first (`lpserve.plan.search.grown_sets`)."""
         ...
 
     def rankings(self, index: int) -> list[BoolArray]:
@@ -57,9 +55,19 @@ class RoundModel(Protocol):
         ...
 
     def by_improvement(
-        self, known: KnownUtilities, asked: AskedMasks, count: int, pending_MP: BoolArray
+        self,
+        known: KnownUtilities,
+        asked: AskedMasks,
+        count: int,
+        pending_MP: BoolArray,
+        *,
+        reached_alone: bool = False,
     ) -> BoolArray:
-        """Sets of all targets that may beat the best scored one of theirs, `bool[<=count, P]`."""
+        """Sets that may beat the best scored one of their target, `bool[<=count, P]`.
+
+        Args:
+            reached_alone: of targets for which no set is scored none is searched for.
+        """
         ...
 
     def promotions(
@@ -110,12 +118,13 @@ class FittedModel:
         self._fitted_masks = 0
         self._best_predicted: dict[Target, BoolArray] = {}
         """For every target the sets of highest predicted utility, best first."""
-        self._best_predicted_is_current = False
+        self._searched: set[Target] = set()
+        """Targets whose `_best_predicted` are those of the last fit."""
         self._values_P: FloatArray | None = None
         """Values by the last fit; None: not asked for yet, or no closed form."""
 
     def fit(self, known: KnownUtilities) -> bool:
-        self._best_predicted_is_current, self._values_P = False, None
+        self._searched, self._values_P = set(), None
         finite_M = np.isfinite(known.utilities_M)
         if finite_M.sum() < _MIN_FINITE:
             return False
@@ -134,11 +143,6 @@ class FittedModel:
         self._fitted_masks = num_masks
         return True
 
-    def may_be_best(
-        self, path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
-    ) -> BoolArray:
-        return unpruned_options(path, masks_MP, utilities_M, self._within)
-
     def rankings(self, index: int) -> list[BoolArray]:
         values_P = self._current_values()
         if values_P is None:
@@ -149,16 +153,30 @@ class FittedModel:
             for place in range(len(targets))
         ]
 
+    def grown(self, known: KnownUtilities, target: Target) -> BoolArray:
+        return grown_sets(self._searcher, known.masks_MP, known.guess_M, target)
+
     def by_improvement(
-        self, known: KnownUtilities, asked: AskedMasks, count: int, pending_MP: BoolArray
+        self,
+        known: KnownUtilities,
+        asked: AskedMasks,
+        count: int,
+        pending_MP: BoolArray,
+        *,
+        reached_alone: bool = False,
     ) -> BoolArray:
-        candidates = self._unscored_candidates(known, asked)
         targets = self._settings.targets
+        best = known.best_for(targets)
+        if reached_alone:
+            reached = np.flatnonzero(np.isfinite(best))
+            targets, best = tuple(targets[place] for place in reached), best[reached]
+        candidates = self._unscored_candidates(known, asked, targets)
+        sets = [pending_MP[:0], *candidates.values()]
         return select_by_expected_improvement(
             self._searcher,
-            sort_distinct(np.concatenate(list(candidates.values())))[0],
+            sort_distinct(np.concatenate(sets))[0],
             targets,
-            known.best_for(targets),
+            best,
             count,
             pending_MP=pending_MP,
         )
@@ -199,7 +217,7 @@ class FittedModel:
         chance: float,
         gain: float,
     ) -> bool:
-        found = self._unscored_candidates(known, asked)
+        found = self._unscored_candidates(known, asked, self._settings.targets)
         for (target, sets_MP), best in zip(found.items(), known.best_for(list(found)), strict=True):
             if not np.isfinite(best):
                 return False
@@ -220,18 +238,18 @@ class FittedModel:
         return bool(Z90 * values.stderr_P.max() <= width)
 
     def _unscored_candidates(
-        self, known: KnownUtilities, asked: AskedMasks
+        self, known: KnownUtilities, asked: AskedMasks, targets: Sequence[Target]
     ) -> dict[Target, BoolArray]:
         """For every target the best predicted sets that were never asked for.
 
         Searched for once a fit, from the best scored sets and the best predicted of the fit before.
         """
-        if not self._best_predicted_is_current:
-            for target in self._settings.targets:
+        for target in targets:
+            if target not in self._searched:
                 near_MP = starts(known.masks_MP, known.search_M, target)
                 self._best_predicted[target] = self._search(target, near_MP)
-            self._best_predicted_is_current = True
-        return {target: asked.unseen(sets) for target, sets in self._best_predicted.items()}
+                self._searched.add(target)
+        return {target: asked.unseen(self._best_predicted[target]) for target in targets}
 
     def _search(self, target: Target, near_MP: BoolArray) -> BoolArray:
         """The sets that meet a target of highest predicted utility, best first."""

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from lpserve.config import STOP_GAIN
+from lpserve.masks import StratifiedDesign
 from lpserve.plan.constraint import Constraint
-from lpserve.plan.targets import Target, size_targets
+from lpserve.plan.targets import Target, cost_targets, size_targets
+from lpserve.types import BoolArray
+
+FIRST_PAIRS = 2
+"""Random masks of the second round of a search, for which no scores are known yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +57,7 @@ class RoundSettings:
     seed: int
     surrogate: str
     round_size: int
-    """Masks of a round from the second on, at least; fewer while the greedy path is walked."""
+    """Masks of a round once the walk outwards has ended, at least."""
     stop: StopRules = StopRules()
     goal: str = "both"
     """What masks are for: `plan`, `values` (no path is walked, no set is searched), or `both`."""
@@ -74,11 +81,49 @@ class RoundSettings:
         """Numbers of removed players that sets which are searched for may have."""
         return self.within.sizes(self.max_removed)
 
+    @property
+    def walk_sizes(self) -> tuple[int, int]:
+        """Sets of a step of the walk outwards, and of a round between two steps."""
+        return max(3, self.round_size // 8), max(2, self.round_size // 12)
+
+    def random_pairs(self) -> BoolArray:
+        """The masks of round 1 of a search: two random players removed beside those that must be,
+        `bool[<=2, P]`; none where so many may not be removed.
+
+        A surrogate needs sets near the whole model: random ones of many players collapse, and what
+        these teach about size drowns the rest.
+        """
+        free, within = len(self.within.free), self.within
+        if len(within.forced) + 2 > self.max_removed or free < 3:
+            return np.empty((0, self.num_players), dtype=bool)
+        return within.embed(StratifiedDesign(free, [free - 2], self.seed).take(FIRST_PAIRS))
+
     def minimum_budget(self) -> int:
-        """Masks of rounds 0 to 2 up to the first scored set for every target."""
+        """Masks of the rounds up to the first scored set for every target."""
         first = 1 + self.num_players + (self.sizes[0] == 0 and self.num_players > 1)
         first += len(self.within.forced) > 1
-        return first + self.round_size + len(self.targets) - 1
+        if self.goal == "values":
+            return first + self.round_size
+        return first + FIRST_PAIRS + max(0, len(self.walk_targets) - 2) * sum(self.walk_sizes) + 1
+
+    @property
+    def walk_targets(self) -> tuple[Target, ...]:
+        """The targets of the walk outwards, in order: what sets are searched for and, where these
+        are shares of a cost, shares between them, about a player apart."""
+        if not self.costs:
+            return self.targets
+        within = self.within
+        cost_P = np.array(self.costs[0].cost_P)
+        free_P = cost_P[within.free]
+        player = float(free_P[free_P > 0].mean())
+        share = 1.0 - float(cost_P[list(within.forced)].sum())
+        shares: list[float] = []
+        for target in self.costs:
+            assert target.share is not None
+            steps = max(1, int((share - target.share) / player))
+            shares += [*np.linspace(share, target.share, steps + 1)[1:-1].tolist(), target.share]
+            share = target.share
+        return cost_targets(within, shares, cost_P.tolist(), "shares")
 
 
 def design_strata(settings: RoundSettings) -> list[list[int]]:

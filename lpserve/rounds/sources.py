@@ -1,19 +1,14 @@
-"""Where a round's masks come from, besides a model: the sampled design and the greedy path.
+"""Where a round's masks come from, besides a model: the sampled design.
 
 Notation: M masks, P players, r = number removed.
 """
 
 from __future__ import annotations
 
-import numpy as np
-
-from lpserve.masks import StratifiedDesign, keys, removed_players
-from lpserve.plan.greedy import greedy_path
-from lpserve.plan.targets import finds_more
-from lpserve.rounds.history import AskedMasks, KnownUtilities
-from lpserve.rounds.model import RoundModel
+from lpserve.masks import StratifiedDesign
+from lpserve.rounds.history import AskedMasks
 from lpserve.rounds.settings import RoundSettings, design_strata
-from lpserve.types import BoolArray, FloatArray
+from lpserve.types import BoolArray
 
 
 class DesignSource:
@@ -43,48 +38,3 @@ class DesignSource:
                     masks_MP = self._within.embed(masks_MP)
                 batch += asked.add(masks_MP, "design", screened=screened)
         return batch
-
-
-class GreedySource:
-    """The greedy path (SLEB's rule), a step at a time."""
-
-    def __init__(self, settings: RoundSettings) -> None:
-        self._settings = settings
-        self.pruned: set[bytes] = set()
-        """Keys of a step's masks that were not asked for: they had no chance to be its best."""
-
-    def take(
-        self,
-        step: int,
-        model: RoundModel,
-        known: KnownUtilities,
-        path_M: FloatArray,
-        asked: AskedMasks,
-        *,
-        screened: bool,
-    ) -> list[BoolArray]:
-        """The masks of a step, without those that cannot be its best.
-
-        Args:
-            path_M: the utility that the path is walked by.
-        """
-        within = self._settings.within
-        steps = min(step, len(self._settings.plan_sizes) - 1)
-        path = greedy_path(known.masks_MP, path_M, steps, self.pruned, within)
-        if not path or not finds_more(self._settings.targets, path[-1]):
-            return []
-        may_be_best_M = model.may_be_best(path, known.masks_MP, path_M)
-        options_MP = within.drops(path[-1])
-        unseen_MP = asked.unseen(options_MP[~may_be_best_M])
-        self.pruned |= set(keys(unseen_MP))
-        return asked.add(options_MP[may_be_best_M], "greedy", screened=screened)
-
-
-def single_loss_sets(known: KnownUtilities, settings: RoundSettings) -> list[BoolArray]:
-    """For every target, the players whose removal alone cost least (one-shot ranking)."""
-    loss_P = np.full(settings.num_players, np.inf)
-    for mask_P, utility in zip(known.masks_MP, known.utilities_M, strict=True):
-        removed = removed_players(mask_P)
-        if len(removed) == 1 and np.isfinite(utility):
-            loss_P[removed[0]] = -utility
-    return [target.ranking(loss_P) for target in settings.targets]

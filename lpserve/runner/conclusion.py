@@ -11,7 +11,7 @@ from lpserve.analysis.analyse import analyse
 from lpserve.analysis.build_plan import Outcome, candidate_masks, make_plan
 from lpserve.analysis.record import RunRecord
 from lpserve.config import MIN_DISTANCE
-from lpserve.masks import from_keys, key_text, keys
+from lpserve.masks import key_text, keys
 from lpserve.plan.targets import read_targets
 from lpserve.report.files import write_outputs
 from lpserve.rounds.history import latest_scores
@@ -93,7 +93,7 @@ def record_of(loop: RunLoop) -> RunRecord:
         num_tokens_I=loop.calibration.num_tokens_I,
         corpora=loop.calibration.corpora,
         sources=tuple(loop.planner.sources[key] for key in keys(latest.masks_MP)),
-        pruned_MP=from_keys(sorted(loop.planner.pruned), info.num_players),
+        pruned_MP=np.empty((0, info.num_players), dtype=bool),
         stopped=_why_ended(loop, len(latest.masks_MP)),
         screen=() if loop.screen is None else tuple(loop.screen.tolist()),
         heldout_masks_MP=latest.masks_MP[:0],

@@ -4,8 +4,8 @@ Reads a checkpoint's config and safetensors headers, walks the rounds that a run
 walks, and counts: masks, distinct layer-forwards, heads, tokens, FLOP, memory. A time follows only
 from a rate that the user names; nothing here knows the speed of any device.
 
-Which masks a run asks for depends on scores that do not exist yet. Round sizes, greedy
-neighbourhoods and the sampled design are the run's own; scores come from a stand-in (a random loss
+Which masks a run asks for depends on scores that do not exist yet. Round sizes and the
+sampled design are the run's own; scores come from a stand-in (a random loss
 for every layer), in place of the surrogate's proposals stand sets of low stand-in loss, and random
 masks stand for those that a run chooses for what they say about the values and for what they cost.
 The latter share more prefixes, so a run takes fewer layer-forwards than estimated, rarely more.
@@ -15,7 +15,6 @@ Notation: M masks, P players (layers), N windows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_type_hints
 
@@ -32,10 +31,12 @@ from lpserve.config import (
     resolved_max_removed,
 )
 from lpserve.errors import InputError
+from lpserve.inputs.rules import default_round_size
 from lpserve.inputs.shapes import check_value
 from lpserve.masks import full_mask, ranking_mask, sort_distinct, trie_player_forwards
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.size import ITEM_BYTES, ModelSize, model_size
+from lpserve.plan.targets import Target
 from lpserve.rounds.history import AskedMasks, CompletedRound, KnownUtilities
 from lpserve.rounds.planner import RoundPlanner
 from lpserve.rounds.settings import RoundSettings
@@ -62,7 +63,7 @@ class CostSettings:
     length: Length = 128
     goal: Goal = "both"
     round_size: Count | None = None
-    """Default: the number of layers."""
+    """Default: as a run's."""
     seed: CountOr0 = 0
     dtype: Dtype = "float32"
     engines: Count = 1
@@ -148,7 +149,7 @@ def cost(settings: CostSettings) -> Cost:
         sizes=(players - removed, players - 1),
         seed=settings.seed,
         surrogate="ridge",
-        round_size=settings.round_size or players,
+        round_size=settings.round_size or default_round_size(players, settings.goal),
         goal=settings.goal,
     )
     minimum = rounds_settings.minimum_budget()
@@ -192,23 +193,33 @@ class StandInModel:
     def fit(self, known: KnownUtilities) -> bool:
         return True
 
-    def may_be_best(
-        self, path: Sequence[BoolArray], masks_MP: BoolArray, utilities_M: FloatArray
-    ) -> BoolArray:
-        """All of them: a run asks for fewer."""
-        return path[-1][path[-1]]
+    def grown(self, known: KnownUtilities, target: Target) -> BoolArray:
+        noisy = [
+            target.ranking(self._loss_P * self._rng.lognormal(0.0, 0.5, len(self._loss_P)))
+            for _ in range(_PROPOSALS)
+        ]
+        return sort_distinct(np.array(noisy))[0]
 
     def rankings(self, index: int) -> list[BoolArray]:
         sizes = self._sizes
         return [ranking_mask(self._loss_P, (r + index) % sizes + 1) for r in range(sizes)]
 
     def by_improvement(
-        self, known: KnownUtilities, asked: AskedMasks, count: int, pending_MP: BoolArray
+        self,
+        known: KnownUtilities,
+        asked: AskedMasks,
+        count: int,
+        pending_MP: BoolArray,
+        *,
+        reached_alone: bool = False,
     ) -> BoolArray:
+        most = self._sizes
+        if reached_alone:
+            most = min(most, int((~known.masks_MP).sum(axis=1).max()))
         sets = [
             ranking_mask(self._loss_P * self._rng.lognormal(0.0, 0.5, len(self._loss_P)), r)
             for _ in range(_PROPOSALS)
-            for r in range(1, self._sizes + 1)
+            for r in range(1, most + 1)
         ]
         fresh = asked.unseen(sort_distinct(np.array(sets))[0])
         return fresh[self._rng.permutation(len(fresh))[:count]]

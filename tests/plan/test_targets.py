@@ -13,7 +13,6 @@ from lpserve.plan.constraint import Constraint, constraint_of
 from lpserve.plan.search import best_predicted_sets, starts
 from lpserve.plan.targets import (
     cost_targets,
-    finds_more,
     read_targets,
     removing,
     size_targets,
@@ -126,13 +125,6 @@ def test_targets_of_sizes_are_met_by_one_size_each():
     for target in targets:
         expected = within.holds(masks_MP) & ((~masks_MP).sum(axis=1) == target.sizes[0])
         np.testing.assert_array_equal(target.holds(masks_MP), expected)
-    assert finds_more(targets, targets[-1].ranking(np.ones(P)))
-
-
-def test_dropping_more_finds_nothing_once_the_smallest_share_is_met():
-    targets = cost_targets(Constraint(5), [0.8, 0.4], [1.0] * 5, "params")
-    masks_MP = np.tri(5, dtype=bool)[::-1]
-    assert [finds_more(targets, mask_P) for mask_P in masks_MP] == [True] * 3 + [False] * 2
 
 
 @pytest.mark.parametrize("share", SHARES)

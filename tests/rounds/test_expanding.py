@@ -70,10 +70,11 @@ def played(game, goal="plan", budget=100, seed=0, constraint=None, fails=False, 
 
 
 @pytest.mark.parametrize("goal", ["plan", "both"])
-def test_every_optimum_of_a_quadratic_game_is_among_the_first_short_lists(goal, rng):
+def test_every_optimum_of_a_quadratic_game_is_found_by_the_walk(goal, rng):
+    """Short lists are exact there, and every step holds the best of one."""
     game = QuadraticGame(rng)
     _, rounds = played(game, goal)
-    asked = {key for done in rounds[:4] for key in keys(done.masks_MP)}
+    asked = {key for done in rounds[: 2 * R - 1] for key in keys(done.masks_MP)}
     for r in range(1, R + 1):
         sets_MP = all_masks(P, P - r)
         assert keys(sets_MP[game.loss(sets_MP).argmin()][None])[0] in asked
@@ -107,12 +108,12 @@ def test_a_set_may_become_the_best_of_two_targets():
     assert list(places.values()) == np.diff([0, *ends]).tolist()
 
 
-def test_no_greedy_path_is_walked_and_all_proposers_have_their_turn(rng):
+def test_all_proposers_have_their_turn(rng):
     planner, rounds = played(QuadraticGame(rng, noise=0.05), budget=150)
     found = Counter(planner.sources.values())
-    assert found["greedy"] == P  # single players
-    assert found["design"] == 8 + P // 2  # in round 1, and with the surrogate's first share
-    assert found[EXPANSION] >= 8 * (R - 1)  # of size 1 all sets are scored
+    assert found["outward"] >= P + R - 1  # single players, and a set of every size at least
+    assert found["design"] >= 2  # in round 1
+    assert found[EXPANSION] > 0
     assert found[CORRECTED] > 0
     assert found[SEARCH] > 0
     assert found["ranking"] == 0
@@ -121,10 +122,10 @@ def test_no_greedy_path_is_walked_and_all_proposers_have_their_turn(rng):
     assert Counter(both.sources.values())["values"] > 0
 
 
-def test_where_the_overlap_cannot_be_had_the_greedy_path_is_walked(rng):
+def test_where_the_overlap_cannot_be_had_nothing_is_expanded(rng):
     planner, _ = played(QuadraticGame(rng), fails=True)
     found = Counter(planner.sources.values())
-    assert found["greedy"] > P
+    assert found["outward"] >= P + R - 1
     assert found[EXPANSION] == found[CORRECTED] == 0
 
 
