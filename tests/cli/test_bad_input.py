@@ -78,7 +78,7 @@ def run_flags(tmp_path: Path, **changes: object) -> list[str]:
         ({"heldout_windows": -1}, "heldout_windows must be"),
         ({"length": 1}, "length must be"),
         ({"budget": 0}, "budget must be"),
-        ({"budget": 7}, "budget must be at least 28 for 12 players"),
+        ({"budget": 7}, "budget must be at least 26 for 12 players"),
         ({"max_removed": 12}, "max_removed must be at most 11 for 12 players"),
         ({"max_removed": 0}, "max_removed must be"),
         ({"sizes": "9,3"}, "sizes must be"),
