@@ -110,7 +110,7 @@ class RoundSettings:
     def walk_targets(self) -> tuple[Target, ...]:
         """The targets of the walk outwards, in order: what sets are searched for and, where these
         are shares of a cost, shares between them, about a player apart."""
-        if not self.costs:
+        if not self.costs or self.costs[0].share is None:
             return self.targets
         within = self.within
         cost_P = np.array(self.costs[0].cost_P)

@@ -205,8 +205,8 @@ def test_groups_go_from_a_run_to_an_export(config_of, tmp_path):
     [
         ({"target": "params=0.05"}, "target params=0.05 cannot be reached: it leaves no player"),
         ({"target": "params=0.5", "protect": [0, 1, 2, 3]}, "what is protected keeps 0.667 of it"),
-        ({"budget": 9}, "budget must be at least 14 for 6 players and target params=0.8,0.6"),
-        ({"budget": 9, "players": "half"}, "budget must be at least 26 for 12 players and target"),
+        ({"budget": 9}, "budget must be at least 10 for 6 players and target params=0.8,0.6"),
+        ({"budget": 9, "players": "half"}, "budget must be at least 16 for 12 players and target"),
         ({"engine": "synthetic"}, "is no checkpoint"),
         ({"sizes": (5, 3)}, "sizes must be 0 <= k_min <= k_max <= 5"),
         ({"protect": [1], "force": [1]}, "player 1 cannot be both protected and forced"),
