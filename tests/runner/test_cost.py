@@ -10,7 +10,7 @@ import pytest
 from lpserve.cli.entry import main
 from lpserve.demo import FOLDER
 from lpserve.errors import InputError
-from lpserve.masks import StratifiedDesign, keys
+from lpserve.masks import keys
 from lpserve.model.checkpoint import read_checkpoint
 from lpserve.model.size import model_size
 from lpserve.rounds.settings import RoundSettings
@@ -80,9 +80,8 @@ def test_rounds_are_distinct_masks_up_to_the_budget_and_start_as_a_run_starts(rn
     every = [key for masks_MP in rounds for key in keys(masks_MP)]
     assert len(every) == len(set(every)) == 120
     assert rounds[0].sum(axis=1).tolist() == [10] + [9] * 10
-    dealt = StratifiedDesign(10, [9, 8, 7, 6], settings.seed).take(40)
-    unseen = [key for key in keys(dealt) if key not in set(keys(rounds[0]))]
-    assert keys(rounds[1]) == unseen[:10]
+    assert keys(rounds[1]) == keys(settings.random_pairs())
+    assert rounds[2].sum(axis=1).tolist() == [8] * 3
 
 
 @pytest.mark.thorough

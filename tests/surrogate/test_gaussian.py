@@ -263,15 +263,15 @@ def test_early_fits_do_not_trap_later_ones(kind, rng):
 
 
 def test_hyperparameters_are_kept_until_the_masks_grew_by_a_quarter(rng):
-    masks = some_masks(7, 60, rng)
+    masks = some_masks(8, 240, rng)
     utilities = rough_game(masks, rng)
     surrogate = KernelSurrogate("gp")
-    surrogate.fit(masks[:40], utilities[:40])
+    surrogate.fit(masks[:160], utilities[:160])
     before = surrogate.kernel
-    surrogate.fit(masks[:49], utilities[:49])
+    surrogate.fit(masks[:199], utilities[:199])
     assert surrogate.kernel is before
-    np.testing.assert_allclose(surrogate.mean(masks[:49]), utilities[:49], atol=1e-6)
-    surrogate.fit(masks[:50], utilities[:50])
+    np.testing.assert_allclose(surrogate.mean(masks[:199]), utilities[:199], atol=1e-6)
+    surrogate.fit(masks[:200], utilities[:200])
     after = surrogate.kernel
     assert after is not None
     assert before is not None
@@ -279,6 +279,20 @@ def test_hyperparameters_are_kept_until_the_masks_grew_by_a_quarter(rng):
     assert (after.decay_P != before.decay_P).all()
     surrogate.fit(masks, utilities)  # a fifth more than at the last tuning
     assert surrogate.kernel is after
+
+
+def test_few_masks_are_tuned_to_anew_whatever_was_fitted_before(rng):
+    """The kernel is that of a surrogate which never saw fewer."""
+    masks = some_masks(8, 70, rng)
+    utilities = rough_game(masks, rng)
+    grown, fresh = KernelSurrogate("gp"), KernelSurrogate("gp")
+    for count in (20, 65, 70):
+        grown.fit(masks[:count], utilities[:count])
+    fresh.fit(masks, utilities)
+    assert grown.kernel is not None
+    assert fresh.kernel is not None
+    np.testing.assert_array_equal(grown.kernel.decay_P, fresh.kernel.decay_P)
+    np.testing.assert_array_equal(grown.mean(all_masks(8)), fresh.mean(all_masks(8)))
 
 
 def test_a_large_fit_trains_on_an_evenly_spaced_part(rng, monkeypatch):
