@@ -371,13 +371,13 @@ def test_noise_of_the_scores_widens_estimated_values(statistical_rng):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_of_the_scores_widens_every_value_of_one_kernel(kind, rng):
-    masks = masks_of_all_sizes(8, 40, rng)
-    utilities = pair_game(8, rng)(masks) + 0.05 * rng.normal(size=40)
+    masks = masks_of_all_sizes(8, 160, rng)
+    utilities = pair_game(8, rng)(masks) + 0.05 * rng.normal(size=160)
     surrogate = KernelSurrogate(kind)
     surrogate.fit(masks, utilities)
     kernel = surrogate.kernel
     quiet = kernel_values(surrogate, (3, 7), calibration=1.0)
-    surrogate.fit(masks, utilities, np.full(40, 0.1**2))
+    surrogate.fit(masks, utilities, np.full(160, 0.1**2))
     assert surrogate.kernel is kernel
     noisy = kernel_values(surrogate, (3, 7), calibration=1.0)
     assert (noisy.stderr_P > quiet.stderr_P).all()
