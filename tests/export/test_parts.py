@@ -50,7 +50,7 @@ def test_the_export_scores_what_the_engine_scores_without_the_halves(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("family", slow_but(FAMILIES, "gemma2", "bloom"))
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "gemma2"))
 def test_weights_of_absent_halves_may_be_left_out(family, model_dir, rng, tmp_path):
     """Layer 1 goes whole, and a half of others, the attention of the first layer among them: by its
     cache transformers counts tokens. The export is verified: it scores what the engine scores, and
