@@ -299,7 +299,7 @@ def test_a_run_ends_by_the_rules_that_are_given(rules, rng):
     assert len(whole.masks) == len(stopped.masks) + 20
     np.testing.assert_array_equal(whole.masks[: len(stopped.masks)], stopped.masks)
     assert whole.planner.stopped == ""
-    assert len(stopped.rounds) > 2 * (4 - 1)  # the walk is over
+    assert len(stopped.rounds) >= 2 + 3  # the walk is over: a step for each of three sizes
     for r in range(1, 5):
         assert stopped.best(r) == optimum(game, 9, r)
 
